@@ -1,0 +1,1 @@
+"""The backbone: CLIP in Flax. Knows neither video nor prompts."""

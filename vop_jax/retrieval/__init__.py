@@ -1,0 +1,1 @@
+"""Embeddings become numbers: losses, ranks, metrics. No model, no devices."""

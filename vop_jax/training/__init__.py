@@ -1,0 +1,1 @@
+"""The run: sharding, optimizer, step, checkpoints, loop. Never imports data."""

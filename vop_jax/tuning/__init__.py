@@ -1,0 +1,1 @@
+"""What is added to CLIP, and what of the whole is trained."""
