@@ -1,0 +1,50 @@
+"""The sizes of a CLIP: what must be known before its parameters have shapes."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipConfig:
+    """One CLIP with a ViT. Heads are width / 64 in every published model."""
+
+    image_size: int
+    patch_size: int
+    vision_width: int
+    vision_layers: int
+    vision_heads: int
+    text_width: int
+    text_layers: int
+    text_heads: int
+    embed_dim: int
+    context_length: int = 77
+    vocab_size: int = 49408
+    activation: str = "quick_gelu"
+
+    @property
+    def patches(self) -> int:
+        """G, the number of patches of a frame."""
+        return (self.image_size // self.patch_size) ** 2
+
+    def to_dict(self) -> dict[str, int | str]:
+        return dataclasses.asdict(self)
+
+
+PRESETS: dict[str, ClipConfig] = {
+    "ViT-B/32": ClipConfig(224, 32, 768, 12, 12, 512, 12, 8, 512),
+    "ViT-B/16": ClipConfig(224, 16, 768, 12, 12, 512, 12, 8, 512),
+    "ViT-L/14": ClipConfig(224, 14, 1024, 24, 16, 768, 12, 12, 768),
+    "ViT-L/14@336px": ClipConfig(336, 14, 1024, 24, 16, 768, 12, 12, 768),
+    # The demo's: small enough to pre-train on two cores in a minute.
+    "tiny": ClipConfig(32, 8, 64, 4, 1, 64, 3, 1, 64),
+}
+
+
+def arch_name(config: ClipConfig) -> str:
+    """The published name of these sizes, or a descriptive one."""
+    for name, preset in PRESETS.items():
+        if dataclasses.replace(config, activation=preset.activation) == preset:
+            return name
+    return (
+        f"ViT-{config.vision_layers}x{config.vision_width}/{config.patch_size}"
+        f"@{config.image_size}px"
+    )

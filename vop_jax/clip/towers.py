@@ -1,0 +1,116 @@
+"""The two towers of CLIP, each as the parts embed, blocks and project.
+
+Nothing here runs a whole encoder: plain CLIP (`clip.model`) and the prompted encoders
+(`vop_jax.model`) are different compositions of the same parts.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vop_jax.clip.config import ClipConfig
+from vop_jax.clip.layers import Block, Transformer, layer_norm
+
+# CLIP's channel statistics for RGB in [0, 1].
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def normalize_pixels(frames: jax.Array) -> jax.Array:
+    """uint8 RGB [..., 3] -> float32, zero mean and unit variance over CLIP's training set."""
+    if frames.dtype != jnp.uint8:
+        raise TypeError(f"frames are uint8 RGB, not {frames.dtype}")
+    # ((x / 255) - mean) / std as one multiply-add per channel.
+    shape = (1,) * (frames.ndim - 1) + (3,)
+    mean = jnp.asarray(PIXEL_MEAN, jnp.float32).reshape(shape)
+    std = jnp.asarray(PIXEL_STD, jnp.float32).reshape(shape)
+    return frames.astype(jnp.float32) * (1 / (255 * std)) - mean / std
+
+
+class VisionTower(nn.Module):
+    """Vision transformer: `embed`, `ln_pre`, `blocks`, `project`."""
+
+    config: ClipConfig
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        c = self.config
+        patch = (c.patch_size, c.patch_size)
+        scale = c.vision_width**-0.5
+        self.conv1 = nn.Conv(
+            c.vision_width, patch, strides=patch, padding="VALID", use_bias=False, dtype=self.dtype
+        )
+        self.class_embedding = self.param(
+            "class_embedding", nn.initializers.normal(scale), (c.vision_width,)
+        )
+        self.positional_embedding = self.param(
+            "positional_embedding",
+            nn.initializers.normal(scale),
+            (c.patches + 1, c.vision_width),
+        )
+        self.ln_pre = layer_norm(self.dtype)
+        self.transformer = Transformer(
+            c.vision_width, c.vision_layers, c.vision_heads, c.activation, dtype=self.dtype
+        )
+        self.ln_post = layer_norm(self.dtype)
+        self.proj = nn.Dense(c.embed_dim, use_bias=False, dtype=self.dtype)
+
+    def embed(self, frames: jax.Array) -> jax.Array:
+        """uint8 [N, S, S, 3] -> [N, 1 + G, D]: CLS and patches with positions, before `ln_pre`."""
+        x = self.conv1(normalize_pixels(frames))  # [N, S/patch, S/patch, D]
+        x = x.reshape(x.shape[0], -1, x.shape[-1])  # [N, G, D]
+        cls = jnp.broadcast_to(
+            self.class_embedding.astype(x.dtype), (x.shape[0], 1, x.shape[-1])
+        )
+        x = jnp.concatenate([cls, x], axis=1)
+        return x + self.positional_embedding.astype(x.dtype)[None]
+
+    @property
+    def blocks(self) -> list[Block]:
+        return self.transformer.blocks
+
+    def project(self, cls: jax.Array) -> jax.Array:
+        """[..., D] -> [..., E]: the CLS token into the joint space, not normalised."""
+        return self.proj(self.ln_post(cls))
+
+
+class TextTower(nn.Module):
+    """Causal text transformer: `embed`, `positions`, `blocks`, `project`."""
+
+    config: ClipConfig
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        c = self.config
+        self.token_embedding = nn.Embed(
+            c.vocab_size,
+            c.text_width,
+            embedding_init=nn.initializers.normal(0.02),
+            dtype=self.dtype,
+        )
+        self.positional_embedding = self.param(
+            "positional_embedding",
+            nn.initializers.normal(0.01),
+            (c.context_length, c.text_width),
+        )
+        self.transformer = Transformer(
+            c.text_width, c.text_layers, c.text_heads, c.activation, causal=True, dtype=self.dtype
+        )
+        self.ln_final = layer_norm(self.dtype)
+        self.text_projection = nn.Dense(c.embed_dim, use_bias=False, dtype=self.dtype)
+
+    def embed(self, ids: jax.Array) -> jax.Array:
+        """int32 [N, T] -> [N, T, D]: token embeddings without positions."""
+        return self.token_embedding(ids)
+
+    def positions(self, length: int) -> jax.Array:
+        """[1, length, D], the position embedding of the first `length` positions."""
+        return self.positional_embedding[None, :length].astype(self.dtype)
+
+    @property
+    def blocks(self) -> list[Block]:
+        return self.transformer.blocks
+
+    def project(self, eot: jax.Array) -> jax.Array:
+        """[..., D] -> [..., E]: the EOT token into the joint space, not normalised."""
+        return self.text_projection(self.ln_final(eot))

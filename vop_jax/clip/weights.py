@@ -1,0 +1,112 @@
+"""A converted CLIP on disk: one safetensors file that says what it is."""
+
+import dataclasses
+import json
+import os
+from typing import Any
+
+import jax
+import numpy as np
+
+from vop_jax import tensorfile
+from vop_jax.clip.config import ClipConfig, arch_name
+from vop_jax.clip.layers import ACTIVATIONS
+from vop_jax.clip.model import Clip
+from vop_jax.errors import UserError
+
+FORMAT = "vop_jax.clip"
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipWeights:
+    """A CLIP read from a file.
+
+    Attributes:
+        params: the parameter tree of `clip.model.Clip`, float32.
+        config: its sizes and activation.
+        fingerprint: SHA-256 of the parameters (see `tensorfile.fingerprint`).
+        source: the file it was converted from, for people to read.
+    """
+
+    params: dict[str, Any]
+    config: ClipConfig
+    fingerprint: str
+    source: str
+
+    @property
+    def name(self) -> str:
+        """How messages call this CLIP: source and the head of its fingerprint."""
+        return f"{arch_name(self.config)} from {self.source} ({self.fingerprint[:12]})"
+
+
+def parameter_shapes(config: ClipConfig) -> dict[str, tuple[int, ...]]:
+    """{"visual/conv1/kernel": shape, ...} of a CLIP of these sizes."""
+    frames = jax.ShapeDtypeStruct((1, config.image_size, config.image_size, 3), np.uint8)
+    ids = jax.ShapeDtypeStruct((1, config.context_length), np.int32)
+    variables = jax.eval_shape(Clip(config).init, jax.random.key(0), frames, ids)
+    return {k: v.shape for k, v in tensorfile.flatten(variables["params"]).items()}
+
+
+def save_clip(
+    path: str | os.PathLike,
+    params: tensorfile.Tree,
+    config: ClipConfig,
+    *,
+    source: str,
+    source_sha256: str,
+) -> str:
+    """Writes a CLIP atomically and returns its fingerprint."""
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), dict(params))
+    fingerprint = tensorfile.fingerprint(params)
+    tensorfile.save(
+        path,
+        params,
+        {
+            "format": FORMAT,
+            "arch": arch_name(config),
+            "activation": config.activation,
+            "config": json.dumps(config.to_dict()),
+            "source": source,
+            "source_sha256": source_sha256,
+            "fingerprint": fingerprint,
+        },
+    )
+    return fingerprint
+
+
+def load_clip(path: str | os.PathLike) -> ClipWeights:
+    """Reads a CLIP written by `save_clip`.
+
+    Raises:
+        UserError: no such file, another kind of file, or tensors that are missing, unknown
+            or of the wrong shape for the sizes the file states.
+    """
+    metadata = tensorfile.read_metadata(path)
+    if metadata.get("format") != FORMAT:
+        raise UserError(
+            f"{path}: not a converted CLIP; convert PyTorch weights with "
+            "tools/convert_clip_weights.py"
+        )
+    params, _ = tensorfile.load(path)
+    config = ClipConfig(**json.loads(metadata["config"]))
+    if config.activation not in ACTIVATIONS:
+        allowed = ", ".join(ACTIVATIONS)
+        raise UserError(f"{path}: activation {config.activation!r} is not one of {allowed}")
+    check_shapes(path, params, parameter_shapes(config))
+    return ClipWeights(params, config, metadata["fingerprint"], metadata["source"])
+
+
+def check_shapes(
+    where: str | os.PathLike, tree: tensorfile.Tree, expected: dict[str, tuple[int, ...]]
+) -> None:
+    """Raises UserError naming the first tensor that is missing, unknown or misshapen."""
+    found = tensorfile.flatten(tree)
+    for name, shape in expected.items():
+        if name not in found:
+            raise UserError(f"{where}: tensor {name} is missing")
+        if tuple(found[name].shape) != tuple(shape):
+            raise UserError(
+                f"{where}: tensor {name} has shape {tuple(found[name].shape)}, expected {shape}"
+            )
+    if unknown := sorted(set(found) - set(expected)):
+        raise UserError(f"{where}: unknown tensor {unknown[0]} ({len(unknown)} in all)")

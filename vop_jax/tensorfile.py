@@ -1,0 +1,108 @@
+"""Parameter trees in safetensors files: flattened with "/", described by string metadata."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from etils import epath
+from flax import traverse_util
+from safetensors import SafetensorError, numpy as safetensors_numpy, safe_open
+
+from vop_jax.errors import UserError
+
+Tree = Mapping[str, Any]  # nested dicts of arrays
+
+
+def flatten(tree: Tree) -> dict[str, Any]:
+    """Nested dicts -> {"a/b/c": leaf}, sorted by name."""
+    flat = traverse_util.flatten_dict(tree, sep="/")
+    return {name: flat[name] for name in sorted(flat)}
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `flatten`."""
+    return traverse_util.unflatten_dict(dict(flat), sep="/")
+
+
+def fingerprint(tree: Tree) -> str:
+    """SHA-256 over names, shapes and float32 values: equal exactly when the parameters are.
+
+    The same CLIP converted from two file formats has one fingerprint.
+    """
+    digest = hashlib.sha256()
+    for name, leaf in flatten(tree).items():
+        values = np.ascontiguousarray(leaf, dtype="<f4")
+        digest.update(f"{name}{values.shape}".encode())
+        digest.update(values.data)
+    return digest.hexdigest()
+
+
+def write_atomic(path: str | os.PathLike, data: bytes) -> None:
+    """Writes `path` whole or not at all: a temporary file beside it, then a rename."""
+    target = epath.Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.parent / f".{target.name}.partial"
+    try:
+        partial.write_bytes(data)
+        partial.replace(target)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Writes `value` as indented JSON, atomically."""
+    write_atomic(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def save(path: str | os.PathLike, tree: Tree, metadata: Mapping[str, str]) -> None:
+    """Writes a parameter tree as safetensors, atomically."""
+    flat = {name: np.ascontiguousarray(leaf) for name, leaf in flatten(tree).items()}
+    write_atomic(path, safetensors_numpy.save(flat, metadata=dict(metadata)))
+
+
+def load(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str]]:
+    """Reads what `save` wrote: (tree of numpy arrays, metadata).
+
+    Raises:
+        UserError: no such file, or not a safetensors file.
+    """
+    with _local(path) as local:
+        try:
+            with safe_open(local, framework="numpy") as file:
+                flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                return unflatten(flat), dict(file.metadata() or {})
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+
+
+def read_metadata(path: str | os.PathLike) -> dict[str, str]:
+    """The metadata alone, without reading tensors; errors as in `load`."""
+    with _local(path) as local:
+        try:
+            with safe_open(local, framework="numpy") as file:
+                return dict(file.metadata() or {})
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+
+
+@contextmanager
+def _local(path: str | os.PathLike) -> Iterator[str]:
+    """The file on this machine: itself, or a temporary copy of a remote one."""
+    source = epath.Path(path)
+    if not source.exists():
+        raise UserError(f"{path}: no such file")
+    if source.is_dir():
+        raise UserError(f"{path}: is a directory, not a safetensors file")
+    if "://" not in os.fspath(path):
+        yield os.fspath(path)
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        copy = os.path.join(directory, "file.safetensors")
+        source.copy(copy)
+        yield copy
