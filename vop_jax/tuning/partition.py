@@ -1,0 +1,51 @@
+"""Frozen and trainable are two trees: `split` and `merge` are inverses.
+
+Gradients, optimizer state and checkpoints are made of the trainable tree alone; the frozen
+tree enters the step as a constant and leaves it untouched.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from vop_jax.tensorfile import Tree, flatten, unflatten
+
+
+def split(params: Tree, patterns: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Parts a parameter tree into (trainable, frozen).
+
+    A leaf is trainable when its "/"-joined name fully matches one of `patterns`.
+
+    Raises:
+        ValueError: a pattern that matches no parameter, which is always a mistake.
+    """
+    flat = flatten(params)
+    regexes = [re.compile(pattern) for pattern in patterns]
+    for regex in regexes:
+        if not any(regex.fullmatch(name) for name in flat):
+            raise ValueError(f"trainable pattern {regex.pattern!r} matches no parameter")
+    trainable = {k: v for k, v in flat.items() if any(r.fullmatch(k) for r in regexes)}
+    frozen = {k: v for k, v in flat.items() if k not in trainable}
+    return unflatten(trainable), unflatten(frozen)
+
+
+def merge(trainable: Tree, frozen: Tree) -> dict[str, Any]:
+    """The whole tree again.
+
+    Raises:
+        ValueError: a parameter that is in both trees.
+    """
+    left, right = flatten(trainable), flatten(frozen)
+    if both := left.keys() & right.keys():
+        raise ValueError(f"in both trees: {sorted(both)[0]}")
+    return unflatten({**left, **right})
+
+
+def count(tree: Tree, *, excluding: Sequence[str] = ()) -> int:
+    """The number of scalars in a tree, without leaves whose name matches `excluding`."""
+    regexes = [re.compile(pattern) for pattern in excluding]
+    return sum(
+        leaf.size
+        for name, leaf in flatten(tree).items()
+        if not any(r.fullmatch(name) for r in regexes)
+    )

@@ -1,0 +1,91 @@
+"""A trained set of prompts on disk: small, and bound to the CLIP it was trained over."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from vop_jax import tensorfile
+from vop_jax.clip.config import ClipConfig
+from vop_jax.errors import UserError
+from vop_jax.tuning.methods import MethodConfig
+
+FORMAT = "vop_jax.prompts"
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptSet:
+    """What `load_prompts` reads.
+
+    Attributes:
+        params: the trained subtree, e.g. {"prompts": {"visual": [L, P, D], "text": …}}.
+        method: the method and its sizes.
+        clip_fingerprint, clip_name: the CLIP they were trained over.
+        clip_config: its sizes.
+        video: how clips were read in training (`frames`, `short_side`, `stored_fps`), or {}.
+    """
+
+    params: dict[str, Any]
+    method: MethodConfig
+    clip_fingerprint: str
+    clip_name: str
+    clip_config: ClipConfig
+    video: dict[str, Any]
+
+
+def save_prompts(
+    path: str | os.PathLike,
+    params: tensorfile.Tree,
+    *,
+    method: MethodConfig,
+    clip_fingerprint: str,
+    clip_name: str,
+    clip_config: ClipConfig,
+    video: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a trained subtree atomically, with all that is needed to use it again."""
+    tensorfile.save(
+        path,
+        jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), dict(params)),
+        {
+            "format": FORMAT,
+            "method": method.name,
+            "method_config": json.dumps(dataclasses.asdict(method)),
+            "clip_fingerprint": clip_fingerprint,
+            "clip_name": clip_name,
+            "clip_config": json.dumps(clip_config.to_dict()),
+            "activation": clip_config.activation,
+            "video": json.dumps(dict(video or {})),
+        },
+    )
+
+
+def load_prompts(path: str | os.PathLike) -> PromptSet:
+    """Reads what `save_prompts` wrote.
+
+    Raises:
+        UserError: no such file, or not a file of prompts.
+    """
+    params, metadata = tensorfile.load(path)
+    if metadata.get("format") != FORMAT:
+        raise UserError(f"{path}: not a prompts file; --mode=export writes one")
+    return PromptSet(
+        params=params,
+        method=MethodConfig.from_mapping(json.loads(metadata["method_config"])),
+        clip_fingerprint=metadata["clip_fingerprint"],
+        clip_name=metadata["clip_name"],
+        clip_config=ClipConfig(**json.loads(metadata["clip_config"])),
+        video=json.loads(metadata["video"]),
+    )
+
+
+def check_same_clip(where: str | os.PathLike, prompts: PromptSet, fingerprint: str, name: str):
+    """Raises UserError, naming both, when the prompts were trained over another CLIP."""
+    if prompts.clip_fingerprint != fingerprint:
+        raise UserError(
+            f"{where}: prompts were trained over {prompts.clip_name}, not over the given {name}"
+        )
