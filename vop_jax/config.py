@@ -1,0 +1,205 @@
+"""The one complete config: every key, its default and what it means.
+
+Config files under `configs/` call `base_config()` and change values; the config is locked, so
+a key that is not declared here cannot be set anywhere.
+"""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from vop_jax.errors import UserError
+
+
+def base_config() -> ConfigDict:
+    """The paper's recipe (CVPR 2023, section 4.1) on a folder of videos; locked."""
+    c = ConfigDict()
+    c.seed = 0  # of initialisation, data order and augmentation
+
+    # Where a run starts. The first that exists wins: the workdir's last checkpoint,
+    # init.prompts over init.clip, init.clip with fresh prompts, a pre-trained CLIP (pretrain).
+    c.init = ConfigDict()
+    c.init.clip = ""  # file written by tools/convert_clip_weights.py
+    c.init.prompts = ""  # prompts.safetensors trained over that CLIP
+
+    # What the CLIP must be; "" takes whatever init.clip says. A mismatch is an error.
+    c.clip = ConfigDict()
+    c.clip.arch = ""  # ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px, tiny
+    c.clip.activation = ""  # quick_gelu (OpenAI), gelu (open_clip's LAION models)
+
+    c.method = ConfigDict()
+    c.method.name = "vop"  # vop, or a baseline: zero_shot, full, bias, proj, partial
+    c.method.branches = "both"  # prompts in: both, visual, text
+    c.method.visual_prompts = 8  # tokens per layer, after CLS
+    c.method.text_prefix = 4  # tokens per layer, after SOS
+    c.method.text_suffix = 4  # tokens per layer, before EOT
+    c.method.suffix = "eot"  # before each caption's EOT; released: before the last position
+    c.method.first_layer = 1  # prompted layers, from 1
+    c.method.last_layer = 0  # 0: the deepest
+    c.method.init_std = 0.02  # prompts start from N(0, init_std^2)
+
+    c.data = ConfigDict()
+    c.data.kind = "folder"  # folder (your videos), clips and stills (the demo's, rendered)
+    c.data.annotations = ""  # CSV or JSON Lines: video, caption, [start], [end], [split]
+    c.data.videos = ""  # folder that `video` is relative to
+    c.data.records = ""  # packed frames; "": inside the workdir
+    c.data.train_split = "train"
+    c.data.eval_split = "test"
+    c.data.frames = 12  # F, frames of a clip
+    c.data.sampling = "uniform"  # in training: middle of each segment; rand: anywhere in it
+    c.data.stored_fps = 0.0  # frames per second in the records; 0: only the F uniform ones
+    c.data.short_side = 256  # of stored frames, pixels; never enlarged
+    c.data.jpeg_quality = 95  # of stored frames
+    c.data.augment = True  # random-resized crop and flip in training
+    c.data.crop_scale = (0.5, 1.0)  # area of the crop, one crop for all frames of a clip
+    c.data.flip = True  # horizontal; turn off where captions say left or right
+    c.data.max_skipped = 0.05  # share of unreadable videos per split above which a run stops
+    c.data.threads = 16  # reading and decoding records
+    c.data.workers = 0  # reader processes; 0: threads of this one
+
+    c.train = ConfigDict()
+    c.train.steps = 1000  # optimizer steps; 0: only evaluate
+    c.train.batch_size = 32  # global: all devices of all hosts together
+    c.train.learning_rate = 5e-3  # peak; the paper searches [1e-6, 1e-2] per method
+    c.train.warmup = 0.1  # share of the steps with linear warm-up, then cosine to 0
+    c.train.weight_decay = 0.2  # not on norms and biases
+    c.train.clip_norm = 1.0  # of the gradient, over all trained parameters
+    c.train.log_every = 20  # steps
+    c.train.eval_every = 0  # steps; 0: before the first and after the last step only
+    c.train.checkpoint_every = 100  # steps, and after the last
+    c.train.keep_checkpoints = 2  # newest ones
+
+    c.eval = ConfigDict()
+    c.eval.batch_size = 32  # global
+    c.eval.missing = "miss"  # unreadable videos: miss (ranked last), drop (left out, said so)
+
+    c.mesh = ConfigDict()
+    c.mesh.data = -1  # devices that share a batch; -1: all
+
+    c.compute = ConfigDict()
+    c.compute.dtype = "float32"  # of matmuls; bfloat16 on TPUs and GPUs
+
+    # The demo's own CLIP, trained from nothing on still frames when steps > 0.
+    c.pretrain = ConfigDict()
+    c.pretrain.steps = 0
+    c.pretrain.batch_size = 128
+    c.pretrain.learning_rate = 1e-3
+
+    return c.lock()
+
+
+ALLOWED = {
+    "clip.activation": ("", "quick_gelu", "gelu"),
+    "data.kind": ("folder", "clips", "stills"),
+    "data.sampling": ("uniform", "rand"),
+    "eval.missing": ("miss", "drop"),
+    "compute.dtype": ("float32", "bfloat16"),
+}
+AT_LEAST_ONE = (
+    "data.frames",
+    "data.short_side",
+    "data.threads",
+    "train.batch_size",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "eval.batch_size",
+    "pretrain.batch_size",
+)
+AT_LEAST_ZERO = (
+    "data.stored_fps",
+    "data.workers",
+    "train.steps",
+    "train.learning_rate",
+    "train.weight_decay",
+    "train.eval_every",
+    "pretrain.steps",
+    "pretrain.learning_rate",
+)
+SHARES = ("data.max_skipped", "train.warmup")
+
+# May differ when a run is taken up again: none of them changes what is learnt.
+RESUMABLE = (
+    "init.clip",  # compared by content, through its fingerprint
+    "data.annotations",  # likewise, through the records
+    "data.videos",
+    "data.records",
+    "data.threads",
+    "data.workers",
+    "data.max_skipped",
+    "train.log_every",
+    "train.eval_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "eval.batch_size",
+    "eval.missing",
+    "mesh.data",
+)
+
+
+def flatten_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"train.steps": 1000, ...}."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping | ConfigDict):
+            flat |= flatten_config(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks every value that can be checked without reading a file.
+
+    Raises:
+        UserError: the first key that is unknown, missing or out of range, and what is allowed.
+    """
+    values, declared = flatten_config(config), flatten_config(base_config())
+    for key in values:
+        if key not in declared:
+            near = difflib.get_close_matches(key, declared, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(f"config.{key}: no such key{hint}")
+    for key in declared:
+        if key not in values:
+            raise UserError(f"config.{key}: missing; start from vop_jax.config.base_config()")
+    for key, allowed in ALLOWED.items():
+        if values[key] not in allowed:
+            names = ", ".join(repr(name) for name in allowed)
+            raise UserError(f"config.{key}={values[key]!r}: allowed are {names}")
+    for keys, low, high in (
+        (AT_LEAST_ONE, 1, float("inf")),
+        (AT_LEAST_ZERO, 0, float("inf")),
+        (SHARES, 0, 1),
+        (("data.jpeg_quality",), 1, 100),
+    ):
+        for key in keys:
+            # Written so that NaN fails too.
+            if not low <= values[key] <= high:
+                span = f"{low} to {high}" if high != float("inf") else f"{low} or more"
+                raise UserError(f"config.{key}={values[key]}: must be {span}")
+    scale = values["data.crop_scale"]
+    if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
+        raise UserError(f"config.data.crop_scale={scale}: must be (low, high), 0 < low <= high <= 1")
+    if values["data.sampling"] == "rand" and not values["data.stored_fps"]:
+        raise UserError(
+            "config.data.sampling='rand' needs frames to choose from: set data.stored_fps > 0"
+        )
+    if values["mesh.data"] == 0 or values["mesh.data"] < -1:
+        raise UserError(f"config.mesh.data={values['mesh.data']}: a number of devices, or -1")
+
+
+def first_difference(
+    mine: Mapping[str, Any], theirs: Mapping[str, Any]
+) -> tuple[str, Any, Any] | None:
+    """The first key in which two configs would learn something else: (key, mine, theirs)."""
+    a, b = flatten_config(mine), flatten_config(theirs)
+    for key in [*a, *(k for k in b if k not in a)]:
+        left, right = a.get(key), b.get(key)
+        if isinstance(left, tuple | list) and isinstance(right, tuple | list):
+            left, right = list(left), list(right)
+        if key not in RESUMABLE and left != right:
+            return key, left, right
+    return None
