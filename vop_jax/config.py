@@ -182,7 +182,9 @@ def validate(config: ConfigDict) -> None:
                 raise UserError(f"config.{key}={values[key]}: must be {span}")
     scale = values["data.crop_scale"]
     if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
-        raise UserError(f"config.data.crop_scale={scale}: must be (low, high), 0 < low <= high <= 1")
+        raise UserError(
+            f"config.data.crop_scale={scale}: must be (low, high), 0 < low <= high <= 1"
+        )
     if values["data.sampling"] == "rand" and not values["data.stored_fps"]:
         raise UserError(
             "config.data.sampling='rand' needs frames to choose from: set data.stored_fps > 0"

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 from flax import traverse_util
-from safetensors import SafetensorError, numpy as safetensors_numpy, safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors import numpy as safetensors_numpy
 
 from vop_jax.errors import UserError
 

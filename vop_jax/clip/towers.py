@@ -59,9 +59,7 @@ class VisionTower(nn.Module):
         """uint8 [N, S, S, 3] -> [N, 1 + G, D]: CLS and patches with positions, before `ln_pre`."""
         x = self.conv1(normalize_pixels(frames))  # [N, S/patch, S/patch, D]
         x = x.reshape(x.shape[0], -1, x.shape[-1])  # [N, G, D]
-        cls = jnp.broadcast_to(
-            self.class_embedding.astype(x.dtype), (x.shape[0], 1, x.shape[-1])
-        )
+        cls = jnp.broadcast_to(self.class_embedding.astype(x.dtype), (x.shape[0], 1, x.shape[-1]))
         x = jnp.concatenate([cls, x], axis=1)
         return x + self.positional_embedding.astype(x.dtype)[None]
 

@@ -5,9 +5,7 @@ import jax.numpy as jnp
 import optax
 
 
-def symmetric_cross_entropy(
-    text: jax.Array, video: jax.Array, temperature: jax.Array
-) -> jax.Array:
+def symmetric_cross_entropy(text: jax.Array, video: jax.Array, temperature: jax.Array) -> jax.Array:
     """CLIP's loss over a batch of pairs: row i of one side belongs to row i of the other.
 
     Written over the global batch: under `jit` with sharded rows the compiler gathers the

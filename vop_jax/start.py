@@ -1,0 +1,231 @@
+"""Where a run starts: its workdir claimed, its CLIP loaded, its state fresh or restored."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import filelock
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from vop_jax import config as configs
+from vop_jax import tensorfile
+from vop_jax.clip.config import PRESETS, ClipConfig
+from vop_jax.clip.model import Clip
+from vop_jax.clip.weights import ClipWeights, check_shapes, load_clip
+from vop_jax.errors import UserError
+from vop_jax.model import TextVideoModel
+from vop_jax.training import sharding
+from vop_jax.training.checkpoint import Checkpoints
+from vop_jax.training.optimizer import make_optimizer
+from vop_jax.training.step import TrainState
+from vop_jax.training.writer import METRICS_FILE
+from vop_jax.tuning import partition
+from vop_jax.tuning.methods import MethodConfig
+from vop_jax.tuning.prompts_file import check_same_clip, load_prompts
+
+CONFIG_FILE = "config.json"
+CLIP_FILE = "clip.safetensors"  # of a workdir that pre-trained its own
+
+
+@dataclasses.dataclass
+class Run:
+    """What all modes need: the model, and its parameters in two trees on the mesh.
+
+    Attributes:
+        state: the trainable parameters with step and optimizer state.
+        frozen: all other parameters.
+    """
+
+    config: ConfigDict
+    workdir: epath.Path
+    mesh: Mesh
+    method: MethodConfig
+    clip: ClipWeights
+    model: TextVideoModel
+    state: TrainState
+    frozen: Any
+    checkpoints: Checkpoints
+
+    def params(self) -> dict[str, Any]:
+        """The whole tree."""
+        return partition.merge(self.state.trainable, self.frozen)
+
+
+@contextmanager
+def opened(
+    config: ConfigDict, workdir: str, pretrain: Callable[[ConfigDict, epath.Path], None]
+) -> Iterator[Run]:
+    """Claims the workdir for this process and brings CLIP and state to the mesh.
+
+    Args:
+        pretrain: called when the config asks for a CLIP trained from nothing and the workdir
+            has none yet; leaves one there under CLIP_FILE.
+
+    Raises:
+        UserError: the config, the weights or the workdir are not what they should be.
+    """
+    configs.validate(config)
+    method = MethodConfig.from_mapping(config.method)
+    root = epath.Path(workdir)
+    with _locked(root):
+        checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
+        try:
+            _claim(root, config, checkpoints)
+            mesh = sharding.make_mesh(config.mesh.data)
+            sharding.check_batch(mesh, "train.batch_size", config.train.batch_size)
+            sharding.check_batch(mesh, "eval.batch_size", config.eval.batch_size)
+            if _pretrains(config) and not (root / CLIP_FILE).exists():
+                pretrain(config, root)
+            clip = load_backbone(config, root)
+            method.check_fits(clip.config)
+            logging.info("CLIP %s; method %s", clip.name, method.name)
+            yield _prepare(config, root, mesh, method, clip, checkpoints)
+        finally:
+            checkpoints.close()
+
+
+@contextmanager
+def _locked(root: epath.Path) -> Iterator[None]:
+    """One run per workdir; the lock goes with the process, however it ends."""
+    root.mkdir(parents=True, exist_ok=True)
+    if "://" in str(root):  # object stores have no locks
+        yield
+        return
+    lock = filelock.FileLock(root / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise UserError(f"--workdir={root}: another run is using it") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _claim(root: epath.Path, config: ConfigDict, checkpoints: Checkpoints) -> None:
+    """Writes the workdir's config, unless it holds progress of a run with another one."""
+    path = root / CONFIG_FILE
+    difference = None
+    if path.exists():
+        difference = configs.first_difference(config, json.loads(path.read_text()))
+    if difference and checkpoints.latest_step() is not None:
+        key, mine, theirs = difference
+        raise UserError(
+            f"--workdir={root}: holds a run with config.{key}={theirs!r}, not {mine!r}; use "
+            "another workdir, or that value to continue it"
+        )
+    if difference:  # nothing was learnt yet: start over under the new config
+        (root / METRICS_FILE).unlink(missing_ok=True)
+    tensorfile.write_json(path, config.to_dict())
+
+
+def _pretrains(config: ConfigDict) -> bool:
+    return bool(config.pretrain.steps) and not config.init.clip
+
+
+def load_backbone(config: ConfigDict, root: epath.Path) -> ClipWeights:
+    """The CLIP to start from: `init.clip`, the workdir's own, or a random one for `full`.
+
+    Raises:
+        UserError: none of them is configured, or the weights are not what the config expects.
+    """
+    if config.init.clip or _pretrains(config):
+        clip = load_clip(config.init.clip or root / CLIP_FILE)
+    elif config.method.name == "full" and config.clip.arch:
+        clip = _random_clip(preset(config), config.seed)
+    else:
+        raise UserError(
+            "config.init.clip is not set: give a file written by tools/convert_clip_weights.py"
+        )
+    if config.clip.arch:
+        wanted = dataclasses.replace(preset(config), activation=clip.config.activation)
+        if wanted != clip.config:
+            raise UserError(f"config.clip.arch={config.clip.arch}: the weights are {clip.name}")
+    if config.clip.activation not in ("", clip.config.activation):
+        raise UserError(
+            f"config.clip.activation={config.clip.activation}: the weights, {clip.name}, were "
+            f"made with {clip.config.activation}"
+        )
+    return clip
+
+
+def preset(config: ConfigDict, default: str = "") -> ClipConfig:
+    """The sizes that `config.clip.arch` names; UserError lists the known names."""
+    arch = config.clip.arch or default
+    if arch not in PRESETS:
+        raise UserError(f"config.clip.arch={arch!r}: allowed are {', '.join(PRESETS)}")
+    known = PRESETS[arch]
+    return dataclasses.replace(known, activation=config.clip.activation or known.activation)
+
+
+def _random_clip(clip: ClipConfig, seed: int) -> ClipWeights:
+    frames = np.zeros((1, clip.image_size, clip.image_size, 3), np.uint8)
+    ids = np.zeros((1, clip.context_length), np.int32)
+    params = jax.jit(Clip(clip).init)(jax.random.key(seed), frames, ids)["params"]
+    params = jax.tree.map(np.asarray, params)
+    return ClipWeights(params, clip, tensorfile.fingerprint(params), f"seed {seed}")
+
+
+def _prepare(
+    config: ConfigDict,
+    root: epath.Path,
+    mesh: Mesh,
+    method: MethodConfig,
+    clip: ClipWeights,
+    checkpoints: Checkpoints,
+) -> Run:
+    """The newest state: the workdir's, else `init.prompts`, else fresh prompts."""
+    model = TextVideoModel(clip.config, method, jnp.dtype(config.compute.dtype))
+    params = {"clip": clip.params}
+    if method.prompts:
+        params["prompts"] = _fresh_prompts(model, config.seed)
+    trainable, frozen = partition.split(params, method.trainable_patterns(clip.config))
+    if config.init.prompts:
+        trainable = _given_prompts(config, clip, method, trainable)
+    state = TrainState.create(sharding.place(mesh, trainable), make_optimizer(config.train))
+    state = jax.device_put(state, sharding.replicated(mesh))
+    if checkpoints.latest_step() is not None:
+        made_over = checkpoints.meta()
+        if made_over["clip_fingerprint"] != clip.fingerprint:
+            raise UserError(
+                f"--workdir={root}: holds a run over {made_over['clip_name']}, not over the "
+                f"given {clip.name}"
+            )
+        state = checkpoints.restore(state)
+        logging.info("continuing %s from step %d", root, int(state.step))
+    return Run(
+        config, root, mesh, method, clip, model, state, sharding.place(mesh, frozen), checkpoints
+    )
+
+
+def _fresh_prompts(model: TextVideoModel, seed: int) -> dict[str, Any]:
+    clip = model.clip_config
+    frames = np.zeros((1, 1, clip.image_size, clip.image_size, 3), np.uint8)
+    ids = np.zeros((1, model.method.text_slots(clip)), np.int32)
+
+    @jax.jit  # the unused CLIP's own initialisation is not computed
+    def init(key):
+        return model.init(key, frames, ids)["params"]["prompts"]
+
+    return init(jax.random.key(seed))
+
+
+def _given_prompts(
+    config: ConfigDict, clip: ClipWeights, method: MethodConfig, fresh: Any
+) -> dict[str, Any]:
+    path = config.init.prompts
+    given = load_prompts(path)
+    check_same_clip(path, given, clip.fingerprint, clip.name)
+    if given.method.name != method.name:
+        raise UserError(f"{path}: holds {given.method.name}, config.method.name={method.name}")
+    shapes = {name: leaf.shape for name, leaf in tensorfile.flatten(fresh).items()}
+    check_shapes(path, given.params, shapes)
+    return given.params

@@ -1,0 +1,83 @@
+"""From a split to ranks: embed every clip and caption once, then compare."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from vop_jax.model import TextVideoModel
+from vop_jax.retrieval import metrics
+from vop_jax.training import sharding
+
+Encode = Callable[[Any, jax.Array], jax.Array]  # (params, rows) -> unit rows [N, E]
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalSet:
+    """A split to be evaluated; the loop never knows where it came from.
+
+    Attributes:
+        videos: starts one pass; batches of "frames" uint8 [b, F, S, S, 3] and "mask" bool [b].
+        ids: int32 [N, T], all captions.
+        video_of_text: int [N], each caption's video.
+        missed_texts, missed_videos: what unreadable videos leave as misses.
+    """
+
+    videos: Callable[[], Iterator[dict[str, np.ndarray]]]
+    ids: np.ndarray
+    video_of_text: np.ndarray
+    missed_texts: int = 0
+    missed_videos: int = 0
+
+
+def make_encoders(model: TextVideoModel, mesh: Mesh) -> tuple[Encode, Encode]:
+    """Jitted (encode_video, encode_text): rows sharded on the way in, whole on the way out."""
+
+    def jitted(method: str) -> Encode:
+        def encode(params, rows):
+            return model.apply({"params": params}, rows, method=method)
+
+        return jax.jit(encode, out_shardings=sharding.replicated(mesh))
+
+    return jitted("encode_video"), jitted("encode_text")
+
+
+def embed_videos(
+    encode: Encode, params: Any, mesh: Mesh, batches: Iterator[dict[str, np.ndarray]]
+) -> np.ndarray:
+    """float32 [M, E], padding rows dropped."""
+    rows = []
+    for batch in batches:
+        batch = sharding.to_global(mesh, batch)
+        embedded = np.asarray(encode(params, batch["frames"]))
+        mask = jax.jit(lambda x: x, out_shardings=sharding.replicated(mesh))(batch["mask"])
+        rows.append(embedded[np.asarray(mask)])
+    return np.concatenate(rows)
+
+
+def embed_texts(
+    encode: Encode, params: Any, mesh: Mesh, ids: np.ndarray, batch_size: int
+) -> np.ndarray:
+    """int32 [N, T] -> float32 [N, E], in batches of one shape."""
+    rows = []
+    for start in range(0, len(ids), batch_size):
+        block = ids[start : start + batch_size]
+        padded = np.concatenate([block, np.repeat(block[-1:], batch_size - len(block), axis=0)])
+        placed = jax.device_put(padded, sharding.batch_sharding(mesh))
+        rows.append(np.asarray(encode(params, placed))[: len(block)])
+    return np.concatenate(rows)
+
+
+def evaluate(
+    encoders: tuple[Encode, Encode], params: Any, mesh: Mesh, data: EvalSet, batch_size: int
+) -> dict[str, dict[str, float]]:
+    """{"t2v": {"R@1": …, "MdR": …}, "v2t": …} of a split."""
+    encode_video, encode_text = encoders
+    videos = embed_videos(encode_video, params, mesh, data.videos())
+    texts = embed_texts(encode_text, params, mesh, data.ids, batch_size)
+    ranks = metrics.rank_pairs(texts, videos, data.video_of_text)
+    ranks = metrics.with_misses(ranks, data.missed_texts, data.missed_videos)
+    return {"t2v": metrics.summarize(ranks.t2v), "v2t": metrics.summarize(ranks.v2t)}

@@ -1,0 +1,140 @@
+"""The loop: batches in, steps, and at their times metrics, evaluations and checkpoints."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from vop_jax import interrupt
+from vop_jax.training import sharding
+from vop_jax.training.checkpoint import Checkpoints
+from vop_jax.training.step import Batch, Metrics, TrainState
+from vop_jax.training.writer import MetricWriter
+
+Step = Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]
+
+
+class NonFiniteLoss(ArithmeticError):
+    """Training diverged; the newest checkpoint is from before it."""
+
+
+@dataclasses.dataclass
+class Clock:
+    """What a stretch of steps spent its time on."""
+
+    videos: int = 0
+    waiting: float = 0.0  # seconds until the next batch was there
+    started: float = dataclasses.field(default_factory=time.perf_counter)
+
+    def rates(self) -> dict[str, float]:
+        """Videos a second, and the share of the time spent waiting for data."""
+        elapsed = time.perf_counter() - self.started
+        return {"videos_per_second": self.videos / elapsed, "data_wait": self.waiting / elapsed}
+
+
+def fit(
+    step_fn: Step,
+    state: TrainState,
+    frozen: Any,
+    batches: Iterator[dict[str, np.ndarray]],
+    *,
+    mesh: Mesh,
+    config: ConfigDict,
+    checkpoints: Checkpoints,
+    meta: dict[str, Any],
+    writer: MetricWriter,
+    schedule: Callable[[int], Any],
+    evaluate: Callable[[TrainState, int], None],
+) -> TrainState:
+    """Trains from `state.step` to `config.steps` and returns the last state, saved.
+
+    Args:
+        step_fn: the jitted step; it may consume `state`.
+        frozen: the frozen parameters on the mesh.
+        batches: this process's rows of batches `state.step`, `state.step + 1`, …
+        config: the config's section `train`.
+        meta: JSON saved beside each checkpoint.
+        schedule: step -> learning rate, for the log.
+        evaluate: called with (state, step) every `eval_every` steps, not after the last.
+
+    Raises:
+        NonFiniteLoss: names the first step whose loss or gradient is not finite.
+        Interrupted: a signal; the state after the step under way is saved first.
+    """
+    first = step = int(state.step)
+    unread: list[tuple[int, Metrics]] = []  # not fetched yet, so that the device runs ahead
+    clock = Clock()
+    with interrupt.deferred():
+        while step < config.steps:
+            waiting_since = time.perf_counter()
+            batch = next(batches)
+            clock.waiting += time.perf_counter() - waiting_since
+            state, metrics = step_fn(state, frozen, sharding.to_global(mesh, batch))
+            step += 1
+            clock.videos += config.batch_size
+            unread.append((step, metrics))
+            stop = interrupt.requested()
+            last = step == config.steps
+            if step == first + 1 or step % config.log_every == 0 or last:
+                _log(unread, step, config, clock, writer, schedule, compiling=step == first + 1)
+                unread, clock = [], Clock()
+            if step % config.checkpoint_every == 0 or last or stop:
+                _fetch(unread)
+                checkpoints.save(state, meta)
+            if stop:
+                checkpoints.wait()
+                logging.info("stopped by a signal after step %d; the state is saved", step)
+                break
+            if config.eval_every and step % config.eval_every == 0 and not last:
+                evaluate(state, step)
+                clock = Clock()
+    checkpoints.wait()
+    return state
+
+
+def _log(
+    unread: list[tuple[int, Metrics]],
+    step: int,
+    config: ConfigDict,
+    clock: Clock,
+    writer: MetricWriter,
+    schedule: Callable[[int], Any],
+    *,
+    compiling: bool,
+) -> None:
+    """Reads the metrics since the last line and reports their mean."""
+    values = _fetch(unread)
+    scalars = {key: float(np.mean([v[key] for v in values])) for key in values[0]}
+    scalars["learning_rate"] = float(schedule(step - 1))
+    if not compiling:  # the first step's time is the compiler's
+        scalars |= clock.rates()
+    writer.write_scalars(step, scalars)
+    if compiling:
+        logging.info("step %d/%d  loss %.4f  (compiled)", step, config.steps, scalars["loss"])
+        return
+    left = (config.steps - step) * config.batch_size / scalars["videos_per_second"]
+    logging.info(
+        "step %d/%d  loss %.4f  %.1f videos/s  %.0f%% waiting for data  %s left",
+        step,
+        config.steps,
+        scalars["loss"],
+        scalars["videos_per_second"],
+        100 * scalars["data_wait"],
+        f"{int(left) // 60}:{int(left) % 60:02d}",
+    )
+
+
+def _fetch(unread: list[tuple[int, Metrics]]) -> list[dict[str, float]]:
+    """Waits for the metrics of these steps; raises NonFiniteLoss at the first bad one."""
+    values = [{key: float(v) for key, v in jax.device_get(m).items()} for _, m in unread]
+    for (step, _), value in zip(unread, values, strict=True):
+        for key, number in value.items():
+            if not np.isfinite(number):
+                raise NonFiniteLoss(f"{key} is {number} at step {step}")
+    return values

@@ -1,0 +1,62 @@
+"""Scalars to `metrics.jsonl` and TensorBoard, with the methods of clu's MetricWriter."""
+
+import json
+import os
+from collections.abc import Mapping
+
+from etils import epath
+from tensorboardX import SummaryWriter
+
+from vop_jax.tensorfile import write_atomic
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricWriter:
+    """Appends one JSON object a line, `step` and scalars, and the same to TensorBoard."""
+
+    def __init__(self, workdir: str | os.PathLike, resume_step: int = 0):
+        """Opens the workdir's metrics; lines after `resume_step` are about to be redone."""
+        self._path = epath.Path(workdir) / METRICS_FILE
+        kept = [line for line in read_metrics(workdir) if line["step"] <= resume_step]
+        write_atomic(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        self._file = self._path.open("a")
+        self._events = SummaryWriter(
+            str(workdir), purge_step=resume_step + 1 if resume_step else None
+        )
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        """One line; the values are Python or 0-d numbers."""
+        line = {"step": step, **{key: float(value) for key, value in scalars.items()}}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        for key, value in scalars.items():
+            self._events.add_scalar(key, float(value), step)
+
+    def flush(self) -> None:
+        self._file.flush()
+        self._events.flush()
+
+    def close(self) -> None:
+        self._file.close()
+        self._events.close()
+
+    def __enter__(self) -> "MetricWriter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def read_metrics(workdir: str | os.PathLike) -> list[dict[str, float]]:
+    """The lines of a workdir's metrics; a last line cut by a kill is left out."""
+    path = epath.Path(workdir) / METRICS_FILE
+    if not path.exists():
+        return []
+    lines = []
+    for line in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
