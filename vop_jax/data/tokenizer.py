@@ -1,0 +1,107 @@
+"""OpenAI CLIP's byte-pair encoding: captions to token ids, equal to OpenAI's in every id."""
+
+import gzip
+import html
+from collections.abc import Sequence
+from importlib import resources
+
+import ftfy
+import numpy as np
+import regex
+from tokenizers.models import BPE
+
+from vop_jax.errors import UserError
+
+VOCAB_SIZE = 49408
+SOT = VOCAB_SIZE - 2
+EOT = VOCAB_SIZE - 1
+# A caption that spells one of these out gets its id, as it does at OpenAI.
+SPECIAL = {"<|startoftext|>": SOT, "<|endoftext|>": EOT}
+
+# Not `tokenizers`' own splitter: its regex engine has other Unicode tables than OpenAI's.
+_WORD = regex.compile(
+    "|".join(map(regex.escape, SPECIAL))
+    + r"|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
+    regex.IGNORECASE,
+)
+_SPACE = regex.compile(r"\s+")
+
+# BPE works on visible letters: a printable byte is its own Latin-1 letter, the others follow
+# from U+0100 on, in order.
+_PRINTABLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+_HIDDEN = [byte for byte in range(256) if byte not in _PRINTABLE]
+_BYTE_LETTERS = {byte: chr(byte) for byte in _PRINTABLE} | {
+    byte: chr(0x100 + i) for i, byte in enumerate(_HIDDEN)
+}
+
+
+class Tokenizer:
+    """Turns captions into rows of token ids. Build it once; it can be pickled."""
+
+    def __init__(self) -> None:
+        packed = resources.files("vop_jax.data") / "bpe_simple_vocab_16e6.txt.gz"
+        lines = gzip.decompress(packed.read_bytes()).decode().split("\n")
+        # The file goes on past the vocabulary: 256 bytes, the same at a word's end, 2 special.
+        merges = [_pair(line) for line in lines[1 : VOCAB_SIZE - 2 * 256 - 2 + 1]]
+        alphabet = sorted(_BYTE_LETTERS.values())
+        vocabulary = alphabet + [letter + "</w>" for letter in alphabet]
+        vocabulary += [first + second for first, second in merges]
+        self._bpe = BPE(
+            vocab={token: i for i, token in enumerate(vocabulary)},
+            merges=merges,
+            end_of_word_suffix="</w>",
+        )
+
+    def __reduce__(self) -> tuple[type["Tokenizer"], tuple[()]]:
+        return Tokenizer, ()
+
+    def __call__(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids of captions, each framed by SOT and EOT and padded with zeros.
+
+        Args:
+            texts: N captions; an empty one is SOT EOT.
+            length: T, the row length. A longer caption is cut; its last id stays EOT.
+
+        Returns:
+            ids, int32 [N, T], and whether each caption was cut, bool [N].
+
+        Raises:
+            UserError: `length` has no room for SOT and EOT, or a text is not a string.
+        """
+        if length < 2:
+            raise UserError(f"text length is {length}: at least 2 are needed, for SOT and EOT")
+        if isinstance(texts, str):
+            raise UserError(f"texts is one string, {texts[:40]!r}: a list of strings is needed")
+        ids = np.zeros((len(texts), length), np.int32)
+        cut = np.zeros(len(texts), bool)
+        for i, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise UserError(f"text {i} is of type {type(text).__name__}: a string is needed")
+            row = [SOT, *self.encode(text), EOT]
+            cut[i] = len(row) > length
+            if cut[i]:
+                row[length - 1 :] = [EOT]
+            ids[i, : len(row)] = row
+        return ids, cut
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of one caption of any length, without SOT and EOT."""
+        ids: list[int] = []
+        for word in _WORD.findall(clean(text)):
+            if word in SPECIAL:
+                ids.append(SPECIAL[word])
+            else:
+                letters = word.encode().decode("latin-1").translate(_BYTE_LETTERS)
+                ids.extend(token.id for token in self._bpe.tokenize(letters))
+        return ids
+
+
+def _pair(line: str) -> tuple[str, str]:
+    first, second = line.split()
+    return first, second
+
+
+def clean(text: str) -> str:
+    """OpenAI's cleaning: encoding and HTML entities mended, one space between words, lower case."""
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return _SPACE.sub(" ", text).strip().lower()

@@ -1,0 +1,128 @@
+"""What a user holds after training: text and video in, unit vectors out."""
+
+import os
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from vop_jax import tensorfile
+from vop_jax.clip.weights import check_shapes, load_clip
+from vop_jax.data.frames import VideoError, read_frames
+from vop_jax.data.pixels import eval_crop
+from vop_jax.data.sources import CaptionTokenizer
+from vop_jax.errors import UserError
+from vop_jax.model import TextVideoModel
+from vop_jax.tuning.methods import MethodConfig
+from vop_jax.tuning.prompts_file import check_same_clip, load_prompts
+
+# How clips are read when no prompts say how they were read in training.
+DEFAULT_VIDEO = {"frames": 12, "short_side": 256, "stored_fps": 0.0}
+
+
+class Retriever:
+    """A CLIP with one set of prompts; made by `load`.
+
+    Attributes:
+        clip_name: the CLIP, for people to read.
+        method: what the prompts are.
+        frames: F, frames sampled of a video file.
+    """
+
+    def __init__(self, model: TextVideoModel, params: dict, clip_name: str, video: dict):
+        self.clip_name = clip_name
+        self.method = model.method
+        self.frames = video["frames"]
+        self._image_size = model.clip_config.image_size
+        self._video = video
+        self._params = jax.device_put(params)
+        self._tokenize = CaptionTokenizer(model.method.text_slots(model.clip_config))
+
+        def jitted(method: str):
+            return jax.jit(lambda p, rows: model.apply({"params": p}, rows, method=method))
+
+        self._encode_text = jitted("encode_text")
+        self._encode_video = jitted("encode_video")
+
+    def embed_text(self, texts: Sequence[str]) -> np.ndarray:
+        """Captions or queries -> float32 [N, E], unit rows.
+
+        A text longer than the slots is cut, its EOT kept, and a warning logged.
+        """
+        if isinstance(texts, str):
+            raise TypeError("texts is a list of strings, not one string")
+        ids, cut = self._tokenize.with_cuts(texts)
+        if cut.any():
+            logging.warning("%d of %d texts cut to %d tokens", cut.sum(), len(ids), ids.shape[1])
+        return np.asarray(self._encode_text(self._params, ids))
+
+    def embed_frames(self, frames: np.ndarray) -> np.ndarray:
+        """Sampled frames uint8 [B, F, H, W, 3] RGB -> float32 [B, E], unit rows.
+
+        Each frame is resized (bicubic, short side) and centre-cropped as CLIP does.
+        """
+        frames = np.asarray(frames)
+        if frames.ndim != 5 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
+            raise ValueError(
+                f"frames are uint8 [B, F, H, W, 3], not {frames.dtype} {list(frames.shape)}"
+            )
+        cropped = np.stack([eval_crop(clip, self._image_size) for clip in frames])
+        return np.asarray(self._encode_video(self._params, cropped))
+
+    def embed_videos(self, paths: Sequence[str | os.PathLike]) -> np.ndarray:
+        """Video files -> float32 [B, E], unit rows; sampled as in training.
+
+        Raises:
+            UserError: a file that cannot be read, with the reason.
+        """
+        if isinstance(paths, str | os.PathLike):
+            raise TypeError("paths is a list of files, not one file")
+        rows = []
+        for path in paths:
+            try:
+                clip = read_frames(path, self.frames, short_side=self._video["short_side"])
+            except VideoError as error:
+                raise UserError(f"{os.fspath(path)}: {error}") from None
+            rows.append(self.embed_frames(np.stack(clip.pixels)[None])[0])
+        return np.stack(rows)
+
+
+def load(
+    clip: str | os.PathLike,
+    prompts: str | os.PathLike | None = None,
+    *,
+    dtype: str = "float32",
+) -> Retriever:
+    """Opens a converted CLIP and, over it, a set of prompts.
+
+    Args:
+        clip: file written by tools/convert_clip_weights.py.
+        prompts: prompts.safetensors of a run; None is plain CLIP.
+        dtype: of matmuls, float32 or bfloat16; the vectors are float32.
+
+    Raises:
+        UserError: a file is missing or not what it should be, or the prompts were trained over
+            another CLIP (the message names both).
+    """
+    weights = load_clip(clip)
+    params, method, video = {"clip": weights.params}, MethodConfig("zero_shot"), DEFAULT_VIDEO
+    if prompts is not None:
+        given = load_prompts(prompts)
+        check_same_clip(prompts, given, weights.fingerprint, weights.name)
+        given.method.check_fits(weights.config)
+        method, video = given.method, {**DEFAULT_VIDEO, **given.video}
+        flat = {**tensorfile.flatten(params), **tensorfile.flatten(given.params)}
+        params = tensorfile.unflatten(flat)
+    model = TextVideoModel(weights.config, method, jnp.dtype(dtype))
+    check_shapes(prompts or clip, params, _shapes(model))
+    return Retriever(model, params, weights.name, video)
+
+
+def _shapes(model: TextVideoModel) -> dict[str, tuple[int, ...]]:
+    clip = model.clip_config
+    frames = jax.ShapeDtypeStruct((1, 1, clip.image_size, clip.image_size, 3), np.uint8)
+    ids = jax.ShapeDtypeStruct((1, model.method.text_slots(clip)), np.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), frames, ids)["params"]
+    return {name: leaf.shape for name, leaf in tensorfile.flatten(params).items()}
