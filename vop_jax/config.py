@@ -55,6 +55,7 @@ def base_config() -> ConfigDict:
     c.data.augment = True  # random-resized crop and flip in training
     c.data.crop_scale = (0.5, 1.0)  # area of the crop, one crop for all frames of a clip
     c.data.flip = True  # horizontal; turn off where captions say left or right
+    c.data.short_clips = "skip"  # fewer frames than F: skip, repeat (the last frame)
     c.data.max_skipped = 0.05  # share of unreadable videos per split above which a run stops
     c.data.threads = 16  # reading and decoding records
     c.data.workers = 0  # reader processes; 0: threads of this one
@@ -94,6 +95,7 @@ ALLOWED = {
     "clip.activation": ("", "quick_gelu", "gelu"),
     "data.kind": ("folder", "clips", "stills"),
     "data.sampling": ("uniform", "rand"),
+    "data.short_clips": ("skip", "repeat"),
     "eval.missing": ("miss", "drop"),
     "compute.dtype": ("float32", "bfloat16"),
 }

@@ -4,10 +4,11 @@ python -m vop_jax.main --config=configs/demo.py --workdir=DIR
 """
 
 import errno
-import json
+import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from logging import WARNING, Formatter
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -53,17 +54,28 @@ def _check_flags(config: Any) -> None:
         raise UserError("--workdir=DIR is missing")
 
 
-def fail(message: str) -> None:
+def fail(message: str) -> NoReturn:
     """One line, exit status 2."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
 
 
-def main(argv: Sequence[str]) -> int:
+def set_up_logging() -> None:
+    """Our own progress, and what others warn of."""
+    package = os.path.dirname(__file__)
+    handler = logging.get_absl_handler()
+    handler.addFilter(
+        lambda record: record.levelno >= WARNING or record.pathname.startswith(package)
+    )
+    handler.setFormatter(Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logging.set_verbosity(logging.INFO)
+
+
+def main(argv: Sequence[str]) -> int:
+    set_up_logging()
     interrupt.install()
     try:
-        return run(flags.FLAGS.config, flags.FLAGS.workdir, flags.FLAGS.mode, flags.FLAGS.json)
+        return run(flags.FLAGS.config, flags.FLAGS.workdir or "", flags.FLAGS.mode, flags.FLAGS.json)
     except UserError as error:
         fail(str(error))
     except interrupt.Interrupted as signal:
@@ -73,10 +85,9 @@ def main(argv: Sequence[str]) -> int:
         if (full := no_space_left(error)) is not None:
             fail(f"{full}: no space left on the disk; free some, the same command continues")
         raise
-    return 1
 
 
-def run(config: ConfigDict, workdir: str | None, mode: str, json_path: str | None) -> int:
+def run(config: ConfigDict, workdir: str, mode: str, json_path: str | None) -> int:
     """Runs one mode and prints its result."""
     # Imported here so that a wrong call is answered at once.
     from vop_jax import experiment, tensorfile

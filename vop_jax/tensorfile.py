@@ -37,7 +37,7 @@ def fingerprint(tree: Tree) -> str:
     """
     digest = hashlib.sha256()
     for name, leaf in flatten(tree).items():
-        values = np.ascontiguousarray(leaf, dtype="<f4")
+        values = np.asarray(leaf, dtype="<f4", order="C")
         digest.update(f"{name}{values.shape}".encode())
         digest.update(values.data)
     return digest.hexdigest()
@@ -63,7 +63,7 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 def save(path: str | os.PathLike, tree: Tree, metadata: Mapping[str, str]) -> None:
     """Writes a parameter tree as safetensors, atomically."""
-    flat = {name: np.ascontiguousarray(leaf) for name, leaf in flatten(tree).items()}
+    flat = {name: np.asarray(leaf, order="C") for name, leaf in flatten(tree).items()}
     write_atomic(path, safetensors_numpy.save(flat, metadata=dict(metadata)))
 
 

@@ -35,7 +35,7 @@ PRESETS: dict[str, ClipConfig] = {
     "ViT-L/14": ClipConfig(224, 14, 1024, 24, 16, 768, 12, 12, 768),
     "ViT-L/14@336px": ClipConfig(336, 14, 1024, 24, 16, 768, 12, 12, 768),
     # The demo's: small enough to pre-train on two cores in a minute.
-    "tiny": ClipConfig(32, 8, 64, 4, 1, 64, 3, 1, 64),
+    "tiny": ClipConfig(32, 8, 64, 4, 1, 64, 3, 1, 64, context_length=32),
 }
 
 

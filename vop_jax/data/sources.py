@@ -57,7 +57,10 @@ def load(data: ConfigDict, workdir: str) -> Packed:
             raise UserError(
                 f"config.data.{key}={data[key]!r}: no such split in the annotations; found {found}"
             )
-    wanted = {data.train_split: dataset[data.train_split], data.eval_split: dataset[data.eval_split]}
+    wanted = {
+        data.train_split: dataset[data.train_split],
+        data.eval_split: dataset[data.eval_split],
+    }
     return pack(
         wanted,
         data.records or os.path.join(workdir, "records"),
@@ -66,6 +69,7 @@ def load(data: ConfigDict, workdir: str) -> Packed:
             short_side=data.short_side,
             stored_fps=data.stored_fps,
             jpeg_quality=data.jpeg_quality,
+            short_clips=data.short_clips,
         ),
         max_skipped=data.max_skipped,
     )

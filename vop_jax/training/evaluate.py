@@ -49,12 +49,12 @@ def embed_videos(
     encode: Encode, params: Any, mesh: Mesh, batches: Iterator[dict[str, np.ndarray]]
 ) -> np.ndarray:
     """float32 [M, E], padding rows dropped."""
+    gather = jax.jit(lambda x: x, out_shardings=sharding.replicated(mesh))
     rows = []
-    for batch in batches:
-        batch = sharding.to_global(mesh, batch)
+    for local in batches:
+        batch = sharding.to_global(mesh, local)
         embedded = np.asarray(encode(params, batch["frames"]))
-        mask = jax.jit(lambda x: x, out_shardings=sharding.replicated(mesh))(batch["mask"])
-        rows.append(embedded[np.asarray(mask)])
+        rows.append(embedded[np.asarray(gather(batch["mask"]))])
     return np.concatenate(rows)
 
 
@@ -66,7 +66,7 @@ def embed_texts(
     for start in range(0, len(ids), batch_size):
         block = ids[start : start + batch_size]
         padded = np.concatenate([block, np.repeat(block[-1:], batch_size - len(block), axis=0)])
-        placed = jax.device_put(padded, sharding.batch_sharding(mesh))
+        placed: jax.Array = jax.device_put(padded, sharding.batch_sharding(mesh))
         rows.append(np.asarray(encode(params, placed))[: len(block)])
     return np.concatenate(rows)
 

@@ -50,7 +50,7 @@ def fit(
     meta: dict[str, Any],
     writer: MetricWriter,
     schedule: Callable[[int], Any],
-    evaluate: Callable[[TrainState, int], None],
+    evaluate: Callable[[TrainState, int], object],
 ) -> TrainState:
     """Trains from `state.step` to `config.steps` and returns the last state, saved.
 

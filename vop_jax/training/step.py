@@ -32,9 +32,9 @@ class TrainState:
 def batch_loss(model: TextVideoModel, params: Any, batch: Batch) -> jax.Array:
     """The contrastive loss of a global batch of (caption, clip) pairs, a scalar."""
     variables = {"params": params}
-    video = model.apply(variables, batch["frames"], method="encode_video")  # [B, E]
-    text = model.apply(variables, batch["ids"], method="encode_text")  # [B, E]
-    temperature = model.apply(variables, method="temperature")
+    video: Any = model.apply(variables, batch["frames"], method="encode_video")  # [B, E]
+    text: Any = model.apply(variables, batch["ids"], method="encode_text")  # [B, E]
+    temperature: Any = model.apply(variables, method="temperature")
     return symmetric_cross_entropy(text, video, temperature)
 
 

@@ -1,7 +1,7 @@
 """Methods by name: what each adds to CLIP and which parameters it trains."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from vop_jax.clip.config import ClipConfig
@@ -85,7 +85,7 @@ class MethodConfig:
 
     def validate(self) -> None:
         """Raises UserError for values that no CLIP could take."""
-        choices = {"name": METHODS, "branches": BRANCHES, "suffix": SUFFIXES}
+        choices: dict[str, Collection[str]] = {"name": METHODS, "branches": BRANCHES, "suffix": SUFFIXES}
         for key, allowed in choices.items():
             if getattr(self, key) not in allowed:
                 raise UserError(

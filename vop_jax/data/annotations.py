@@ -1,0 +1,205 @@
+"""Annotation files become clips: a folder of videos with a CSV or JSON Lines file of captions."""
+
+import csv
+import difflib
+import hashlib
+import io
+import json
+import math
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from absl import logging
+from etils import epath
+
+from vop_jax.data.records import Clip, Dataset
+from vop_jax.errors import UserError
+
+COLUMNS = ("video", "caption", "start", "end", "split")
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+JSON_LINES = (".jsonl", ".ndjson", ".json")
+
+# Without a column `split`, about this share of the clips is held out for evaluation.
+HELD_OUT = 0.1
+
+
+def read_folder(annotations: str | os.PathLike, videos: str | os.PathLike) -> Dataset:
+    """Reads the captions of a folder of videos.
+
+    The file is CSV (`.csv`, `.tsv`) with a header, or JSON Lines (`.jsonl`), with `video`
+    (relative to `videos`), `caption` (one; in JSON Lines also a list) and, where wanted,
+    `start` and `end` (seconds) and `split`. Rows of the same video, start, end and split are
+    one clip with several captions. Without any `split`, a tenth of the clips, chosen by a hash
+    of their ids, is the split "test" and the others are "train".
+
+    Raises:
+        UserError: a file or folder that does not exist, a column that is missing or misspelt,
+            or the first row, by its line, that is not as described.
+    """
+    path = epath.Path(annotations)
+    if not path.exists():
+        raise UserError(f"{path}: no such annotation file")
+    if not epath.Path(videos).is_dir():
+        raise UserError(f"{videos}: no such folder of videos")
+    captions: dict[tuple, list[str]] = {}  # (split, video, start, end) -> captions
+    for where, row in _rows(path):
+        key, own = _parse(where, row)
+        captions.setdefault(key, []).extend(own)
+    if not captions:
+        raise UserError(f"{path}: no captions in it")
+    with_split = [bool(split) for split, *_ in captions]
+    if any(with_split) and not all(with_split):
+        video = next(video for split, video, *_ in captions if not split)
+        raise UserError(f"{path}: {video} has no split, other rows do; give one to all or to none")
+    dataset: Dataset = {}
+    for (split, video, start, end), own in captions.items():
+        clip_id = video if start is None and end is None else f"{video}@{start or 0:g}-{_to(end)}"
+        location = video if os.path.isabs(video) else os.path.join(os.fspath(videos), video)
+        clip = Clip(clip_id, location, tuple(dict.fromkeys(own)), start, end)
+        dataset.setdefault(split or _split_of(clip_id), []).append(clip)
+    if not all(with_split):
+        _ensure_held_out(dataset)
+        sizes = ", ".join(f"{len(clips)} {split}" for split, clips in dataset.items())
+        logging.info("%s has no splits; chosen by a hash of the ids: %s", path, sizes)
+    _warn_of_leaks(dataset)
+    return dataset
+
+
+def _to(end: float | None) -> str:
+    return "end" if end is None else f"{end:g}"
+
+
+def _rows(path: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("FILE:LINE", row) of each row, keys in lower case."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: a folder; an annotation file is needed") from None
+    kind = path.suffix.lower()
+    if kind in DELIMITERS:
+        yield from _csv_rows(path, text, DELIMITERS[kind])
+    elif kind in JSON_LINES:
+        yield from _json_rows(path, text)
+    else:
+        allowed = ", ".join([*DELIMITERS, *JSON_LINES])
+        raise UserError(f"{path}: annotations are files of type {allowed}")
+
+
+def _csv_rows(path: epath.Path, text: str, delimiter: str) -> Iterator[tuple[str, dict]]:
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        header = [name.strip().lower() for name in next(reader, [])]
+        _check_columns(f"{path}:1", header)
+        for cells in reader:
+            if not any(cell.strip() for cell in cells):
+                continue
+            where = f"{path}:{reader.line_num}"
+            if len(cells) != len(header):
+                raise UserError(
+                    f"{where}: {len(cells)} cells, the header has {len(header)}; quote a caption "
+                    f"that holds {delimiter!r}"
+                )
+            yield where, dict(zip(header, cells, strict=True))
+    except csv.Error as error:
+        raise UserError(f"{path}:{reader.line_num}: not CSV ({error})") from None
+
+
+def _json_rows(path: epath.Path, text: str) -> Iterator[tuple[str, dict]]:
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where}: not JSON ({error.msg}); one object a line") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: a JSON {type(row).__name__}; one object a line is needed")
+        row = {key.lower(): value for key, value in row.items()}
+        _check_columns(where, list(row))
+        yield where, row
+
+
+def _check_columns(where: str, names: list[str]) -> None:
+    """Raises for a column that is needed and missing, or there under a misspelt name."""
+    absent = [name for name in COLUMNS if name not in names]
+    if "captions" in names and "caption" in absent:
+        absent.remove("caption")
+    for name in names:
+        near = difflib.get_close_matches(name, absent, n=1, cutoff=0.75)
+        if near and name not in (*COLUMNS, "captions"):
+            raise UserError(f"{where}: unknown column {name!r}; did you mean {near[0]!r}?")
+    for name in ("video", "caption"):
+        if name in absent:
+            found = ", ".join(names) or "nothing"
+            raise UserError(f"{where}: no column {name!r}; found {found}")
+
+
+def _parse(where: str, row: dict[str, Any]) -> tuple[tuple, list[str]]:
+    """((split, video, start, end), captions) of one row."""
+    video = row["video"]
+    if not isinstance(video, str) or not video.strip():
+        raise UserError(f"{where}: video is {video!r}; a file name is needed")
+    given = row.get("caption", row.get("captions"))
+    captions: list[Any] = given if isinstance(given, list) else [given]
+    if not captions:
+        raise UserError(f"{where}: an empty list of captions")
+    for caption in captions:
+        if not isinstance(caption, str):
+            raise UserError(f"{where}: caption is {caption!r}; text is needed")
+        if not caption.strip():
+            raise UserError(f"{where}: an empty caption")
+    split = row.get("split")
+    if split is not None and not isinstance(split, str):
+        raise UserError(f"{where}: split is {split!r}; a name is needed")
+    start, end = _seconds(where, row, "start"), _seconds(where, row, "end")
+    if end is not None and end <= (start or 0):
+        raise UserError(f"{where}: end={end:g} is not after start={start or 0:g}")
+    return ((split or "").strip(), video.strip(), start, end), [c.strip() for c in captions]
+
+
+def _seconds(where: str, row: dict[str, Any], name: str) -> float | None:
+    value = row.get(name)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError):
+        seconds = math.nan
+    if isinstance(value, bool) or not math.isfinite(seconds) or seconds < 0:
+        raise UserError(f"{where}: {name}={value!r}; seconds, 0 or more, are needed")
+    return seconds
+
+
+def _hash(clip_id: str) -> float:
+    """A fixed number in [0, 1) for an id."""
+    return int.from_bytes(hashlib.sha256(clip_id.encode()).digest()[:8]) / 2**64
+
+
+def _split_of(clip_id: str) -> str:
+    return "test" if _hash(clip_id) < HELD_OUT else "train"
+
+
+def _ensure_held_out(dataset: Dataset) -> None:
+    """Moves one clip where a small dataset left a side empty."""
+    for empty, other in (("test", "train"), ("train", "test")):
+        if not dataset.get(empty) and len(dataset.get(other, ())) > 1:
+            moved = min(dataset[other], key=lambda clip: _hash(clip.id))
+            dataset[other].remove(moved)
+            dataset[empty] = [moved]
+
+
+def _warn_of_leaks(dataset: Dataset) -> None:
+    """A clip in two splits makes an evaluation look better than it is."""
+    seen: dict[str, str] = {}
+    shared: dict[tuple[str, str], int] = {}
+    for split, clips in dataset.items():
+        for clip in clips:
+            first = seen.setdefault(clip.id, split)
+            if first != split:
+                shared[first, split] = shared.get((first, split), 0) + 1
+    for (first, second), count in shared.items():
+        logging.warning("%d clips are both in %s and in %s", count, first, second)

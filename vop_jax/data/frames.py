@@ -1,0 +1,252 @@
+"""Video files become sampled frames: which frames (METHOD of the paper), and their decoding."""
+
+import dataclasses
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+
+import av
+import av.logging
+import numpy as np
+from etils import epath
+
+from vop_jax.data.pixels import resize_short_side
+
+# A file whose pictures end this share before its stated duration has lost its end.
+LOST_END = 0.1
+# Undecodable packets a file may hold, as a share of all; decoders recover at the next key frame.
+DAMAGED = 0.05
+# A stretch that begins earlier, in seconds, is reached by decoding: some indexes are wrong.
+SEEK_FROM = 10.0
+
+Keep = Callable[[int, float], bool]  # (index in the stretch, seconds) -> wanted
+
+
+class VideoError(Exception):
+    """A video that cannot be used; the message is the reason."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Frames:
+    """Sampled frames of a clip.
+
+    Attributes:
+        pixels: uint8 RGB [h, w, 3] each, upright.
+        indices: which decoded frame of the clip each is, from 0.
+        timestamps: seconds in the file.
+    """
+
+    pixels: list[np.ndarray]
+    indices: list[int]
+    timestamps: list[float]
+
+
+def segment_indices(count: int, frames: int, rng: np.random.Generator | None = None) -> np.ndarray:
+    """One frame of each of `frames` equal segments of a clip of `count` frames: int [F].
+
+    The middle of each segment, or with `rng` any frame of it. A clip shorter than F gives each
+    of its frames once and then repeats the last.
+    """
+    if count < 1:
+        raise ValueError("a clip has at least one frame")
+    if count < frames:
+        return np.minimum(np.arange(frames), count - 1)
+    edges = np.linspace(0, count, frames + 1).astype(int)
+    low, high = edges[:-1], edges[1:]
+    if rng is None:
+        return (low + high) // 2
+    return rng.integers(low, high)
+
+
+def read_frames(
+    path: str | os.PathLike,
+    frames: int,
+    *,
+    start: float | None = None,
+    end: float | None = None,
+    fps: float = 0.0,
+    short_side: int | None = None,
+) -> Frames:
+    """Decodes a clip and samples it.
+
+    Args:
+        frames: F, the number of uniform frames, unless `fps` is set.
+        start, end: seconds; only frames shown in [start, end) count.
+        fps: instead take the first frame of every 1 / fps seconds, as many as there are.
+        short_side: shrink larger frames to this, in pixels.
+
+    Raises:
+        VideoError: the file cannot be opened, has no video, is damaged or truncated, or shows
+            nothing between `start` and `end`.
+    """
+    clip = _Stretch(os.fspath(path), start or 0.0, float("inf") if end is None else end, short_side)
+    if fps:
+        taken = clip.decode(_ticks(clip.start, 1 / fps))
+    else:
+        # Sequential decoding beats seeking, but which frames to keep depends on how many there
+        # are. The number of packets is a cheap guess, nearly always right; if not, again.
+        count = clip.count_packets()
+        taken = clip.decode(_chosen(count, frames)) if count else {}
+        if clip.decoded != count and clip.decoded:
+            taken = clip.decode(_chosen(clip.decoded, frames))
+    if not clip.decoded:
+        stretch = "" if start is None and end is None else f" between {start or 0:g} and {end} s"
+        raise VideoError(f"no frame decodes{stretch}")
+    indices = sorted(taken) if fps else [int(i) for i in segment_indices(clip.decoded, frames)]
+    # Decoders hand frames out in the order of display, but files such as AVI number them in
+    # the order of storage: the k-th frame is shown at the k-th time.
+    times = sorted(clip.times)
+    return Frames([taken[i] for i in indices], indices, [times[i] for i in indices])
+
+
+def _chosen(count: int, frames: int) -> Keep:
+    wanted = {int(i) for i in segment_indices(count, frames)}
+    return lambda index, time: index in wanted
+
+
+def _ticks(start: float, interval: float) -> Keep:
+    """Keeps the first frame at or after each multiple of `interval`."""
+    due = itertools.count()
+    tick = next(due)
+
+    def keep(index: int, time: float) -> bool:
+        nonlocal tick
+        if time - start < tick * interval - 1e-6 and index:
+            return False
+        while tick * interval <= time - start + 1e-6:
+            tick = next(due)
+        return True
+
+    return keep
+
+
+class _Stretch:
+    """The part of a file between two times.
+
+    Attributes:
+        decoded: how many of its frames the last `decode` saw; times: when they are shown.
+    """
+
+    def __init__(self, path: str, start: float, end: float, short_side: int | None):
+        self.path, self.start, self.end, self.short_side = path, start, end, short_side
+        self.decoded = 0
+        self.times: list[float] = []
+
+    def count_packets(self) -> int:
+        with self._opened() as (container, stream):
+            try:
+                return sum(
+                    self.start <= self._time(stream, packet) < self.end
+                    for packet in container.demux(stream)
+                    if packet.size
+                )
+            except av.error.FFmpegError:
+                return 0  # decoding will find the reason
+
+    def decode(self, keep: Keep) -> dict[int, np.ndarray]:
+        """Pixels of the frames that `keep` chooses, by index in the stretch."""
+        kept: dict[int, np.ndarray] = {}
+        self.times = []
+        bad = packets = 0
+        last = 0.0  # when the last frame ends
+        with self._opened() as (container, stream):
+            for packet in self._packets(container, stream):
+                packets += 1
+                try:
+                    decoded = packet.decode()
+                except av.error.FFmpegError:
+                    bad += 1
+                    continue
+                for frame in decoded:
+                    bad += frame.is_corrupt
+                    time = self._time(stream, frame)
+                    last = max(last, time + float((frame.duration or 0) * _tick(stream)))
+                    if self.start <= time < self.end:
+                        if keep(len(self.times), time):
+                            kept[len(self.times)] = _upright(frame, self.short_side)
+                        self.times.append(time)
+                if last >= self.end:
+                    break
+            self.decoded = len(self.times)
+            if bad > DAMAGED * packets:
+                raise VideoError(f"damaged: {bad} of {packets} packets do not decode")
+            stated = _duration(container, stream)
+            if last < min(stated, self.end) * (1 - LOST_END) and self.times:
+                raise VideoError(f"truncated: {last:.1f} s of {stated:.1f} s decode")
+        return kept
+
+    @contextmanager
+    def _opened(self) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+        av.logging.set_level(av.logging.PANIC)  # reasons are raised, not printed
+        source = epath.Path(self.path)
+        if not source.exists():
+            raise VideoError("no such file")
+        if source.is_dir():
+            raise VideoError("a folder, not a video")
+        if not source.stat().length:
+            raise VideoError("zero bytes")
+        file = source.open("rb") if "://" in self.path else None
+        try:
+            with av.open(file or self.path) as container:
+                if not container.streams.video:
+                    raise VideoError("no video stream")
+                stream = container.streams.video[0]
+                if stream.codec_context is None:
+                    raise VideoError("unknown codec")
+                stream.codec_context.thread_count = 1  # clips are decoded in parallel instead
+                if self.start > SEEK_FROM:
+                    first = int(self.start / _tick(stream)) + (stream.start_time or 0)
+                    container.seek(first, stream=stream)  # to the key frame before it
+                yield container, stream
+        except av.error.FFmpegError as error:
+            raise VideoError(f"not readable as video ({error.strerror})") from None
+        finally:
+            if file:
+                file.close()
+
+    def _packets(self, container, stream) -> Iterator[av.Packet]:
+        """Packets to the end of the file; a file that breaks off ends there."""
+        packets = container.demux(stream)
+        while True:
+            try:
+                packet = next(packets, None)
+            except av.error.FFmpegError:
+                return
+            if packet is None:
+                return
+            yield packet
+
+    def _time(self, stream: av.VideoStream, shown: av.Packet | av.VideoFrame) -> float:
+        """Seconds since the beginning of the video."""
+        pts = shown.dts if shown.pts is None else shown.pts
+        if pts is None:
+            return self.times[-1] if self.times else 0.0
+        return float((pts - (stream.start_time or 0)) * _tick(stream))
+
+
+def _tick(stream: av.VideoStream) -> Fraction:
+    """Seconds of one unit of the stream's time stamps."""
+    return stream.time_base or Fraction(1, av.time_base)
+
+
+def _duration(container: av.container.InputContainer, stream: av.VideoStream) -> float:
+    """The stated seconds of video, 0 where the file does not say."""
+    if stream.duration:
+        return float(stream.duration * _tick(stream))
+    if tag := stream.metadata.get("DURATION"):  # Matroska and webm: 00:00:05.240000000
+        hours, minutes, seconds = tag.split(":")
+        return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+    if container.duration and len(container.streams) == 1:
+        return container.duration / av.time_base
+    return 0.0
+
+
+def _upright(frame: av.VideoFrame, short_side: int | None) -> np.ndarray:
+    pixels = frame.to_ndarray(format="rgb24")
+    if turns := round(frame.rotation / 90) % 4:
+        pixels = np.rot90(pixels, turns)
+    if short_side:
+        pixels = resize_short_side(np.ascontiguousarray(pixels), short_side, enlarge=False)
+    return np.ascontiguousarray(pixels)

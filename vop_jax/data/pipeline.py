@@ -1,0 +1,160 @@
+"""Records become batches, with `grain`.
+
+Batch k of training is a function of the seed and k alone: to continue a run at step k is to
+start at batch k, with any number of threads, workers or hosts.
+"""
+
+import dataclasses
+import io
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from absl import logging
+from PIL import Image
+
+from vop_jax.data.frames import segment_indices
+from vop_jax.data.packed import Split
+from vop_jax.data.pixels import eval_crop, train_crop
+
+Batch = dict[str, np.ndarray]
+Tokenize = Callable[[Sequence[str]], np.ndarray]  # N captions -> int32 [N, T]
+PREFETCH = 4  # batches
+
+
+@dataclasses.dataclass(frozen=True)
+class _TrainItem:
+    """Clip i of a split -> its frames and one of its captions."""
+
+    split: Split
+    tokenize: Tokenize
+    image_size: int
+    frames: int
+    sampling: str
+    scale: tuple[float, float]
+    flip: bool
+    augment: bool
+
+    def __call__(self, index: int, rng: np.random.Generator) -> Batch:
+        captions = self.split.captions[index]
+        ids = self.tokenize([captions[rng.integers(len(captions))]])[0]
+        sampling_rng = rng if self.sampling == "rand" else None
+        pixels = _decode(self.split[index], self.frames, sampling_rng)
+        if self.augment:
+            frames = train_crop(pixels, self.image_size, rng, scale=self.scale, flip=self.flip)
+        else:
+            frames = eval_crop(pixels, self.image_size)
+        return {"frames": frames, "ids": ids}
+
+
+@dataclasses.dataclass(frozen=True)
+class _EvalItem:
+    """Row i of the padded split -> its frames; `mask` is False behind the last clip."""
+
+    split: Split
+    image_size: int
+    frames: int
+
+    def __call__(self, index: int) -> Batch:
+        if index >= len(self.split):
+            shape = (self.frames, self.image_size, self.image_size, 3)
+            return {"frames": np.zeros(shape, np.uint8), "mask": np.array(False)}
+        pixels = _decode(self.split[index], self.frames, None)
+        return {"frames": eval_crop(pixels, self.image_size), "mask": np.array(True)}
+
+
+def train_batches(
+    split: Split,
+    tokenize: Tokenize,
+    *,
+    batch_size: int,
+    image_size: int,
+    frames: int,
+    sampling: str = "uniform",
+    scale: tuple[float, float] = (0.5, 1.0),
+    flip: bool = True,
+    augment: bool = True,
+    seed: int = 0,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    threads: int = 16,
+    workers: int = 0,
+) -> Iterator[Batch]:
+    """This process's rows of the global batches `start_step`, `start_step + 1`, …, without end.
+
+    Every clip is seen once an epoch, in a new order each time, with one of its captions drawn.
+
+    Args:
+        batch_size: global; each process yields its `batch_size / process_count` rows.
+        image_size: S.
+        frames: F.
+        sampling: "uniform", or "rand": a random stored frame of each segment.
+        scale, flip, augment: see `vop_jax.config`.
+        threads: reading and decoding, in this process or in each worker.
+        workers: reader processes; 0: none.
+
+    Yields:
+        {"frames": uint8 [b, F, S, S, 3], "ids": int32 [b, T]}.
+    """
+    import grain  # slow to import, and it brings jax
+
+    if len(split) < batch_size:
+        logging.warning(
+            "a batch of %d over %d clips: repeated clips count as each other's negatives",
+            batch_size,
+            len(split),
+        )
+    item = _TrainItem(split, tokenize, image_size, frames, sampling, scale, flip, augment)
+    rows = grain.MapDataset.source(range(len(split))).seed(seed).shuffle().repeat()
+    # Randomness is bound to the global position before the processes share the rows out.
+    rows = rows.random_map(item)[process_index::process_count]
+    return _read(rows, batch_size // process_count, start_step, threads, workers)
+
+
+def eval_videos(
+    split: Split,
+    *,
+    batch_size: int,
+    image_size: int,
+    frames: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    threads: int = 16,
+) -> Iterator[Batch]:
+    """This process's rows of one pass over a split, in its order, all batches of one size.
+
+    Yields:
+        {"frames": uint8 [b, F, S, S, 3], "mask": bool [b], False in rows that only fill up}.
+    """
+    import grain
+
+    local = batch_size // process_count
+    batches = -(-len(split) // batch_size)
+    # Process p holds rows p * b … of each batch, so that gathered rows are in the split's order.
+    rows = [
+        k * batch_size + process_index * local + row for k in range(batches) for row in range(local)
+    ]
+    items = grain.MapDataset.source(rows).map(_EvalItem(split, image_size, frames))
+    return _read(items, local, 0, threads, 0)
+
+
+def _read(rows: Any, batch_size: int, start: int, threads: int, workers: int) -> Iterator[Batch]:
+    """Batches `start`, `start + 1`, … of a `grain.MapDataset` of rows, read ahead."""
+    import grain
+
+    if workers:  # each takes whole batches, so that their number changes nothing
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=PREFETCH)
+        batches = rows.batch(batch_size, drop_remainder=True)[start:].to_iter_dataset(options)
+        return iter(batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers)))
+    options = grain.ReadOptions(
+        num_threads=threads, prefetch_buffer_size=max(threads, PREFETCH * batch_size)
+    )
+    return iter(rows[start * batch_size :].to_iter_dataset(options).batch(batch_size))
+
+
+def _decode(stored: list[bytes], frames: int, rng: np.random.Generator | None) -> list[np.ndarray]:
+    """F of the stored JPEGs, sampled as `segment_indices` says: uint8 [h, w, 3] each."""
+    chosen = segment_indices(len(stored), frames, rng)
+    pictures = {int(i): np.asarray(Image.open(io.BytesIO(stored[i]))) for i in set(chosen)}
+    return [pictures[int(i)] for i in chosen]

@@ -1,0 +1,24 @@
+"""What a dataset is before anything is decoded: splits of clips with captions."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """One video, or a stretch of one, with its captions.
+
+    Attributes:
+        id: unique in its split; reports call the clip by it.
+        path: the video file.
+        captions: at least one.
+        start, end: seconds in the file; None is the file's own beginning or end.
+    """
+
+    id: str
+    path: str
+    captions: tuple[str, ...]
+    start: float | None = None
+    end: float | None = None
+
+
+Dataset = dict[str, list[Clip]]  # split -> clips in file order

@@ -1,0 +1,264 @@
+"""The demo's data: films and stills of coloured shapes with captions, rendered here.
+
+A film shows one shape that crosses the picture; its caption tells colour, shape, speed,
+direction and place. The held-out films come in pairs that differ in direction only, and the
+two of a pair are the same pictures in opposite order: a model that is blind to the order of
+frames cannot tell them apart. A still's caption tells size, colour, shape and place, so a CLIP
+trained on stills has met neither motion nor the words for it.
+"""
+
+import csv
+import dataclasses
+import io
+import itertools
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import av
+import numpy as np
+from etils import epath
+from PIL import Image
+from tqdm import tqdm
+
+from vop_jax.errors import UserError
+
+SIZE = 64  # height and width, pixels
+FRAMES = 24  # of a film: 8 uniform samples of it, reversed, are 8 uniform samples
+RATE = 12  # frames per second
+ANNOTATIONS_FILE = "annotations.csv"
+
+COLOURS = {
+    "red": (225, 35, 35),
+    "orange": (250, 140, 20),
+    "yellow": (245, 230, 40),
+    "green": (40, 180, 60),
+    "cyan": (60, 220, 230),
+    "blue": (40, 70, 225),
+    "purple": (160, 50, 200),
+    "white": (245, 245, 245),
+}
+# Signed distance to the outline, negative inside, at (y, x) from the centre for a radius.
+SHAPES: dict[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]] = {
+    "circle": lambda y, x, r: np.hypot(y, x) - r,
+    "square": lambda y, x, r: np.maximum(abs(y), abs(x)) - 0.9 * r,
+    "triangle": lambda y, x, r: np.maximum(y - 0.7 * r, 0.87 * abs(x) - 0.5 * y - 0.6 * r),
+    "cross": lambda y, x, r: np.minimum(
+        np.maximum(abs(y) - 1.1 * r, abs(x) - 0.35 * r),
+        np.maximum(abs(x) - 1.1 * r, abs(y) - 0.35 * r),
+    ),
+}
+SPEEDS = {"slowly": 14, "quickly": 40}  # pixels travelled in a film
+DIRECTIONS = (("up", "down"), ("to the left", "to the right"))  # backward, forward; per axis
+# A film's place is told across its motion: a column for up and down, a row for left and right.
+PLACES = (
+    ("on the left", "in the middle", "on the right"),
+    ("at the top", "in the middle", "at the bottom"),
+)
+RADII = {"small": (5.0, 7.0), "large": (9.0, 12.0)}  # pixels
+ROWS, COLUMNS = ("upper", "central", "lower"), ("left", "middle", "right")
+THIRDS = (16, 32, 48)  # centres of rows and of columns, pixels
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """One shape on its way over a soft backdrop.
+
+    Attributes:
+        start, end: the shape's centre (y, x) in the first and the last picture, pixels.
+        backdrop: uint8 [4, 4, 3], enlarged smoothly to the whole picture.
+        backward: the same pictures in opposite order.
+    """
+
+    colour: str
+    shape: str
+    radius: float
+    start: tuple[float, float]
+    end: tuple[float, float]
+    backdrop: np.ndarray
+    backward: bool = False
+
+    def draw(self, frames: int) -> np.ndarray:
+        """uint8 [F, SIZE, SIZE, 3]."""
+        backdrop = Image.fromarray(self.backdrop).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+        share = np.linspace(0, 1, frames)[:: -1 if self.backward else 1, None, None]
+        pixel = np.arange(SIZE) + 0.5
+        y = pixel[:, None] - (self.start[0] + share * (self.end[0] - self.start[0]))  # [F, H, 1]
+        x = pixel[None, :] - (self.start[1] + share * (self.end[1] - self.start[1]))  # [F, 1, W]
+        distance = SHAPES[self.shape](y, x, self.radius)  # [F, H, W]
+        cover = np.clip(0.5 - distance, 0, 1)[..., None]  # edges one pixel soft
+        return np.rint(cover * COLOURS[self.colour] + (1 - cover) * backdrop).astype(np.uint8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One file to be: its row of the annotations, and what it shows."""
+
+    video: str
+    caption: str
+    split: str
+    scene: Scene
+
+
+def render(
+    directory: str, *, seed: int = 0, train: int = 768, test: int = 192, threads: int = 2
+) -> str:
+    """Writes H.264 films of moving shapes and their annotations; what is there already is kept.
+
+    Args:
+        directory: where the films and `annotations.csv` (video, caption, split) go.
+        seed: of captions and appearance; equal seeds give equal files.
+        train: films of that split; each full round of 768 has every caption once.
+        test: held-out films, all captions distinct, in pairs of opposite directions.
+        threads: films drawn and encoded at a time.
+
+    Returns:
+        The path of the annotations, written last.
+
+    Raises:
+        UserError: a number of films that cannot be.
+    """
+    return _write(directory, film_items(seed, train, test), encode_film, threads, "rendering films")
+
+
+def render_stills(
+    directory: str, *, seed: int = 0, train: int = 2500, test: int = 64, threads: int = 2
+) -> str:
+    """Writes PNG stills of shapes and their annotations; otherwise as `render`."""
+    items = still_items(seed, train, test)
+    return _write(directory, items, encode_still, threads, "rendering stills")
+
+
+def film_items(seed: int, train: int, test: int) -> list[Item]:
+    """The films of both splits, see `render`; film i of a split is the same for any count."""
+    subjects = list(itertools.product(COLOURS, SHAPES, SPEEDS, (0, 1), range(3)))
+    captions = [(subject, sense) for subject in subjects for sense in (0, 1)]
+    if train < 0 or not 0 <= test <= len(captions) or test % 2:
+        raise UserError(
+            f"train={train}, test={test} films: train must be 0 or more, test an even number "
+            f"up to {len(captions)}, for distinct captions in pairs"
+        )
+    items = []
+    for i in range(train):
+        round_, place = divmod(i, len(captions))
+        order = np.random.default_rng((seed, 0, round_)).permutation(len(captions))
+        subject, sense = captions[order[place]]
+        rng = np.random.default_rng((seed, 1, i))
+        items.append(_film(f"train-seed{seed}-{i:05}.mp4", "train", rng, subject, sense))
+    order = np.random.default_rng((seed, 2)).permutation(len(subjects))
+    for i in range(test):
+        pair, sense = divmod(i, 2)
+        rng = np.random.default_rng((seed, 3, pair))  # one appearance for both of a pair
+        subject = subjects[order[pair]]
+        items.append(_film(f"test-seed{seed}-{i:05}.mp4", "test", rng, subject, sense))
+    return items
+
+
+def still_items(seed: int, train: int, test: int) -> list[Item]:
+    """The stills of both splits, see `render_stills`."""
+    if train < 0 or test < 0:
+        raise UserError(f"train={train}, test={test} stills: must be 0 or more")
+    subjects = list(itertools.product(RADII, COLOURS, SHAPES, range(3), range(3)))
+    items = []
+    for code, split, count in ((4, "train", train), (6, "test", test)):
+        for i in range(count):
+            round_, place = divmod(i, len(subjects))
+            order = np.random.default_rng((seed, code, round_)).permutation(len(subjects))
+            size, colour, shape, row, column = subjects[order[place]]
+            rng = np.random.default_rng((seed, code + 1, i))
+            centre = THIRDS[row] + rng.uniform(-4, 4), THIRDS[column] + rng.uniform(-4, 4)
+            scene = Scene(colour, shape, rng.uniform(*RADII[size]), centre, centre, _backdrop(rng))
+            caption = f"{ROWS[row]} {COLUMNS[column]}: a {size} {colour} {shape}"
+            items.append(Item(f"{split}-seed{seed}-{i:05}.png", caption, split, scene))
+    return items
+
+
+def _film(
+    video: str,
+    split: str,
+    rng: np.random.Generator,
+    subject: tuple[str, str, str, int, int],
+    sense: int,
+) -> Item:
+    """A film of colour, shape, speed, axis of motion (0: rows), place; sense 0 runs backward."""
+    colour, shape, speed, axis, place = subject
+    travel = SPEEDS[speed]
+    slack = (SIZE - 10 - travel) / 2  # half of where the path's middle may be
+    along = SIZE / 2 + rng.uniform(-slack, slack) / 2
+    across = THIRDS[place] + rng.uniform(-4, 4)
+    ends = [(along + side * travel / 2, across) for side in (-1, 1)]
+    start, end = ends if axis == 0 else [(x, y) for y, x in ends]
+    scene = Scene(
+        colour, shape, rng.uniform(6, 10), start, end, _backdrop(rng), backward=sense == 0
+    )
+    direction = DIRECTIONS[axis][sense]
+    caption = f"a {colour} {shape} moves {speed} {direction} {PLACES[axis][place]}"
+    return Item(video, caption, split, scene)
+
+
+def _backdrop(rng: np.random.Generator) -> np.ndarray:
+    grey = rng.uniform(50, 110)
+    return np.rint(grey + rng.uniform(-25, 25, (4, 4, 3))).astype(np.uint8)
+
+
+def encode_film(scene: Scene) -> bytes:
+    """FRAMES pictures as H.264 in mp4."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        # One thread and no look-ahead (zerolatency): with either, equal pictures were now and
+        # then encoded to different bytes.
+        options = {"crf": "16", "preset": "veryfast", "tune": "zerolatency", "threads": "1"}
+        stream = container.add_stream("libx264", rate=RATE, options=options)
+        stream.width = stream.height = SIZE
+        stream.pix_fmt = "yuv420p"
+        for picture in scene.draw(FRAMES):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return buffer.getvalue()
+
+
+def encode_still(scene: Scene) -> bytes:
+    """One picture as PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(scene.draw(1)[0]).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _write(
+    directory: str,
+    items: Sequence[Item],
+    encode: Callable[[Scene], bytes],
+    threads: int,
+    title: str,
+) -> str:
+    """Writes the files that are missing, then the annotations; every file whole or not at all."""
+    root = epath.Path(directory)
+    annotations = root / ANNOTATIONS_FILE
+    table = io.StringIO()
+    rows = csv.writer(table, lineterminator="\n")
+    rows.writerow(("video", "caption", "split"))
+    rows.writerows((item.video, item.caption, item.split) for item in items)
+    if annotations.exists() and annotations.read_text() == table.getvalue():
+        return str(annotations)
+
+    def write(item: Item) -> None:
+        path = root / item.video
+        if not path.exists():
+            _write_whole(path, encode(item.scene))
+
+    root.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for _ in tqdm(pool.map(write, items), desc=title, total=len(items), unit="file"):
+                pass
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # an interrupted run does not finish first
+            raise
+    _write_whole(annotations, table.getvalue().encode())
+    return str(annotations)
+
+
+def _write_whole(path: epath.Path, data: bytes) -> None:
+    partial = path.parent / f".{path.name}.partial"
+    partial.write_bytes(data)
+    partial.replace(path)
