@@ -233,6 +233,8 @@ def _tick(stream: av.VideoStream) -> Fraction:
 
 def _duration(container: av.container.InputContainer, stream: av.VideoStream) -> float:
     """The stated seconds of video, 0 where the file does not say."""
+    if container.format.name == "avi" and stream.frames:
+        return float(stream.frames * _tick(stream))  # its duration is a guess by the file's size
     if stream.duration:
         return float(stream.duration * _tick(stream))
     if tag := stream.metadata.get("DURATION"):  # Matroska and webm: 00:00:05.240000000

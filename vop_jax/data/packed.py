@@ -5,6 +5,7 @@ is asked for.
 """
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -221,15 +222,20 @@ def _build(
         file_format="array_record",
     )
     try:
-        builder.download_and_prepare()
+        with contextlib.redirect_stdout(None):  # it would speak of downloading
+            builder.download_and_prepare()
     except BaseException:
         _remove_unfinished(root)
+        for split, clips in dataset.items():  # `tfds` cannot write an empty split
+            skipped = [s for s in builder.info.metadata["skipped"] if s["split"] == split]
+            if len(skipped) == len(clips):
+                _check_share(split, clips, skipped, max_skipped=1.0)
         raise
 
 
 def _remove_unfinished(root: epath.Path) -> None:
     """What a kill or a full disk left of an earlier attempt."""
-    for leftover in (*(root / NAME).glob("*.incomplete*"), root / "downloads"):
+    for leftover in (*(root / NAME).glob("*incomplete*"), root / "downloads"):
         if leftover.exists():
             leftover.rmtree() if "://" in str(root) else shutil.rmtree(leftover, True)
 

@@ -1,7 +1,7 @@
-"""The demo's data: films and stills of coloured shapes with captions, rendered here.
+"""The demo's data: clips and stills of coloured shapes with captions, rendered here.
 
-A film shows one shape that crosses the picture; its caption tells colour, shape, speed,
-direction and place. The held-out films come in pairs that differ in direction only, and the
+A clip shows one shape that crosses the picture; its caption tells colour, shape, speed,
+direction and place. The held-out clips come in pairs that differ in direction only, and the
 two of a pair are the same pictures in opposite order: a model that is blind to the order of
 frames cannot tell them apart. A still's caption tells size, colour, shape and place, so a CLIP
 trained on stills has met neither motion nor the words for it.
@@ -13,6 +13,7 @@ import io
 import itertools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import av
 import numpy as np
@@ -23,7 +24,7 @@ from tqdm import tqdm
 from vop_jax.errors import UserError
 
 SIZE = 64  # height and width, pixels
-FRAMES = 24  # of a film: 8 uniform samples of it, reversed, are 8 uniform samples
+FRAMES = 24  # of a clip: 8 uniform samples of it, reversed, are 8 uniform samples
 RATE = 12  # frames per second
 ANNOTATIONS_FILE = "annotations.csv"
 
@@ -47,16 +48,20 @@ SHAPES: dict[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]] = {
         np.maximum(abs(x) - 1.1 * r, abs(y) - 0.35 * r),
     ),
 }
-SPEEDS = {"slowly": 14, "quickly": 40}  # pixels travelled in a film
+SPEEDS = {"slowly": 14, "quickly": 40}  # pixels travelled in a clip
 DIRECTIONS = (("up", "down"), ("to the left", "to the right"))  # backward, forward; per axis
-# A film's place is told across its motion: a column for up and down, a row for left and right.
+# A clip's place is told across its motion: a column for up and down, a row for left and right.
 PLACES = (
     ("on the left", "in the middle", "on the right"),
     ("at the top", "in the middle", "at the bottom"),
 )
 RADII = {"small": (5.0, 7.0), "large": (9.0, 12.0)}  # pixels
-ROWS, COLUMNS = ("upper", "central", "lower"), ("left", "middle", "right")
 THIRDS = (16, 32, 48)  # centres of rows and of columns, pixels
+SPOTS = (  # where a still's shape is: row, column
+    ("in the upper left corner", "at the upper edge", "in the upper right corner"),
+    ("at the left edge", "in the centre", "at the right edge"),
+    ("in the lower left corner", "at the lower edge", "in the lower right corner"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +84,8 @@ class Scene:
 
     def draw(self, frames: int) -> np.ndarray:
         """uint8 [F, SIZE, SIZE, 3]."""
-        backdrop = Image.fromarray(self.backdrop).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+        coarse = Image.fromarray(self.backdrop)
+        backdrop = np.asarray(coarse.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
         share = np.linspace(0, 1, frames)[:: -1 if self.backward else 1, None, None]
         pixel = np.arange(SIZE) + 0.5
         y = pixel[:, None] - (self.start[0] + share * (self.end[0] - self.start[0]))  # [F, H, 1]
@@ -102,22 +108,22 @@ class Item:
 def render(
     directory: str, *, seed: int = 0, train: int = 768, test: int = 192, threads: int = 2
 ) -> str:
-    """Writes H.264 films of moving shapes and their annotations; what is there already is kept.
+    """Writes H.264 clips of moving shapes and their annotations; what is there already is kept.
 
     Args:
-        directory: where the films and `annotations.csv` (video, caption, split) go.
+        directory: where the clips and `annotations.csv` (video, caption, split) go.
         seed: of captions and appearance; equal seeds give equal files.
-        train: films of that split; each full round of 768 has every caption once.
-        test: held-out films, all captions distinct, in pairs of opposite directions.
-        threads: films drawn and encoded at a time.
+        train: clips of that split; each full round of 768 has every caption once.
+        test: held-out clips, all captions distinct, in pairs of opposite directions.
+        threads: clips drawn and encoded at a time.
 
     Returns:
         The path of the annotations, written last.
 
     Raises:
-        UserError: a number of films that cannot be.
+        UserError: a number of clips that cannot be.
     """
-    return _write(directory, film_items(seed, train, test), encode_film, threads, "rendering films")
+    return _write(directory, clip_items(seed, train, test), encode_clip, threads, "rendering clips")
 
 
 def render_stills(
@@ -128,28 +134,24 @@ def render_stills(
     return _write(directory, items, encode_still, threads, "rendering stills")
 
 
-def film_items(seed: int, train: int, test: int) -> list[Item]:
-    """The films of both splits, see `render`; film i of a split is the same for any count."""
+def clip_items(seed: int, train: int, test: int) -> list[Item]:
+    """The clips of both splits, see `render`; clip i of a split is the same for any count."""
     subjects = list(itertools.product(COLOURS, SHAPES, SPEEDS, (0, 1), range(3)))
     captions = [(subject, sense) for subject in subjects for sense in (0, 1)]
     if train < 0 or not 0 <= test <= len(captions) or test % 2:
         raise UserError(
-            f"train={train}, test={test} films: train must be 0 or more, test an even number "
+            f"train={train}, test={test} clips: train must be 0 or more, test an even number "
             f"up to {len(captions)}, for distinct captions in pairs"
         )
     items = []
-    for i in range(train):
-        round_, place = divmod(i, len(captions))
-        order = np.random.default_rng((seed, 0, round_)).permutation(len(captions))
-        subject, sense = captions[order[place]]
+    for i, (subject, sense) in enumerate(_dealt(captions, train, seed, 0)):
         rng = np.random.default_rng((seed, 1, i))
-        items.append(_film(f"train-seed{seed}-{i:05}.mp4", "train", rng, subject, sense))
-    order = np.random.default_rng((seed, 2)).permutation(len(subjects))
-    for i in range(test):
-        pair, sense = divmod(i, 2)
-        rng = np.random.default_rng((seed, 3, pair))  # one appearance for both of a pair
-        subject = subjects[order[pair]]
-        items.append(_film(f"test-seed{seed}-{i:05}.mp4", "test", rng, subject, sense))
+        items.append(_clip(f"train-seed{seed}-{i:05}.mp4", "train", rng, subject, sense))
+    for pair, subject in enumerate(_dealt(subjects, test // 2, seed, 2)):
+        for sense in (0, 1):
+            rng = np.random.default_rng((seed, 3, pair))  # one appearance for both
+            video = f"test-seed{seed}-{2 * pair + sense:05}.mp4"
+            items.append(_clip(video, "test", rng, subject, sense))
     return items
 
 
@@ -160,30 +162,35 @@ def still_items(seed: int, train: int, test: int) -> list[Item]:
     subjects = list(itertools.product(RADII, COLOURS, SHAPES, range(3), range(3)))
     items = []
     for code, split, count in ((4, "train", train), (6, "test", test)):
-        for i in range(count):
-            round_, place = divmod(i, len(subjects))
-            order = np.random.default_rng((seed, code, round_)).permutation(len(subjects))
-            size, colour, shape, row, column = subjects[order[place]]
+        dealt = _dealt(subjects, count, seed, code)
+        for i, (size, colour, shape, row, column) in enumerate(dealt):
             rng = np.random.default_rng((seed, code + 1, i))
             centre = THIRDS[row] + rng.uniform(-4, 4), THIRDS[column] + rng.uniform(-4, 4)
             scene = Scene(colour, shape, rng.uniform(*RADII[size]), centre, centre, _backdrop(rng))
-            caption = f"{ROWS[row]} {COLUMNS[column]}: a {size} {colour} {shape}"
+            caption = f"a {size} {colour} {shape} {SPOTS[row][column]}"
             items.append(Item(f"{split}-seed{seed}-{i:05}.png", caption, split, scene))
     return items
 
 
-def _film(
+def _dealt(deck: Sequence[Any], count: int, *key: int) -> list[Any]:
+    """The first `count` of rounds that deal the whole deck, each in an order of its own."""
+    rounds = range(-(-count // len(deck)))
+    orders = [np.random.default_rng((*key, r)).permutation(len(deck)) for r in rounds]
+    return [deck[k] for order in orders for k in order][:count]
+
+
+def _clip(
     video: str,
     split: str,
     rng: np.random.Generator,
     subject: tuple[str, str, str, int, int],
     sense: int,
 ) -> Item:
-    """A film of colour, shape, speed, axis of motion (0: rows), place; sense 0 runs backward."""
+    """A clip of colour, shape, speed, axis of motion (0: rows), place; sense 0 runs backward."""
     colour, shape, speed, axis, place = subject
     travel = SPEEDS[speed]
-    slack = (SIZE - 10 - travel) / 2  # half of where the path's middle may be
-    along = SIZE / 2 + rng.uniform(-slack, slack) / 2
+    slack = (SIZE - 10 - travel) / 4
+    along = SIZE / 2 + rng.uniform(-slack, slack)
     across = THIRDS[place] + rng.uniform(-4, 4)
     ends = [(along + side * travel / 2, across) for side in (-1, 1)]
     start, end = ends if axis == 0 else [(x, y) for y, x in ends]
@@ -200,7 +207,7 @@ def _backdrop(rng: np.random.Generator) -> np.ndarray:
     return np.rint(grey + rng.uniform(-25, 25, (4, 4, 3))).astype(np.uint8)
 
 
-def encode_film(scene: Scene) -> bytes:
+def encode_clip(scene: Scene) -> bytes:
     """FRAMES pictures as H.264 in mp4."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
@@ -248,12 +255,8 @@ def _write(
 
     root.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(threads) as pool:
-        try:
-            for _ in tqdm(pool.map(write, items), desc=title, total=len(items), unit="file"):
-                pass
-        except BaseException:
-            pool.shutdown(cancel_futures=True)  # an interrupted run does not finish first
-            raise
+        for _ in tqdm(pool.map(write, items), desc=title, total=len(items), unit="file"):
+            pass
     _write_whole(annotations, table.getvalue().encode())
     return str(annotations)
 

@@ -66,12 +66,12 @@ class Tokenizer:
             ids, int32 [N, T], and whether each caption was cut, bool [N].
 
         Raises:
-            UserError: `length` has no room for SOT and EOT, or a text is not a string.
+            UserError: `length` has no room for SOT and EOT, `texts` is not a list of strings.
         """
         if length < 2:
             raise UserError(f"text length is {length}: at least 2 are needed, for SOT and EOT")
-        if isinstance(texts, str):
-            raise UserError(f"texts is one string, {texts[:40]!r}: a list of strings is needed")
+        if isinstance(texts, str | bytes) or not hasattr(texts, "__len__"):
+            raise UserError(f"texts is of type {type(texts).__name__}: a list of strings is needed")
         ids = np.zeros((len(texts), length), np.int32)
         cut = np.zeros(len(texts), bool)
         for i, text in enumerate(texts):

@@ -1,0 +1,110 @@
+"""Annotation files, the good and the bad ones."""
+
+import json
+
+import pytest
+
+from vop_jax.data.annotations import read_folder
+from vop_jax.errors import UserError
+
+
+@pytest.fixture
+def read(tmp_path):
+    videos = tmp_path / "videos"
+    videos.mkdir()
+
+    def read(text, name="captions.csv"):
+        path = tmp_path / name
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return read_folder(path, videos)
+
+    return read
+
+
+def test_csv_groups_captions_by_clip(read):
+    dataset = read(
+        "video,caption,split,start,end\n"
+        "a.mp4,a dog,train,,\n"
+        'b.mp4,"a cat, asleep",test,1.5,3\n'
+        "a.mp4,it runs,train,,\n"
+        "a.mp4,it runs,train,,\n"
+        "b.mp4,a cat wakes,test,3,\n"
+    )
+    assert {split: [c.id for c in clips] for split, clips in dataset.items()} == {
+        "train": ["a.mp4"],
+        "test": ["b.mp4@1.5-3", "b.mp4@3-end"],
+    }
+    assert dataset["train"][0].captions == ("a dog", "it runs")
+    assert dataset["test"][0].captions == ("a cat, asleep",)
+    assert (dataset["test"][0].start, dataset["test"][0].end) == (1.5, 3.0)
+    assert dataset["train"][0].path.endswith("videos/a.mp4")
+
+
+def test_json_lines_take_lists(read):
+    rows = [
+        {"video": "a.mp4", "caption": ["one", "two"], "split": "train", "source": "web"},
+        {"video": "b.mp4", "captions": ["three"], "split": "test", "start": None, "end": 2},
+    ]
+    dataset = read("\n".join(map(json.dumps, rows)) + "\n\n", "captions.jsonl")
+    assert dataset["train"][0].captions == ("one", "two")
+    assert dataset["test"][0].end == 2.0
+
+
+def test_tabs_and_a_byte_order_mark(read):
+    dataset = read("\ufeffvideo\tcaption\tsplit\na.mp4\tx, y\ttrain\n", "captions.tsv")
+    assert dataset["train"][0].captions == ("x, y",)
+
+
+def test_without_splits_a_fixed_tenth_is_held_out(read):
+    names = [f"{i}.mp4" for i in range(400)]
+    text = "video,caption\n" + "".join(f"{n},clip {n}\n" for n in names)
+    dataset = read(text)
+    assert 20 <= len(dataset["test"]) <= 60
+    held_out = {clip.id for clip in dataset["test"]}
+    assert held_out.isdisjoint(clip.id for clip in dataset["train"])
+    more = read(text + "new.mp4,another\n")  # what was held out stays held out
+    assert held_out <= {clip.id for clip in more["test"]}
+    few = read("video,caption\na.mp4,x\nb.mp4,y\n")
+    assert len(few["train"]) == len(few["test"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("c.csv", "", "c.csv:1: no column 'video'; found nothing"),
+        ("c.csv", "video,captoin\n", "unknown column 'captoin'; did you mean 'caption'"),
+        ("c.csv", "video,caption,spilt\n", "unknown column 'spilt'; did you mean 'split'"),
+        ("c.csv", "file,caption\na,b\n", "no column 'video'; found file, caption"),
+        ("c.csv", "video,caption\n", "no captions in it"),
+        ("c.csv", "video,caption\na.mp4,  \n", "c.csv:2: an empty caption"),
+        ("c.csv", "video,caption\n,dog\n", "c.csv:2: video is ''"),
+        ("c.csv", "video,caption\na.mp4,x,y\n", "c.csv:2: 3 cells, the header has 2"),
+        ("c.csv", 'video,caption\na.mp4,"x\n', "not CSV"),
+        ("c.csv", b"video,caption\na.mp4,\xff\xfe\n", "not UTF-8 text"),
+        ("c.csv", "video,caption,start\na.mp4,x,soon\n", "c.csv:2: start='soon'; seconds"),
+        ("c.csv", "video,caption,start\na.mp4,x,-1\n", "c.csv:2: start='-1'"),
+        ("c.csv", "video,caption,start\na.mp4,x,nan\n", "c.csv:2: start='nan'"),
+        ("c.csv", "video,caption,start,end\na.mp4,x,3,2\n", "c.csv:2: end=2 is not after start=3"),
+        ("c.csv", "video,caption,split\na,x,train\nb,y,\n", "b has no split, other rows do"),
+        ("c.jsonl", "{}\n", "c.jsonl:1: no column 'video'"),
+        ("c.jsonl", '{"video": "a", "caption": 3}', "c.jsonl:1: caption is 3; text"),
+        ("c.jsonl", '{"video": "a", "caption": []}', "c.jsonl:1: an empty list of captions"),
+        ("c.jsonl", '{"video": 1, "caption": "x"}', "c.jsonl:1: video is 1"),
+        ("c.jsonl", '[{"video": "a"}]', "c.jsonl:1: a JSON list; one object a line"),
+        ("c.jsonl", '\n{"video": ', "c.jsonl:2: not JSON"),
+        ("c.txt", "a b", "annotations are files of type .csv, .tsv"),
+    ],
+)
+def test_bad_files_are_named_with_the_line(read, name, text, message):
+    with pytest.raises(UserError) as error:
+        read(text, name)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_file_and_folder(tmp_path):
+    with pytest.raises(UserError, match="no such annotation file"):
+        read_folder(tmp_path / "no.csv", tmp_path)
+    (tmp_path / "c.csv").write_text("video,caption\na.mp4,x\n")
+    with pytest.raises(UserError, match="no such folder of videos"):
+        read_folder(tmp_path / "c.csv", tmp_path / "nowhere")

@@ -1,0 +1,192 @@
+"""Sampling against its definition, decoding against files whose frames are known."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.data import videos
+from vop_jax.data.frames import VideoError, read_frames, segment_indices
+
+COUNT = 24
+F = 6
+
+
+def shown(frames) -> list[int]:
+    """Which of the written frames these are, by their grey levels."""
+    known = videos.levels(COUNT)
+    return [int(np.abs(known - videos.level_of(p)).argmin()) for p in frames.pixels]
+
+
+@given(count=st.integers(1, 500), frames=st.integers(1, 64))
+def test_uniform_indices_are_segment_middles(count, frames):
+    indices = segment_indices(count, frames)
+    if count < frames:
+        expected = [min(i, count - 1) for i in range(frames)]
+    else:
+        edges = [int(x) for x in np.linspace(0, count, frames + 1)]
+        expected = [(a + b) // 2 for a, b in zip(edges, edges[1:], strict=False)]
+    assert indices.tolist() == expected
+    assert 0 <= indices.min() and indices.max() < count
+
+
+@given(count=st.integers(1, 300), frames=st.integers(1, 40), seed=st.integers(0, 100))
+def test_random_indices_stay_in_their_segments(count, frames, seed):
+    indices = segment_indices(count, frames, np.random.default_rng(seed))
+    if count < frames:
+        assert indices.tolist() == segment_indices(count, frames).tolist()
+        return
+    edges = np.linspace(0, count, frames + 1).astype(int)
+    assert ((edges[:-1] <= indices) & (indices < edges[1:])).all()
+
+
+def test_random_indices_reach_every_frame():
+    rng = np.random.default_rng(0)
+    drawn = {int(i) for _ in range(200) for i in segment_indices(12, 3, rng)}
+    assert drawn == set(range(12))
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "pixel_format"),
+    [
+        ("a.mp4", "libx264", "yuv420p"),
+        ("a.mov", "libx264", "yuv420p"),
+        ("a.webm", "libvpx-vp9", "yuv420p"),
+        ("a.avi", "mpeg4", "yuv420p"),
+        ("b.avi", "mjpeg", "yuvj420p"),
+        ("a.mkv", "libx265", "yuv420p"),
+    ],
+)
+def test_containers_and_codecs(tmp_path, name, codec, pixel_format):
+    path = videos.write(tmp_path / name, COUNT, codec=codec, pixel_format=pixel_format)
+    frames = read_frames(path, F)
+    assert frames.indices == segment_indices(COUNT, F).tolist()
+    assert shown(frames) == frames.indices
+    assert frames.pixels[0].shape == (48, 64, 3) and frames.pixels[0].dtype == np.uint8
+    np.testing.assert_allclose(frames.timestamps, np.array(frames.indices) / 10, atol=0.051)
+
+
+def test_short_clip_repeats_its_last_frame(tmp_path):
+    frames = read_frames(videos.write(tmp_path / "a.mp4", 4), F)
+    assert frames.indices == [0, 1, 2, 3, 3, 3]
+    np.testing.assert_array_equal(frames.pixels[3], frames.pixels[5])
+
+
+def test_one_frame(tmp_path):
+    assert read_frames(videos.write(tmp_path / "a.mp4", 1), F).indices == [0] * F
+
+
+def test_variable_frame_rate_counts_frames_and_reports_times(tmp_path):
+    # Ten frames in the first second, then one every half second.
+    times = [100 * i for i in range(10)] + [1000 + 500 * i for i in range(COUNT - 10)]
+    path = videos.write(tmp_path / "a.mp4", COUNT, milliseconds=times)
+    frames = read_frames(path, F)
+    assert shown(frames) == frames.indices == segment_indices(COUNT, F).tolist()
+    np.testing.assert_allclose(frames.timestamps, [times[i] / 1000 for i in frames.indices])
+    first = read_frames(path, F, end=1.0)
+    assert shown(first) == segment_indices(10, F).tolist()
+
+
+def test_start_and_end(tmp_path):
+    path = videos.write(tmp_path / "a.mp4", COUNT)  # 10 frames a second
+    frames = read_frames(path, 3, start=1.0, end=1.9)
+    assert shown(frames) == (10 + segment_indices(9, 3)).tolist()
+    assert frames.indices == segment_indices(9, 3).tolist()
+    with pytest.raises(VideoError, match="no frame decodes between 9 and None s"):
+        read_frames(path, 3, start=9.0)
+
+
+def test_seeking_finds_the_same_frames(tmp_path, monkeypatch):
+    path = videos.write(tmp_path / "a.mp4", COUNT, options={})
+    decoded = read_frames(path, 4, start=1.05, end=2.1)
+    monkeypatch.setattr("vop_jax.data.frames.SEEK_FROM", 0.5)
+    sought = read_frames(path, 4, start=1.05, end=2.1)
+    assert sought.indices == decoded.indices and sought.timestamps == decoded.timestamps
+    np.testing.assert_array_equal(sought.pixels, decoded.pixels)
+
+
+def test_stored_fps(tmp_path):
+    path = videos.write(tmp_path / "a.mp4", COUNT)  # 2.4 s
+    frames = read_frames(path, F, fps=2)
+    assert shown(frames) == frames.indices == [0, 5, 10, 15, 20]
+    # More than there are: each frame once.
+    assert read_frames(path, F, fps=100).indices == list(range(COUNT))
+
+
+def test_rotation_is_applied(tmp_path):
+    plain = read_frames(videos.write(tmp_path / "a.mp4", COUNT), 1).pixels[0]
+    upright = read_frames(videos.rotate(tmp_path / "a.mp4"), 1).pixels[0]
+    assert upright.shape == (64, 48, 3)
+    np.testing.assert_array_equal(upright, np.rot90(plain, -1))  # clockwise
+
+
+def test_short_side_shrinks_and_never_enlarges(tmp_path):
+    path = videos.write(tmp_path / "a.mp4", 2)
+    assert read_frames(path, 1, short_side=24).pixels[0].shape == (24, 32, 3)
+    assert read_frames(path, 1, short_side=99).pixels[0].shape == (48, 64, 3)
+
+
+def zero_bytes(path):
+    path.write_bytes(b"")
+
+
+def half(path):
+    videos.write(path, 200, width=320, height=240, options={"movflags": "faststart"})
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+
+
+def no_header(path):
+    videos.write(path, COUNT)  # its index is at the end
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+
+
+def text(path):
+    path.write_text("<html>not found</html>")
+
+
+def holes(path):
+    """An mp4 whose pictures, from the second on, are overwritten."""
+    videos.write(path, 100, options={"movflags": "faststart"})
+    data = bytearray(path.read_bytes())
+    start = data.index(b"mdat") + 4
+    start += (len(data) - start) // 4
+    data[start:] = bytes(len(data) - start)
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (zero_bytes, "zero bytes"),
+        (half, "truncated|damaged"),
+        (no_header, "not readable as video"),
+        (text, "not readable as video"),
+        (holes, "truncated|damaged"),
+        (videos.write_audio, "no video stream"),
+        (lambda path: path.mkdir(), "a folder"),
+        (lambda path: None, "no such file"),
+    ],
+)
+def test_unusable_files_have_a_reason(tmp_path, damage, reason):
+    path = tmp_path / "a.mp4"
+    damage(path)
+    with pytest.raises(VideoError, match=reason):
+        read_frames(path, F)
+
+
+def test_truncated_webm(tmp_path):
+    path = videos.write(tmp_path / "a.webm", 100, codec="libvpx-vp9", width=320, height=240)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 3])
+    with pytest.raises(VideoError, match="truncated|damaged|not readable"):
+        read_frames(path, F)
+
+
+def test_truncated_avi(tmp_path):
+    path = videos.write(tmp_path / "a.avi", 100, codec="mpeg4", width=320, height=240)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 3])
+    with pytest.raises(VideoError, match="truncated|damaged|not readable"):
+        read_frames(path, F)

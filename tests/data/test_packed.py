@@ -1,0 +1,186 @@
+"""Records: what is in them, what is left out, and when they are refused."""
+
+import dataclasses
+import errno
+import io
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from tests.data import videos
+from vop_jax.data import packed
+from vop_jax.data.frames import read_frames
+from vop_jax.data.packed import Preprocessing, pack
+from vop_jax.data.records import Clip
+from vop_jax.errors import UserError
+
+F = 4
+PREPROCESSING = Preprocessing(frames=F, short_side=32)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Four good films, and four that cannot be used."""
+    root = tmp_path_factory.mktemp("videos")
+    for i, count in enumerate((10, 12, 24, 9)):
+        videos.write(root / f"{i}.mp4", count)
+    (root / "empty.mp4").write_bytes(b"")
+    videos.write_audio(root / "sound.mp4")
+    videos.write(root / "one.mp4", 1)
+    return root
+
+
+def clips(folder, names):
+    return [Clip(n, str(folder / n), (f"film {n}", "again")) for n in names]
+
+
+GOOD = ["0.mp4", "1.mp4", "2.mp4", "3.mp4"]
+BAD = ["empty.mp4", "sound.mp4", "one.mp4", "gone.mp4"]
+
+
+def make(dataset, directory, preprocessing=PREPROCESSING, **options):
+    return pack(dataset, directory, preprocessing, progress=False, threads=2, **options)
+
+
+def test_records_hold_the_sampled_frames(folder, tmp_path):
+    made = make({"train": clips(folder, GOOD), "test": clips(folder, ["2.mp4"])}, tmp_path)
+    train = made.splits["train"]
+    assert train.ids == GOOD and made.skipped == []
+    assert train.captions[1] == ("film 1.mp4", "again")
+    for i, name in enumerate(GOOD):
+        expected = read_frames(folder / name, F, short_side=32).pixels
+        stored = [np.asarray(Image.open(io.BytesIO(jpeg))) for jpeg in train[i]]
+        assert len(stored) == F
+        for jpeg, pixels in zip(stored, expected, strict=True):
+            assert jpeg.shape == pixels.shape == (32, 43, 3) or jpeg.shape == (32, 42, 3)
+            assert np.abs(jpeg.astype(int) - pixels).mean() < 2
+
+
+def test_records_are_a_tfds_dataset_that_describes_itself(folder, tmp_path):
+    make({"train": clips(folder, GOOD)}, tmp_path)
+    builder = tfds.builder_from_directory(str(tmp_path / packed.NAME / packed.VERSION))
+    assert builder.info.metadata["preprocessing"] == dataclasses.asdict(PREPROCESSING)
+    example = builder.as_data_source("train")[2]
+    assert example["id"] == b"2.mp4" and list(example["captions"]) == [b"film 2.mp4", b"again"]
+    frames = read_frames(folder / "2.mp4", F)
+    assert [int(i) for i in example["indices"]] == frames.indices
+    np.testing.assert_allclose([float(t) for t in example["timestamps"]], frames.timestamps)
+    assert np.asarray(example["frames"]).shape[0] == F
+
+
+def test_packing_happens_once(folder, tmp_path, monkeypatch):
+    dataset = {"train": clips(folder, GOOD)}
+    make(dataset, tmp_path)
+    monkeypatch.setattr(packed, "_decode", None)
+    assert make(dataset, tmp_path).splits["train"].ids == GOOD
+
+
+def test_unusable_clips_are_left_out_with_their_reasons(folder, tmp_path):
+    dataset = {"train": clips(folder, [*GOOD[:2], *BAD, *GOOD[2:]])}
+    with pytest.raises(UserError) as error:
+        make(dataset, tmp_path)
+    assert "4 of 8 videos cannot be used" in str(error.value)
+    assert "config.data.max_skipped=0.05" in str(error.value)
+    assert "empty.mp4 (zero bytes), and 3 more" in str(error.value)
+    # Nothing is decoded again once the limit is raised.
+    made = make(dataset, tmp_path, max_skipped=0.5)
+    assert made.splits["train"].ids == GOOD
+    assert [c.id for c in made.splits["train"].skipped] == BAD
+    reasons = {s["id"]: s["reason"] for s in made.skipped}
+    assert reasons["empty.mp4"] == "zero bytes"
+    assert reasons["sound.mp4"] == "no video stream"
+    assert reasons["gone.mp4"] == "no such file"
+    assert reasons["one.mp4"].startswith("1 frames, fewer than config.data.frames=4")
+    stored = np.asarray(Image.open(io.BytesIO(made.splits["train"][3][0])))
+    assert stored.shape[0] == 32
+
+
+def test_short_clips_can_be_used(folder, tmp_path):
+    repeat = dataclasses.replace(PREPROCESSING, short_clips="repeat")
+    made = make({"train": clips(folder, ["one.mp4"])}, tmp_path, repeat)
+    assert len(made.splits["train"][0]) == F and made.skipped == []
+
+
+def test_a_split_without_any_usable_clip_is_an_error(folder, tmp_path):
+    with pytest.raises(UserError, match=r"split 'test': 2 of 2 videos cannot be used"):
+        make({"test": clips(folder, BAD[:2])}, tmp_path, max_skipped=1.0)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"frames": 3}, "data.frames=4, not 3"),
+        ({"short_side": 16}, "data.short_side=32, not 16"),
+        ({"stored_fps": 1.0}, "data.stored_fps=0.0, not 1.0"),
+    ],
+)
+def test_records_made_otherwise_are_refused(folder, tmp_path, changed, message):
+    dataset = {"train": clips(folder, GOOD[:1])}
+    make(dataset, tmp_path)
+    with pytest.raises(UserError, match="records were made with " + message):
+        make(dataset, tmp_path, dataclasses.replace(PREPROCESSING, **changed))
+
+
+def test_records_of_other_clips_are_refused(folder, tmp_path):
+    make({"train": clips(folder, GOOD[:1])}, tmp_path)
+    for other in (GOOD[1:2], GOOD[:2]):
+        with pytest.raises(UserError, match="of split 'train' were made of other clips"):
+            make({"train": clips(folder, other)}, tmp_path)
+    moved = [dataclasses.replace(clips(folder, GOOD[:1])[0], path="/elsewhere/0.mp4")]
+    assert make({"train": moved}, tmp_path).splits["train"].ids == GOOD[:1]
+
+
+def test_stored_fps_keeps_all_frames_of_that_rate(folder, tmp_path):
+    at_five = dataclasses.replace(PREPROCESSING, stored_fps=5.0)
+    made = make({"train": clips(folder, ["2.mp4"])}, tmp_path, at_five)
+    assert len(made.splits["train"][0]) == 12  # of 2.4 s
+
+
+def test_a_full_disk_leaves_nothing_behind(folder, tmp_path, monkeypatch):
+    def full(pixels, quality):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "records")
+
+    dataset = {"train": clips(folder, GOOD)}
+    with monkeypatch.context() as patched:
+        patched.setattr(packed, "_jpeg", full)
+        with pytest.raises(OSError) as error:
+            make(dataset, tmp_path)
+    root = error.value
+    while root.__cause__ is not None and root.errno != errno.ENOSPC:
+        root = root.__cause__
+    assert root.errno == errno.ENOSPC
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+    assert make(dataset, tmp_path).splits["train"].ids == GOOD
+
+
+KILLED = """
+import sys, time
+from vop_jax.data import packed
+from vop_jax.data.records import Clip
+decode = packed._decode
+packed._decode = lambda *a: (time.sleep(0.5), decode(*a))[1]
+names = [f"{i}.mp4" for i in range(4)] * 10
+clips = [Clip(f"{k}", sys.argv[1] + "/" + n, ("x",)) for k, n in enumerate(names)]
+packed.pack({"train": clips}, sys.argv[2], packed.Preprocessing(4, short_side=32), threads=2)
+"""
+
+
+def test_a_kill_leaves_no_half_dataset(folder, tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(folder), str(tmp_path)])
+    while not list(tmp_path.glob(f"{packed.NAME}/*")) and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / packed.NAME / packed.VERSION).exists()
+    assert make({"train": clips(folder, GOOD)}, tmp_path).splits["train"].ids == GOOD
+    # Only the finished version is left.
+    assert [p.name for p in (tmp_path / packed.NAME).iterdir()] == [packed.VERSION]
+    shutil.rmtree(tmp_path)

@@ -1,0 +1,108 @@
+"""Batches: each a function of seed and step, on any number of threads, workers and hosts."""
+
+import itertools
+
+import numpy as np
+import pytest
+from absl import flags
+
+from tests.data import videos
+from vop_jax.data.packed import Preprocessing, pack
+from vop_jax.data.pipeline import eval_videos, train_batches
+from vop_jax.data.records import Clip
+
+F, SIZE, CLIPS = 3, 16, 7
+
+
+def tokenize(captions):
+    """The number a caption ends with."""
+    return np.array([[int(c.split()[-1]), 0] for c in captions], np.int32)
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory):
+    root = tmp_path_factory.mktemp("videos")
+    clips = []
+    for i in range(CLIPS):
+        path = videos.write(root / f"{i}.mp4", 8 + i, width=48, height=32)
+        clips.append(Clip(f"{i}", str(path), tuple(f"caption {10 * i + j}" for j in range(3))))
+    preprocessing = Preprocessing(F, stored_fps=10.0, short_side=32)
+    return pack({"train": clips}, root / "records", preprocessing, progress=False).splits["train"]
+
+
+def batches(split, count, **options):
+    options = {"batch_size": 4, "image_size": SIZE, "frames": F, "threads": 2, **options}
+    return list(itertools.islice(train_batches(split, tokenize, **options), count))
+
+
+def assert_same(left, right):
+    for a, b in zip(left, right, strict=True):
+        for key in ("frames", "ids"):
+            np.testing.assert_array_equal(a[key], b[key])
+
+
+def test_batches_have_the_promised_form(split):
+    for batch in batches(split, 3):
+        assert batch["frames"].shape == (4, F, SIZE, SIZE, 3) and batch["frames"].dtype == np.uint8
+        assert batch["ids"].shape == (4, 2) and batch["ids"].dtype == np.int32
+
+
+def test_an_epoch_holds_every_clip_once_in_new_orders(split):
+    rows = np.concatenate([b["ids"][:, 0] for b in batches(split, 7)])  # 28 rows, 4 epochs
+    epochs = (rows // 10).reshape(4, CLIPS)
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(CLIPS))
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+    assert len(set(rows)) > CLIPS  # different captions are drawn
+
+
+def test_any_start_continues_the_same_stream(split):
+    whole = batches(split, 6, sampling="rand")
+    assert_same(whole[4:], batches(split, 2, sampling="rand", start_step=4))
+    assert_same(whole, batches(split, 6, sampling="rand", threads=5))
+    other = batches(split, 6, sampling="rand", seed=1)
+    assert any((a["ids"] != b["ids"]).any() for a, b in zip(whole, other, strict=True))
+
+
+def test_processes_share_out_each_global_batch(split):
+    whole = batches(split, 4)
+    parts = [batches(split, 4, process_index=p, process_count=2) for p in range(2)]
+    for k, batch in enumerate(whole):
+        ids = np.concatenate([part[k]["ids"] for part in parts])
+        frames = np.concatenate([part[k]["frames"] for part in parts])
+        order, wanted = np.argsort(ids[:, 0]), np.argsort(batch["ids"][:, 0])
+        np.testing.assert_array_equal(ids[order], batch["ids"][wanted])
+        np.testing.assert_array_equal(frames[order], batch["frames"][wanted])
+
+
+@pytest.mark.slow
+def test_worker_processes_change_nothing(split):
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+    for workers in (1, 2):
+        assert_same(batches(split, 5), batches(split, 5, workers=workers))
+        assert_same(batches(split, 5)[2:], batches(split, 3, workers=workers, start_step=2))
+
+
+def test_augmentation_is_one_per_clip_and_can_be_off(split):
+    plain = batches(split, 3, augment=False)
+    again = batches(split, 3, augment=False, seed=0)
+    assert_same(plain, again)
+    augmented = batches(split, 3)
+    assert any((a["frames"] != b["frames"]).any() for a, b in zip(plain, augmented, strict=True))
+
+
+def test_evaluation_sees_every_clip_once_in_order(split):
+    options = {"image_size": SIZE, "frames": F, "threads": 2}
+    one_by_one = [b["frames"][0] for b in eval_videos(split, batch_size=1, **options)]
+    assert len(one_by_one) == CLIPS
+    rows, masks = [], []
+    for batch in eval_videos(split, batch_size=4, **options):
+        assert batch["frames"].shape == (4, F, SIZE, SIZE, 3)
+        rows.append(batch["frames"][batch["mask"]])
+        masks.append(batch["mask"])
+    np.testing.assert_array_equal(np.concatenate(rows), one_by_one)
+    assert np.concatenate(masks).tolist() == [True] * CLIPS + [False]
+    for p in range(2):
+        part = list(eval_videos(split, batch_size=4, process_index=p, process_count=2, **options))
+        np.testing.assert_array_equal(part[0]["frames"], one_by_one[2 * p : 2 * p + 2])

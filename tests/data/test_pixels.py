@@ -1,0 +1,100 @@
+"""CLIP's preprocessing against torchvision's rules, restated with Pillow."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from vop_jax.data.pixels import _draw_crop, eval_crop, resize_short_side, train_crop
+
+SIZE = 24
+
+
+def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """Smooth enough to have a direction, rough enough to show errors."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BILINEAR))
+
+
+def clip_preprocess(frame: np.ndarray, size: int) -> np.ndarray:
+    """Resize(size, BICUBIC) and CenterCrop(size), as OpenAI's CLIP composes them."""
+    height, width = frame.shape[:2]
+    if width <= height:
+        new_width, new_height = size, int(size * height / width)
+    else:
+        new_width, new_height = int(size * width / height), size
+    image = Image.fromarray(frame).resize((new_width, new_height), Image.Resampling.BICUBIC)
+    left, top = round((new_width - size) / 2.0), round((new_height - size) / 2.0)
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+@settings(deadline=None, max_examples=50)
+@given(height=st.integers(5, 90), width=st.integers(5, 90))
+def test_eval_crop_is_clips(height, width):
+    frames = [picture(height, width, seed) for seed in range(2)]
+    expected = np.stack([clip_preprocess(frame, SIZE) for frame in frames])
+    np.testing.assert_array_equal(eval_crop(frames, SIZE), expected)
+
+
+def test_against_torchvision():
+    transforms = pytest.importorskip("torchvision.transforms", reason="torchvision not installed")
+    from torchvision.transforms import InterpolationMode
+
+    theirs = transforms.Compose(
+        [transforms.Resize(SIZE, InterpolationMode.BICUBIC), transforms.CenterCrop(SIZE)]
+    )
+    for shape in ((57, 91), (91, 57), (24, 24), (20, 31), (240, 320)):
+        frame = picture(*shape)
+        ours = eval_crop([frame], SIZE)[0].astype(int)
+        assert np.abs(ours - np.asarray(theirs(Image.fromarray(frame))).astype(int)).mean() <= 1
+
+
+def test_square_frames_of_the_right_size_are_untouched():
+    frames = np.random.default_rng(0).integers(0, 256, (3, SIZE, SIZE, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(eval_crop(frames, SIZE), frames)
+
+
+def test_all_frames_of_a_clip_get_one_crop():
+    frames = [picture(60, 80)] * 4
+    for seed in range(10):
+        cropped = train_crop(frames, SIZE, np.random.default_rng(seed))
+        assert cropped.shape == (4, SIZE, SIZE, 3) and cropped.dtype == np.uint8
+        for frame in cropped[1:]:
+            np.testing.assert_array_equal(frame, cropped[0])
+
+
+def test_flip_mirrors_half_of_the_clips():
+    frames = [picture(SIZE, SIZE)]
+    whole = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
+    kinds = {False: 0, True: 0}
+    for seed in range(200):
+        cropped = train_crop(frames, SIZE, np.random.default_rng(seed), flip=True, **whole)[0]
+        mirrored = np.array_equal(cropped, frames[0][:, ::-1])
+        assert mirrored or np.array_equal(cropped, frames[0])
+        kinds[mirrored] += 1
+        plain = train_crop(frames, SIZE, np.random.default_rng(seed), flip=False, **whole)[0]
+        np.testing.assert_array_equal(plain, frames[0])
+    assert 70 <= kinds[True] <= 130
+
+
+@settings(deadline=None)
+@given(
+    h=st.integers(8, 200), w=st.integers(8, 200), seed=st.integers(0, 10**6), low=st.floats(0.1, 1)
+)
+def test_crops_are_inside_and_as_large_as_asked(h, w, seed, low):
+    scale, ratio = (low, 1.0), (3 / 4, 4 / 3)
+    top, left, height, width = _draw_crop((h, w), np.random.default_rng(seed), scale, ratio)
+    assert 0 <= top <= h - height and 0 <= left <= w - width and height > 0 and width > 0
+    # Whole pixels, so a little beyond the ranges; the fallback for long frames may be smaller.
+    assert (width - 1) / (height + 1) <= ratio[1] and (width + 1) / (height - 0.99) >= ratio[0]
+    if max(h, w) <= 1.3 * min(h, w):
+        assert (height + 1) * (width + 1) >= low * h * w
+
+
+def test_short_side_is_never_enlarged_on_request():
+    frame = picture(20, 30)
+    assert resize_short_side(frame, 40, enlarge=False) is frame
+    assert resize_short_side(frame, 40).shape == (40, 60, 3)
+    assert resize_short_side(frame, 10, enlarge=False).shape == (10, 15, 3)

@@ -1,0 +1,151 @@
+"""Levels: a file imports only from lower levels or its own folder."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import vop_jax
+
+PACKAGE = pathlib.Path(vop_jax.__file__).parent
+LEVELS = {
+    **dict.fromkeys(("__init__", "errors", "axes", "config", "interrupt", "tensorfile"), 0),
+    **dict.fromkeys(("data", "clip", "retrieval"), 1),
+    "tuning": 2,
+    "model": 3,
+    "training": 4,
+    **dict.fromkeys(("start", "experiment", "retriever", "main"), 5),
+}
+FILES = sorted(PACKAGE.rglob("*.py"))
+HEAVY = ("jax", "flax", "torch", "tensorflow")
+
+
+def part(file):
+    """The folder or top-level file that a level is given to."""
+    top = file.relative_to(PACKAGE).parts[0]
+    return top.removesuffix(".py")
+
+
+def part_of_module(module):
+    """`vop_jax.tuning.prompts` -> `tuning`."""
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+def imports(tree):
+    """Names of all imported modules of a syntax tree; absolute, as the project writes them."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            if node.module == "vop_jax":
+                yield from (f"vop_jax.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+
+
+def imports_on_load(tree):
+    """The modules that importing the file imports: those outside functions."""
+    outside = ast.Module(
+        [n for n in tree.body if not isinstance(n, ast.FunctionDef | ast.ClassDef)], []
+    )
+    return imports(outside)
+
+
+def syntax(file):
+    return ast.parse(file.read_text())
+
+
+def not_below(importer, module):
+    """Why `importer` (a part) may not import `module`, or None."""
+    if module.split(".")[0] != "vop_jax":
+        return None
+    imported = part_of_module(module)
+    if imported not in LEVELS:
+        return f"{module} has no level"
+    if imported == importer or LEVELS[imported] < LEVELS[importer]:
+        return None
+    same_level_files = {importer, imported} <= {"start", "experiment", "retriever", "main"}
+    same_base = LEVELS[importer] == LEVELS[imported] == 0
+    if same_level_files or same_base:
+        return None
+    return f"level {LEVELS[importer]} imports {module} of level {LEVELS[imported]}"
+
+
+def test_every_part_has_a_level():
+    assert {part(file) for file in FILES} <= LEVELS.keys()
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_a_file_imports_only_from_lower_levels_or_its_own_folder(file):
+    importer = part(file)
+    # `vop_jax.load` and `vop_jax.UserError` are looked up lazily, on first use.
+    tree = syntax(file)
+    modules = imports_on_load(tree) if importer == "__init__" else imports(tree)
+    assert [why for m in modules if (why := not_below(importer, m))] == []
+
+
+@pytest.mark.parametrize(
+    ("importer", "module", "allowed"),
+    [
+        ("model", "vop_jax.clip.model", True),
+        ("clip", "vop_jax.tuning.prompts", False),
+        ("data", "vop_jax.clip.config", False),
+        ("training", "vop_jax.experiment", False),
+        ("experiment", "vop_jax.start", True),
+        ("clip", "vop_jax.utils", False),
+        ("clip", "numpy", True),
+    ],
+)
+def test_the_rule_itself(importer, module, allowed):
+    assert (not_below(importer, module) is None) == allowed
+
+
+def test_training_never_imports_data():
+    for file in FILES:
+        if part(file) == "training":
+            assert not [m for m in imports(syntax(file)) if m.startswith("vop_jax.data")], file
+
+
+def test_data_is_numpy_only():
+    for file in FILES:
+        if part(file) == "data":
+            modules = {module.split(".")[0] for module in imports(syntax(file))}
+            assert not modules & {*HEAVY}, file
+
+
+def test_torch_is_imported_by_the_converter_alone_and_lazily():
+    for file in FILES:
+        tree = syntax(file)
+        if file == PACKAGE / "clip" / "convert.py":
+            modules = imports_on_load(tree)
+        else:
+            modules = imports(tree)
+        assert "torch" not in {module.split(".")[0] for module in modules}, file
+
+
+def loaded_by(*modules):
+    """Which heavy packages a fresh process holds after importing `modules`."""
+    code = (
+        f"import importlib, sys\nfor name in {modules!r}: importlib.import_module(name)\n"
+        f"print(*({{*{HEAVY!r}}} & {{*sys.modules}}))"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=PACKAGE.parent, check=True)
+    return set(done.stdout.split())
+
+
+def test_importing_the_package_alone_loads_nothing_heavy():
+    assert loaded_by("vop_jax", "vop_jax.main", "vop_jax.config") == set()
+
+
+def test_importing_data_loads_nothing_heavy():
+    names = [f"vop_jax.data.{f.stem}" for f in sorted((PACKAGE / "data").glob("[!_]*.py"))]
+    assert "vop_jax.data.pipeline" in names
+    assert loaded_by(*names) == set()
+
+
+def test_a_heavy_import_is_seen():
+    assert "jax" in loaded_by("vop_jax.model")

@@ -1,0 +1,54 @@
+"""What freezing CLIP saves: a prompt-tuning step costs two forward passes, not three."""
+
+import pytest
+
+from benchmarks.step_flops import step_flops
+from vop_jax.clip.config import PRESETS, ClipConfig
+from vop_jax.tuning.methods import MethodConfig
+
+# Few layers, but widths at which matrix products outweigh the rest as in a real CLIP.
+SMALL = ClipConfig(
+    image_size=96,
+    patch_size=16,
+    vision_width=256,
+    vision_layers=2,
+    vision_heads=4,
+    text_width=128,
+    text_layers=2,
+    text_heads=2,
+    embed_dim=128,
+)
+
+
+def ratio(clip, name, frames):
+    forward, step = step_flops(clip, MethodConfig(name), frames, batch=2)
+    return step / forward
+
+
+def test_a_prompt_tuning_step_costs_two_forward_passes():
+    assert 1.8 <= ratio(SMALL, "vop", frames=4) <= 2.1
+
+
+def test_forward_flops_are_those_of_the_matrix_products():
+    """By hand for plain CLIP; attention, norms and activations add a little."""
+    c, frames, batch = SMALL, 4, 2
+
+    def blocks(layers, width, tokens):
+        dense = 12 * width**2 * tokens  # query, key, value, out: 4 D^2, the MLP: 8 D^2
+        return 2 * layers * (dense + 2 * width * tokens**2)
+
+    patches = 2 * c.patches * 3 * c.patch_size**2 * c.vision_width
+    frame = patches + blocks(c.vision_layers, c.vision_width, 1 + c.patches)
+    caption = blocks(c.text_layers, c.text_width, c.context_length)
+    forward, _ = step_flops(c, MethodConfig("proj"), frames, batch)
+    assert 1 <= forward / (batch * (frames * frame + caption)) <= 1.15
+
+
+@pytest.mark.slow
+def test_full_tuning_costs_three():
+    assert 2.7 <= ratio(SMALL, "full", frames=4) <= 3.3
+
+
+@pytest.mark.slow
+def test_vit_b32_with_twelve_frames():
+    assert 1.8 <= ratio(PRESETS["ViT-B/32"], "vop", frames=12) <= 2.1
