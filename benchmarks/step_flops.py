@@ -25,7 +25,7 @@ from vop_jax.tuning.partition import merge, split
 
 def compiled_flops(function: Callable[..., Any], *shapes: Any) -> float:
     """The FLOPs of the compiled program; arguments are trees of `jax.ShapeDtypeStruct`."""
-    cost = jax.jit(function).lower(*shapes).compile().cost_analysis()
+    cost: Any = jax.jit(function).lower(*shapes).compile().cost_analysis()
     return float(cost["flops"])
 
 

@@ -19,6 +19,7 @@ LEVELS = {
     **dict.fromkeys(("start", "experiment", "retriever", "main"), 5),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
+FILES_AT_THE_TOP = {file.stem for file in PACKAGE.glob("*.py")}
 HEAVY = ("jax", "flax", "torch", "tensorflow")
 
 
@@ -33,9 +34,17 @@ def part_of_module(module):
     return module.split(".")[1] if "." in module else "__init__"
 
 
-def imports(tree):
-    """Names of all imported modules of a syntax tree; absolute, as the project writes them."""
-    for node in ast.walk(tree):
+def nodes(tree, lazy):
+    """All nodes of a syntax tree; those inside functions, which run later, if `lazy`."""
+    yield tree
+    for node in ast.iter_child_nodes(tree):
+        if lazy or not isinstance(node, ast.FunctionDef):
+            yield from nodes(node, lazy)
+
+
+def imports(tree, lazy=True):
+    """Names of the modules that a syntax tree imports; absolute, as the project writes them."""
+    for node in nodes(tree, lazy):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -44,14 +53,6 @@ def imports(tree):
                 yield from (f"vop_jax.{alias.name}" for alias in node.names)
             else:
                 yield node.module
-
-
-def imports_on_load(tree):
-    """The modules that importing the file imports: those outside functions."""
-    outside = ast.Module(
-        [n for n in tree.body if not isinstance(n, ast.FunctionDef | ast.ClassDef)], []
-    )
-    return imports(outside)
 
 
 def syntax(file):
@@ -67,9 +68,8 @@ def not_below(importer, module):
         return f"{module} has no level"
     if imported == importer or LEVELS[imported] < LEVELS[importer]:
         return None
-    same_level_files = {importer, imported} <= {"start", "experiment", "retriever", "main"}
-    same_base = LEVELS[importer] == LEVELS[imported] == 0
-    if same_level_files or same_base:
+    # The files at the top of the package are one folder.
+    if LEVELS[imported] == LEVELS[importer] and {imported, importer} <= FILES_AT_THE_TOP:
         return None
     return f"level {LEVELS[importer]} imports {module} of level {LEVELS[imported]}"
 
@@ -81,9 +81,8 @@ def test_every_part_has_a_level():
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
 def test_a_file_imports_only_from_lower_levels_or_its_own_folder(file):
     importer = part(file)
-    # `vop_jax.load` and `vop_jax.UserError` are looked up lazily, on first use.
-    tree = syntax(file)
-    modules = imports_on_load(tree) if importer == "__init__" else imports(tree)
+    # The package itself offers `load` and `UserError`, looked up on first use.
+    modules = imports(syntax(file), lazy=importer != "__init__")
     assert [why for m in modules if (why := not_below(importer, m))] == []
 
 
@@ -118,11 +117,7 @@ def test_data_is_numpy_only():
 
 def test_torch_is_imported_by_the_converter_alone_and_lazily():
     for file in FILES:
-        tree = syntax(file)
-        if file == PACKAGE / "clip" / "convert.py":
-            modules = imports_on_load(tree)
-        else:
-            modules = imports(tree)
+        modules = imports(syntax(file), lazy=file != PACKAGE / "clip" / "convert.py")
         assert "torch" not in {module.split(".")[0] for module in modules}, file
 
 

@@ -5,7 +5,8 @@ a key that is not declared here cannot be set anywhere.
 """
 
 import difflib
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -111,6 +112,8 @@ AT_LEAST_ONE = (
     "pretrain.batch_size",
 )
 AT_LEAST_ZERO = (
+    "seed",
+    "method.init_std",
     "data.stored_fps",
     "data.workers",
     "train.steps",
@@ -120,6 +123,7 @@ AT_LEAST_ZERO = (
     "pretrain.steps",
     "pretrain.learning_rate",
 )
+ABOVE_ZERO = ("train.clip_norm",)
 SHARES = ("data.max_skipped", "train.warmup")
 
 # May differ when a run is taken up again: none of them changes what is learnt.
@@ -136,7 +140,6 @@ RESUMABLE = (
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "eval.batch_size",
-    "eval.missing",
     "mesh.data",
 )
 
@@ -152,6 +155,16 @@ def flatten_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any
     return flat
 
 
+def check_keys(keys: Iterable[str]) -> None:
+    """Raises UserError for the first key, such as "train.steps", that is not declared."""
+    declared = flatten_config(base_config())
+    for key in keys:
+        if key not in declared:
+            near = difflib.get_close_matches(key, declared, n=1)
+            hint = f"; did you mean config.{near[0]}?" if near else ""
+            raise UserError(f"config.{key}: no such key{hint}")
+
+
 def validate(config: ConfigDict) -> None:
     """Checks every value that can be checked without reading a file.
 
@@ -159,11 +172,7 @@ def validate(config: ConfigDict) -> None:
         UserError: the first key that is unknown, missing or out of range, and what is allowed.
     """
     values, declared = flatten_config(config), flatten_config(base_config())
-    for key in values:
-        if key not in declared:
-            near = difflib.get_close_matches(key, declared, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(f"config.{key}: no such key{hint}")
+    check_keys(values)
     for key in declared:
         if key not in values:
             raise UserError(f"config.{key}: missing; start from vop_jax.config.base_config()")
@@ -172,16 +181,19 @@ def validate(config: ConfigDict) -> None:
             names = ", ".join(repr(name) for name in allowed)
             raise UserError(f"config.{key}={values[key]!r}: allowed are {names}")
     for keys, low, high in (
-        (AT_LEAST_ONE, 1, float("inf")),
-        (AT_LEAST_ZERO, 0, float("inf")),
+        (AT_LEAST_ONE, 1, math.inf),
+        (AT_LEAST_ZERO, 0, math.inf),
         (SHARES, 0, 1),
         (("data.jpeg_quality",), 1, 100),
     ):
         for key in keys:
             # Written so that NaN fails too.
-            if not low <= values[key] <= high:
-                span = f"{low} to {high}" if high != float("inf") else f"{low} or more"
+            if not low <= values[key] <= high or values[key] == math.inf:
+                span = f"{low} to {high}" if high != math.inf else f"{low} or more"
                 raise UserError(f"config.{key}={values[key]}: must be {span}")
+    for key in ABOVE_ZERO:
+        if not 0 < values[key] < math.inf:
+            raise UserError(f"config.{key}={values[key]}: must be more than 0")
     scale = values["data.crop_scale"]
     if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
         raise UserError(

@@ -54,12 +54,16 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
 
             def evaluate_at(state: TrainState, step: int) -> Results:
                 results = evaluate_params(partition.merge(state.trainable, run.frozen))
-                writer.write_scalars(step, _to_scalars(results))
+                if _from_scalars(workdir, step) is None:
+                    writer.write_scalars(step, _to_scalars(results))
                 logging.info("step %d\n%s", step, format_results(results))
                 return results
 
             before = _from_scalars(workdir, 0) or evaluate_at(run.state, 0)
             if first < steps:
+                every = config.train.eval_every
+                if every and first % every == 0 and _from_scalars(workdir, first) is None:
+                    evaluate_at(run.state, first)  # it was due when the run was stopped
                 logging.info("training %s, steps %d to %d", run.method.name, first + 1, steps)
                 optimizer = make_optimizer(config.train)
                 run.state = loop.fit(

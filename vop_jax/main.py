@@ -5,6 +5,7 @@ python -m vop_jax.main --config=configs/demo.py --workdir=DIR
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Sequence
 from logging import WARNING, Formatter
@@ -14,6 +15,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from vop_jax import interrupt
+from vop_jax.config import check_keys
 from vop_jax.errors import UserError
 
 MODES = ("train", "eval", "export", "params")
@@ -29,14 +31,15 @@ def define_flags() -> None:
 def parse_flags(argv: Sequence[str]) -> list[str]:
     """Parses the command line; a wrong one is a single line on stderr and exit status 2."""
     try:
+        overrides = (a.lstrip("-") for a in argv if re.match("--?config[.]", a))
+        check_keys(o.split("=")[0].removeprefix("config.") for o in overrides)
         rest = flags.FLAGS(argv)
         if len(rest) > 1:
             raise UserError(f"{rest[1]}: not a flag; flags look like --workdir=DIR")
         _check_flags(flags.FLAGS.config)
         return rest
-    except (AttributeError, KeyError) as error:  # an override of a key that does not exist
-        hint = " ".join(str(error.args[0]).replace('"', "'").split())
-        fail(f"--config.…: no such key: {hint}")
+    except OSError as error:  # the config file could not be loaded, and is overridden
+        fail(f"--config: {_last_line(error)}")
     except (flags.Error, UserError, TypeError, ValueError) as error:
         fail(str(error))
 
@@ -48,10 +51,13 @@ def _check_flags(config: Any) -> None:
         try:
             config.seed  # noqa: B018  what went wrong in the file is raised on first use
         except Exception as error:
-            last = str(error).strip().splitlines()[-1]
-            raise UserError(f"--config: {last}") from None
-    if flags.FLAGS.workdir is None and flags.FLAGS.mode != "params":
+            raise UserError(f"--config: {_last_line(error)}") from None
+    if not flags.FLAGS.workdir and flags.FLAGS.mode != "params":
         raise UserError("--workdir=DIR is missing")
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1].strip()
 
 
 def fail(message: str) -> NoReturn:
@@ -75,7 +81,9 @@ def main(argv: Sequence[str]) -> int:
     set_up_logging()
     interrupt.install()
     try:
-        return run(flags.FLAGS.config, flags.FLAGS.workdir or "", flags.FLAGS.mode, flags.FLAGS.json)
+        return run(
+            flags.FLAGS.config, flags.FLAGS.workdir or "", flags.FLAGS.mode, flags.FLAGS.json
+        )
     except UserError as error:
         fail(str(error))
     except interrupt.Interrupted as signal:

@@ -64,7 +64,17 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 def save(path: str | os.PathLike, tree: Tree, metadata: Mapping[str, str]) -> None:
     """Writes a parameter tree as safetensors, atomically."""
     flat = {name: np.asarray(leaf, order="C") for name, leaf in flatten(tree).items()}
-    write_atomic(path, safetensors_numpy.save(flat, metadata=dict(metadata)))
+    write_atomic(path, _in_order(safetensors_numpy.save(flat, metadata=dict(metadata))))
+
+
+def _in_order(file: bytes) -> bytes:
+    """The same safetensors file, its metadata sorted: the library's order is random."""
+    size = int.from_bytes(file[:8], "little")
+    header = json.loads(file[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors stay aligned
+    return len(text).to_bytes(8, "little") + text + file[8 + size :]
 
 
 def load(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str]]:

@@ -1,5 +1,7 @@
 """Sampling against its definition, decoding against files whose frames are known."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -25,9 +27,9 @@ def test_uniform_indices_are_segment_middles(count, frames):
         expected = [min(i, count - 1) for i in range(frames)]
     else:
         edges = [int(x) for x in np.linspace(0, count, frames + 1)]
-        expected = [(a + b) // 2 for a, b in zip(edges, edges[1:], strict=False)]
+        expected = [(a + b) // 2 for a, b in itertools.pairwise(edges)]
     assert indices.tolist() == expected
-    assert 0 <= indices.min() and indices.max() < count
+    assert indices.min() >= 0 and indices.max() < count
 
 
 @given(count=st.integers(1, 300), frames=st.integers(1, 40), seed=st.integers(0, 100))

@@ -1,5 +1,6 @@
 import collections
 import csv
+import dataclasses
 import os
 import signal
 import subprocess
@@ -99,8 +100,8 @@ def test_a_still_shows_what_its_caption_says():
     for item in shapes.still_items(0, 60, 0):
         y, x = centre(item.scene.draw(1)[0], item.scene.colour)
         row, column = (np.argmin(abs(np.array(shapes.THIRDS) - at)) for at in (y, x))
-        assert item.caption.endswith(shapes.SPOTS[row][column])
-        assert f" {item.scene.colour} {item.scene.shape} " in item.caption
+        assert item.caption.startswith(shapes.SPOTS[row][column] + ", a ")
+        assert item.caption.endswith(f" {item.scene.colour} {item.scene.shape}")
         assert (" large " in item.caption) == (item.scene.radius > 8)
 
 
@@ -112,10 +113,7 @@ def test_every_clip_is_inside_the_picture(clips):
 
 def test_shapes_can_be_told_apart():
     scene = shapes.clip_items(0, 1, 0)[0].scene
-    pictures = {}
-    for shape in shapes.SHAPES:
-        pictures[shape] = vars(scene) | {"shape": shape}
-    drawn = [shapes.Scene(**fields).draw(1) for fields in pictures.values()]
+    drawn = [dataclasses.replace(scene, shape=shape).draw(1) for shape in shapes.SHAPES]
     for i, one in enumerate(drawn):
         for two in drawn[:i]:
             assert (abs(one.astype(int) - two).max(axis=-1) > 60).sum() > 20
@@ -218,15 +216,15 @@ def test_an_error_stops_rendering_and_leaves_no_annotations(tmp_path, monkeypatc
 
 
 def test_a_file_is_there_whole_or_not_at_all(rendered, tmp_path, monkeypatch):
-    path_type = type(root := epath.Path(tmp_path))
-    whole_write = path_type.write_bytes
+    root = epath.Path(tmp_path)
+    whole_write = type(root).write_bytes
 
     def half_write(path, data):
         whole_write(path, data[: len(data) // 2])
         raise OSError("no space left")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
-        patch.setattr(path_type, "write_bytes", half_write)
+        patch.setattr(type(root), "write_bytes", half_write)
         shapes.render(str(tmp_path), train=5, test=4)
     assert not [path for path in root.iterdir() if path.suffix in (".mp4", ".csv")]
     shapes.render(str(tmp_path), train=5, test=4)

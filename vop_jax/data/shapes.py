@@ -167,7 +167,7 @@ def still_items(seed: int, train: int, test: int) -> list[Item]:
             rng = np.random.default_rng((seed, code + 1, i))
             centre = THIRDS[row] + rng.uniform(-4, 4), THIRDS[column] + rng.uniform(-4, 4)
             scene = Scene(colour, shape, rng.uniform(*RADII[size]), centre, centre, _backdrop(rng))
-            caption = f"a {size} {colour} {shape} {SPOTS[row][column]}"
+            caption = f"{SPOTS[row][column]}, a {size} {colour} {shape}"
             items.append(Item(f"{split}-seed{seed}-{i:05}.png", caption, split, scene))
     return items
 

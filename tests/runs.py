@@ -1,0 +1,109 @@
+"""A folder of small films, a CLIP that reads real captions, and the command line on them."""
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import flags
+
+from tests.data import videos
+from vop_jax import interrupt, main
+from vop_jax.clip.config import ClipConfig
+from vop_jax.clip.model import Clip
+from vop_jax.clip.weights import save_clip
+
+ROOT = Path(__file__).parents[1]
+CLIP = ClipConfig(16, 8, 32, 2, 2, 16, 2, 2, 24, context_length=24)
+TRAIN, TEST = 16, 8
+
+
+def write_clip(path: Path, seed: int = 0, config: ClipConfig = CLIP) -> Path:
+    """A random CLIP of these sizes."""
+    frames = np.zeros((1, config.image_size, config.image_size, 3), np.uint8)
+    ids = np.zeros((1, config.context_length), np.int32)
+    params = jax.jit(Clip(config).init)(jax.random.key(seed), frames, ids)["params"]
+    save_clip(path, params, config, source=f"seed {seed}", source_sha256="")
+    return path
+
+
+def write_folder(root: Path) -> Path:
+    """`root/videos` and `root/captions.csv`."""
+    (root / "videos").mkdir()
+    rows = ["video,caption,split"]
+    for i in range(TRAIN + TEST):
+        videos.write(root / "videos" / f"{i}.mp4", 6 + i % 5, width=32, height=32)
+        rows.append(f"{i}.mp4,clip number {i},{'train' if i < TRAIN else 'test'}")
+    (root / "captions.csv").write_text("\n".join(rows) + "\n")
+    return root
+
+
+def arguments(folder: Path, clip: Path, workdir: Path, *overrides: str) -> list[str]:
+    """The command line of a run of four steps."""
+    settings = {
+        "init.clip": clip,
+        "data.annotations": folder / "captions.csv",
+        "data.videos": folder / "videos",
+        "data.frames": 3,
+        "data.short_side": 32,
+        "data.threads": 2,
+        "method.visual_prompts": 2,
+        "method.text_prefix": 1,
+        "method.text_suffix": 1,
+        "train.steps": 4,
+        "train.batch_size": 8,
+        "train.log_every": 2,
+        "train.checkpoint_every": 2,
+        "eval.batch_size": 8,
+    }
+    return [
+        f"--config={ROOT / 'configs/folder.py'}",
+        f"--workdir={workdir}",
+        *(f"--config.{key}={value}" for key, value in settings.items()),
+        *overrides,
+    ]
+
+
+def call(*argv: str) -> int:
+    """The command line in this process; returns the exit status."""
+    flag_values = flags.FLAGS
+    if "workdir" not in flag_values:
+        main.define_flags()
+    kept_argv, sys.argv = sys.argv, ["main", *argv]  # overrides are looked up there
+    with kept_signals():
+        try:
+            main.parse_flags(sys.argv)
+            return main.main([])
+        except SystemExit as exit:
+            return int(exit.code or 0)
+        finally:
+            sys.argv = kept_argv
+            for name in list(flag_values):
+                if name.startswith("config."):
+                    delattr(flag_values, name)
+            flag_values.unparse_flags()
+            for name in ("config", "workdir", "mode", "json"):
+                flag_values[name].unparse()
+
+
+@contextlib.contextmanager
+def kept_signals():
+    """The signal handlers of the process as they were."""
+    import signal
+
+    kept = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, handler in kept.items():
+            signal.signal(signum, handler)
+        interrupt._pending.clear()
+
+
+def command(argv: list[str]) -> tuple[list[str], dict[str, str]]:
+    """The same as a process of its own: (command, environment), on one device."""
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    env |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    return [sys.executable, "-m", "vop_jax.main", *argv], env

@@ -1,0 +1,201 @@
+import importlib.util
+import json
+import math
+import pathlib
+
+import pytest
+
+from vop_jax import config as configs
+from vop_jax.errors import UserError
+from vop_jax.tuning.methods import METHODS, MethodConfig
+
+SHIPPED = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
+NUMBERS = (
+    *configs.AT_LEAST_ONE,
+    *configs.AT_LEAST_ZERO,
+    *configs.ABOVE_ZERO,
+    *configs.SHARES,
+    "data.jpeg_quality",
+)
+
+
+def changed(**values):
+    """The base config with `data__frames=0` set at `data.frames`, as a user would."""
+    config = configs.base_config()
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in values.items()})
+    return config
+
+
+def with_raw(key, value):
+    """The base config with any value at a key, of any type."""
+    config = configs.base_config()
+    with config.ignore_type():
+        config.update_from_flattened_dict({key: value})
+    return config
+
+
+def shipped(path, *method):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(*method)
+
+
+def test_the_base_config_is_valid():
+    configs.validate(configs.base_config())
+    MethodConfig.from_mapping(configs.base_config().method)
+
+
+def test_the_base_config_is_locked_at_every_level():
+    config = configs.base_config()
+    with pytest.raises((AttributeError, KeyError), match="lerning_rate"):
+        config.train.lerning_rate = 1.0
+    with pytest.raises((AttributeError, KeyError), match="trian"):
+        config.trian = 1
+    assert changed() is not configs.base_config()  # nobody shares one
+    with pytest.raises(TypeError):
+        config.train.steps = "many"
+
+
+def test_a_misspelt_key_names_the_nearest():
+    config = configs.base_config()
+    with config.unlocked():
+        config.train.lerning_rate = 1.0
+    with pytest.raises(UserError, match=r"train.lerning_rate: .*mean train.learning_rate\?"):
+        configs.validate(config)
+
+
+def test_an_unheard_of_key_is_refused_without_a_hint():
+    config = configs.base_config()
+    with config.unlocked():
+        config.zzzzzz = 1
+    with pytest.raises(UserError, match=r"^config.zzzzzz: no such key$"):
+        configs.validate(config)
+
+
+def test_a_missing_key_is_named():
+    config = configs.base_config()
+    with config.unlocked():
+        del config.train["steps"]
+    with pytest.raises(UserError, match=r"config.train.steps: missing"):
+        configs.validate(config)
+
+
+@pytest.mark.parametrize("key", configs.ALLOWED)
+def test_choices_are_listed(key):
+    with pytest.raises(UserError) as caught:
+        configs.validate(with_raw(key, "wrong"))
+    message = str(caught.value)
+    assert f"config.{key}='wrong'" in message
+    assert all(repr(allowed) in message for allowed in configs.ALLOWED[key])
+
+
+@pytest.mark.parametrize("bad", [-1, math.nan, math.inf])
+@pytest.mark.parametrize("key", NUMBERS)
+def test_numbers_out_of_range_and_nan_are_refused(key, bad):
+    with pytest.raises(UserError, match=rf"config.{key}=\S+: must be "):
+        configs.validate(with_raw(key, bad))
+
+
+@pytest.mark.parametrize("key", configs.AT_LEAST_ONE)
+def test_sizes_start_at_one(key):
+    with pytest.raises(UserError, match=rf"config.{key}=0: must be 1 or more"):
+        configs.validate(with_raw(key, 0))
+    configs.validate(with_raw(key, 1))
+
+
+@pytest.mark.parametrize("key", configs.AT_LEAST_ZERO)
+def test_what_may_be_zero(key):
+    configs.validate(with_raw(key, 0))
+
+
+@pytest.mark.parametrize("key", configs.ABOVE_ZERO)
+def test_what_may_not_be_zero(key):
+    with pytest.raises(UserError, match=rf"config.{key}=0.0: must be more than 0"):
+        configs.validate(with_raw(key, 0.0))
+
+
+@pytest.mark.parametrize("key", configs.SHARES)
+def test_shares_end_at_one(key):
+    with pytest.raises(UserError, match=rf"config.{key}=1.5: must be 0 to 1"):
+        configs.validate(with_raw(key, 1.5))
+    configs.validate(with_raw(key, 1.0))
+
+
+@pytest.mark.parametrize(
+    "scale", [(0.0, 1.0), (0.6, 0.5), (0.5, 1.5), (0.5,), (math.nan, 1.0), (0.5, math.nan)]
+)
+def test_crop_scales_that_cannot_be(scale):
+    with pytest.raises(UserError, match=r"config.data.crop_scale=.*0 < low <= high <= 1"):
+        configs.validate(with_raw("data.crop_scale", scale))
+
+
+def test_random_sampling_needs_frames_to_choose_from():
+    with pytest.raises(UserError, match=r"set data.stored_fps > 0"):
+        configs.validate(changed(data__sampling="rand"))
+    configs.validate(changed(data__sampling="rand", data__stored_fps=3.0))
+
+
+@pytest.mark.parametrize("devices", [0, -2])
+def test_numbers_of_devices_that_cannot_be(devices):
+    with pytest.raises(UserError, match=rf"config.mesh.data={devices}: a number of devices, or -1"):
+        configs.validate(changed(mesh__data=devices))
+
+
+def test_messages_are_one_line():
+    for key in NUMBERS:
+        with pytest.raises(UserError) as caught:
+            configs.validate(with_raw(key, -1))
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_shipped_config_is_valid_with_every_method(path, method):
+    config = shipped(path, method)
+    configs.validate(config)
+    assert config.is_locked
+    assert MethodConfig.from_mapping(config.method).name == method
+
+
+def test_there_are_shipped_configs():
+    assert {"demo", "folder"} <= {path.stem for path in SHIPPED}
+
+
+def test_flatten_names_every_leaf():
+    flat = configs.flatten_config({"a": {"b": 1, "c": {"d": 2}}, "e": (3,)})
+    assert flat == {"a.b": 1, "a.c.d": 2, "e": (3,)}
+
+
+def test_every_key_named_in_a_rule_is_declared():
+    declared = configs.flatten_config(configs.base_config())
+    assert {*configs.ALLOWED, *NUMBERS, *configs.RESUMABLE} <= declared.keys()
+
+
+def test_no_difference_to_itself_read_back_from_json():
+    config = configs.base_config()
+    assert configs.first_difference(config, json.loads(json.dumps(config.to_dict()))) is None
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("train.learning_rate", 1.0), ("method.name", "bias"), ("seed", 7)]
+)
+def test_a_difference_is_named_with_both_values(key, value):
+    base, other = configs.base_config(), configs.base_config()
+    other.update_from_flattened_dict({key: value})
+    was = configs.flatten_config(base)[key]
+    assert configs.first_difference(other, base) == (key, value, was)
+    assert configs.first_difference(base, other) == (key, was, value)
+
+
+def test_a_key_of_one_side_alone_is_a_difference():
+    base = configs.base_config()
+    older = base.to_dict()
+    del older["train"]["warmup"]
+    assert configs.first_difference(base, older) == ("train.warmup", base.train.warmup, None)
+    assert configs.first_difference(older, base) == ("train.warmup", None, base.train.warmup)
+
+
+@pytest.mark.parametrize("key", configs.RESUMABLE)
+def test_what_changes_nothing_learnt_is_no_difference(key):
+    assert configs.first_difference(with_raw(key, "other"), configs.base_config()) is None

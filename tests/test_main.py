@@ -1,0 +1,314 @@
+"""The command line on a folder of films: a whole run, and every wrong call."""
+
+import errno
+import json
+import os
+import shutil
+
+import filelock
+import numpy as np
+import pytest
+
+import vop_jax
+from tests import runs
+from tests.data import videos
+from vop_jax import experiment, main, start
+from vop_jax.clip.weights import load_clip
+from vop_jax.config import base_config
+from vop_jax.tensorfile import read_metadata
+from vop_jax.training.writer import read_metrics
+from vop_jax.tuning.prompts_file import load_prompts
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet():
+    patch = pytest.MonkeyPatch()
+    patch.setattr(main, "set_up_logging", lambda: None)
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return runs.write_folder(tmp_path_factory.mktemp("folder"))
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return runs.write_clip(tmp_path_factory.mktemp("clip") / "clip.safetensors")
+
+
+@pytest.fixture(scope="module")
+def finished(folder, clip, tmp_path_factory):
+    """The workdir of a finished run."""
+    workdir = tmp_path_factory.mktemp("finished")
+    assert runs.call(*runs.arguments(folder, clip, workdir)) == 0
+    return workdir
+
+
+@pytest.fixture
+def call(folder, clip, tmp_path, capsys):
+    """Calls with overrides; returns (status, stdout, stderr)."""
+
+    def call(*overrides, workdir=tmp_path / "run", **replaced):
+        places = {"folder": folder, "clip": clip, **replaced}
+        argv = runs.arguments(places["folder"], places["clip"], workdir, *overrides)
+        status = runs.call(*argv)
+        out = capsys.readouterr()
+        return status, out.out, out.err
+
+    return call
+
+
+def assert_refused(result, *messages):
+    status, _, err = result
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert status == 2 and len(lines) == 1, err
+    for message in messages:
+        assert message in lines[0]
+
+
+def summary_of(workdir):
+    return json.loads((workdir / "summary.json").read_text())
+
+
+def test_a_run_leaves_what_the_contract_says(finished, clip):
+    summary = summary_of(finished)
+    for side in (summary, summary["before"]):
+        for direction in ("t2v", "v2t"):
+            assert set(side[direction]) == {"R@1", "R@5", "R@10", "MnR", "MdR"}
+    assert summary["method"] == "vop" and summary["steps"] == 4
+    layers = runs.CLIP.vision_layers * 32 + runs.CLIP.text_layers * 16
+    assert summary["trainable_params"] == summary["paper_params"] == 2 * layers
+    assert (summary["num_texts"], summary["num_videos"]) == (runs.TEST, runs.TEST)
+    assert summary["skipped_videos"] == [] and summary["videos_per_second"] > 0
+    assert json.loads((finished / "config.json").read_text())["train"]["steps"] == 4
+    assert list(finished.glob("events.out.tfevents*")) and (finished / "checkpoints/4").is_dir()
+    lines = read_metrics(finished)
+    assert [line["step"] for line in lines] == [0, 1, 2, 4, 4]
+    assert lines[0]["t2v/R@1"] == summary["before"]["t2v"]["R@1"]
+    assert lines[-1]["v2t/MnR"] == summary["v2t"]["MnR"]
+    assert np.isfinite([line["loss"] for line in lines if "loss" in line]).all()
+    metadata = read_metadata(finished / "prompts.safetensors")
+    assert metadata["clip_fingerprint"] == load_clip(clip).fingerprint
+
+
+def test_the_same_call_again_changes_nothing(finished, call):
+    before = (finished / "prompts.safetensors").read_bytes()
+    status, out, _ = call(workdir=finished)
+    assert status == 0 and "t2v before" in out and "t2v after" in out
+    assert (finished / "prompts.safetensors").read_bytes() == before
+    assert [line["step"] for line in read_metrics(finished)] == [0, 1, 2, 4, 4]
+
+
+def test_eval_and_export_agree_with_training(finished, call):
+    trained = summary_of(finished)
+    exported = (finished / "prompts.safetensors").read_bytes()
+    (finished / "prompts.safetensors").unlink()
+    assert call("--mode=eval", workdir=finished)[0] == 0
+    evaluated = summary_of(finished)
+    for key in ("t2v", "v2t", "before", "steps", "num_texts"):
+        assert evaluated[key] == trained[key]
+    status, out, _ = call("--mode=export", workdir=finished)
+    assert status == 0 and "prompts.safetensors" in out
+    assert (finished / "prompts.safetensors").read_bytes() == exported
+
+
+def test_exported_prompts_give_the_features_of_training(finished, folder, clip):
+    """Bit for bit, on the device the run was on."""
+    config = base_config().copy_and_resolve_references()
+    with config.unlocked():
+        config.update(json.loads((finished / "config.json").read_text()))
+        config.data.crop_scale = tuple(config.data.crop_scale)
+        config.mesh.data = 1
+    with start.opened(config, str(finished), None) as run:
+        data = experiment.load_data(run)
+        encode_video, encode_text = experiment.evaluation.make_encoders(run.model, run.mesh)
+        frames = next(data.eval_set.videos())["frames"]
+        ours = np.asarray(encode_video(run.params(), frames))
+        texts = np.asarray(encode_text(run.params(), data.eval_set.ids))
+        captions = [c for own in data.packed.splits["test"].captions for c in own]
+    retriever = vop_jax.load(clip, finished / "prompts.safetensors")
+    np.testing.assert_array_equal(retriever.embed_frames(frames), ours)
+    np.testing.assert_array_equal(retriever.embed_text(captions), texts)
+    # From the files the only difference is that of JPEG records.
+    paths = [folder / "videos" / f"{i}.mp4" for i in range(runs.TRAIN, runs.TRAIN + runs.TEST)]
+    assert (retriever.embed_videos(paths) * ours).sum(axis=1).min() > 0.99
+    np.testing.assert_allclose(np.linalg.norm(texts, axis=1), 1, atol=1e-6)
+
+
+def test_params_need_neither_weights_nor_workdir(tmp_path, capsys):
+    config = f"--config={runs.ROOT / 'configs/folder.py'}"
+    table = tmp_path / "params.json"
+    assert runs.call(config, "--mode=params", f"--json={table}") == 0
+    assert "122,880" in capsys.readouterr().out
+    counts = json.loads(table.read_text())
+    assert counts["vop"] == {
+        "trainable": 122880,
+        "paper": 122880,
+        "percent": pytest.approx(0.1025, abs=1e-3),
+    }
+    assert counts["full"] == {"trainable": 151277313, "paper": 119826432, "percent": 100.0}
+
+
+def test_evaluation_alone_needs_no_training(call, tmp_path):
+    status, _out, _ = call("--config.method.name=zero_shot")
+    assert status == 0
+    summary = summary_of(tmp_path / "run")
+    assert summary["trainable_params"] == 0 and summary["steps"] == 0
+    assert summary["t2v"] == summary["before"]["t2v"]
+
+
+def test_prompts_of_a_run_can_start_another(finished, call, tmp_path):
+    prompts = f"--config.init.prompts={finished / 'prompts.safetensors'}"
+    status, _, _ = call(prompts, "--config.train.steps=0", "--mode=eval")
+    assert status == 0
+    assert summary_of(tmp_path / "run")["t2v"] == summary_of(finished)["t2v"]
+
+
+def test_bfloat16_and_rand_sampling_run(call):
+    status, _, _ = call(
+        "--config.compute.dtype=bfloat16",
+        "--config.data.sampling=rand",
+        "--config.data.stored_fps=10",
+        "--config.train.eval_every=2",
+        "--config.method.suffix=released",
+    )
+    assert status == 0
+
+
+@pytest.mark.parametrize(
+    ("override", "messages"),
+    [
+        (
+            "--config.train.step=3",
+            ("config.train.step: no such key; did you mean config.train.steps?",),
+        ),
+        (
+            "--config.trian.steps=3",
+            ("config.trian.steps: no such key; did you mean config.train.steps?",),
+        ),
+        ("--config.train.steps=many", ("train.steps", "many")),
+        ("--config.train.batch_size=0", ("config.train.batch_size=0: must be 1 or more",)),
+        ("--config.train.learning_rate=nan", ("config.train.learning_rate=nan",)),
+        ("--config.method.name=vopp", ("method.name='vopp'", "vop")),
+        ("--config.method.suffix=end", ("method.suffix='end'", "eot, released")),
+        ("--config.method.first_layer=9", ("first_layer=9", "layers 1 to 2")),
+        ("--config.method.text_prefix=40", ("text_prefix",)),
+        ("--config.data.kind=webdataset", ("config.data.kind='webdataset'", "folder")),
+        ("--config.data.sampling=rand", ("data.stored_fps",)),
+        ("--config.data.eval_split=val", ("config.data.eval_split='val'", "train (16), test (8)")),
+        ("--config.data.annotations=no.csv", ("no.csv: no such annotation file",)),
+        ("--config.data.annotations=", ("config.data.annotations is not set",)),
+        ("--config.data.videos=nowhere", ("nowhere: no such folder of videos",)),
+        ("--config.init.clip=no.safetensors", ("no.safetensors: no such file",)),
+        ("--config.init.clip=", ("config.init.clip is not set", "convert_clip_weights.py")),
+        ("--config.init.prompts=no.safetensors", ("no.safetensors: no such file",)),
+        ("--config.clip.arch=ViT-B/32", ("config.clip.arch=ViT-B/32", "seed 0")),
+        ("--config.clip.arch=ViT-B", ("allowed are", "ViT-B/32")),
+        ("--config.clip.activation=gelu", ("config.clip.activation=gelu", "quick_gelu")),
+        ("--config.mesh.data=99", ("config.mesh.data=99", "devices")),
+        ("--config.train.batch_size=9", ("config.train.batch_size=9", "8 devices")),
+        ("--mode=deploy", ("deploy", "train")),
+        ("--mdoe=train", ("mdoe", "mode")),
+        ("train", ("train: not a flag",)),
+        ("--mode=eval", ("no checkpoint; train first",)),
+        ("--mode=export", ("no checkpoint; train first",)),
+        ("--config=configs/nothing.py", ("nothing.py",)),
+        ("--workdir=", ("--workdir=DIR is missing",)),
+    ],
+)
+def test_wrong_calls_get_one_line(call, override, messages):
+    assert_refused(call(override), *messages)
+
+
+def test_no_config_at_all(capsys):
+    assert runs.call("--workdir=x") == 2
+    assert "error: --config=FILE is missing" in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_clip(call, finished, tmp_path):
+    assert_refused(call(clip=finished / "prompts.safetensors"), "not a converted CLIP")
+    torn = tmp_path / "torn.safetensors"
+    torn.write_bytes(b"\x00" * 100)
+    assert_refused(call(clip=torn), "torn.safetensors: not a readable safetensors file")
+
+
+def test_prompts_made_for_another_clip(call, finished, tmp_path):
+    other = runs.write_clip(tmp_path / "other.safetensors", seed=1)
+    prompts = f"--config.init.prompts={finished / 'prompts.safetensors'}"
+    assert_refused(call(prompts, clip=other), "trained over", "seed 0", "seed 1")
+    with pytest.raises(vop_jax.UserError, match=r"seed 0.* not over .*seed 1"):
+        vop_jax.load(other, finished / "prompts.safetensors")
+    given = load_prompts(finished / "prompts.safetensors")
+    assert given.method.visual_prompts == 2
+
+
+def test_a_workdir_of_another_config(call, finished, tmp_path):
+    held = (finished / "prompts.safetensors").read_bytes()
+    refused = call("--config.train.learning_rate=0.25", workdir=finished)
+    assert_refused(refused, "holds a run with config.train.learning_rate=0.005, not 0.25")
+    other = runs.write_clip(tmp_path / "other.safetensors", seed=1)
+    assert_refused(call(workdir=finished, clip=other), "holds a run over", "seed 0", "seed 1")
+    assert (finished / "prompts.safetensors").read_bytes() == held
+    # What does not change the result may change.
+    status, _, _ = call("--config.train.log_every=1", "--config.mesh.data=2", workdir=finished)
+    assert status == 0
+
+
+def test_two_runs_in_one_workdir(call, tmp_path):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    with filelock.FileLock(workdir / ".lock"):
+        assert_refused(call(), "another run is using it")
+    assert call("--config.method.name=zero_shot")[0] == 0
+
+
+def test_a_full_disk(call, tmp_path, monkeypatch):
+    from vop_jax.data import packed
+    from vop_jax.training import checkpoint
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "file"))
+
+    for module, name in ((packed, "_jpeg"), (checkpoint.Checkpoints, "save")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, full)
+            assert_refused(call(), "no space left on the disk", "the same command continues")
+    assert call()[0] == 0
+
+
+def test_damaged_videos_are_named_and_left_out(call, folder, tmp_path):
+    broken = tmp_path / "folder"
+    shutil.copytree(folder, broken)
+    (broken / "videos" / "3.mp4").write_bytes(b"")
+    videos.write(broken / "videos" / "20.mp4", 1)
+    refused = call(folder=broken)
+    assert_refused(refused, "split 'train': 1 of 16 videos cannot be used", "3.mp4 (zero bytes)")
+    status, out, _ = call("--config.data.max_skipped=0.2", folder=broken)
+    assert status == 0 and "skipped videos: 2" in out
+    summary = summary_of(tmp_path / "run")
+    assert [s["id"] for s in summary["skipped_videos"]] == ["3.mp4", "20.mp4"]
+    # A missing video is a miss: it is still asked for, and still counted.
+    assert (summary["num_texts"], summary["num_videos"]) == (runs.TEST, runs.TEST)
+    assert summary["missing_videos_count_as"] == "miss"
+    assert (
+        call("--config.data.max_skipped=0.2", "--config.eval.missing=drop", folder=broken)[0] == 0
+    )
+    assert summary_of(tmp_path / "run")["num_videos"] == runs.TEST - 1
+
+
+def test_captions_that_are_cut_are_counted(call, folder, tmp_path):
+    long = tmp_path / "folder"
+    shutil.copytree(folder, long)
+    text = (long / "captions.csv").read_text()
+    text = text.replace("clip number 2,", "clip " * 60 + ",").replace("clip number 17", "w " * 40)
+    (long / "captions.csv").write_text(text)
+    assert call("--config.train.steps=0", folder=long)[0] == 0
+    assert summary_of(tmp_path / "run")["cut_captions"] == 2
+
+
+def test_divergence_stops_with_where(call, tmp_path):
+    status, _, err = call("--config.train.learning_rate=1e38", "--config.train.warmup=0")
+    assert status == 1
+    assert "at step" in err and "checkpoints keeps the last good state" in err

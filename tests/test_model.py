@@ -1,0 +1,298 @@
+"""What must hold of the prompted encoders whatever the weights are."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import tiny
+from vop_jax.clip.model import Clip
+from vop_jax.clip.weights import parameter_shapes
+from vop_jax.model import TextVideoModel
+from vop_jax.tensorfile import flatten
+from vop_jax.training.step import batch_loss
+from vop_jax.tuning.methods import MethodConfig
+
+SIZES = {"visual_prompts": 3, "text_prefix": 2, "text_suffix": 2, "init_std": 0.5}
+VOP = MethodConfig(**SIZES)
+PLAIN = MethodConfig("zero_shot", **SIZES)
+
+
+@functools.cache
+def random_model(method):
+    return tiny.model_and_params(method)
+
+
+@functools.cache
+def jitted(model, what):
+    return jax.jit(lambda params, rows: model.apply({"params": params}, rows, method=what))
+
+
+def encode(model, params, what, rows):
+    return np.asarray(jitted(model, f"encode_{what}")(params, rows))
+
+
+def ids_of(method, count=5, seed=0):
+    return tiny.captions(count, method.text_slots(tiny.CLIP), seed)
+
+
+def plain_video(clip_params, frames):
+    """CLIP's own image encoder, frame by frame, and the mean of what it says."""
+    flat = frames.reshape(-1, *frames.shape[2:])
+    rows = encode(Clip(tiny.CLIP), clip_params, "image", flat)
+    mean = rows.reshape(*frames.shape[:2], -1).mean(axis=1)
+    return mean / np.linalg.norm(mean, axis=-1, keepdims=True)
+
+
+def plain_text(clip_params, ids):
+    return encode(Clip(tiny.CLIP), clip_params, "text", ids)
+
+
+def test_without_prompts_it_is_clip():
+    model, params = random_model(PLAIN)
+    assert set(params) == {"clip"}
+    frames, ids = tiny.frames(2), ids_of(PLAIN)
+    video = encode(model, params, "video", frames)
+    np.testing.assert_allclose(video, plain_video(params["clip"], frames), atol=2e-7)
+    np.testing.assert_array_equal(
+        encode(model, params, "text", ids), plain_text(params["clip"], ids)
+    )
+
+
+def test_one_frame_without_prompts_is_clips_image_encoder():
+    model, params = random_model(PLAIN)
+    frame = tiny.frames(4)[:, :1]
+    image = encode(Clip(tiny.CLIP), params["clip"], "image", frame[:, 0])
+    np.testing.assert_allclose(encode(model, params, "video", frame), image, atol=2e-7)
+
+
+def test_embeddings_are_float32_unit_rows():
+    for dtype in (jnp.float32, jnp.bfloat16):
+        _, params = random_model(VOP)
+        model = TextVideoModel(tiny.CLIP, VOP, dtype)
+        for what, rows in (("video", tiny.frames(2)), ("text", ids_of(VOP))):
+            out = encode(model, params, what, rows)
+            assert out.dtype == np.float32 and out.shape == (len(rows), tiny.CLIP.embed_dim)
+            np.testing.assert_allclose(np.linalg.norm(out, axis=-1), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("branches", "plain_video_tower", "plain_text_tower"),
+    [("both", False, False), ("visual", False, True), ("text", True, False)],
+)
+def test_branches_leave_the_other_tower_plain(branches, plain_video_tower, plain_text_tower):
+    method = dataclasses.replace(VOP, branches=branches)
+    model, params = random_model(method)
+    frames, ids = tiny.frames(2), ids_of(method)
+    video = abs(encode(model, params, "video", frames) - plain_video(params["clip"], frames)).max()
+    text = abs(encode(model, params, "text", ids) - plain_text(params["clip"], ids)).max()
+    assert (video < 1e-6) == plain_video_tower and (text < 1e-6) == plain_text_tower
+    wanted = {
+        name
+        for name, on in (("visual", not plain_video_tower), ("text", not plain_text_tower))
+        if on
+    }
+    assert set(params["prompts"]) == wanted
+
+
+def test_a_frames_feature_depends_on_that_frame_alone():
+    model, params = random_model(VOP)
+    frames = tiny.frames(1)
+    alone = encode(model, params, "video", frames[0][:, None])  # each frame a clip of its own
+    mean = alone.mean(axis=0)
+    together = encode(model, params, "video", frames)[0]
+    np.testing.assert_allclose(together, mean / np.linalg.norm(mean), atol=1e-6)
+
+
+def test_the_order_of_frames_does_not_matter():
+    model, params = random_model(VOP)
+    frames = tiny.frames(4)
+    shuffled = frames[:, [2, 0, 1]]
+    np.testing.assert_allclose(
+        encode(model, params, "video", frames), encode(model, params, "video", shuffled), atol=1e-5
+    )
+
+
+def test_videos_of_a_batch_do_not_mix():
+    model, params = random_model(VOP)
+    frames, ids = tiny.frames(3), ids_of(VOP, 3)
+    for what, rows in (("video", frames), ("text", ids)):
+        one_by_one = [encode(model, params, what, rows[i : i + 1])[0] for i in range(3)]
+        np.testing.assert_allclose(encode(model, params, what, rows), one_by_one, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", [VOP, PLAIN], ids=["vop", "zero_shot"])
+def test_tokens_after_eot_do_not_matter(method):
+    model, params = random_model(method)
+    ids = ids_of(method)
+    eot = ids.argmax(axis=1)
+    noise = np.random.default_rng(1).integers(0, tiny.EOT - 1, ids.shape)
+    other = np.where(np.arange(ids.shape[1]) > eot[:, None], noise, ids).astype(np.int32)
+    assert (other != ids).any()
+    np.testing.assert_array_equal(
+        encode(model, params, "text", ids), encode(model, params, "text", other)
+    )
+
+
+def test_every_token_before_eot_matters():
+    model, params = random_model(VOP)
+    ids = ids_of(VOP, 1, seed=3)
+    reference = encode(model, params, "text", ids)
+    for slot in range(ids.argmax()):
+        other = ids.copy()
+        other[0, slot] = (ids[0, slot] + 1) % (tiny.EOT - 1)
+        assert abs(encode(model, params, "text", other) - reference).max() > 1e-6, slot
+
+
+def text_prompt_gradient(suffix, lengths):
+    """The gradient of the text prompts, [L, P, D], for captions with EOT at these slots."""
+    method = dataclasses.replace(VOP, suffix=suffix)
+    model, params = random_model(method)
+    ids = np.zeros((len(lengths), method.text_slots(tiny.CLIP)), np.int32)
+    rng = np.random.default_rng(0)
+    for row, length in zip(ids, lengths, strict=True):
+        row[:length], row[length] = rng.integers(1, tiny.EOT, length), tiny.EOT
+    batch = {"frames": tiny.frames(len(lengths)), "ids": ids}
+
+    def loss(prompts):
+        return batch_loss(model, {**params, "prompts": prompts}, batch)
+
+    return np.asarray(jax.jit(jax.grad(loss))(params["prompts"])["text"])
+
+
+def test_the_released_suffix_is_dead_for_short_captions():
+    prefix = VOP.text_prefix
+    gradient = text_prompt_gradient("released", lengths=[3, 5, 7])
+    assert (gradient[:, prefix:] == 0).all()
+    assert (abs(gradient[:, :prefix]).max(axis=-1) > 0).all()
+
+
+def test_the_released_suffix_lives_in_a_caption_that_fills_all_slots():
+    last = VOP.text_slots(tiny.CLIP) - 1
+    gradient = text_prompt_gradient("released", lengths=[3, last])
+    assert (abs(gradient).max(axis=-1) > 0).all()
+
+
+def test_the_suffix_before_eot_lives_in_every_caption():
+    gradient = text_prompt_gradient("eot", lengths=[3, 5, 7])
+    assert (abs(gradient).max(axis=-1) > 0).all()
+
+
+def test_both_suffixes_agree_where_eot_is_the_last_slot():
+    rows = ids_of(VOP, 2)
+    rows[:] = np.random.default_rng(0).integers(1, tiny.EOT, rows.shape)
+    rows[:, -1] = tiny.EOT
+    model, params = random_model(VOP)
+    released = TextVideoModel(tiny.CLIP, dataclasses.replace(VOP, suffix="released"))
+    np.testing.assert_array_equal(
+        encode(model, params, "text", rows), encode(released, params, "text", rows)
+    )
+
+
+@pytest.mark.parametrize("first_last", [(1, 1), (2, 2), (1, 2), (2, 0), (3, 3)])
+def test_only_prompted_layers_have_prompts_and_all_of_them_are_used(first_last):
+    first, last = first_last
+    method = dataclasses.replace(
+        VOP, first_layer=first, last_layer=last, branches="both" if first < 3 else "visual"
+    )
+    model, params = random_model(method)
+    clip, batch = tiny.CLIP, {"frames": tiny.frames(3), "ids": ids_of(method, 3)}
+    depth = {"visual": clip.vision_layers, "text": clip.text_layers}
+    for tower, prompts in params["prompts"].items():
+        assert len(prompts) == min(last or depth[tower], depth[tower]) - first + 1
+
+    def loss(prompts):
+        return batch_loss(model, {**params, "prompts": prompts}, batch)
+
+    for gradient in jax.tree.leaves(jax.jit(jax.grad(loss))(params["prompts"])):
+        assert (abs(gradient).max(axis=-1) > 0).all()
+
+
+def prompted_by_hand(params, method, frames):
+    """Vision layer by layer as in the paper's equations, one frame at a time."""
+    clip = Clip(tiny.CLIP).bind({"params": params["clip"]})
+    layers = method.layers(tiny.CLIP.vision_layers)
+    features = []
+    for frame in frames:
+        tokens = clip.visual.embed(frame[None])[0]
+        cls, patches = tokens[:1], tokens[1:]
+        for layer, block in enumerate(clip.visual.blocks):
+            here = params["prompts"]["visual"][layers.index(layer)] if layer in layers else cls[:0]
+            sequence = jnp.concatenate([cls, here, patches])[None]
+            if layer == 0:
+                sequence = clip.visual.ln_pre(sequence)
+            out = block(sequence)[0]
+            cls, patches = out[:1], out[1 + len(here) :]
+        feature = np.asarray(clip.visual.project(cls[0]))
+        features.append(feature / np.linalg.norm(feature))
+    mean = np.mean(features, axis=0)
+    return mean / np.linalg.norm(mean)
+
+
+@pytest.mark.parametrize("first_last", [(1, 0), (1, 1), (2, 2), (2, 3)])
+def test_vision_equals_the_equations(first_last):
+    first, last = first_last
+    method = dataclasses.replace(VOP, first_layer=first, last_layer=last, branches="visual")
+    model, params = random_model(method)
+    frames = tiny.frames(1)
+    by_hand = prompted_by_hand(params, method, frames[0])
+    np.testing.assert_allclose(encode(model, params, "video", frames)[0], by_hand, atol=1e-6)
+
+
+def text_by_hand(params, method, caption):
+    """Text layer by layer for one caption, prompts put in and taken out of Python lists."""
+    clip = Clip(tiny.CLIP).bind({"params": params["clip"]})
+    layers = method.layers(tiny.CLIP.text_layers)
+    eot = int(caption.argmax())
+    end = eot if method.suffix == "eot" else len(caption) - 1
+    words = list(clip.text.embed(caption[None])[0])
+    for layer, block in enumerate(clip.text.blocks):
+        prefix, suffix = [], []
+        if layer in layers:
+            prompts = list(params["prompts"]["text"][layers.index(layer)])
+            prefix, suffix = prompts[: method.text_prefix], prompts[method.text_prefix :]
+        x = jnp.stack([words[0], *prefix, *words[1:end], *suffix, *words[end:]])[None]
+        if layer == 0:
+            x = x + clip.text.positions(x.shape[1])
+        out = list(block(x)[0])
+        read = out[eot + len(prefix) + len(suffix)]
+        start, stop = 1 + len(prefix), end + len(prefix)
+        words = [out[0], *out[start:stop], *out[stop + len(suffix) :]]
+    feature = np.asarray(clip.text.project(read))
+    return feature / np.linalg.norm(feature)
+
+
+@pytest.mark.parametrize("suffix", ["eot", "released"])
+@pytest.mark.parametrize("first_last", [(1, 0), (1, 1), (2, 2)])
+def test_text_equals_the_equations(first_last, suffix):
+    first, last = first_last
+    method = dataclasses.replace(VOP, first_layer=first, last_layer=last, suffix=suffix)
+    model, params = random_model(method)
+    ids = ids_of(method, 2)
+    by_hand = [text_by_hand(params, method, caption) for caption in ids]
+    np.testing.assert_allclose(encode(model, params, "text", ids), by_hand, atol=1e-6)
+
+
+def test_bfloat16_is_close_to_float32():
+    model, params = random_model(VOP)
+    half = TextVideoModel(tiny.CLIP, VOP, jnp.bfloat16)
+    for what, rows in (("video", tiny.frames(4)), ("text", ids_of(VOP))):
+        exact, rounded = encode(model, params, what, rows), encode(half, params, what, rows)
+        assert abs(exact - rounded).max() > 0
+        assert ((exact * rounded).sum(axis=-1) > 0.999).all()
+
+
+def test_the_clip_subtree_is_exactly_a_converted_file():
+    for method in (VOP, PLAIN):
+        _, params = random_model(method)
+        shapes = {name: leaf.shape for name, leaf in flatten(params["clip"]).items()}
+        assert shapes == parameter_shapes(tiny.CLIP)
+
+
+def test_captions_of_another_length_are_refused():
+    model, params = random_model(VOP)
+    with pytest.raises(ValueError, match="captions have 20 token slots, the method 16"):
+        encode(model, params, "text", tiny.captions(1, 20))
