@@ -152,8 +152,7 @@ def test_params_need_neither_weights_nor_workdir(tmp_path, capsys):
 
 
 def test_evaluation_alone_needs_no_training(call, tmp_path):
-    status, _out, _ = call("--config.method.name=zero_shot")
-    assert status == 0
+    assert call("--config.method.name=zero_shot")[0] == 0
     summary = summary_of(tmp_path / "run")
     assert summary["trainable_params"] == 0 and summary["steps"] == 0
     assert summary["t2v"] == summary["before"]["t2v"]
@@ -292,10 +291,9 @@ def test_damaged_videos_are_named_and_left_out(call, folder, tmp_path):
     # A missing video is a miss: it is still asked for, and still counted.
     assert (summary["num_texts"], summary["num_videos"]) == (runs.TEST, runs.TEST)
     assert summary["missing_videos_count_as"] == "miss"
-    assert (
-        call("--config.data.max_skipped=0.2", "--config.eval.missing=drop", folder=broken)[0] == 0
-    )
-    assert summary_of(tmp_path / "run")["num_videos"] == runs.TEST - 1
+    drop = ("--config.data.max_skipped=0.2", "--config.eval.missing=drop")
+    assert call(*drop, folder=broken, workdir=tmp_path / "drop")[0] == 0
+    assert summary_of(tmp_path / "drop")["num_videos"] == runs.TEST - 1
 
 
 def test_captions_that_are_cut_are_counted(call, folder, tmp_path):

@@ -81,9 +81,8 @@ def main(argv: Sequence[str]) -> int:
     set_up_logging()
     interrupt.install()
     try:
-        return run(
-            flags.FLAGS.config, flags.FLAGS.workdir or "", flags.FLAGS.mode, flags.FLAGS.json
-        )
+        given = flags.FLAGS
+        return run(given.config, given.workdir or "", given.mode, given.json)
     except UserError as error:
         fail(str(error))
     except interrupt.Interrupted as signal:

@@ -182,7 +182,7 @@ def test_truncated_webm(tmp_path):
     path = videos.write(tmp_path / "a.webm", 100, codec="libvpx-vp9", width=320, height=240)
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 3])
-    with pytest.raises(VideoError, match="truncated|damaged|not readable"):
+    with pytest.raises(VideoError, match=r"truncated|damaged|not readable"):
         read_frames(path, F)
 
 
@@ -190,5 +190,5 @@ def test_truncated_avi(tmp_path):
     path = videos.write(tmp_path / "a.avi", 100, codec="mpeg4", width=320, height=240)
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 3])
-    with pytest.raises(VideoError, match="truncated|damaged|not readable"):
+    with pytest.raises(VideoError, match=r"truncated|damaged|not readable"):
         read_frames(path, F)

@@ -85,7 +85,11 @@ class MethodConfig:
 
     def validate(self) -> None:
         """Raises UserError for values that no CLIP could take."""
-        choices: dict[str, Collection[str]] = {"name": METHODS, "branches": BRANCHES, "suffix": SUFFIXES}
+        choices: dict[str, Collection[str]] = {
+            "name": METHODS,
+            "branches": BRANCHES,
+            "suffix": SUFFIXES,
+        }
         for key, allowed in choices.items():
             if getattr(self, key) not in allowed:
                 raise UserError(
