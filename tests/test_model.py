@@ -13,17 +13,26 @@ from vop_jax.clip.model import Clip
 from vop_jax.clip.weights import parameter_shapes
 from vop_jax.model import TextVideoModel
 from vop_jax.tensorfile import flatten
-from vop_jax.training.step import batch_loss
 from vop_jax.tuning.methods import MethodConfig
 
 SIZES = {"visual_prompts": 3, "text_prefix": 2, "text_suffix": 2, "init_std": 0.5}
+BATCH = 3  # one size, so that each encoder compiles once
 VOP = MethodConfig(**SIZES)
 PLAIN = MethodConfig("zero_shot", **SIZES)
 
 
 @functools.cache
 def random_model(method):
-    return tiny.model_and_params(method)
+    """A model and parameters without zeros or ones; from shapes, as initialisers compile slowly."""
+    model = TextVideoModel(tiny.CLIP, method)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), tiny.frames(1), ids_of(method))
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        centre = 1.0 if path[-1].key == "scale" else 0.0
+        return rng.normal(centre, 0.2, leaf.shape).astype(np.float32)
+
+    return model, jax.tree_util.tree_map_with_path(draw, shapes["params"])
 
 
 @functools.cache
@@ -35,7 +44,7 @@ def encode(model, params, what, rows):
     return np.asarray(jitted(model, f"encode_{what}")(params, rows))
 
 
-def ids_of(method, count=5, seed=0):
+def ids_of(method, count=BATCH, seed=0):
     return tiny.captions(count, method.text_slots(tiny.CLIP), seed)
 
 
@@ -54,7 +63,7 @@ def plain_text(clip_params, ids):
 def test_without_prompts_it_is_clip():
     model, params = random_model(PLAIN)
     assert set(params) == {"clip"}
-    frames, ids = tiny.frames(2), ids_of(PLAIN)
+    frames, ids = tiny.frames(BATCH), ids_of(PLAIN)
     video = encode(model, params, "video", frames)
     np.testing.assert_allclose(video, plain_video(params["clip"], frames), atol=2e-7)
     np.testing.assert_array_equal(
@@ -64,7 +73,7 @@ def test_without_prompts_it_is_clip():
 
 def test_one_frame_without_prompts_is_clips_image_encoder():
     model, params = random_model(PLAIN)
-    frame = tiny.frames(4)[:, :1]
+    frame = tiny.frames(BATCH)[:, :1]
     image = encode(Clip(tiny.CLIP), params["clip"], "image", frame[:, 0])
     np.testing.assert_allclose(encode(model, params, "video", frame), image, atol=2e-7)
 
@@ -73,7 +82,7 @@ def test_embeddings_are_float32_unit_rows():
     for dtype in (jnp.float32, jnp.bfloat16):
         _, params = random_model(VOP)
         model = TextVideoModel(tiny.CLIP, VOP, dtype)
-        for what, rows in (("video", tiny.frames(2)), ("text", ids_of(VOP))):
+        for what, rows in (("video", tiny.frames(BATCH)), ("text", ids_of(VOP))):
             out = encode(model, params, what, rows)
             assert out.dtype == np.float32 and out.shape == (len(rows), tiny.CLIP.embed_dim)
             np.testing.assert_allclose(np.linalg.norm(out, axis=-1), 1, atol=1e-6)
@@ -86,7 +95,7 @@ def test_embeddings_are_float32_unit_rows():
 def test_branches_leave_the_other_tower_plain(branches, plain_video_tower, plain_text_tower):
     method = dataclasses.replace(VOP, branches=branches)
     model, params = random_model(method)
-    frames, ids = tiny.frames(2), ids_of(method)
+    frames, ids = tiny.frames(BATCH), ids_of(method)
     video = abs(encode(model, params, "video", frames) - plain_video(params["clip"], frames)).max()
     text = abs(encode(model, params, "text", ids) - plain_text(params["clip"], ids)).max()
     assert (video < 1e-6) == plain_video_tower and (text < 1e-6) == plain_text_tower
@@ -109,7 +118,7 @@ def test_a_frames_feature_depends_on_that_frame_alone():
 
 def test_the_order_of_frames_does_not_matter():
     model, params = random_model(VOP)
-    frames = tiny.frames(4)
+    frames = tiny.frames(BATCH)
     shuffled = frames[:, [2, 0, 1]]
     np.testing.assert_allclose(
         encode(model, params, "video", frames), encode(model, params, "video", shuffled), atol=1e-5
@@ -118,9 +127,9 @@ def test_the_order_of_frames_does_not_matter():
 
 def test_videos_of_a_batch_do_not_mix():
     model, params = random_model(VOP)
-    frames, ids = tiny.frames(3), ids_of(VOP, 3)
+    frames, ids = tiny.frames(BATCH), ids_of(VOP)
     for what, rows in (("video", frames), ("text", ids)):
-        one_by_one = [encode(model, params, what, rows[i : i + 1])[0] for i in range(3)]
+        one_by_one = [encode(model, params, what, rows[i : i + 1])[0] for i in range(BATCH)]
         np.testing.assert_allclose(encode(model, params, what, rows), one_by_one, atol=1e-6)
 
 
@@ -155,12 +164,16 @@ def text_prompt_gradient(suffix, lengths):
     rng = np.random.default_rng(0)
     for row, length in zip(ids, lengths, strict=True):
         row[:length], row[length] = rng.integers(1, tiny.EOT, length), tiny.EOT
-    batch = {"frames": tiny.frames(len(lengths)), "ids": ids}
+    return np.asarray(gradient_of_text(model)(params, ids)["prompts"]["text"])
 
-    def loss(prompts):
-        return batch_loss(model, {**params, "prompts": prompts}, batch)
 
-    return np.asarray(jax.jit(jax.grad(loss))(params["prompts"])["text"])
+@functools.cache
+def gradient_of_text(model):
+    def some_number(params, ids):
+        rows = model.apply({"params": params}, ids, method="encode_text")
+        return (rows * jnp.cos(jnp.arange(rows.size)).reshape(rows.shape)).sum()
+
+    return jax.jit(jax.grad(some_number))
 
 
 def test_the_released_suffix_is_dead_for_short_captions():
@@ -172,7 +185,7 @@ def test_the_released_suffix_is_dead_for_short_captions():
 
 def test_the_released_suffix_lives_in_a_caption_that_fills_all_slots():
     last = VOP.text_slots(tiny.CLIP) - 1
-    gradient = text_prompt_gradient("released", lengths=[3, last])
+    gradient = text_prompt_gradient("released", lengths=[3, 5, last])
     assert (abs(gradient).max(axis=-1) > 0).all()
 
 
@@ -182,7 +195,7 @@ def test_the_suffix_before_eot_lives_in_every_caption():
 
 
 def test_both_suffixes_agree_where_eot_is_the_last_slot():
-    rows = ids_of(VOP, 2)
+    rows = ids_of(VOP)
     rows[:] = np.random.default_rng(0).integers(1, tiny.EOT, rows.shape)
     rows[:, -1] = tiny.EOT
     model, params = random_model(VOP)
@@ -193,25 +206,18 @@ def test_both_suffixes_agree_where_eot_is_the_last_slot():
 
 
 @pytest.mark.parametrize("first_last", [(1, 1), (2, 2), (1, 2), (2, 0), (3, 3)])
-def test_only_prompted_layers_have_prompts_and_all_of_them_are_used(first_last):
+def test_only_prompted_layers_have_prompts(first_last):
     first, last = first_last
-    method = dataclasses.replace(
-        VOP, first_layer=first, last_layer=last, branches="both" if first < 3 else "visual"
-    )
-    model, params = random_model(method)
-    clip, batch = tiny.CLIP, {"frames": tiny.frames(3), "ids": ids_of(method, 3)}
-    depth = {"visual": clip.vision_layers, "text": clip.text_layers}
+    branches = "both" if first <= tiny.CLIP.text_layers else "visual"
+    method = dataclasses.replace(VOP, first_layer=first, last_layer=last, branches=branches)
+    _, params = random_model(method)
+    depth = {"visual": tiny.CLIP.vision_layers, "text": tiny.CLIP.text_layers}
     for tower, prompts in params["prompts"].items():
         assert len(prompts) == min(last or depth[tower], depth[tower]) - first + 1
 
-    def loss(prompts):
-        return batch_loss(model, {**params, "prompts": prompts}, batch)
 
-    for gradient in jax.tree.leaves(jax.jit(jax.grad(loss))(params["prompts"])):
-        assert (abs(gradient).max(axis=-1) > 0).all()
-
-
-def prompted_by_hand(params, method, frames):
+@functools.partial(jax.jit, static_argnums=1)
+def video_by_hand(params, method, frames):
     """Vision layer by layer as in the paper's equations, one frame at a time."""
     clip = Clip(tiny.CLIP).bind({"params": params["clip"]})
     layers = method.layers(tiny.CLIP.vision_layers)
@@ -226,27 +232,27 @@ def prompted_by_hand(params, method, frames):
                 sequence = clip.visual.ln_pre(sequence)
             out = block(sequence)[0]
             cls, patches = out[:1], out[1 + len(here) :]
-        feature = np.asarray(clip.visual.project(cls[0]))
-        features.append(feature / np.linalg.norm(feature))
-    mean = np.mean(features, axis=0)
-    return mean / np.linalg.norm(mean)
+        feature = clip.visual.project(cls[0])
+        features.append(feature / jnp.linalg.norm(feature))
+    mean = sum(features) / len(features)
+    return mean / jnp.linalg.norm(mean)
 
 
-@pytest.mark.parametrize("first_last", [(1, 0), (1, 1), (2, 2), (2, 3)])
+@pytest.mark.parametrize("first_last", [(1, 0), (1, 1), (2, 3)])
 def test_vision_equals_the_equations(first_last):
     first, last = first_last
     method = dataclasses.replace(VOP, first_layer=first, last_layer=last, branches="visual")
     model, params = random_model(method)
     frames = tiny.frames(1)
-    by_hand = prompted_by_hand(params, method, frames[0])
-    np.testing.assert_allclose(encode(model, params, "video", frames)[0], by_hand, atol=1e-6)
+    by_hand = video_by_hand(params, method, frames[0, :1])
+    np.testing.assert_allclose(encode(model, params, "video", frames[:, :1])[0], by_hand, atol=1e-6)
 
 
-def text_by_hand(params, method, caption):
+@functools.partial(jax.jit, static_argnums=(1, 3))
+def text_by_hand(params, method, caption, eot):
     """Text layer by layer for one caption, prompts put in and taken out of Python lists."""
     clip = Clip(tiny.CLIP).bind({"params": params["clip"]})
     layers = method.layers(tiny.CLIP.text_layers)
-    eot = int(caption.argmax())
     end = eot if method.suffix == "eot" else len(caption) - 1
     words = list(clip.text.embed(caption[None])[0])
     for layer, block in enumerate(clip.text.blocks):
@@ -261,8 +267,8 @@ def text_by_hand(params, method, caption):
         read = out[eot + len(prefix) + len(suffix)]
         start, stop = 1 + len(prefix), end + len(prefix)
         words = [out[0], *out[start:stop], *out[stop + len(suffix) :]]
-    feature = np.asarray(clip.text.project(read))
-    return feature / np.linalg.norm(feature)
+    feature = clip.text.project(read)
+    return feature / jnp.linalg.norm(feature)
 
 
 @pytest.mark.parametrize("suffix", ["eot", "released"])
@@ -271,15 +277,16 @@ def test_text_equals_the_equations(first_last, suffix):
     first, last = first_last
     method = dataclasses.replace(VOP, first_layer=first, last_layer=last, suffix=suffix)
     model, params = random_model(method)
-    ids = ids_of(method, 2)
-    by_hand = [text_by_hand(params, method, caption) for caption in ids]
-    np.testing.assert_allclose(encode(model, params, "text", ids), by_hand, atol=1e-6)
+    caption = ids_of(method, 1)[0]
+    assert 1 < caption.argmax() < len(caption) - 1
+    by_hand = text_by_hand(params, method, caption, int(caption.argmax()))
+    np.testing.assert_allclose(encode(model, params, "text", caption[None])[0], by_hand, atol=1e-6)
 
 
 def test_bfloat16_is_close_to_float32():
     model, params = random_model(VOP)
     half = TextVideoModel(tiny.CLIP, VOP, jnp.bfloat16)
-    for what, rows in (("video", tiny.frames(4)), ("text", ids_of(VOP))):
+    for what, rows in (("video", tiny.frames(BATCH)), ("text", ids_of(VOP))):
         exact, rounded = encode(model, params, what, rows), encode(half, params, what, rows)
         assert abs(exact - rounded).max() > 0
         assert ((exact * rounded).sum(axis=-1) > 0.999).all()

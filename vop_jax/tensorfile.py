@@ -62,19 +62,36 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 
 def save(path: str | os.PathLike, tree: Tree, metadata: Mapping[str, str]) -> None:
-    """Writes a parameter tree as safetensors, atomically."""
+    """Writes a parameter tree as safetensors, atomically; equal trees give equal files."""
     flat = {name: np.asarray(leaf, order="C") for name, leaf in flatten(tree).items()}
-    write_atomic(path, _in_order(safetensors_numpy.save(flat, metadata=dict(metadata))))
+    target = epath.Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.parent / f".{target.name}.partial"
+    try:
+        if "://" in os.fspath(path):
+            with tempfile.TemporaryDirectory() as directory:
+                local = os.path.join(directory, "file")
+                _write(local, flat, metadata)
+                epath.Path(local).copy(partial, overwrite=True)
+        else:
+            _write(os.fspath(partial), flat, metadata)
+        partial.replace(target)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
-def _in_order(file: bytes) -> bytes:
-    """The same safetensors file, its metadata sorted: the library's order is random."""
-    size = int.from_bytes(file[:8], "little")
-    header = json.loads(file[8 : 8 + size])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors stay aligned
-    return len(text).to_bytes(8, "little") + text + file[8 + size :]
+def _write(path: str, flat: dict[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    safetensors_numpy.save_file(flat, path, metadata=dict(metadata))
+    # The library writes metadata in a random order; the same header, sorted, takes its place.
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:  # always, while both write compact JSON
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def load(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str]]:

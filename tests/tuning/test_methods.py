@@ -1,0 +1,129 @@
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from vop_jax.clip.config import PRESETS
+from vop_jax.config import base_config
+from vop_jax.errors import UserError
+from vop_jax.experiment import count_parameters
+from vop_jax.model import TextVideoModel
+from vop_jax.tuning import partition
+from vop_jax.tuning.methods import METHODS, MethodConfig
+
+B32 = PRESETS["ViT-B/32"]
+TINY = PRESETS["tiny"]  # 4 vision layers, 3 text layers, 32 positions
+
+# (trainable, the paper's convention, the paper's percentage as it is printed)
+PAPER = {
+    "zero_shot": (0, 0, "0.000"),
+    "full": (151_277_313, 119_826_432, "100.000"),
+    "bias": (171_008, 124_928, "0.104"),
+    "proj": (655_360, 655_360, "0.547"),
+    "partial": (10_240_256, 7_680_512, "6.410"),
+    "vop": (122_880, 122_880, "0.103"),
+}
+
+
+@pytest.fixture(scope="module")
+def counts():
+    return count_parameters(base_config())
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_parameter_counts_are_the_papers(counts, name):
+    row = counts[name]
+    assert (row["trainable"], row["paper"], f"{row['percent']:.3f}") == PAPER[name]
+
+
+def test_every_method_is_counted(counts):
+    assert counts.keys() == METHODS.keys()
+
+
+def test_every_pattern_matches_something_and_zero_shot_trains_nothing():
+    for name in METHODS:
+        method = MethodConfig(name)
+        model = TextVideoModel(TINY, method)
+        frames = jax.ShapeDtypeStruct((1, 1, 32, 32, 3), np.uint8)
+        ids = jax.ShapeDtypeStruct((1, method.text_slots(TINY)), np.int32)
+        params = jax.eval_shape(model.init, jax.random.key(0), frames, ids)["params"]
+        trainable, _ = partition.split(params, method.trainable_patterns(TINY))
+        assert bool(partition.count(trainable)) == (name != "zero_shot")
+
+
+def test_partial_trains_the_last_layer_of_each_tower():
+    patterns = MethodConfig("partial").trainable_patterns(TINY)
+    assert patterns == (
+        r"clip/visual/transformer/resblocks\.3/.*",
+        r"clip/text/transformer/resblocks\.2/.*",
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"name": "vopp"}, "method.name='vopp': allowed are zero_shot, .*vop"),
+        ({"branches": "audio"}, "method.branches='audio': allowed are both, visual, text"),
+        ({"suffix": "sos"}, "method.suffix='sos': allowed are eot, released"),
+        ({"visual_prompts": -1}, "method.visual_prompts=-1: must be 0 or more"),
+        ({"text_prefix": -2}, "method.text_prefix=-2: must be 0 or more"),
+        ({"text_suffix": -3}, "method.text_suffix=-3: must be 0 or more"),
+        ({"last_layer": -1}, "method.last_layer=-1: must be 0 or more"),
+        ({"first_layer": 0}, "first_layer=0, last_layer=0: layers count from 1"),
+        ({"first_layer": 3, "last_layer": 2}, "the last .* is not before the first"),
+        (
+            {"visual_prompts": 0, "text_prefix": 0, "text_suffix": 0},
+            "method.name=vop: no prompt token in branches=both",
+        ),
+        ({"branches": "visual", "visual_prompts": 0}, "no prompt token in branches=visual"),
+        ({"prompts": 8}, "method.prompts: unknown; known are branches, .*visual_prompts"),
+    ],
+)
+def test_values_that_cannot_be(values, message):
+    with pytest.raises(UserError, match=message) as caught:
+        MethodConfig.from_mapping(values)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"last_layer": 5}, "last_layer=5: this CLIP has layers 1 to 4"),
+        ({"first_layer": 5}, "first_layer=5, .*: this CLIP has layers 1 to 4"),
+        ({"first_layer": 4}, "the text tower has only 3 layers; .* branches without text"),
+        ({"text_prefix": 28, "text_suffix": 2}, "= 30: at most 29 of 32 positions can be prompts"),
+    ],
+)
+def test_values_that_do_not_fit_a_clip(values, message):
+    method = MethodConfig.from_mapping(values)
+    method.check_fits(B32) if "last_layer" in values else None
+    with pytest.raises(UserError, match=message):
+        method.check_fits(TINY)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"first_layer": 4, "branches": "visual"},
+        {"last_layer": 4},
+        {"text_prefix": 27, "text_suffix": 2},
+        {"text_prefix": 99, "branches": "visual"},
+        {"name": "proj", "text_prefix": 99},
+    ],
+)
+def test_values_that_just_fit(values):
+    MethodConfig.from_mapping(values).check_fits(TINY)
+
+
+def test_depth():
+    method = MethodConfig(first_layer=2)
+    assert list(method.layers(4)) == [1, 2, 3]
+    assert list(dataclasses.replace(method, last_layer=3).layers(4)) == [1, 2]
+    assert list(dataclasses.replace(method, last_layer=9).layers(4)) == [1, 2, 3]
+
+
+def test_only_prompts_in_the_text_take_slots():
+    assert MethodConfig().text_slots(B32) == 69
+    assert MethodConfig(branches="visual").text_slots(B32) == 77
+    assert MethodConfig("full").text_slots(B32) == 77

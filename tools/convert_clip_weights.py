@@ -1,0 +1,136 @@
+"""Converts CLIP weights of PyTorch to the file that vop_jax reads.
+
+python tools/convert_clip_weights.py --source=FILE_OR_NAME --output=clip.safetensors
+
+Sources: OpenAI's TorchScript archives, by file or name (ViT-B/32, ViT-B/16, ViT-L/14,
+ViT-L/14@336px: downloaded and checked); PyTorch state dicts and safetensors in the layout of
+OpenAI, open_clip or Hugging Face; the released VoP_msrvtt9k.pth, which also holds prompts.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+# Conversion needs no accelerator, and must not occupy one.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from vop_jax import tensorfile
+from vop_jax.clip import download
+from vop_jax.clip.convert import Converted, convert
+from vop_jax.clip.layers import ACTIVATIONS
+from vop_jax.clip.weights import ClipWeights, save_clip
+from vop_jax.errors import UserError
+from vop_jax.tuning.methods import MethodConfig
+from vop_jax.tuning.prompts_file import save_prompts
+
+
+class Parser(argparse.ArgumentParser):
+    """A wrong call is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line.
+
+    Raises:
+        UserError: an unknown flag, a missing one, or a value that is not allowed.
+    """
+    parser = Parser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--source", required=True, metavar="FILE_OR_NAME", help="what to convert")
+    add("--output", required=True, metavar="FILE", help="the converted CLIP, safetensors")
+    add("--prompts-output", metavar="FILE", help="the prompts of a released VoP checkpoint")
+    add("--activation", choices=ACTIVATIONS, help="where nothing beside the file tells it")
+    add("--vision-heads", type=int, metavar="N", help="as --activation; default width // 64")
+    add("--text-heads", type=int, metavar="N", help="as --activation; default width // 64")
+    add("--cache", default=download.CACHE, metavar="DIR", help="of downloads; %(default)s")
+    add("--base-url", default=download.BASE_URL, metavar="URL", help="a mirror of OpenAI's server")
+    args = parser.parse_args(argv)
+    for flag, heads in (("vision", args.vision_heads), ("text", args.text_heads)):
+        if heads is not None and heads < 1:
+            raise UserError(f"--{flag}-heads={heads}: must be 1 or more")
+    for flag, path in (("output", args.output), ("prompts-output", args.prompts_output)):
+        if path is not None and (not path or os.path.isdir(path)):
+            raise UserError(f"--{flag}={path}: is a directory, not a file to write")
+    paths = [os.path.abspath(p) for p in (args.source, args.output, args.prompts_output) if p]
+    if len(set(paths)) < len(paths):
+        raise UserError("--source, --output and --prompts-output are different files")
+    return args
+
+
+def run(args: argparse.Namespace) -> None:
+    """Converts, writes and says what was written."""
+    source: str | Path = args.source
+    if args.source in download.PUBLISHED:
+        source = download.fetch(args.source, args.cache, args.base_url)
+    elif not os.path.exists(args.source) and "://" not in args.source:
+        names = ", ".join(download.PUBLISHED)
+        raise UserError(f"{args.source}: no such file; names that can be downloaded are {names}")
+    converted = convert(
+        source,
+        activation=args.activation,
+        vision_heads=args.vision_heads,
+        text_heads=args.text_heads,
+    )
+    if args.prompts_output and converted.prompts is None:
+        raise UserError(f"--prompts-output={args.prompts_output}: {source} holds no prompts")
+    for sentence in converted.assumed:
+        print(f"note: {sentence}")
+    params, config = converted.params, converted.config
+    name = Path(source).name
+    fingerprint = save_clip(
+        args.output, params, config, source=name, source_sha256=converted.sha256
+    )
+    clip = ClipWeights(params, config, fingerprint, name)
+    count = sum(leaf.size for leaf in tensorfile.flatten(params).values())
+    print(f"{args.output}: {clip.name}, {config.activation}, {count:,} parameters")
+    if converted.prompts is not None:
+        write_prompts(args.prompts_output, converted, clip)
+
+
+def write_prompts(path: str | None, converted: Converted, clip: ClipWeights) -> None:
+    """The released prompts: the first half of the text prompts is prefix, the rest suffix."""
+    assert converted.prompts is not None
+    visual, text = converted.prompts["visual"].shape[1], converted.prompts["text"].shape[1]
+    method = MethodConfig(
+        visual_prompts=visual,
+        text_prefix=text // 2,
+        text_suffix=text - text // 2,
+        suffix="released",
+    )
+    method.check_fits(clip.config)
+    found = f"{visual} visual, {method.text_prefix} + {method.text_suffix} text prompts a layer"
+    if not path:
+        print(f"note: {clip.source} also holds {found}; --prompts-output=FILE writes them")
+        return
+    save_prompts(
+        path,
+        {"prompts": converted.prompts},
+        method=method,
+        clip_fingerprint=clip.fingerprint,
+        clip_name=clip.name,
+        clip_config=clip.config,
+    )
+    print(f"{path}: {found}")
+
+
+def main(argv: list[str]) -> int:
+    try:
+        run(parse(argv))
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,319 @@
+"""CLIP weights of PyTorch become ours: reading checkpoints of every published kind.
+
+The names and layouts are in `clip.layouts`. torch is needed for its own files only, imported
+where they are read, and never told to unpickle anything but tensors.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pickle
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+from safetensors import SafetensorError
+from safetensors import numpy as safetensors_numpy
+
+from vop_jax.clip import layouts
+from vop_jax.clip.config import ClipConfig
+from vop_jax.clip.download import sha256
+from vop_jax.clip.layers import ACTIVATIONS, LAYER_NORM_EPS
+from vop_jax.errors import UserError
+
+HEAD_WIDTH = 64  # in every published CLIP with a ViT-B or ViT-L
+VISUAL_PROMPTS = "visual_prompt_learner.visual_prompts"
+TEXT_PROMPTS = "text_prompt_learner.text_prompts"
+_WRAPPERS = ("module.", "_orig_mod.")  # of DataParallel and torch.compile
+
+
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """What a checkpoint holds.
+
+    Attributes:
+        params: the parameter tree of `clip.model.Clip`, float32.
+        config: sizes read off the tensors; heads and activation as `convert` says.
+        prompts: of a released VoP checkpoint, {"visual": [L, P, D], "text": [L, P, D]}.
+        sha256: of the file.
+        assumed: what neither the file nor the caller told, one sentence each.
+    """
+
+    params: dict[str, Any]
+    config: ClipConfig
+    prompts: dict[str, np.ndarray] | None
+    sha256: str
+    assumed: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Told:
+    """What is known of a checkpoint beside its tensors, and by which source."""
+
+    by: str = ""
+    activation: str | None = None
+    vision_heads: int | None = None
+    text_heads: int | None = None
+
+
+def convert(
+    path: str | os.PathLike,
+    *,
+    activation: str | None = None,
+    vision_heads: int | None = None,
+    text_heads: int | None = None,
+) -> Converted:
+    """Reads a checkpoint of OpenAI, open_clip, Hugging Face or the released VoP.
+
+    Heads and activation come from the config beside the file (`config.json` of Hugging Face,
+    `open_clip_config.json`), else from the arguments, else heads = max(1, width // 64) and
+    quick_gelu. OpenAI's archives and the released VoP are known to be quick_gelu.
+
+    Raises:
+        UserError: a file that is not a checkpoint, one with Python objects in it, tensors that
+            are missing, misshapen or unexpected, or an argument that the config contradicts.
+    """
+    with _local(path) as local:
+        digest = sha256(local)
+        tensors, archive = read_tensors(path, local)
+    tensors = _without_wrappers(tensors)
+    prompts = None
+    if released := VISUAL_PROMPTS in tensors or TEXT_PROMPTS in tensors:
+        tensors, prompts = split_released(path, tensors)
+    elif any(name.startswith("text.") for name in tensors):  # open_clip's CustomTextCLIP
+        tensors = {name.removeprefix("text."): tensors[name] for name in tensors}
+    layout = layouts.layout_of(path, tensors)
+    if archive or released:
+        told = Told("a TorchScript archive" if archive else "the released VoP", "quick_gelu")
+    else:
+        told = read_config(path, layout)
+    assumed = []
+    if not (told.activation or activation):
+        assumed.append(
+            f"nothing tells the activation of {path}: quick_gelu, as OpenAI's; if it was trained "
+            "with gelu, as open_clip's LAION models, pass --activation=gelu"
+        )
+    sizes = layouts.read_sizes(path, tensors, layout)
+    config = ClipConfig(
+        **sizes,  # type: ignore[arg-type]
+        activation=_settle("activation", activation, told.activation, told.by) or "quick_gelu",
+        vision_heads=_heads(path, "vision", sizes["vision_width"], vision_heads, told),
+        text_heads=_heads(path, "text", sizes["text_width"], text_heads, told),
+    )
+    params = layouts.to_flax(path, tensors, layout, config)
+    if prompts is not None:
+        _check_prompts(path, prompts, config)
+    return Converted(params, config, prompts, digest, tuple(assumed))
+
+
+def read_tensors(path: str | os.PathLike, local: str) -> tuple[layouts.Tensors, bool]:
+    """The tensors of a file by name, and whether it is a TorchScript archive.
+
+    Args:
+        path: how messages call it.
+        local: where it lies on this machine.
+
+    Raises:
+        UserError: neither safetensors nor a PyTorch file of tensors alone.
+    """
+    with open(local, "rb") as file:
+        start = file.read(16)
+    if start[8:9] == b"{":  # after the header's length
+        try:
+            loaded = safetensors_numpy.load_file(local)
+        except (SafetensorError, OSError, ValueError, TypeError) as error:
+            raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+        # numpy has no bfloat16 of its own; its kind is that of raw bytes.
+        return {k: v.astype("f4") if v.dtype.kind == "V" else v for k, v in loaded.items()}, False
+    if not start.startswith((b"PK\x03\x04", b"\x80")):
+        raise UserError(
+            f"{path}: neither safetensors nor a PyTorch file (it starts with {start!r})"
+        )
+    archive = _is_torchscript(local)
+    state = _load_torch(path, local, archive)
+    for key in ("state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping) or not state:
+        raise UserError(f"{path}: holds a {type(state).__name__}, not a state dict of tensors")
+    tensors = {}
+    for name, value in state.items():
+        if not hasattr(value, "detach"):
+            raise UserError(f"{path}: {name} is a {type(value).__name__}, not a tensor")
+        value = value.detach()
+        tensors[str(name)] = (value.float() if value.is_floating_point() else value).numpy()
+    return tensors, archive
+
+
+def _is_torchscript(local: str) -> bool:
+    if not zipfile.is_zipfile(local):
+        return False
+    with zipfile.ZipFile(local) as file:
+        return any(name.endswith("/constants.pkl") for name in file.namelist())
+
+
+def _load_torch(path: str | os.PathLike, local: str, archive: bool) -> Any:
+    try:
+        import torch
+    except ImportError:
+        raise UserError(
+            f'{path}: reading PyTorch files needs torch: pip install "vop_jax[convert]"; '
+            "safetensors files need nothing"
+        ) from None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch about old formats
+            if archive:
+                return torch.jit.load(local, map_location="cpu").state_dict()
+            return torch.load(local, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        detail = str(error).replace("WeightsUnpickler error:", "").split("\n")
+        reason = next((line.strip() for line in detail[1:] if line.strip()), detail[0].strip())
+        raise UserError(
+            f"{path}: truncated, or holds Python objects other than tensors, which are never "
+            f"loaded ({reason}); save its state_dict alone"
+        ) from None
+    except Exception as error:  # of a broken file torch raises almost anything
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: not a readable PyTorch file ({reason})") from None
+
+
+def _without_wrappers(tensors: layouts.Tensors) -> layouts.Tensors:
+    for prefix in _WRAPPERS:
+        if all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+    return tensors
+
+
+def split_released(
+    path: str | os.PathLike, tensors: layouts.Tensors
+) -> tuple[layouts.Tensors, dict[str, np.ndarray]]:
+    """The tensors of CLIP and the prompts of a released VoP checkpoint.
+
+    It holds CLIP under `clip.` and once more under `image_encoder.` and `text_encoder.`; the
+    copies are checked to be equal, then left out.
+
+    Raises:
+        UserError: prompts are missing, a copy differs, or there is something else.
+    """
+    for name in (VISUAL_PROMPTS, TEXT_PROMPTS):
+        if name not in tensors:
+            raise UserError(f"{path}: tensor {name} is missing")
+    clip = {k.removeprefix("clip."): v for k, v in tensors.items() if k.startswith("clip.")}
+    copies = {"image_encoder.": "visual.", "text_encoder.": ""}
+    for name, tensor in tensors.items():
+        if name.startswith("clip.") or name in (VISUAL_PROMPTS, TEXT_PROMPTS):
+            continue
+        head, _, rest = name.partition(".")
+        original = copies.get(head + ".", "?") + rest
+        if original not in clip:
+            raise UserError(f"{path}: unexpected tensor {name} for a released VoP checkpoint")
+        if not np.array_equal(tensor, clip[original]):
+            raise UserError(f"{path}: tensor {name} differs from clip.{original}, its original")
+    visual, text = tensors[VISUAL_PROMPTS], tensors[TEXT_PROMPTS]
+    if visual.ndim != 4 or visual.shape[1] != 1:
+        raise UserError(
+            f"{path}: tensor {VISUAL_PROMPTS} has shape {visual.shape}, expected [L, 1, P, D]"
+        )
+    return clip, {"visual": visual[:, 0].astype("f4"), "text": text.astype("f4")}
+
+
+def _check_prompts(
+    path: str | os.PathLike, prompts: Mapping[str, np.ndarray], config: ClipConfig
+) -> None:
+    ends = {
+        "visual": (VISUAL_PROMPTS, config.vision_layers, config.vision_width),
+        "text": (TEXT_PROMPTS, config.text_layers, config.text_width),
+    }
+    for tower, (name, layers, width) in ends.items():
+        found = prompts[tower]
+        count = found.shape[1] if found.ndim == 3 else 0
+        layouts.check_tensor(path, name, found, (layers, max(1, count), width))
+
+
+def read_config(path: str | os.PathLike, layout: layouts.Layout) -> Told:
+    """What the config beside a checkpoint tells; nothing without one.
+
+    Raises:
+        UserError: the config cannot be read, or describes a model that this CLIP cannot be.
+    """
+    hugging_face = layout is layouts.HUGGING_FACE
+    file = epath.Path(path).parent / ("config.json" if hugging_face else "open_clip_config.json")
+    if not file.exists():
+        return Told()
+    try:
+        config = json.loads(file.read_text())
+        return (_told_hugging_face if hugging_face else _told_open_clip)(str(file), config)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file}: not a readable config of a CLIP ({error!r})") from None
+
+
+def _told_hugging_face(by: str, config: Mapping[str, Any]) -> Told:
+    # What a config leaves out has the value that transformers gives it.
+    vision, text = config.get("vision_config") or {}, config.get("text_config") or {}
+    activations = {tower.get("hidden_act", "quick_gelu") for tower in (vision, text)}
+    if len(activations) > 1 or not activations <= ACTIVATIONS.keys():
+        found = " and ".join(sorted(activations))
+        raise UserError(f"{by}: hidden_act is {found}, allowed is one of {', '.join(ACTIVATIONS)}")
+    for tower in (vision, text):
+        if (eps := tower.get("layer_norm_eps", LAYER_NORM_EPS)) != LAYER_NORM_EPS:
+            raise UserError(f"{by}: layer_norm_eps is {eps}, allowed is {LAYER_NORM_EPS}")
+    return Told(
+        by,
+        activations.pop(),
+        vision.get("num_attention_heads", 12),
+        text.get("num_attention_heads", 8),
+    )
+
+
+def _told_open_clip(by: str, config: Mapping[str, Any]) -> Told:
+    # What a config leaves out has the value that open_clip gives it.
+    model = config.get("model_cfg", config)
+    vision, text = model["vision_cfg"], model["text_cfg"]
+    return Told(
+        by,
+        "quick_gelu" if model.get("quick_gelu", False) else "gelu",
+        vision.get("width", 768) // vision.get("head_width", 64),
+        text.get("heads", 8),
+    )
+
+
+def _settle(flag: str, asked: Any, told: Any, by: str) -> Any:
+    if asked and told and asked != told:
+        raise UserError(f"--{flag}={asked}: {by} says {told}")
+    return asked or told
+
+
+def _heads(path: str | os.PathLike, tower: str, width: int, asked: int | None, told: Told) -> int:
+    known = _settle(f"{tower}-heads", asked, getattr(told, f"{tower}_heads"), told.by)
+    heads = known or max(1, width // HEAD_WIDTH)
+    if heads < 1 or width % heads:
+        raise UserError(
+            f"{path}: {tower} width {width} cannot be parted into {heads} heads; pass a divisor "
+            f"of it as --{tower}-heads"
+        )
+    return heads
+
+
+@contextlib.contextmanager
+def _local(path: str | os.PathLike) -> Iterator[str]:
+    """The file on this machine: itself, or a temporary copy of a remote one."""
+    source = epath.Path(path)
+    if not source.exists():
+        raise UserError(f"{path}: no such file")
+    if source.is_dir():
+        raise UserError(f"{path}: is a directory, not a checkpoint")
+    if not source.stat().length:
+        raise UserError(f"{path}: is empty")
+    if "://" not in os.fspath(path):
+        yield os.fspath(path)
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        copy = os.path.join(directory, source.name)
+        source.copy(copy)
+        yield copy
