@@ -1,5 +1,6 @@
 """Where prompts stand, against lists put together in plain Python."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -93,8 +94,6 @@ def test_visual_prompts_stand_between_cls_and_patches(present):
 
 
 def test_prompts_take_the_precision_of_the_sequence():
-    import jax.numpy as jnp
-
     x = jnp.ones((2, 5, WIDTH), jnp.bfloat16)
     prompts = prompts_of(1, 1)
     assert set_visual_prompts(x, prompts, 0).dtype == jnp.bfloat16

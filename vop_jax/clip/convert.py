@@ -6,7 +6,6 @@ where they are read, and never told to unpickle anything but tensors.
 
 import contextlib
 import dataclasses
-import json
 import os
 import pickle
 import tempfile
@@ -23,10 +22,9 @@ from safetensors import numpy as safetensors_numpy
 from vop_jax.clip import layouts
 from vop_jax.clip.config import ClipConfig
 from vop_jax.clip.download import sha256
-from vop_jax.clip.layers import ACTIVATIONS, LAYER_NORM_EPS
+from vop_jax.clip.source_config import Told, choose_heads, read_config, settle
 from vop_jax.errors import UserError
 
-HEAD_WIDTH = 64  # in every published CLIP with a ViT-B or ViT-L
 VISUAL_PROMPTS = "visual_prompt_learner.visual_prompts"
 TEXT_PROMPTS = "text_prompt_learner.text_prompts"
 _WRAPPERS = ("module.", "_orig_mod.")  # of DataParallel and torch.compile
@@ -51,16 +49,6 @@ class Converted:
     assumed: tuple[str, ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class Told:
-    """What is known of a checkpoint beside its tensors, and by which source."""
-
-    by: str = ""
-    activation: str | None = None
-    vision_heads: int | None = None
-    text_heads: int | None = None
-
-
 def convert(
     path: str | os.PathLike,
     *,
@@ -81,12 +69,12 @@ def convert(
     with _local(path) as local:
         digest = sha256(local)
         tensors, archive = read_tensors(path, local)
-    tensors = _without_wrappers(tensors)
+    tensors = _without_wrappers(path, tensors)
     prompts = None
     if released := VISUAL_PROMPTS in tensors or TEXT_PROMPTS in tensors:
         tensors, prompts = split_released(path, tensors)
     elif any(name.startswith("text.") for name in tensors):  # open_clip's CustomTextCLIP
-        tensors = {name.removeprefix("text."): tensors[name] for name in tensors}
+        tensors = _without_prefix(path, tensors, "text.")
     layout = layouts.layout_of(path, tensors)
     if archive or released:
         told = Told("a TorchScript archive" if archive else "the released VoP", "quick_gelu")
@@ -101,9 +89,9 @@ def convert(
     sizes = layouts.read_sizes(path, tensors, layout)
     config = ClipConfig(
         **sizes,  # type: ignore[arg-type]
-        activation=_settle("activation", activation, told.activation, told.by) or "quick_gelu",
-        vision_heads=_heads(path, "vision", sizes["vision_width"], vision_heads, told),
-        text_heads=_heads(path, "text", sizes["text_width"], text_heads, told),
+        activation=settle("activation", activation, told.activation, told.by) or "quick_gelu",
+        vision_heads=choose_heads(path, "vision", sizes["vision_width"], vision_heads, told),
+        text_heads=choose_heads(path, "text", sizes["text_width"], text_heads, told),
     )
     params = layouts.to_flax(path, tensors, layout, config)
     if prompts is not None:
@@ -183,11 +171,21 @@ def _load_torch(path: str | os.PathLike, local: str, archive: bool) -> Any:
         raise UserError(f"{path}: not a readable PyTorch file ({reason})") from None
 
 
-def _without_wrappers(tensors: layouts.Tensors) -> layouts.Tensors:
+def _without_wrappers(path: str | os.PathLike, tensors: layouts.Tensors) -> layouts.Tensors:
     for prefix in _WRAPPERS:
         if all(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+            tensors = _without_prefix(path, tensors, prefix)
     return tensors
+
+
+def _without_prefix(
+    path: str | os.PathLike, tensors: layouts.Tensors, prefix: str
+) -> layouts.Tensors:
+    """`prefix` taken off the names that have it."""
+    shorter = {name.removeprefix(prefix): value for name, value in tensors.items()}
+    if len(shorter) < len(tensors):
+        raise UserError(f"{path}: some tensors are there both with and without {prefix!r}")
+    return shorter
 
 
 def split_released(
@@ -234,70 +232,6 @@ def _check_prompts(
         found = prompts[tower]
         count = found.shape[1] if found.ndim == 3 else 0
         layouts.check_tensor(path, name, found, (layers, max(1, count), width))
-
-
-def read_config(path: str | os.PathLike, layout: layouts.Layout) -> Told:
-    """What the config beside a checkpoint tells; nothing without one.
-
-    Raises:
-        UserError: the config cannot be read, or describes a model that this CLIP cannot be.
-    """
-    hugging_face = layout is layouts.HUGGING_FACE
-    file = epath.Path(path).parent / ("config.json" if hugging_face else "open_clip_config.json")
-    if not file.exists():
-        return Told()
-    try:
-        config = json.loads(file.read_text())
-        return (_told_hugging_face if hugging_face else _told_open_clip)(str(file), config)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file}: not a readable config of a CLIP ({error!r})") from None
-
-
-def _told_hugging_face(by: str, config: Mapping[str, Any]) -> Told:
-    # What a config leaves out has the value that transformers gives it.
-    vision, text = config.get("vision_config") or {}, config.get("text_config") or {}
-    activations = {tower.get("hidden_act", "quick_gelu") for tower in (vision, text)}
-    if len(activations) > 1 or not activations <= ACTIVATIONS.keys():
-        found = " and ".join(sorted(activations))
-        raise UserError(f"{by}: hidden_act is {found}, allowed is one of {', '.join(ACTIVATIONS)}")
-    for tower in (vision, text):
-        if (eps := tower.get("layer_norm_eps", LAYER_NORM_EPS)) != LAYER_NORM_EPS:
-            raise UserError(f"{by}: layer_norm_eps is {eps}, allowed is {LAYER_NORM_EPS}")
-    return Told(
-        by,
-        activations.pop(),
-        vision.get("num_attention_heads", 12),
-        text.get("num_attention_heads", 8),
-    )
-
-
-def _told_open_clip(by: str, config: Mapping[str, Any]) -> Told:
-    # What a config leaves out has the value that open_clip gives it.
-    model = config.get("model_cfg", config)
-    vision, text = model["vision_cfg"], model["text_cfg"]
-    return Told(
-        by,
-        "quick_gelu" if model.get("quick_gelu", False) else "gelu",
-        vision.get("width", 768) // vision.get("head_width", 64),
-        text.get("heads", 8),
-    )
-
-
-def _settle(flag: str, asked: Any, told: Any, by: str) -> Any:
-    if asked and told and asked != told:
-        raise UserError(f"--{flag}={asked}: {by} says {told}")
-    return asked or told
-
-
-def _heads(path: str | os.PathLike, tower: str, width: int, asked: int | None, told: Told) -> int:
-    known = _settle(f"{tower}-heads", asked, getattr(told, f"{tower}_heads"), told.by)
-    heads = known or max(1, width // HEAD_WIDTH)
-    if heads < 1 or width % heads:
-        raise UserError(
-            f"{path}: {tower} width {width} cannot be parted into {heads} heads; pass a divisor "
-            f"of it as --{tower}-heads"
-        )
-    return heads
 
 
 @contextlib.contextmanager

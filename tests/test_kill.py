@@ -1,0 +1,96 @@
+"""A run that is killed again and again ends where one that is left alone ends."""
+
+import signal
+import subprocess
+import time
+
+import pytest
+
+from tests import runs
+from vop_jax.training.writer import read_metrics
+
+KILLED_AT = (3, 11, 20, 34, 47)  # steps, of 60
+
+
+def start(folder, clip, workdir, steps=60):
+    settings = {
+        "train.steps": steps,
+        "train.checkpoint_every": 5,
+        "train.log_every": 1,
+        "train.eval_every": 20,
+    }
+    overrides = [f"--config.{key}={value}" for key, value in settings.items()]
+    argv, env = runs.command(runs.arguments(folder, clip, workdir, *overrides))
+    return subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def finish(process):
+    _, err = process.communicate()
+    return process.returncode, err.decode()
+
+
+def reached(workdir, step):
+    lines = read_metrics(workdir)
+    return bool(lines) and lines[-1]["step"] >= step
+
+
+def learnt(workdir):
+    """All that was logged, but for the speed."""
+    speed = ("videos_per_second", "data_wait")
+    return [{k: v for k, v in line.items() if k not in speed} for line in read_metrics(workdir)]
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    root = tmp_path_factory.mktemp("kill")
+    return runs.write_folder(root), runs.write_clip(root / "clip.safetensors")
+
+
+@pytest.mark.slow
+def test_five_kills_change_nothing(places, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    status, err = finish(start(*places, whole))
+    assert status == 0, err
+    for step in KILLED_AT:
+        process = start(*places, killed)
+        while not reached(killed, step):
+            assert process.poll() is None, finish(process)[1]
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        assert finish(process)[0] == -signal.SIGKILL
+    status, err = finish(start(*places, killed))
+    assert status == 0, err
+    name = "prompts.safetensors"
+    assert (killed / name).read_bytes() == (whole / name).read_bytes()
+    assert [x for x in learnt(killed) if "t2v/R@1" in x] == [
+        x for x in learnt(whole) if "t2v/R@1" in x
+    ]
+    losses = [{x["step"]: x["loss"] for x in learnt(w) if "loss" in x} for w in (killed, whole)]
+    assert losses[0] == losses[1] and len(losses[1]) == 60
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_says_so(places, tmp_path):
+    process = start(*places, tmp_path / "run")
+    while not reached(tmp_path / "run", 7):
+        assert process.poll() is None, finish(process)[1]
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    status, err = finish(process)
+    assert status == 143
+    assert "stopped by SIGTERM; the same command continues" in err
+    saved = max(int(p.name) for p in (tmp_path / "run/checkpoints").iterdir() if p.name.isdigit())
+    assert saved == read_metrics(tmp_path / "run")[-1]["step"]
+
+
+@pytest.mark.slow
+def test_two_processes_cannot_share_a_workdir(places, tmp_path):
+    first = start(*places, tmp_path / "run", steps=10**6)
+    while not reached(tmp_path / "run", 1):
+        assert first.poll() is None, finish(first)[1]
+        time.sleep(0.005)
+    status, err = finish(start(*places, tmp_path / "run", steps=10**6))
+    assert first.poll() is None
+    first.send_signal(signal.SIGTERM)
+    assert finish(first)[0] == 143
+    assert status == 2 and "another run is using it" in err

@@ -1,0 +1,178 @@
+import json
+import os
+import pathlib
+import resource
+import stat
+from contextlib import contextmanager
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import SafetensorError
+
+from vop_jax import tensorfile
+from vop_jax.errors import UserError
+
+TREE = {
+    "b": {"w": np.arange(6, dtype=np.float32).reshape(2, 3), "scalar": np.float32(2.5)},
+    "a": {"c.0": {"i": np.array([1, 2], np.int32)}},
+}
+
+
+def assert_same(a, b):
+    a, b = tensorfile.flatten(a), tensorfile.flatten(b)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype and a[name].shape == b[name].shape
+        np.testing.assert_array_equal(a[name], b[name])
+
+
+def test_names_are_joined_and_sorted():
+    assert list(tensorfile.flatten(TREE)) == ["a/c.0/i", "b/scalar", "b/w"]
+
+
+NAMES = st.text("abc.", min_size=1, max_size=3)
+
+
+@given(
+    st.recursive(
+        st.dictionaries(NAMES, st.integers(), min_size=1),
+        lambda t: st.dictionaries(NAMES, t, min_size=1),
+        max_leaves=8,
+    )
+)
+def test_unflatten_is_the_inverse(tree):
+    assert tensorfile.unflatten(tensorfile.flatten(tree)) == tree
+
+
+def test_round_trip(tmp_path):
+    path = tmp_path / "new" / "x.safetensors"
+    metadata = {"kind": "test", "note": "é\n"}
+    tensorfile.save(path, TREE, metadata)
+    tree, read = tensorfile.load(path)
+    assert_same(tree, TREE)
+    assert read == metadata == tensorfile.read_metadata(path)
+    assert [p.name for p in path.parent.iterdir()] == ["x.safetensors"]
+
+
+def test_round_trip_of_device_arrays_and_views(tmp_path):
+    tensorfile.save(tmp_path / "x", {"t": TREE["b"]["w"].T, "j": jnp.ones((2, 2))}, {})
+    tree, _ = tensorfile.load(tmp_path / "x")
+    np.testing.assert_array_equal(tree["t"], TREE["b"]["w"].T)
+    np.testing.assert_array_equal(tree["j"], np.ones((2, 2)))
+
+
+def test_equal_trees_are_equal_files(tmp_path):
+    metadata = {key: key for key in "zyxwvutsrq"}
+    backwards = dict(reversed(metadata.items()))
+    tensorfile.save(tmp_path / "one", TREE, metadata)
+    tensorfile.save(tmp_path / "two", dict(reversed(TREE.items())), backwards)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+def test_no_file(tmp_path):
+    for read in (tensorfile.load, tensorfile.read_metadata):
+        with pytest.raises(UserError, match=r"x\.safetensors: no such file"):
+            read(tmp_path / "x.safetensors")
+
+
+def test_a_directory(tmp_path):
+    with pytest.raises(UserError, match="is a directory, not a safetensors file"):
+        tensorfile.load(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"short", b"PK\3\4" + bytes(100), b"\xff" * 100])
+def test_another_kind_of_file(tmp_path, content):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    for read in (tensorfile.load, tensorfile.read_metadata):
+        with pytest.raises(UserError, match="not a readable safetensors file") as caught:
+            read(path)
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kept", [0.1, 0.5, 0.99])
+def test_a_truncated_file(tmp_path, kept):
+    path = tmp_path / "x.safetensors"
+    tensorfile.save(path, TREE, {"kind": "test"})
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(kept * len(whole))])
+    with pytest.raises(UserError, match="not a readable safetensors file"):
+        tensorfile.load(path)
+
+
+@contextmanager
+def full_disk():
+    """Files cannot grow beyond 10 kB: a write ends half way, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path, large = tmp_path / "x.safetensors", {"w": np.zeros(10_000, np.float32)}
+    tensorfile.save(path, TREE, {"version": "old"})
+    old = path.read_bytes()
+    for write in (
+        lambda: tensorfile.save(path, large, {"version": "new"}),
+        lambda: tensorfile.write_atomic(path, bytes(20_000)),
+    ):
+        with full_disk(), pytest.raises((OSError, SafetensorError), match="File too large"):
+            write()
+        assert path.read_bytes() == old
+        assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    tensorfile.save(path, large, {"version": "new"})
+    assert tensorfile.read_metadata(path) == {"version": "new"}
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
+    def interrupted(self, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(tensorfile.epath.Path(tmp_path)), "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tensorfile.write_atomic(tmp_path / "x", b"data")
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_have_usual_permissions(tmp_path):
+    tensorfile.write_atomic(tmp_path / "x", b"")
+    (tmp_path / "y").write_bytes(b"")
+    modes = {stat.S_IMODE(os.stat(tmp_path / name).st_mode) for name in "xy"}
+    assert len(modes) == 1
+
+
+def test_json(tmp_path):
+    tensorfile.write_json(tmp_path / "x.json", {"a": [1, 2.5, "é"]})
+    text = pathlib.Path(tmp_path / "x.json").read_text()
+    assert json.loads(text) == {"a": [1, 2.5, "é"]} and text.endswith("}\n")
+
+
+def test_a_fingerprint_is_independent_of_order_container_and_exact_casts():
+    value = np.arange(6, dtype=np.float16).reshape(2, 3)
+    one = {"a": {"x": value.astype(np.float32), "y": np.zeros(2, np.float32)}}
+    assert len(tensorfile.fingerprint(one)) == 64
+    for other in (
+        {"a": {"y": np.zeros(2), "x": value.astype(np.float64)}},
+        {"a": {"x": value, "y": jnp.zeros(2)}},
+        {"a": {"x": np.asfortranarray(value), "y": np.zeros(2, ">f4")}},
+    ):
+        assert tensorfile.fingerprint(other) == tensorfile.fingerprint(one)
+
+
+def test_a_fingerprint_differs_by_name_shape_and_value():
+    trees = [
+        {"a": np.zeros((2, 3))},
+        {"b": np.zeros((2, 3))},
+        {"a": np.zeros((3, 2))},
+        {"a": np.zeros(6)},
+        {"a": np.full((2, 3), np.float32(1e-45))},
+        {"a": {"a": np.zeros((2, 3))}},
+        {},
+    ]
+    assert len({tensorfile.fingerprint(tree) for tree in trees}) == len(trees)
