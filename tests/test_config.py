@@ -1,7 +1,7 @@
-import importlib.util
 import json
 import math
 import pathlib
+import runpy
 
 import pytest
 
@@ -35,10 +35,7 @@ def with_raw(key, value):
 
 
 def shipped(path, *method):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(*method)
+    return runpy.run_path(str(path))["get_config"](*method)
 
 
 def test_the_base_config_is_valid():
@@ -61,7 +58,7 @@ def test_a_misspelt_key_names_the_nearest():
     config = configs.base_config()
     with config.unlocked():
         config.train.lerning_rate = 1.0
-    with pytest.raises(UserError, match=r"train.lerning_rate: .*mean train.learning_rate\?"):
+    with pytest.raises(UserError, match=r"train.lerning_rate: .*mean config.train.learning_rate\?"):
         configs.validate(config)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from vop_jax.model import TextVideoModel
 from vop_jax.tensorfile import flatten
 from vop_jax.tuning.methods import MethodConfig
 
-SIZES = {"visual_prompts": 3, "text_prefix": 2, "text_suffix": 2, "init_std": 0.5}
+SIZES: dict[str, Any] = {"visual_prompts": 3, "text_prefix": 2, "text_suffix": 2, "init_std": 0.5}
 BATCH = 3  # one size, so that each encoder compiles once
 VOP = MethodConfig(**SIZES)
 PLAIN = MethodConfig("zero_shot", **SIZES)

@@ -4,6 +4,7 @@ import pathlib
 import resource
 import stat
 from contextlib import contextmanager
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +16,7 @@ from safetensors import SafetensorError
 from vop_jax import tensorfile
 from vop_jax.errors import UserError
 
-TREE = {
+TREE: dict[str, Any] = {
     "b": {"w": np.arange(6, dtype=np.float32).reshape(2, 3), "scalar": np.float32(2.5)},
     "a": {"c.0": {"i": np.array([1, 2], np.int32)}},
 }
@@ -142,8 +143,9 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
 
 def test_files_have_usual_permissions(tmp_path):
     tensorfile.write_atomic(tmp_path / "x", b"")
-    (tmp_path / "y").write_bytes(b"")
-    modes = {stat.S_IMODE(os.stat(tmp_path / name).st_mode) for name in "xy"}
+    tensorfile.save(tmp_path / "y", TREE, {})
+    (tmp_path / "z").write_bytes(b"")
+    modes = {stat.S_IMODE(os.stat(tmp_path / name).st_mode) for name in "xyz"}
     assert len(modes) == 1
 
 
@@ -166,7 +168,7 @@ def test_a_fingerprint_is_independent_of_order_container_and_exact_casts():
 
 
 def test_a_fingerprint_differs_by_name_shape_and_value():
-    trees = [
+    trees: list[dict[str, Any]] = [
         {"a": np.zeros((2, 3))},
         {"b": np.zeros((2, 3))},
         {"a": np.zeros((3, 2))},

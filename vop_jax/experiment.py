@@ -28,7 +28,7 @@ from vop_jax.training.step import TrainState, make_train_step
 from vop_jax.training.writer import MetricWriter, read_metrics
 from vop_jax.tuning import partition
 from vop_jax.tuning.methods import METHODS, MethodConfig
-from vop_jax.tuning.prompts_file import save_prompts
+from vop_jax.tuning.prompts_file import load_prompts, save_prompts
 
 SUMMARY_FILE = "summary.json"
 PROMPTS_FILE = "prompts.safetensors"
@@ -144,14 +144,14 @@ def _pretrain(config: ConfigDict, root: epath.Path) -> None:
     inner, workdir = pretrain_config(config), root / "pretrain"
     logging.info("pre-training a CLIP (%s) on still frames", config.clip.arch)
     train(inner, str(workdir))
-    with start.opened(inner, str(workdir), _pretrain) as run:
-        save_clip(
-            root / start.CLIP_FILE,
-            run.params()["clip"],
-            run.clip.config,
-            source=f"{int(run.state.step)} steps on rendered stills",
-            source_sha256="",
-        )
+    trained = load_prompts(workdir / PROMPTS_FILE)  # all of CLIP: the method is `full`
+    save_clip(
+        root / start.CLIP_FILE,
+        trained.params["clip"],
+        trained.clip_config,
+        source=f"{config.pretrain.steps} steps on rendered stills",
+        source_sha256="",
+    )
 
 
 def pretrain_config(config: ConfigDict) -> ConfigDict:

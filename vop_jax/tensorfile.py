@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -82,7 +83,10 @@ def save(path: str | os.PathLike, tree: Tree, metadata: Mapping[str, str]) -> No
 
 
 def _write(path: str, flat: dict[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    with open(path, "wb") as empty:
+        mode = os.fstat(empty.fileno()).st_mode
     safetensors_numpy.save_file(flat, path, metadata=dict(metadata))
+    os.chmod(path, stat.S_IMODE(mode))  # the library's own is for the owner's eyes only
     # The library writes metadata in a random order; the same header, sorted, takes its place.
     with open(path, "r+b") as file:
         size = int.from_bytes(file.read(8), "little")

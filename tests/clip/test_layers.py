@@ -1,6 +1,7 @@
 """The block against the same maths in NumPy, double precision."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +59,9 @@ def mlp(x, p, activation):
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations(name):
     x = np.linspace(-6, 6, 101, dtype=np.float32)
-    np.testing.assert_allclose(ACTIVATIONS[name](x), REFERENCE[name](x.astype(float)), atol=1e-6)
+    np.testing.assert_allclose(
+        ACTIVATIONS[name](jnp.asarray(x)), REFERENCE[name](x.astype(float)), atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -76,7 +79,7 @@ def test_a_block_equals_its_formula(activation, causal):
 
 def test_branches_read_the_normalised_input_and_are_added_beside():
     x = rows()
-    block = Block(WIDTH, HEADS, "gelu")
+    block: Any = Block(WIDTH, HEADS, "gelu")
     params = random_params(block, x)
     p, expected = exact(params), x.astype(np.float64)
     h = norm(expected, p["ln_1"])
@@ -98,7 +101,7 @@ def test_a_branch_of_zeros_changes_nothing():
 
 
 def test_causal_attention_sees_no_later_token():
-    attend = Attention(WIDTH, HEADS, causal=True)
+    attend: Any = Attention(WIDTH, HEADS, causal=True)
     x = rows()
     params = random_params(attend, x)
     later = x.copy()
@@ -112,14 +115,14 @@ def test_causal_attention_sees_no_later_token():
 def test_layer_norm_keeps_digits_beside_a_large_mean():
     x = 1000 + rows(scale=0.1)
     params = {"scale": np.ones(WIDTH, np.float32), "bias": np.zeros(WIDTH, np.float32)}
-    got = layer_norm(jnp.float32).apply({"params": params}, x)
+    got = np.asarray(layer_norm(jnp.float32).apply({"params": params}, x))
     np.testing.assert_allclose(got, norm(x.astype(np.float64), exact(params)), atol=5e-3)
 
 
 def test_layer_norm_of_bfloat16_has_float32_statistics():
     x = jnp.asarray(rows(scale=3), jnp.bfloat16)
     params = {"scale": np.ones(WIDTH, np.float32), "bias": np.zeros(WIDTH, np.float32)}
-    got = layer_norm(jnp.bfloat16).apply({"params": params}, x)
+    got: Any = layer_norm(jnp.bfloat16).apply({"params": params}, x)
     assert got.dtype == jnp.bfloat16
     expected = norm(np.asarray(x, np.float64), exact(params))
     # One rounding to 8 bits at the end, no more.
@@ -142,7 +145,7 @@ def test_modules_compute_in_their_dtype_over_float32_parameters(module):
     half = module.clone(dtype=jnp.bfloat16)
     params = random_params(module, rows())
     exact_rows = np.asarray(module.apply({"params": params}, rows()))
-    rounded = half.apply({"params": params}, rows())
+    rounded: Any = half.apply({"params": params}, rows())
     assert rounded.dtype == jnp.bfloat16
     error = abs(np.asarray(rounded, np.float32) - exact_rows).max() / abs(exact_rows).max()
     assert 0 < error < 0.05

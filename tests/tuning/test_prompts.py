@@ -26,18 +26,18 @@ def captions(draw):
 def tokens_of(ids):
     """[N, T, D], each token another vector, none of them zero."""
     count = ids.size * WIDTH
-    return np.arange(1, count + 1, dtype=np.float32).reshape(*ids.shape, WIDTH)
+    return jnp.arange(1.0, count + 1).reshape(*ids.shape, WIDTH)
 
 
 def prompts_of(prefix, suffix):
     """[P, D], unlike any token."""
     count = (prefix + suffix) * WIDTH
-    return -np.arange(1, count + 1, dtype=np.float32).reshape(-1, WIDTH)
+    return -jnp.arange(1.0, count + 1).reshape(-1, WIDTH)
 
 
 def by_hand(ids, x, prompts, prefix, suffix):
     """[SOS, prefix, words, suffix, rest] of each caption."""
-    rows = []
+    rows, x, prompts = [], np.asarray(x), np.asarray(prompts)
     for caption, tokens in zip(ids.tolist(), x, strict=True):
         end = caption.index(EOT) if suffix == "eot" else len(caption) - 1
         before, after = prompts[:prefix], prompts[prefix:]
@@ -51,7 +51,7 @@ def by_hand(ids, x, prompts, prefix, suffix):
 @given(ids=captions())
 def test_text_prompts_stand_where_a_list_would_put_them(ids, lengths, suffix):
     method = MethodConfig(text_prefix=lengths[0], text_suffix=lengths[1], suffix=suffix)
-    layout = TextLayout.of(ids, method)
+    layout = TextLayout.of(jnp.asarray(ids), method)
     x, prompts = tokens_of(ids), prompts_of(*lengths)
     expected = by_hand(ids, x, prompts, lengths[0], suffix)
     inserted = layout.insert(x)
@@ -68,8 +68,8 @@ def test_text_prompts_stand_where_a_list_would_put_them(ids, lengths, suffix):
 def test_eot_moves_by_the_number_of_prompts(suffix):
     ids = np.array([[98, EOT, 0, 0, 0], [98, 5, 6, 7, EOT]], np.int32)
     method = MethodConfig(text_prefix=2, text_suffix=1, suffix=suffix)
-    layout = TextLayout.of(ids, method)
-    x = np.asarray(ids, np.float32)[..., None]
+    layout = TextLayout.of(jnp.asarray(ids), method)
+    x = jnp.asarray(ids, jnp.float32)[..., None]
     placed = np.asarray(layout.insert(x))[..., 0]
     last = 4 + layout.tokens
     # The released code reads a short caption's feature where its EOT is not.
@@ -80,8 +80,7 @@ def test_eot_moves_by_the_number_of_prompts(suffix):
 @pytest.mark.parametrize("present", [0, 2])
 def test_visual_prompts_stand_between_cls_and_patches(present):
     frames, patches = 3, 4
-    x = np.arange(frames * (1 + present + patches) * WIDTH, dtype=np.float32)
-    x = x.reshape(frames, -1, WIDTH)
+    x = jnp.arange(1.0 * frames * (1 + present + patches) * WIDTH).reshape(frames, -1, WIDTH)
     prompts = prompts_of(0, 5)
     cls, rest = x[:, :1], x[:, 1 + present :]
     shared = np.repeat(prompts[None], frames, axis=0)
@@ -97,6 +96,6 @@ def test_prompts_take_the_precision_of_the_sequence():
     x = jnp.ones((2, 5, WIDTH), jnp.bfloat16)
     prompts = prompts_of(1, 1)
     assert set_visual_prompts(x, prompts, 0).dtype == jnp.bfloat16
-    ids = np.array([[98, 1, EOT]] * 2, np.int32)
+    ids = jnp.array([[98, 1, EOT]] * 2)
     layout = TextLayout.of(ids, MethodConfig(text_prefix=1, text_suffix=1))
     assert layout.replace(x, prompts).dtype == jnp.bfloat16

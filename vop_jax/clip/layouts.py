@@ -248,6 +248,8 @@ def to_flax(
     params: dict[str, np.ndarray] = {}
     for rule in rules:
         tensor = tensors.pop(rule.source)
+        if rule.source == "logit_scale" and tensor.shape == (1,):  # in some of open_clip's
+            tensor = tensor[0]
         check_tensor(where, rule.source, tensor, rule.source_shape(shapes))
         count = len(rule.targets)
         parts = np.split(tensor, count) if count > 1 else [tensor]

@@ -75,13 +75,18 @@ def _told_open_clip(by: str, config: Mapping[str, Any]) -> Told:
 def settle(flag: str, asked: Any, told: Any, by: str) -> Any:
     """What the caller asked for or the config told; UserError where they contradict."""
     if asked and told and asked != told:
-        raise UserError(f"--{flag}={asked}: {by} says {told}")
+        raise UserError(f"--{flag}={asked} contradicts {by}, which says {told}")
     return asked or told
 
 
 def choose_heads(
     path: str | os.PathLike, tower: str, width: int, asked: int | None, told: Told
 ) -> int:
+    """The heads of a tower ("vision" or "text"): told, else asked for, else by its width.
+
+    Raises:
+        UserError: `asked` contradicts the config, or the width has no such divisor.
+    """
     known = settle(f"{tower}-heads", asked, getattr(told, f"{tower}_heads"), told.by)
     heads = known or max(1, width // HEAD_WIDTH)
     if heads < 1 or width % heads:

@@ -30,7 +30,7 @@ ANNOTATIONS_FILE = "annotations.csv"
 
 COLOURS = {
     "red": (225, 35, 35),
-    "orange": (250, 140, 20),
+    "pink": (250, 150, 190),
     "yellow": (245, 230, 40),
     "green": (40, 180, 60),
     "cyan": (60, 220, 230),

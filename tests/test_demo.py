@@ -1,0 +1,52 @@
+"""The embedded default: shrunk to a step of each kind, and (slow) as it is shipped."""
+
+import functools
+import json
+import subprocess
+
+import pytest
+
+from tests import runs
+from vop_jax import main
+from vop_jax.data import shapes
+
+CONFIG = f"--config={runs.ROOT / 'configs/demo.py'}"
+
+
+def test_one_step_of_everything(tmp_path, monkeypatch):
+    for name in ("render", "render_stills"):
+        few = functools.partial(getattr(shapes, name), train=16, test=8)
+        monkeypatch.setattr(shapes, name, few)
+    monkeypatch.setattr(main, "set_up_logging", lambda: None)
+    small = {
+        "pretrain.steps": 1,
+        "pretrain.batch_size": 8,
+        "train.steps": 1,
+        "train.batch_size": 8,
+        "eval.batch_size": 8,
+        "mesh.data": 1,
+    }
+    overrides = [f"--config.{key}={value}" for key, value in small.items()]
+    assert runs.call(CONFIG, f"--workdir={tmp_path}", *overrides) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    # 4 + 3 layers of width 64, 8 tokens each.
+    assert summary["trainable_params"] == (4 + 3) * 8 * 64
+    assert (summary["num_texts"], summary["num_videos"]) == (8, 8)
+    inner = json.loads((tmp_path / "pretrain/summary.json").read_text())
+    assert inner["method"] == "full" and inner["steps"] == 1
+    # A second call finds the CLIP there.
+    clip = (tmp_path / "clip.safetensors").stat().st_mtime_ns
+    assert runs.call(CONFIG, f"--workdir={tmp_path}", *overrides) == 0
+    assert (tmp_path / "clip.safetensors").stat().st_mtime_ns == clip
+
+
+@pytest.mark.slow
+def test_as_shipped_it_learns(tmp_path):
+    argv, env = runs.command([CONFIG, f"--workdir={tmp_path}"])
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["num_texts"], summary["num_videos"]) == (192, 192)
+    assert summary["before"]["t2v"]["R@1"] <= 5
+    assert summary["t2v"]["R@1"] >= 15
+    assert "t2v before" in done.stdout and "t2v after" in done.stdout

@@ -1,0 +1,111 @@
+"""A released checkpoint, converted and loaded, gives the features of an independent VoP."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import vop_jax
+from tests import checkpoints
+from tests.peers import import_open_clip
+from vop_jax.clip.config import PRESETS, ClipConfig
+from vop_jax.tuning.prompts_file import load_prompts, save_prompts
+
+torch = pytest.importorskip("torch", reason="the reference is a PyTorch model")
+
+from tests.reference_vop import SUFFIXES, ReferenceVop  # noqa: E402  it imports torch
+
+ROOT = Path(__file__).parents[1]
+TOLERANCE = 1e-5  # of the largest difference between unit features; 1e-4 is required
+# Real captions need the real vocabulary and 77 positions; two heads and one by width // 64.
+ODD = ClipConfig(24, 8, 128, 3, 2, 40, 4, 1, 20)
+CAPTIONS = [
+    "a squid is talking",
+    "",
+    "naïve café — ﬁancée’s ½ 中文 🎬 \u200b\u00a0ＦＵＬＬ",
+    "tom &amp;amp; jerry &lt;3 &#39;quoted&#39; &eacute;",
+    "  Tabs\tand\nnew   LINES  ",
+    "exactly " + "one two three " * 15,
+    "a very long caption " * 40,
+    "don't they'll 1234567890 !!! ... <|endoftext|> after",
+]
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param((ODD, 3), id="odd"),
+        pytest.param((PRESETS["ViT-B/32"], 8), id="ViT-B/32", marks=pytest.mark.slow),
+    ],
+)
+def released(request, tmp_path_factory):
+    """(sizes, state dict, converted clip, converted prompts), by the command line."""
+    sizes, visual_prompts = request.param
+    folder = tmp_path_factory.mktemp("released")
+    state = checkpoints.released_state(checkpoints.openai_state(sizes), visual_prompts, 8)
+    source = checkpoints.save_torch(folder / "VoP.pth", state, "state_dict")
+    clip, prompts = folder / "clip.safetensors", folder / "prompts.safetensors"
+    command = [sys.executable, "tools/convert_clip_weights.py", f"--source={source}"]
+    command += [f"--output={clip}", f"--prompts-output={prompts}"]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=600)
+    return sizes, {k: torch.from_numpy(np.array(v)) for k, v in state.items()}, clip, prompts
+
+
+def frames_of(sizes, videos=2, count=3):
+    shape = (videos, count, sizes.image_size, sizes.image_size, 3)
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+def token_ids(slots):
+    """Ids by open_clip's tokenizer, cut as the released code does."""
+    return import_open_clip().SimpleTokenizer()(CAPTIONS, context_length=slots)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_text_features_equal_the_reference(released, suffix, tmp_path):
+    sizes, state, clip, prompts = released
+    if suffix != "released":
+        found = load_prompts(prompts)
+        method = dataclasses.replace(found.method, suffix=suffix)
+        prompts = tmp_path / "prompts.safetensors"
+        given = {f.name: getattr(found, f.name) for f in dataclasses.fields(found)}
+        save_prompts(prompts, given.pop("params"), **{**given, "method": method})
+    expected = ReferenceVop(state, suffix).encode_text(token_ids(sizes.context_length - 8))
+    features = vop_jax.load(clip, prompts).embed_text(CAPTIONS)
+    assert np.abs(features - expected.numpy()).max() <= TOLERANCE
+
+
+def test_video_features_equal_the_reference(released):
+    sizes, state, clip, prompts = released
+    frames = frames_of(sizes)
+    pooled = ReferenceVop(state).encode_video(torch.from_numpy(frames))
+    # The released code leaves the mean as it is, ours is normalised again.
+    expected = torch.nn.functional.normalize(pooled, dim=-1).numpy()
+    features = vop_jax.load(clip, prompts).embed_frames(frames)
+    assert np.abs(features - expected).max() <= TOLERANCE
+
+
+def test_prompts_and_the_place_of_the_suffix_matter_to_the_reference(released):
+    sizes, state, *_ = released
+    without = {k: v * 0 if "learner" in k else v for k, v in state.items()}
+    ids, frames = token_ids(sizes.context_length - 8), torch.from_numpy(frames_of(sizes))
+    text = {s: ReferenceVop(state, s).encode_text(ids) for s in SUFFIXES}
+    assert (text["eot"] - text["released"]).abs().max() > 0.01
+    assert (text["released"] - ReferenceVop(without).encode_text(ids)).abs().max() > 0.01
+    video = ReferenceVop(state).encode_video(frames)
+    assert (video - ReferenceVop(without).encode_video(frames)).abs().max() > 0.01
+
+
+def test_prompts_say_what_they_are(released):
+    sizes, state, clip, prompts = released
+    found = load_prompts(prompts)
+    visual = state["module.visual_prompt_learner.visual_prompts"]
+    assert found.clip_config == sizes
+    assert found.method.name == "vop"
+    assert found.method.suffix == "released"
+    assert found.method.visual_prompts == visual.shape[2]
+    assert (found.method.text_prefix, found.method.text_suffix) == (4, 4)
+    np.testing.assert_array_equal(found.params["prompts"]["visual"], visual[:, 0])
