@@ -23,20 +23,6 @@ PLAIN = MethodConfig("zero_shot", **SIZES)
 
 
 @functools.cache
-def random_model(method):
-    """A model and parameters without zeros or ones; from shapes, as initialisers compile slowly."""
-    model = TextVideoModel(tiny.CLIP, method)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), tiny.frames(1), ids_of(method))
-    rng = np.random.default_rng(0)
-
-    def draw(path, leaf):
-        centre = 1.0 if path[-1].key == "scale" else 0.0
-        return rng.normal(centre, 0.2, leaf.shape).astype(np.float32)
-
-    return model, jax.tree_util.tree_map_with_path(draw, shapes["params"])
-
-
-@functools.cache
 def jitted(model, what):
     return jax.jit(lambda params, rows: model.apply({"params": params}, rows, method=what))
 
@@ -62,7 +48,7 @@ def plain_text(clip_params, ids):
 
 
 def test_without_prompts_it_is_clip():
-    model, params = random_model(PLAIN)
+    model, params = tiny.model_and_params(PLAIN)
     assert set(params) == {"clip"}
     frames, ids = tiny.frames(BATCH), ids_of(PLAIN)
     video = encode(model, params, "video", frames)
@@ -73,7 +59,7 @@ def test_without_prompts_it_is_clip():
 
 
 def test_one_frame_without_prompts_is_clips_image_encoder():
-    model, params = random_model(PLAIN)
+    model, params = tiny.model_and_params(PLAIN)
     frame = tiny.frames(BATCH)[:, :1]
     image = encode(Clip(tiny.CLIP), params["clip"], "image", frame[:, 0])
     np.testing.assert_allclose(encode(model, params, "video", frame), image, atol=2e-7)
@@ -81,7 +67,7 @@ def test_one_frame_without_prompts_is_clips_image_encoder():
 
 def test_embeddings_are_float32_unit_rows():
     for dtype in (jnp.float32, jnp.bfloat16):
-        _, params = random_model(VOP)
+        _, params = tiny.model_and_params(VOP)
         model = TextVideoModel(tiny.CLIP, VOP, dtype)
         for what, rows in (("video", tiny.frames(BATCH)), ("text", ids_of(VOP))):
             out = encode(model, params, what, rows)
@@ -95,7 +81,7 @@ def test_embeddings_are_float32_unit_rows():
 )
 def test_branches_leave_the_other_tower_plain(branches, plain_video_tower, plain_text_tower):
     method = dataclasses.replace(VOP, branches=branches)
-    model, params = random_model(method)
+    model, params = tiny.model_and_params(method)
     frames, ids = tiny.frames(BATCH), ids_of(method)
     video = abs(encode(model, params, "video", frames) - plain_video(params["clip"], frames)).max()
     text = abs(encode(model, params, "text", ids) - plain_text(params["clip"], ids)).max()
@@ -109,7 +95,7 @@ def test_branches_leave_the_other_tower_plain(branches, plain_video_tower, plain
 
 
 def test_a_frames_feature_depends_on_that_frame_alone():
-    model, params = random_model(VOP)
+    model, params = tiny.model_and_params(VOP)
     frames = tiny.frames(1)
     alone = encode(model, params, "video", frames[0][:, None])  # each frame a clip of its own
     mean = alone.mean(axis=0)
@@ -118,7 +104,7 @@ def test_a_frames_feature_depends_on_that_frame_alone():
 
 
 def test_the_order_of_frames_does_not_matter():
-    model, params = random_model(VOP)
+    model, params = tiny.model_and_params(VOP)
     frames = tiny.frames(BATCH)
     shuffled = frames[:, [2, 0, 1]]
     np.testing.assert_allclose(
@@ -127,7 +113,7 @@ def test_the_order_of_frames_does_not_matter():
 
 
 def test_videos_of_a_batch_do_not_mix():
-    model, params = random_model(VOP)
+    model, params = tiny.model_and_params(VOP)
     frames, ids = tiny.frames(BATCH), ids_of(VOP)
     for what, rows in (("video", frames), ("text", ids)):
         one_by_one = [encode(model, params, what, rows[i : i + 1])[0] for i in range(BATCH)]
@@ -136,7 +122,7 @@ def test_videos_of_a_batch_do_not_mix():
 
 @pytest.mark.parametrize("method", [VOP, PLAIN], ids=["vop", "zero_shot"])
 def test_tokens_after_eot_do_not_matter(method):
-    model, params = random_model(method)
+    model, params = tiny.model_and_params(method)
     ids = ids_of(method)
     eot = ids.argmax(axis=1)
     noise = np.random.default_rng(1).integers(0, tiny.EOT - 1, ids.shape)
@@ -148,7 +134,7 @@ def test_tokens_after_eot_do_not_matter(method):
 
 
 def test_every_token_before_eot_matters():
-    model, params = random_model(VOP)
+    model, params = tiny.model_and_params(VOP)
     ids = ids_of(VOP, 1, seed=3)
     reference = encode(model, params, "text", ids)
     for slot in range(ids.argmax()):
@@ -160,7 +146,7 @@ def test_every_token_before_eot_matters():
 def text_prompt_gradient(suffix, lengths):
     """The gradient of the text prompts, [L, P, D], for captions with EOT at these slots."""
     method = dataclasses.replace(VOP, suffix=suffix)
-    model, params = random_model(method)
+    model, params = tiny.model_and_params(method)
     ids = np.zeros((len(lengths), method.text_slots(tiny.CLIP)), np.int32)
     rng = np.random.default_rng(0)
     for row, length in zip(ids, lengths, strict=True):
@@ -199,7 +185,7 @@ def test_both_suffixes_agree_where_eot_is_the_last_slot():
     rows = ids_of(VOP)
     rows[:] = np.random.default_rng(0).integers(1, tiny.EOT, rows.shape)
     rows[:, -1] = tiny.EOT
-    model, params = random_model(VOP)
+    model, params = tiny.model_and_params(VOP)
     released = TextVideoModel(tiny.CLIP, dataclasses.replace(VOP, suffix="released"))
     np.testing.assert_array_equal(
         encode(model, params, "text", rows), encode(released, params, "text", rows)
@@ -211,7 +197,7 @@ def test_only_prompted_layers_have_prompts(first_last):
     first, last = first_last
     branches = "both" if first <= tiny.CLIP.text_layers else "visual"
     method = dataclasses.replace(VOP, first_layer=first, last_layer=last, branches=branches)
-    _, params = random_model(method)
+    _, params = tiny.model_and_params(method)
     depth = {"visual": tiny.CLIP.vision_layers, "text": tiny.CLIP.text_layers}
     for tower, prompts in params["prompts"].items():
         assert len(prompts) == min(last or depth[tower], depth[tower]) - first + 1
@@ -243,7 +229,7 @@ def video_by_hand(params, method, frames):
 def test_vision_equals_the_equations(first_last):
     first, last = first_last
     method = dataclasses.replace(VOP, first_layer=first, last_layer=last, branches="visual")
-    model, params = random_model(method)
+    model, params = tiny.model_and_params(method)
     frames = tiny.frames(1)
     by_hand = video_by_hand(params, method, frames[0, :1])
     np.testing.assert_allclose(encode(model, params, "video", frames[:, :1])[0], by_hand, atol=1e-6)
@@ -277,7 +263,7 @@ def text_by_hand(params, method, caption, eot):
 def test_text_equals_the_equations(first_last, suffix):
     first, last = first_last
     method = dataclasses.replace(VOP, first_layer=first, last_layer=last, suffix=suffix)
-    model, params = random_model(method)
+    model, params = tiny.model_and_params(method)
     caption = ids_of(method, 1)[0]
     assert 1 < caption.argmax() < len(caption) - 1
     by_hand = text_by_hand(params, method, caption, int(caption.argmax()))
@@ -285,7 +271,7 @@ def test_text_equals_the_equations(first_last, suffix):
 
 
 def test_bfloat16_is_close_to_float32():
-    model, params = random_model(VOP)
+    model, params = tiny.model_and_params(VOP)
     half = TextVideoModel(tiny.CLIP, VOP, jnp.bfloat16)
     for what, rows in (("video", tiny.frames(BATCH)), ("text", ids_of(VOP))):
         exact, rounded = encode(model, params, what, rows), encode(half, params, what, rows)
@@ -295,12 +281,12 @@ def test_bfloat16_is_close_to_float32():
 
 def test_the_clip_subtree_is_exactly_a_converted_file():
     for method in (VOP, PLAIN):
-        _, params = random_model(method)
+        _, params = tiny.model_and_params(method)
         shapes = {name: leaf.shape for name, leaf in flatten(params["clip"]).items()}
         assert shapes == parameter_shapes(tiny.CLIP)
 
 
 def test_captions_of_another_length_are_refused():
-    model, params = random_model(VOP)
+    model, params = tiny.model_and_params(VOP)
     with pytest.raises(ValueError, match="captions have 20 token slots, the method 16"):
         encode(model, params, "text", tiny.captions(1, 20))

@@ -30,7 +30,7 @@ CAPTIONS = [
     "  Tabs\tand\nnew   LINES  ",
     "exactly " + "one two three " * 15,
     "a very long caption " * 40,
-    "don't they'll 1234567890 !!! ... <|endoftext|> after",
+    "don't they'll 1234567890 !!! ...",
 ]
 
 
@@ -100,7 +100,7 @@ def test_prompts_and_the_place_of_the_suffix_matter_to_the_reference(released):
 
 
 def test_prompts_say_what_they_are(released):
-    sizes, state, clip, prompts = released
+    sizes, state, _, prompts = released
     found = load_prompts(prompts)
     visual = state["module.visual_prompt_learner.visual_prompts"]
     assert found.clip_config == sizes

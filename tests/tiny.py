@@ -43,8 +43,17 @@ def frames(count: int, seed: int = 0) -> np.ndarray:
 
 
 def model_and_params(method: MethodConfig, seed: int = 0) -> tuple[TextVideoModel, dict]:
-    """A model with random parameters; prompts large enough to matter."""
+    """A model and random parameters, none of them zero or one.
+
+    Drawn by shape: the initialisers themselves take seconds to compile.
+    """
     model = TextVideoModel(CLIP, method)
-    slots = method.text_slots(CLIP)
-    variables = model.init(jax.random.key(seed), frames(1), captions(1, slots))
-    return model, jax.tree.map(np.asarray, variables["params"])
+    ids = captions(1, method.text_slots(CLIP))
+    shapes = jax.eval_shape(model.init, jax.random.key(0), frames(1), ids)["params"]
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        centre = 1.0 if path[-1].key == "scale" else 0.0
+        return rng.normal(centre, 0.2, leaf.shape).astype(np.float32)
+
+    return model, jax.tree_util.tree_map_with_path(draw, shapes)

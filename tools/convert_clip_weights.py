@@ -124,11 +124,14 @@ def write_prompts(path: str | None, converted: Converted, clip: ClipWeights) -> 
 
 
 def main(argv: list[str]) -> int:
+    """Runs the command line; the exit status."""
     try:
         run(parse(argv))
-    except UserError as error:
+    except (UserError, OSError) as error:  # OSError: a place that cannot be read or written
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

@@ -239,7 +239,9 @@ def test_a_missing_tensor_is_named(name, tmp_path):
         convert(save_safetensors(tmp_path / "a.safetensors", state))
 
 
-@pytest.mark.parametrize("name", sorted(HUGGING_FACE.keys() - {"text_model.embeddings.position_ids"}))
+@pytest.mark.parametrize(
+    "name", sorted(HUGGING_FACE.keys() - {"text_model.embeddings.position_ids"})
+)
 def test_a_missing_hugging_face_tensor_is_named(name, tmp_path):
     state = {k: v for k, v in HUGGING_FACE.items() if k != name}
     with pytest.raises(UserError, match=rf"tensor {re.escape(name)} is missing"):

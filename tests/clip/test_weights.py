@@ -103,6 +103,12 @@ def test_another_safetensors_file_is_refused(tmp_path, metadata):
         load_clip(tmp_path / "x")
 
 
+@pytest.mark.parametrize("damage", [{"config": "{"}, {"config": '{"image_size": 16}'}])
+def test_damaged_metadata_is_refused(tmp_path, damage):
+    with pytest.raises(UserError, match="x: its metadata is not a converted CLIP's"):
+        load_clip(edited(tmp_path / "x", **damage))
+
+
 def test_a_truncated_file_is_refused(tmp_path):
     save(tmp_path / "x", random_clip())
     whole = (tmp_path / "x").read_bytes()

@@ -78,6 +78,12 @@ def test_another_safetensors_file_is_refused(tmp_path, metadata):
         load_prompts(tmp_path / "p")
 
 
+def test_missing_metadata_is_refused(tmp_path):
+    tensorfile.save(tmp_path / "p", {"a": np.zeros(2)}, {"format": "vop_jax.prompts"})
+    with pytest.raises(UserError, match="p: its metadata is not a prompts file's"):
+        load_prompts(tmp_path / "p")
+
+
 def test_no_file(tmp_path):
     with pytest.raises(UserError, match="nowhere: no such file"):
         load_prompts(tmp_path / "nowhere")

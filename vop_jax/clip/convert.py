@@ -167,7 +167,8 @@ def _load_torch(path: str | os.PathLike, local: str, archive: bool) -> Any:
             f"loaded ({reason}); save its state_dict alone"
         ) from None
     except Exception as error:  # of a broken file torch raises almost anything
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = lines[0].split(". ")[0]
         raise UserError(f"{path}: not a readable PyTorch file ({reason})") from None
 
 

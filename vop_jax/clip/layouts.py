@@ -225,7 +225,6 @@ def to_flax(
     Raises:
         UserError: a tensor is missing, misshapen, unexpected, or not of finite real numbers.
     """
-    shapes = parameter_shapes(config)
     rules = expand(layout.ends)
     for tower, layers in (("visual", config.vision_layers), ("text", config.text_layers)):
         for i in range(layers):
@@ -245,6 +244,7 @@ def to_flax(
             f"{where}: unexpected tensor {unexpected[0]} ({len(unexpected)} in all) for a "
             f"CLIP with a ViT in {layout.name} layout"
         )
+    shapes = parameter_shapes(config)
     params: dict[str, np.ndarray] = {}
     for rule in rules:
         tensor = tensors.pop(rule.source)

@@ -88,12 +88,16 @@ def load_clip(path: str | os.PathLike) -> ClipWeights:
             "tools/convert_clip_weights.py"
         )
     params, _ = tensorfile.load(path)
-    config = ClipConfig(**json.loads(metadata["config"]))
+    try:
+        config = ClipConfig(**json.loads(metadata["config"]))
+        fingerprint, source = metadata["fingerprint"], metadata["source"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: its metadata is not a converted CLIP's ({error!r})") from None
     if config.activation not in ACTIVATIONS:
         allowed = ", ".join(ACTIVATIONS)
         raise UserError(f"{path}: activation {config.activation!r} is not one of {allowed}")
     check_shapes(path, params, parameter_shapes(config))
-    return ClipWeights(params, config, metadata["fingerprint"], metadata["source"])
+    return ClipWeights(params, config, fingerprint, source)
 
 
 def check_shapes(

@@ -73,14 +73,17 @@ def load_prompts(path: str | os.PathLike) -> PromptSet:
     params, metadata = tensorfile.load(path)
     if metadata.get("format") != FORMAT:
         raise UserError(f"{path}: not a prompts file; --mode=export writes one")
-    return PromptSet(
-        params=params,
-        method=MethodConfig.from_mapping(json.loads(metadata["method_config"])),
-        clip_fingerprint=metadata["clip_fingerprint"],
-        clip_name=metadata["clip_name"],
-        clip_config=ClipConfig(**json.loads(metadata["clip_config"])),
-        video=json.loads(metadata["video"]),
-    )
+    try:
+        return PromptSet(
+            params=params,
+            method=MethodConfig.from_mapping(json.loads(metadata["method_config"])),
+            clip_fingerprint=metadata["clip_fingerprint"],
+            clip_name=metadata["clip_name"],
+            clip_config=ClipConfig(**json.loads(metadata["clip_config"])),
+            video=json.loads(metadata["video"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: its metadata is not a prompts file's ({error!r})") from None
 
 
 def check_same_clip(where: str | os.PathLike, prompts: PromptSet, fingerprint: str, name: str):

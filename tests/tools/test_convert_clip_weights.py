@@ -1,0 +1,144 @@
+"""The command line of the converter: what it writes, what it says, how it ends."""
+
+import hashlib
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors import numpy as safetensors_numpy
+
+from tests import checkpoints
+from tests.checkpoints import SIZES
+from tests.server import serving
+from vop_jax import tensorfile
+from vop_jax.clip import download
+from vop_jax.clip.weights import load_clip
+from vop_jax.tuning.prompts_file import check_same_clip, load_prompts
+
+SCRIPT = Path(__file__).parents[2] / "tools" / "convert_clip_weights.py"
+STATE = checkpoints.openai_state(SIZES)
+
+
+@pytest.fixture(scope="module")
+def tool():
+    """The script as a module; its change of the search path undone."""
+    path = list(sys.path)
+    spec = importlib.util.spec_from_file_location("convert_clip_weights", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.path[:] = path
+    return module
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "open_clip.safetensors"
+    safetensors_numpy.save_file(STATE, path)
+    return path
+
+
+@pytest.fixture
+def released(tmp_path):
+    pytest.importorskip("torch", reason="writes a PyTorch file")
+    state = checkpoints.released_state(STATE, 3, 5)
+    return checkpoints.save_torch(tmp_path / "VoP.pth", state, "state_dict")
+
+
+def refused(tool, capsys, *argv):
+    """The one line of a call that ends with status 2."""
+    assert tool.main(list(argv)) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1
+    return err
+
+
+def test_runs_from_any_folder_without_the_package_installed(source, tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    command = [sys.executable, str(SCRIPT), f"--source={source.name}", "--output=new/clip.st"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "note: nothing tells the activation" in done.stdout
+    weights = load_clip(tmp_path / "new" / "clip.st")
+    assert weights.config == SIZES
+    assert weights.name in done.stdout
+    assert weights.source == source.name
+    metadata = tensorfile.read_metadata(tmp_path / "new" / "clip.st")
+    assert metadata["source_sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
+    assert metadata["fingerprint"] == tensorfile.fingerprint(weights.params)
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["clip.st"], "nothing else is left"
+
+
+def test_writes_clip_and_prompts_of_a_released_checkpoint(tool, released, tmp_path, capsys):
+    clip, prompts = tmp_path / "clip.safetensors", tmp_path / "prompts.safetensors"
+    argv = [f"--source={released}", f"--output={clip}", f"--prompts-output={prompts}"]
+    assert tool.main(argv) == 0
+    assert "3 visual, 2 + 3 text prompts a layer" in capsys.readouterr().out
+    weights, found = load_clip(clip), load_prompts(prompts)
+    check_same_clip(prompts, found, weights.fingerprint, weights.name)
+    assert found.clip_name == weights.name
+    assert found.clip_config == weights.config == SIZES
+    assert found.method.suffix == "released"
+    assert (found.method.text_prefix, found.method.text_suffix) == (2, 3)
+
+
+def test_says_that_prompts_were_left(tool, released, tmp_path, capsys):
+    assert tool.main([f"--source={released}", f"--output={tmp_path / 'clip'}"]) == 0
+    assert "--prompts-output=FILE writes them" in capsys.readouterr().out
+
+
+def test_flags_reach_the_config(tool, source, tmp_path):
+    flags = ["--activation=gelu", "--vision-heads=4", "--text-heads=5"]
+    assert tool.main([f"--source={source}", f"--output={tmp_path / 'clip'}", *flags]) == 0
+    config = load_clip(tmp_path / "clip").config
+    assert (config.activation, config.vision_heads, config.text_heads) == ("gelu", 4, 5)
+
+
+def test_a_name_is_downloaded(tool, tmp_path, monkeypatch):
+    pytest.importorskip("torch", reason="writes a PyTorch file")
+    archive = checkpoints.save_torchscript(tmp_path / "served.pt", STATE, SIZES)
+    body = archive.read_bytes()
+    monkeypatch.setitem(
+        download.PUBLISHED, "ViT-B/32", (hashlib.sha256(body).hexdigest(), "ViT-B-32.pt")
+    )
+    with serving(body) as (url, _):
+        flags = [f"--cache={tmp_path / 'cache'}", f"--base-url={url}"]
+        assert tool.main(["--source=ViT-B/32", f"--output={tmp_path / 'clip'}", *flags]) == 0
+    assert (tmp_path / "cache" / "ViT-B-32.pt").read_bytes() == body
+    assert load_clip(tmp_path / "clip").source == "ViT-B-32.pt"
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--source=a"], "--output"),
+        (["--source=a", "--output=b", "--sauce=c"], "--sauce"),
+        (["--source=a", "--output=b", "--activation=relu"], "quick_gelu"),
+        (["--source=a", "--output=b", "--text-heads=0"], "--text-heads=0"),
+        (["--source=a", "--output=b", "--vision-heads=x"], "--vision-heads"),
+        (["--source=a", "--output=a"], "different files"),
+        (["--source=a", "--output=b", "--prompts-output=b"], "different files"),
+        (["--source=a", "--output=/"], "--output=/: is a directory"),
+        (["--source=ViT-B/33", "--output=b"], "ViT-B/33: no such file; names"),
+    ],
+)
+def test_a_wrong_call_is_one_line(tool, argv, named, capsys):
+    assert named in refused(tool, capsys, *argv)
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tool, source, capsys):
+    error = refused(tool, capsys, f"--source={source}", f"--output={source}/clip")
+    assert str(source) in error
+
+
+def test_a_refused_source_leaves_no_output(tool, source, tmp_path, capsys):
+    output = tmp_path / "clip"
+    with_prompts = [f"--prompts-output={tmp_path / 'prompts'}"]
+    error = refused(tool, capsys, f"--source={source}", f"--output={output}", *with_prompts)
+    assert "holds no prompts" in error
+    source.write_bytes(source.read_bytes()[:-5])
+    error = refused(tool, capsys, f"--source={source}", f"--output={output}")
+    assert str(source) in error
+    assert not output.exists()
