@@ -194,8 +194,8 @@ def split_released(
 ) -> tuple[layouts.Tensors, dict[str, np.ndarray]]:
     """The tensors of CLIP and the prompts of a released VoP checkpoint.
 
-    It holds CLIP under `clip.` and once more under `image_encoder.` and `text_encoder.`; the
-    copies are checked to be equal, then left out.
+    It holds CLIP under `clip.` and once more under `image_encoder.` and `text_encoder.`. These
+    are left out; a copy that is recognised by its name is checked to be equal.
 
     Raises:
         UserError: prompts are missing, a copy differs, or there is something else.
@@ -204,15 +204,14 @@ def split_released(
         if name not in tensors:
             raise UserError(f"{path}: tensor {name} is missing")
     clip = {k.removeprefix("clip."): v for k, v in tensors.items() if k.startswith("clip.")}
-    copies = {"image_encoder.": "visual.", "text_encoder.": ""}
     for name, tensor in tensors.items():
         if name.startswith("clip.") or name in (VISUAL_PROMPTS, TEXT_PROMPTS):
             continue
         head, _, rest = name.partition(".")
-        original = copies.get(head + ".", "?") + rest
-        if original not in clip:
+        if head not in ("image_encoder", "text_encoder"):
             raise UserError(f"{path}: unexpected tensor {name} for a released VoP checkpoint")
-        if not np.array_equal(tensor, clip[original]):
+        original = f"visual.{rest}" if head == "image_encoder" else rest
+        if original in clip and not np.array_equal(tensor, clip[original]):
             raise UserError(f"{path}: tensor {name} differs from clip.{original}, its original")
     visual, text = tensors[VISUAL_PROMPTS], tensors[TEXT_PROMPTS]
     if visual.ndim != 4 or visual.shape[1] != 1:
