@@ -30,7 +30,7 @@ ANNOTATIONS_FILE = "annotations.csv"
 
 COLOURS = {
     "red": (225, 35, 35),
-    "pink": (250, 150, 190),
+    "black": (12, 12, 12),
     "yellow": (245, 230, 40),
     "green": (40, 180, 60),
     "cyan": (60, 220, 230),
