@@ -1,8 +1,8 @@
-"""Draws the README's picture: films of the demo, and where their captions rank them.
+"""Draws the README's picture: clips of the demo, and where their captions rank them.
 
     python benchmarks/demo_picture.py --workdir=/tmp/vop_demo --output=docs/demo.png
 
-The films are every k-th of the held-out ones; none is picked by its rank.
+The clips are every k-th of the held-out ones; none is picked by its rank.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def text_ranks(workdir: Path, captions: list[str], paths: list[Path], *, tuned: bool) -> np.ndarray:
-    """The rank of each caption's own film among all, from 1."""
+    """The rank of each caption's own clip among all, from 1."""
     prompts = workdir / "prompts.safetensors" if tuned else None
     retriever = vop_jax.load(workdir / "clip.safetensors", prompts)
     retriever.frames = FRAMES
@@ -52,15 +52,15 @@ def text_ranks(workdir: Path, captions: list[str], paths: list[Path], *, tuned: 
 def draw(
     items: list[tuple[str, Path, dict[str, float]]], ranks: dict[str, np.ndarray]
 ) -> Image.Image:
-    """One strip of frames a film, with its caption and ranks."""
+    """One strip of frames a clip, with its caption and ranks."""
     width = LEFT + FRAMES * (TILE + GAP) + 330
     height = 64 + len(items) * (TILE + 16)
     picture = Image.new("RGB", (width, height), PAPER)
     pen = ImageDraw.Draw(picture)
     font, small = ImageFont.load_default(size=15), ImageFont.load_default(size=12)
     count = len(next(iter(ranks.values())))
-    pen.text((LEFT, 14), f"{count} held-out films, one caption each", fill=INK, font=font)
-    pen.text((LEFT, 36), "where a caption ranks its own film", fill=SOFT, font=small)
+    pen.text((LEFT, 14), f"{count} held-out clips, one caption each", fill=INK, font=font)
+    pen.text((LEFT, 36), "where a caption ranks its own clip", fill=SOFT, font=small)
     for row, (caption, path, own) in enumerate(items):
         top = 64 + row * (TILE + 16)
         for column, pixels in enumerate(read_frames(path, FRAMES).pixels):
