@@ -179,6 +179,7 @@ def test_bfloat16_and_rand_sampling_run(call):
 @pytest.mark.parametrize(
     ("override", "messages"),
     [
+        ("--config.train.lr=3", ("config.train.lr: no such key; there are train.batch_size, ",)),
         (
             "--config.train.step=3",
             ("config.train.step: no such key; did you mean config.train.steps?",),
@@ -224,6 +225,27 @@ def test_wrong_calls_get_one_line(call, override, messages):
 def test_no_config_at_all(capsys):
     assert runs.call("--workdir=x") == 2
     assert "error: --config=FILE is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "messages"),
+    [
+        ("def get_config():\n    raise RuntimeError('boom')\n", ("c.py:2: RuntimeError: boom",)),
+        ("def get_config(:\n", ("c.py:1: SyntaxError",)),
+        ("def get_config():\n    return {'seed': 1}\n", ("--config",)),
+    ],
+)
+def test_a_config_file_that_is_none(tmp_path, capsys, text, messages):
+    (tmp_path / "c.py").write_text(text)
+    status = runs.call(f"--config={tmp_path / 'c.py'}", f"--workdir={tmp_path / 'run'}")
+    assert_refused((status, "", capsys.readouterr().err), *messages)
+
+
+def test_a_workdir_that_cannot_be(call, tmp_path):
+    (tmp_path / "file").write_text("x")
+    assert_refused(call(workdir=tmp_path / "file"), "file: not a folder to write in")
+    records = f"--config.data.records={tmp_path / 'file'}"
+    assert_refused(call(records), "file", "directory")
 
 
 def test_a_file_that_is_no_clip(call, finished, tmp_path):

@@ -160,9 +160,13 @@ def check_keys(keys: Iterable[str]) -> None:
     declared = flatten_config(base_config())
     for key in keys:
         if key not in declared:
-            near = difflib.get_close_matches(key, declared, n=1)
-            hint = f"; did you mean config.{near[0]}?" if near else ""
-            raise UserError(f"config.{key}: no such key{hint}")
+            near = difflib.get_close_matches(key, declared, n=1, cutoff=0.8)
+            if near:
+                raise UserError(f"config.{key}: no such key; did you mean config.{near[0]}?")
+            section = key.rpartition(".")[0]
+            beside = [k for k in declared if section and k.startswith(f"{section}.")]
+            allowed = beside or dict.fromkeys(k.split(".")[0] for k in declared)
+            raise UserError(f"config.{key}: no such key; there are {', '.join(allowed)}")
 
 
 def validate(config: ConfigDict) -> None:

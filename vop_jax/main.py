@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from logging import WARNING, Formatter
 from typing import Any, NoReturn
@@ -42,6 +43,8 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         fail(f"--config: {_last_line(error)}")
     except (flags.Error, UserError, TypeError, ValueError) as error:
         fail(str(error))
+    except Exception as error:  # the config file's own
+        fail(f"--config: {_where(error)}{type(error).__name__}: {_last_line(error)}")
 
 
 def _check_flags(config: Any) -> None:
@@ -57,7 +60,15 @@ def _check_flags(config: Any) -> None:
 
 
 def _last_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1].strip()
+    return (str(error).strip().splitlines() or [""])[-1].strip()
+
+
+def _where(error: Exception) -> str:
+    """FILE:LINE where it was raised."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}:{error.lineno}: "
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{frame.filename}:{frame.lineno}: "
 
 
 def fail(message: str) -> NoReturn:
@@ -88,6 +99,8 @@ def main(argv: Sequence[str]) -> int:
     except interrupt.Interrupted as signal:
         print(f"stopped by {signal}; the same command continues", file=sys.stderr)
         return signal.exit_status
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        fail(f"{error.filename}: {error.strerror}")
     except Exception as error:
         if (full := no_space_left(error)) is not None:
             fail(f"{full}: no space left on the disk; free some, the same command continues")

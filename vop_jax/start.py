@@ -95,15 +95,18 @@ def opened(
 @contextmanager
 def _locked(root: epath.Path) -> Iterator[None]:
     """One run per workdir; the lock goes with the process, however it ends."""
-    root.mkdir(parents=True, exist_ok=True)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        if "://" not in str(root):
+            lock = filelock.FileLock(root / ".lock", timeout=0)
+            lock.acquire()
+    except filelock.Timeout:
+        raise UserError(f"--workdir={root}: another run is using it") from None
+    except OSError as error:
+        raise UserError(f"--workdir={root}: not a folder to write in ({error.strerror})") from None
     if "://" in str(root):  # object stores have no locks
         yield
         return
-    lock = filelock.FileLock(root / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except filelock.Timeout:
-        raise UserError(f"--workdir={root}: another run is using it") from None
     try:
         yield
     finally:

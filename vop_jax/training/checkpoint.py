@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from vop_jax.training.step import TrainState
 
@@ -18,16 +19,14 @@ class Checkpoints:
     """The folder `checkpoints/` of a workdir."""
 
     def __init__(self, workdir: str | os.PathLike, keep: int):
-        self._manager = ocp.CheckpointManager(
-            os.path.join(
-                os.path.abspath(workdir) if "://" not in str(workdir) else workdir, "checkpoints"
-            ),
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep,
-                # What a kill leaves behind: an unfinished save is not a checkpoint.
-                cleanup_tmp_directories=True,
-            ),
-        )
+        root = os.fspath(workdir) if "://" in str(workdir) else os.path.abspath(workdir)
+        folder = epath.Path(root) / "checkpoints"
+        # What a kill left behind: an unfinished save is not a checkpoint. (orbax's own option
+        # does this in a thread, which a process that ends at once cuts off with a traceback.)
+        for unfinished in folder.glob("*.orbax-checkpoint-tmp*"):
+            unfinished.rmtree()
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep)
+        self._manager = ocp.CheckpointManager(folder, options=options)
 
     def latest_step(self) -> int | None:
         """The newest complete checkpoint, None without one."""
