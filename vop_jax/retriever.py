@@ -21,6 +21,8 @@ from vop_jax.tuning.prompts_file import check_same_clip, load_prompts
 # How clips are read when no prompts say how they were read in training.
 DEFAULT_VIDEO = {"frames": 12, "short_side": 256, "stored_fps": 0.0}
 
+DTYPES = ("float32", "bfloat16")
+
 
 class Retriever:
     """A CLIP with one set of prompts; made by `load`.
@@ -36,6 +38,7 @@ class Retriever:
         self.method = model.method
         self.frames = video["frames"]
         self._image_size = model.clip_config.image_size
+        self._embed_dim = model.clip_config.embed_dim
         self._video = video
         self._params = jax.device_put(params)
         self._tokenize = CaptionTokenizer(model.method.text_slots(model.clip_config))
@@ -68,6 +71,10 @@ class Retriever:
             raise ValueError(
                 f"frames are uint8 [B, F, H, W, 3], not {frames.dtype} {list(frames.shape)}"
             )
+        if not all(frames.shape[1:]):
+            raise ValueError(f"clips without frames or pixels: {list(frames.shape)}")
+        if not len(frames):
+            return np.zeros((0, self._embed_dim), np.float32)
         cropped = np.stack([eval_crop(clip, self._image_size) for clip in frames])
         return np.asarray(self._encode_video(self._params, cropped))
 
@@ -79,14 +86,14 @@ class Retriever:
         """
         if isinstance(paths, str | os.PathLike):
             raise TypeError("paths is a list of files, not one file")
-        rows = []
+        rows = [np.zeros((0, self._embed_dim), np.float32)]
         for path in paths:
             try:
                 clip = read_frames(path, self.frames, short_side=self._video["short_side"])
             except VideoError as error:
                 raise UserError(f"{os.fspath(path)}: {error}") from None
-            rows.append(self.embed_frames(np.stack(clip.pixels)[None])[0])
-        return np.stack(rows)
+            rows.append(self.embed_frames(np.stack(clip.pixels)[None]))
+        return np.concatenate(rows)
 
 
 def load(
@@ -106,6 +113,8 @@ def load(
         UserError: a file is missing or not what it should be, or the prompts were trained over
             another CLIP (the message names both).
     """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype={dtype!r}: allowed are {', '.join(DTYPES)}")
     weights = load_clip(clip)
     params, method, video = {"clip": weights.params}, MethodConfig("zero_shot"), DEFAULT_VIDEO
     if prompts is not None:
