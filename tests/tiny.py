@@ -5,6 +5,7 @@ import numpy as np
 
 from vop_jax.clip.config import ClipConfig
 from vop_jax.model import TextVideoModel
+from vop_jax.tensorfile import unflatten
 from vop_jax.tuning.methods import MethodConfig
 
 CLIP = ClipConfig(
@@ -48,8 +49,7 @@ def model_and_params(method: MethodConfig, seed: int = 0) -> tuple[TextVideoMode
     Drawn by shape: the initialisers themselves take seconds to compile.
     """
     model = TextVideoModel(CLIP, method)
-    ids = captions(1, method.text_slots(CLIP))
-    shapes = jax.eval_shape(model.init, jax.random.key(0), frames(1), ids)["params"]
+    shapes = unflatten(model.shapes())
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):

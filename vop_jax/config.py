@@ -24,6 +24,7 @@ def base_config() -> ConfigDict:
     c.init = ConfigDict()
     c.init.clip = ""  # file written by tools/convert_clip_weights.py
     c.init.prompts = ""  # prompts.safetensors trained over that CLIP
+    c.init.interpolate_frames = False  # resample its frame tables to another data.frames
 
     # What the CLIP must be; "" takes whatever init.clip says. A mismatch is an error.
     c.clip = ConfigDict()
@@ -31,14 +32,22 @@ def base_config() -> ConfigDict:
     c.clip.activation = ""  # quick_gelu (OpenAI), gelu (open_clip's LAION models)
 
     c.method = ConfigDict()
-    c.method.name = "vop"  # vop, or a baseline: zero_shot, full, bias, proj, partial
-    c.method.branches = "both"  # prompts in: both, visual, text
+    # vop, vop_p, vop_c, vop_f, vop_f+p, vop_f+c, or a baseline: zero_shot, full, bias, proj,
+    # partial, adapter_attn, adapter_ffn
+    c.method.name = "vop"
+    c.method.branches = "both"  # prompts (or adapters) in: both, visual, text
     c.method.visual_prompts = 8  # tokens per layer, after CLS
     c.method.text_prefix = 4  # tokens per layer, after SOS
     c.method.text_suffix = 4  # tokens per layer, before EOT
     c.method.suffix = "eot"  # before each caption's EOT; released: before the last position
-    c.method.first_layer = 1  # prompted layers, from 1
+    c.method.first_layer = 1  # prompted (or adapted) layers, from 1
     c.method.last_layer = 0  # 0: the deepest
+    c.method.specific_prompts = 4  # P, C: of visual_prompts, those that are a frame's own
+    c.method.split_layer = -1  # F: frames meet after this layer; -1: two thirds, 8 of 12
+    c.method.frame_position = True  # F: position embedding of frames where they meet
+    c.method.cmm = "bilstm"  # C: context over frames by bilstm, lstm, transformer
+    c.method.cmm_role = "prompts"  # C: it makes prompts; cls: it updates CLS (an ablation)
+    c.method.adapter_width = 64  # of the bottleneck
     c.method.init_std = 0.02  # prompts start from N(0, init_std^2)
 
     c.data = ConfigDict()

@@ -121,7 +121,9 @@ def count_parameters(config: ConfigDict) -> dict[str, dict[str, float]]:
         clip = start.preset(config, default="ViT-B/32")
     counts = {}
     for name in METHODS:
-        method = MethodConfig.from_mapping({**config.method.to_dict(), "name": name})
+        method = dataclasses.replace(start.method_of(config), name=name)
+        method.validate()
+        method.check_fits(clip)
         true, paper = _count(clip, method)
         counts[name] = {"trainable": true, "paper": paper}
     whole = counts["full"]["paper"]
@@ -130,13 +132,9 @@ def count_parameters(config: ConfigDict) -> dict[str, dict[str, float]]:
 
 def _count(clip: ClipConfig, method: MethodConfig) -> tuple[int, int]:
     """(trained parameters, those the paper's convention counts), from shapes alone."""
-    frames = jax.ShapeDtypeStruct((1, 1, clip.image_size, clip.image_size, 3), np.uint8)
-    ids = jax.ShapeDtypeStruct((1, method.text_slots(clip)), np.int32)
-    model = TextVideoModel(clip, method)
-    params = jax.eval_shape(model.init, jax.random.key(0), frames, ids)["params"]
+    params = tensorfile.unflatten(TextVideoModel(clip, method).shapes())
     trainable, _ = partition.split(params, method.trainable_patterns(clip))
-    excluded = METHODS[method.name].paper_excludes
-    return partition.count(trainable), partition.count(trainable, excluding=excluded)
+    return partition.count(trainable), partition.count(trainable, method.parts.paper_factors)
 
 
 def _pretrain(config: ConfigDict, root: epath.Path) -> None:

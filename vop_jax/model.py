@@ -6,12 +6,14 @@ import jax.numpy as jnp
 
 from vop_jax.clip.config import ClipConfig
 from vop_jax.clip.model import Clip, unit
+from vop_jax.tensorfile import flatten
+from vop_jax.tuning.adapters import Adapter, Adapters
 from vop_jax.tuning.methods import MethodConfig
 from vop_jax.tuning.prompts import Prompts, TextLayout, set_visual_prompts
 
 
 class TextVideoModel(nn.Module):
-    """CLIP under `clip`, what a method adds to it under `prompts`."""
+    """CLIP under `clip`, what a method adds to it under `prompts` or `adapters`."""
 
     clip_config: ClipConfig
     method: MethodConfig
@@ -19,24 +21,52 @@ class TextVideoModel(nn.Module):
 
     def setup(self):
         self.clip = Clip(self.clip_config, self.dtype)
-        if self.method.prompts:
-            self.prompts = Prompts(self.method, self.clip_config)
+        if self.method.parts.prompts:
+            self.prompts = Prompts(self.method, self.clip_config, self.dtype)
+        if self.method.parts.adapter:
+            self.adapters = Adapters(self.method, self.clip_config, self.dtype)
+
+    def example(self) -> tuple[jax.Array, jax.Array]:
+        """The smallest (frames, ids) the model takes, zeros, to initialise it with."""
+        size = self.clip_config.image_size
+        frames = jnp.zeros((1, self.method.frames, size, size, 3), jnp.uint8)
+        return frames, jnp.zeros((1, self.method.text_slots(self.clip_config)), jnp.int32)
+
+    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """All parameters' shapes, by name; nothing is computed."""
+        params = jax.eval_shape(lambda key: self.init(key, *self.example()), jax.random.key(0))
+        return flatten(params["params"])
 
     def encode_video(self, frames: jax.Array) -> jax.Array:
         """uint8 [B, F, S, S, 3] -> unit rows [B, E], float32."""
+        return unit(self.encode_frames(frames).mean(axis=1))
+
+    def encode_frames(self, frames: jax.Array) -> jax.Array:
+        """uint8 [B, F, S, S, 3] -> each frame within its clip, unit rows [B, F, E], float32."""
         tower = self.clip.visual
         batch, count = frames.shape[:2]
-        x = tower.embed(frames.reshape(batch * count, *frames.shape[2:]))  # [N, 1 + G, D]
-        present = 0
+        split = self.method.split(self.clip_config.vision_layers)
+        x = tower.embed(frames.reshape(batch * count, *frames.shape[2:]))  # [B * F, 1 + G, D]
+        heads, present = 1, 0  # CLS tokens, then prompt tokens, lead each sequence
         for layer, block in enumerate(tower.blocks):
-            prompts = self.prompts.visual_at(layer) if self.method.prompts else None
-            x = set_visual_prompts(x, prompts, present)  # [N, 1 + P + G, D]
-            present = 0 if prompts is None else prompts.shape[0]
+            if layer == split:  # from here on all frames of a clip are one sequence
+                x = set_visual_prompts(x, None, present)
+                x = self.prompts.join_frames(x.reshape(batch, count, *x.shape[1:]))
+                heads, present = count, 0  # [B, F + F * G, D]
+            if self.method.parts.prompts:
+                cls = x[:, :heads].reshape(batch, count, -1)  # [B, F, D]
+                prompts, cls = self.prompts.visual_at(layer, cls)
+                x = jnp.concatenate([cls.reshape(-1, heads, cls.shape[-1]), x[:, heads:]], axis=1)
+                x = set_visual_prompts(x, prompts, present, heads)
+                present = 0 if prompts is None else prompts.shape[-2]
             if layer == 0:
                 x = tower.ln_pre(x)  # the first prompts pass through it, as in the released code
-            x = block(x)
-        frame_features = unit(tower.project(x[:, 0])).reshape(batch, count, -1)  # [B, F, E]
-        return unit(frame_features.mean(axis=1))
+            x = block(x, **self._branches("visual", layer))
+        cls = x[:, :heads].reshape(batch, count, -1)  # [B, F, D]
+        return unit(tower.project(cls))
+
+    def _branches(self, tower: str, layer: int) -> dict[str, Adapter]:
+        return self.adapters.at(tower, layer) if self.method.parts.adapter else {}
 
     def encode_text(self, ids: jax.Array) -> jax.Array:
         """int32 [N, T] -> unit rows [N, E], float32; T is `method.text_slots`."""
@@ -49,7 +79,7 @@ class TextVideoModel(nn.Module):
         x = tower.embed(ids)  # [N, T, D]
         prompted = False
         for layer, block in enumerate(tower.blocks):
-            prompts = self.prompts.text_at(layer) if self.method.prompts else None
+            prompts = self.prompts.text_at(layer) if self.method.parts.prompts else None
             if prompts is not None:
                 x = layout.replace(x if prompted else layout.insert(x), prompts)
             elif prompted:
@@ -57,7 +87,7 @@ class TextVideoModel(nn.Module):
             prompted = prompts is not None
             if layer == 0:
                 x = x + tower.positions(x.shape[1])  # only the first prompts receive positions
-            x = block(x)  # [N, T + P, D]
+            x = block(x, **self._branches("text", layer))  # [N, T + P, D]
         read = eot + (layout.tokens if prompted else 0)
         return unit(tower.project(x[jnp.arange(x.shape[0]), read]))
 

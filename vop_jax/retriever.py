@@ -1,5 +1,6 @@
 """What a user holds after training: text and video in, unit vectors out."""
 
+import dataclasses
 import os
 from collections.abc import Sequence
 
@@ -15,6 +16,7 @@ from vop_jax.data.pixels import eval_crop
 from vop_jax.data.sources import CaptionTokenizer
 from vop_jax.errors import UserError
 from vop_jax.model import TextVideoModel
+from vop_jax.tuning.frame_tables import interpolate_frames
 from vop_jax.tuning.methods import MethodConfig
 from vop_jax.tuning.prompts_file import check_same_clip, load_prompts
 
@@ -100,6 +102,7 @@ def load(
     clip: str | os.PathLike,
     prompts: str | os.PathLike | None = None,
     *,
+    frames: int | None = None,
     dtype: str = "float32",
 ) -> Retriever:
     """Opens a converted CLIP and, over it, a set of prompts.
@@ -107,6 +110,8 @@ def load(
     Args:
         clip: file written by tools/convert_clip_weights.py.
         prompts: prompts.safetensors of a run; None is plain CLIP.
+        frames: F, where it shall not be the prompts' own: what they know of frame positions is
+            resampled to as many, and videos are sampled so.
         dtype: of matmuls, float32 or bfloat16; the vectors are float32.
 
     Raises:
@@ -122,16 +127,14 @@ def load(
         check_same_clip(prompts, given, weights.fingerprint, weights.name)
         given.method.check_fits(weights.config)
         method, video = given.method, {**DEFAULT_VIDEO, **given.video}
-        flat = {**tensorfile.flatten(params), **tensorfile.flatten(given.params)}
+        trained = given.params
+        if frames is not None:
+            trained = interpolate_frames(trained, frames)
+        flat = {**tensorfile.flatten(params), **tensorfile.flatten(trained)}
         params = tensorfile.unflatten(flat)
+    if frames is not None:
+        method, video = dataclasses.replace(method, frames=frames), {**video, "frames": frames}
     model = TextVideoModel(weights.config, method, jnp.dtype(dtype))
-    check_shapes(prompts or clip, params, _shapes(model))
+    shapes = {name: leaf.shape for name, leaf in model.shapes().items()}
+    check_shapes(prompts or clip, params, shapes)
     return Retriever(model, params, weights.name, video)
-
-
-def _shapes(model: TextVideoModel) -> dict[str, tuple[int, ...]]:
-    clip = model.clip_config
-    frames = jax.ShapeDtypeStruct((1, 1, clip.image_size, clip.image_size, 3), np.uint8)
-    ids = jax.ShapeDtypeStruct((1, model.method.text_slots(clip)), np.int32)
-    params = jax.eval_shape(model.init, jax.random.key(0), frames, ids)["params"]
-    return {name: leaf.shape for name, leaf in tensorfile.flatten(params).items()}

@@ -28,6 +28,7 @@ from vop_jax.training.optimizer import make_optimizer
 from vop_jax.training.step import TrainState
 from vop_jax.training.writer import METRICS_FILE
 from vop_jax.tuning import partition
+from vop_jax.tuning.frame_tables import has_frame_tables, interpolate_frames
 from vop_jax.tuning.methods import MethodConfig
 from vop_jax.tuning.prompts_file import check_same_clip, load_prompts
 
@@ -59,6 +60,11 @@ class Run:
         return partition.merge(self.state.trainable, self.frozen)
 
 
+def method_of(config: ConfigDict) -> MethodConfig:
+    """The config's method, with the frames of a clip that its tables have rows for."""
+    return MethodConfig.from_mapping({**config.method.to_dict(), "frames": config.data.frames})
+
+
 @contextmanager
 def opened(
     config: ConfigDict, workdir: str, pretrain: Callable[[ConfigDict, epath.Path], None]
@@ -73,7 +79,7 @@ def opened(
         UserError: the config, the weights or the workdir are not what they should be.
     """
     configs.validate(config)
-    method = MethodConfig.from_mapping(config.method)
+    method = method_of(config)
     root = epath.Path(workdir)
     with _locked(root):
         checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
@@ -188,8 +194,7 @@ def _prepare(
     """The newest state: the workdir's, else `init.prompts`, else fresh prompts."""
     model = TextVideoModel(clip.config, method, jnp.dtype(config.compute.dtype))
     params = {"clip": clip.params}
-    if method.prompts:
-        params["prompts"] = _fresh_prompts(model, config.seed)
+    params |= _fresh(model, config.seed)
     trainable, frozen = partition.split(params, method.trainable_patterns(clip.config))
     if config.init.prompts:
         trainable = _given_prompts(config, clip, method, trainable)
@@ -209,14 +214,13 @@ def _prepare(
     )
 
 
-def _fresh_prompts(model: TextVideoModel, seed: int) -> dict[str, Any]:
-    clip = model.clip_config
-    frames = np.zeros((1, 1, clip.image_size, clip.image_size, 3), np.uint8)
-    ids = np.zeros((1, model.method.text_slots(clip)), np.int32)
+def _fresh(model: TextVideoModel, seed: int) -> dict[str, Any]:
+    """What the method adds to CLIP: {"prompts": …}, {"adapters": …} or {}."""
 
     @jax.jit  # the unused CLIP's own initialisation is not computed
     def init(key):
-        return model.init(key, frames, ids)["params"]["prompts"]
+        params = model.init(key, *model.example())["params"]
+        return {name: subtree for name, subtree in params.items() if name != "clip"}
 
     return init(jax.random.key(seed))
 
@@ -227,8 +231,18 @@ def _given_prompts(
     path = config.init.prompts
     given = load_prompts(path)
     check_same_clip(path, given, clip.fingerprint, clip.name)
-    if given.method.name != method.name:
-        raise UserError(f"{path}: holds {given.method.name}, config.method.name={method.name}")
+    params, theirs = given.params, dataclasses.asdict(given.method)
+    if given.method.frames != method.frames and has_frame_tables(params):
+        if not config.init.interpolate_frames:
+            raise UserError(
+                f"{path}: prompts of {given.method.frames} frame positions, "
+                f"config.data.frames={method.frames}; set config.init.interpolate_frames=True "
+                "to resample them"
+            )
+        params = interpolate_frames(params, method.frames)
+    for key, mine in dataclasses.asdict(method).items():
+        if key not in ("init_std", "frames") and theirs[key] != mine:
+            raise UserError(f"{path}: holds method.{key}={theirs[key]!r}, config says {mine!r}")
     shapes = {name: leaf.shape for name, leaf in tensorfile.flatten(fresh).items()}
-    check_shapes(path, given.params, shapes)
-    return given.params
+    check_shapes(path, params, shapes)
+    return params

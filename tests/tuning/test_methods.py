@@ -1,9 +1,8 @@
 import dataclasses
 
-import jax
-import numpy as np
 import pytest
 
+from vop_jax import tensorfile
 from vop_jax.clip.config import PRESETS
 from vop_jax.config import base_config
 from vop_jax.errors import UserError
@@ -22,7 +21,15 @@ PAPER = {
     "bias": (171_008, 124_928, "0.104"),
     "proj": (655_360, 655_360, "0.547"),
     "partial": (10_240_256, 7_680_512, "6.410"),
+    "adapter_attn": (1_982_976, 1_982_976, "1.655"),
+    "adapter_ffn": (1_982_976, 1_982_976, "1.655"),
     "vop": (122_880, 122_880, "0.103"),
+    "vop_p": (528_384, 528_384, "0.441"),
+    "vop_c": (14_251_008, 14_257_152, "11.898"),
+    "vop_f": (132_096, 122_880, "0.103"),
+    "vop_f+p": (402_432, 393_216, "0.328"),
+    # The paper prints 14.1 M (11.785 %), which the architecture it describes does not give.
+    "vop_f+c": (14_272_512, 14_269_440, "11.908"),
 }
 
 
@@ -45,9 +52,7 @@ def test_every_pattern_matches_something_and_zero_shot_trains_nothing():
     for name in METHODS:
         method = MethodConfig(name)
         model = TextVideoModel(TINY, method)
-        frames = jax.ShapeDtypeStruct((1, 1, 32, 32, 3), np.uint8)
-        ids = jax.ShapeDtypeStruct((1, method.text_slots(TINY)), np.int32)
-        params = jax.eval_shape(model.init, jax.random.key(0), frames, ids)["params"]
+        params = tensorfile.unflatten(model.shapes())
         trainable, _ = partition.split(params, method.trainable_patterns(TINY))
         assert bool(partition.count(trainable)) == (name != "zero_shot")
 
@@ -77,7 +82,15 @@ def test_partial_trains_the_last_layer_of_each_tower():
             "method.name=vop: no prompt token in branches=both",
         ),
         ({"branches": "visual", "visual_prompts": 0}, "no prompt token in branches=visual"),
-        ({"prompts": 8}, "method.prompts: unknown; known are branches, .*visual_prompts"),
+        ({"cmm": "gru"}, "method.cmm='gru': allowed are bilstm, lstm, transformer"),
+        ({"cmm_role": "patches"}, "method.cmm_role='patches': allowed are prompts, cls"),
+        ({"split_layer": -2}, "method.split_layer=-2: must be -1 or more"),
+        ({"adapter_width": 0}, "method.adapter_width=0: must be 1 or more"),
+        (
+            {"name": "vop_p", "specific_prompts": 9},
+            "method.specific_prompts=9: at most all method.visual_prompts=8",
+        ),
+        ({"prompts": 8}, "method.prompts: unknown; known are adapter_width, .*visual_prompts"),
     ],
 )
 def test_values_that_cannot_be(values, message):
@@ -92,6 +105,10 @@ def test_values_that_cannot_be(values, message):
         ({"last_layer": 5}, "last_layer=5: this CLIP has layers 1 to 4"),
         ({"first_layer": 5}, "first_layer=5, .*: this CLIP has layers 1 to 4"),
         ({"first_layer": 4}, "the text tower has only 3 layers; .* branches without text"),
+        (
+            {"name": "vop_f", "split_layer": 5},
+            "split_layer=5: this CLIP has 4 vision layers; allowed are 0 to 4, or -1",
+        ),
         ({"text_prefix": 28, "text_suffix": 2}, "= 30: at most 29 of 32 positions can be prompts"),
     ],
 )
@@ -109,6 +126,9 @@ def test_values_that_do_not_fit_a_clip(values, message):
         {"text_prefix": 27, "text_suffix": 2},
         {"text_prefix": 99, "branches": "visual"},
         {"name": "proj", "text_prefix": 99},
+        {"name": "vop_f", "split_layer": 4},
+        {"name": "vop_f+c", "split_layer": 0},
+        {"name": "vop", "specific_prompts": 99, "split_layer": 99},
     ],
 )
 def test_values_that_just_fit(values):
@@ -126,3 +146,42 @@ def test_only_prompts_in_the_text_take_slots():
     assert MethodConfig().text_slots(B32) == 69
     assert MethodConfig(branches="visual").text_slots(B32) == 77
     assert MethodConfig("full").text_slots(B32) == 77
+
+
+@pytest.mark.parametrize(("depth", "split"), [(12, 8), (24, 16), (6, 4), (4, 3), (1, 1)])
+def test_frames_meet_after_two_thirds_of_the_layers_by_default(depth, split):
+    assert MethodConfig("vop_f").split(depth) == split
+    assert MethodConfig("vop_p").split(depth) == depth
+    assert MethodConfig("vop_f", branches="text").split(depth) == depth
+
+
+def formula(name, clip, frames, specific, split):
+    """Trained parameters of the video prompt methods, counted by hand from the description."""
+    d, p, layers = clip.vision_width, 8, clip.vision_layers
+    before = split if "_f" in name else layers
+    total = clip.text_layers * 8 * clip.text_width
+    own = specific if name[-1] in "pc" else 0
+    total += before * (p - own) * d + (layers - before) * p * d
+    if name.endswith("p") and name != "vop":
+        total += before * frames * own * d
+    if name.endswith("c"):
+        total += 2 * (4 * d * 2 * d + 4 * d) + (2 * d * own * d + own * d)
+    return total + (frames * d if "_f" in name else 0)
+
+
+@pytest.mark.parametrize("arch", ["tiny", pytest.param("ViT-L/14", marks=pytest.mark.slow)])
+def test_parameter_counts_follow_the_formula_at_other_sizes(arch):
+    config = base_config()
+    config.clip.arch, config.data.frames = arch, 5
+    config.method.specific_prompts = 3
+    clip, counts = PRESETS[arch], count_parameters(config)
+    split = round(clip.vision_layers * 2 / 3)
+    for name in ("vop_p", "vop_c", "vop_f", "vop_f+p", "vop_f+c"):
+        assert counts[name]["trainable"] == formula(name, clip, 5, 3, split), name
+
+
+def test_a_split_that_cannot_be_is_named_by_the_parameter_table_too():
+    config = base_config()
+    config.clip.arch, config.method.split_layer = "tiny", 8
+    with pytest.raises(UserError, match="split_layer=8: this CLIP has 4 vision layers"):
+        count_parameters(config)

@@ -62,7 +62,7 @@ def test_count_adds_up(tree):
     assert partition.count(tree) == total
     name = sorted(names(tree))[0]
     left_out, _ = partition.split(tree, [re.escape(name)])
-    rest = partition.count(tree, excluding=[re.escape(name)])
+    rest = partition.count(tree, [(re.escape(name), 0)])
     assert rest == total - partition.count(left_out)
 
 

@@ -13,16 +13,16 @@ from vop_jax.tuning import partition
 from vop_jax.tuning.methods import METHODS, MethodConfig
 from vop_jax.tuning.prompts_file import FORMAT, check_same_clip, load_prompts, save_prompts
 
-METHOD = MethodConfig(visual_prompts=2, text_prefix=1, text_suffix=2, suffix="released")
+METHOD = MethodConfig(
+    visual_prompts=2, text_prefix=1, text_suffix=2, specific_prompts=1, suffix="released"
+)
 VIDEO = {"frames": 7, "short_side": 128, "stored_fps": 2.0}
 
 
 def trained_shapes(method, clip):
     """The trainable subtree as shapes."""
     model = TextVideoModel(clip, method)
-    frames = jax.ShapeDtypeStruct((1, 1, clip.image_size, clip.image_size, 3), np.uint8)
-    ids = jax.ShapeDtypeStruct((1, method.text_slots(clip)), np.int32)
-    params = jax.eval_shape(model.init, jax.random.key(0), frames, ids)["params"]
+    params = tensorfile.unflatten(model.shapes())
     return partition.split(params, method.trainable_patterns(clip))[0]
 
 

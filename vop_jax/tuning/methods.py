@@ -1,4 +1,8 @@
-"""Methods by name: what each adds to CLIP and which parameters it trains."""
+"""Methods by name: what each adds to CLIP and which parameters it trains.
+
+A video prompt method is a composition of orthogonal parts: generic prompts, prompts specific
+to a frame (of its position, or made from its context), and attention across frames (function).
+"""
 
 import dataclasses
 from collections.abc import Collection, Mapping
@@ -9,12 +13,16 @@ from vop_jax.errors import UserError
 
 # The paper counts tensors named *.weight or *.bias of OpenAI's CLIP. It thereby misses what
 # PyTorch holds as bare parameters: packed query/key/value, embeddings and projections.
+# Pairs of (pattern, how often the paper counts a parameter of that name); all others count once.
 _BARE = (
-    r"clip/.*/attn/(query|key|value)/.*",
-    r"clip/.*/(class_embedding|positional_embedding)",
-    r"clip/(visual/proj|text/text_projection)/kernel",
-    r"clip/logit_scale",
+    (r"clip/.*/attn/(query|key|value)/.*", 0),
+    (r"clip/.*/(class_embedding|positional_embedding)", 0),
+    (r"clip/(visual/proj|text/text_projection)/kernel", 0),
+    (r"clip/logit_scale", 0),
 )
+# It leaves the frame position embedding out; PyTorch's LSTM holds two bias vectors of which
+# only the sum matters.
+_VIDEO = ((r"prompts/frame_position", 0), (r"prompts/context/lstm/bias", 2))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +33,22 @@ class Method:
         trainable: patterns over parameter names; `{visual}` and `{text}` stand for the index
             of the last layer of each tower.
         prompts: whether prompts are added to CLIP.
-        paper_excludes: trained parameters that the paper's count leaves out.
+        specific: what a frame's own visual prompts come from: its "position", its "context".
+        function: whether the deepest vision layers attend across frames.
+        adapter: beside what an adapter runs in every block: "attn" or "mlp".
+        paper_factors: the paper's way of counting.
     """
 
     trainable: tuple[str, ...]
     prompts: bool = False
-    paper_excludes: tuple[str, ...] = _BARE
+    specific: str = ""
+    function: bool = False
+    adapter: str = ""
+    paper_factors: tuple[tuple[str, int], ...] = _BARE
+
+
+def _vop(specific: str = "", function: bool = False) -> Method:
+    return Method((r"prompts/.*",), True, specific, function, paper_factors=_VIDEO)
 
 
 METHODS: dict[str, Method] = {
@@ -40,7 +58,7 @@ METHODS: dict[str, Method] = {
     # Nothing else is trained here, so the paper counts the bare projections after all.
     "proj": Method(
         trainable=(r"clip/visual/proj/kernel", r"clip/text/text_projection/kernel"),
-        paper_excludes=(),
+        paper_factors=(),
     ),
     "partial": Method(
         trainable=(
@@ -48,11 +66,30 @@ METHODS: dict[str, Method] = {
             r"clip/text/transformer/resblocks\.{text}/.*",
         )
     ),
-    "vop": Method(trainable=(r"prompts/.*",), prompts=True),
+    "adapter_attn": Method(trainable=(r"adapters/.*",), adapter="attn"),
+    "adapter_ffn": Method(trainable=(r"adapters/.*",), adapter="mlp"),
+    "vop": _vop(),
+    "vop_p": _vop("position"),
+    "vop_c": _vop("context"),
+    "vop_f": _vop(function=True),
+    "vop_f+p": _vop("position", function=True),
+    "vop_f+c": _vop("context", function=True),
 }
 
 BRANCHES = {"both": ("visual", "text"), "visual": ("visual",), "text": ("text",)}
 SUFFIXES = ("eot", "released")
+CMMS = ("bilstm", "lstm", "transformer")
+CMM_ROLES = ("prompts", "cls")
+_AT_LEAST = {
+    "visual_prompts": 0,
+    "text_prefix": 0,
+    "text_suffix": 0,
+    "last_layer": 0,
+    "specific_prompts": 0,
+    "split_layer": -1,
+    "adapter_width": 1,
+    "frames": 1,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +104,14 @@ class MethodConfig:
     suffix: str = "eot"
     first_layer: int = 1
     last_layer: int = 0
+    specific_prompts: int = 4
+    split_layer: int = -1
+    frame_position: bool = True
+    cmm: str = "bilstm"
+    cmm_role: str = "prompts"
+    adapter_width: int = 64
     init_std: float = 0.02
+    frames: int = 12  # F; the config's `data.frames`
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "MethodConfig":
@@ -89,47 +133,74 @@ class MethodConfig:
             "name": METHODS,
             "branches": BRANCHES,
             "suffix": SUFFIXES,
+            "cmm": CMMS,
+            "cmm_role": CMM_ROLES,
         }
         for key, allowed in choices.items():
             if getattr(self, key) not in allowed:
                 raise UserError(
                     f"method.{key}={getattr(self, key)!r}: allowed are {', '.join(allowed)}"
                 )
-        for key in ("visual_prompts", "text_prefix", "text_suffix", "last_layer"):
-            if getattr(self, key) < 0:
-                raise UserError(f"method.{key}={getattr(self, key)}: must be 0 or more")
+        for key, least in _AT_LEAST.items():
+            if getattr(self, key) < least:
+                raise UserError(f"method.{key}={getattr(self, key)}: must be {least} or more")
         if self.first_layer < 1 or 0 < self.last_layer < self.first_layer:
             raise UserError(
                 f"method.first_layer={self.first_layer}, last_layer={self.last_layer}: layers "
                 "count from 1, the last (0: the deepest) is not before the first"
             )
-        if self.prompts and not self.visual_tokens + self.text_tokens:
+        if self.parts.specific and self.specific_prompts > self.visual_prompts:
+            raise UserError(
+                f"method.specific_prompts={self.specific_prompts}: at most all "
+                f"method.visual_prompts={self.visual_prompts} can be specific to a frame"
+            )
+        if self.parts.prompts and not self.visual_tokens + self.text_tokens:
             raise UserError(
                 f"method.name={self.name}: no prompt token in branches={self.branches}; raise "
                 "visual_prompts, text_prefix or text_suffix, or use zero_shot"
             )
 
     @property
-    def prompts(self) -> bool:
-        """Whether the method adds prompts at all."""
-        return METHODS[self.name].prompts
+    def parts(self) -> Method:
+        """What the method is composed of."""
+        return METHODS[self.name]
+
+    def has_branch(self, tower: str) -> bool:
+        """Whether something is added to the tower `visual` or `text`."""
+        return tower in BRANCHES[self.branches]
 
     @property
     def visual_tokens(self) -> int:
         """P of the vision tower; 0 without its branch."""
-        on = self.prompts and "visual" in BRANCHES[self.branches]
-        return self.visual_prompts if on else 0
+        return self.visual_prompts if self.parts.prompts and self.has_branch("visual") else 0
+
+    @property
+    def specific_tokens(self) -> int:
+        """How many of a frame's P prompts are its own; the others are generic."""
+        generates = self.parts.specific == "position" or self.makes_context("prompts")
+        return min(self.specific_prompts, self.visual_tokens) if generates else 0
+
+    def makes_context(self, role: str) -> bool:
+        """Whether a context modelling module makes `prompts`, or updates `cls`."""
+        on = self.parts.specific == "context" and self.has_branch("visual")
+        return on and self.cmm_role == role
 
     @property
     def text_tokens(self) -> int:
         """P of the text tower; 0 without its branch."""
-        on = self.prompts and "text" in BRANCHES[self.branches]
+        on = self.parts.prompts and self.has_branch("text")
         return self.text_prefix + self.text_suffix if on else 0
 
     def layers(self, depth: int) -> range:
-        """The prompted layers, from 0, of a tower with `depth` layers."""
+        """The layers, from 0, of a tower with `depth` layers to which something is added."""
         last = min(self.last_layer or depth, depth)
         return range(self.first_layer - 1, last)
+
+    def split(self, depth: int) -> int:
+        """The first vision layer, from 0, that attends across frames; `depth` if none does."""
+        if not self.parts.function or not self.has_branch("visual"):
+            return depth
+        return round(depth * 2 / 3) if self.split_layer == -1 else self.split_layer
 
     def text_slots(self, clip: ClipConfig) -> int:
         """T, the token slots a caption has: the context less the prompts."""
@@ -150,6 +221,11 @@ class MethodConfig:
                     f"method.first_layer={self.first_layer}: the {tower} tower has only "
                     f"{depth[tower]} layers; lower it or choose branches without {tower}"
                 )
+        if self.parts.function and self.split_layer > depth["visual"]:
+            raise UserError(
+                f"method.split_layer={self.split_layer}: this CLIP has {depth['visual']} vision "
+                f"layers; allowed are 0 to {depth['visual']}, or -1 for two thirds of them"
+            )
         if self.text_slots(clip) < 3:
             raise UserError(
                 f"method.text_prefix + text_suffix = {self.text_tokens}: at most "
@@ -157,9 +233,9 @@ class MethodConfig:
             )
 
     def trainable_patterns(self, clip: ClipConfig) -> tuple[str, ...]:
-        """The patterns of the trained parameters in the tree {clip, prompts}."""
+        """The patterns of the trained parameters in the tree {clip, prompts, adapters}."""
         last = {"{visual}": clip.vision_layers - 1, "{text}": clip.text_layers - 1}
-        patterns = METHODS[self.name].trainable
+        patterns = self.parts.trainable
         for placeholder, index in last.items():
             patterns = tuple(p.replace(placeholder, str(index)) for p in patterns)
         return patterns

@@ -41,11 +41,15 @@ def merge(trainable: Tree, frozen: Tree) -> dict[str, Any]:
     return unflatten({**left, **right})
 
 
-def count(tree: Tree, *, excluding: Sequence[str] = ()) -> int:
-    """The number of scalars in a tree, without leaves whose name matches `excluding`."""
-    regexes = [re.compile(pattern) for pattern in excluding]
-    return sum(
-        leaf.size
-        for name, leaf in flatten(tree).items()
-        if not any(r.fullmatch(name) for r in regexes)
-    )
+def count(tree: Tree, factors: Sequence[tuple[str, int]] = ()) -> int:
+    """The number of scalars in a tree.
+
+    Args:
+        factors: (pattern, factor) pairs; a leaf whose name the pattern matches counts that
+            often. The first that matches wins, others count once.
+    """
+
+    def factor(name: str) -> int:
+        return next((f for pattern, f in factors if re.fullmatch(pattern, name)), 1)
+
+    return sum(leaf.size * factor(name) for name, leaf in flatten(tree).items())

@@ -11,53 +11,117 @@ import jax
 import jax.numpy as jnp
 
 from vop_jax.clip.config import ClipConfig
+from vop_jax.tuning.context import Context
+from vop_jax.tuning.frame_tables import check_frames
 from vop_jax.tuning.methods import MethodConfig
 
 
 class Prompts(nn.Module):
-    """The generic prompts of every prompted layer: `visual` [L, P, D] and `text` [L, P, D]."""
+    """The prompts of every prompted layer of both towers, and where frames meet.
+
+    Parameters, each where the method has it (`layers` of a tower are the prompted ones):
+        text: [layers, P, D], shared by all captions.
+        visual: [layers before the split, P, D], generic: shared by all frames.
+        position: [layers before the split, F, P, D], a table: shared by all videos.
+        context: the module that makes a frame's prompts from its clip's CLS tokens.
+        video: [layers after the split, P, D], generic: one set for all frames of a clip.
+        frame_position: [F, D], added to all tokens of a frame where frames meet.
+    """
 
     method: MethodConfig
     clip_config: ClipConfig
+    dtype: jnp.dtype = jnp.float32
 
     def setup(self):
         m, c = self.method, self.clip_config
         init = nn.initializers.normal(m.init_std)
-        if m.visual_tokens:
-            shape = (len(m.layers(c.vision_layers)), m.visual_tokens, c.vision_width)
-            self.visual = self.param("visual", init, shape)
-        if m.text_tokens:
-            shape = (len(m.layers(c.text_layers)), m.text_tokens, c.text_width)
-            self.text = self.param("text", init, shape)
+        self.split = m.split(c.vision_layers)
+        prompted = m.layers(c.vision_layers) if m.visual_tokens else range(0)
+        self.frame_layers = [layer for layer in prompted if layer < self.split]
+        self.video_layers = [layer for layer in prompted if layer >= self.split]
+        self.text_layers = m.layers(c.text_layers)
+        count, specific, width = len(self.frame_layers), m.specific_tokens, c.vision_width
 
-    def visual_at(self, layer: int) -> jax.Array | None:
-        """[P, D] for a vision layer (from 0), None where it has no prompts."""
-        layers = self.method.layers(self.clip_config.vision_layers)
-        if not self.method.visual_tokens or layer not in layers:
-            return None
-        return self.visual[layers.index(layer)]
+        if m.text_tokens:
+            shape = (len(self.text_layers), m.text_tokens, c.text_width)
+            self.text = self.param("text", init, shape)
+        if count and m.visual_tokens > specific:
+            self.visual = self.param("visual", init, (count, m.visual_tokens - specific, width))
+        if count and specific and m.parts.specific == "position":
+            self.position = self.param("position", init, (count, m.frames, specific, width))
+        if count and (specific or m.makes_context("cls")) and m.parts.specific == "context":
+            self.context = Context(m, width, specific or 1, c.activation, self.dtype)
+        if self.video_layers:
+            shape = (len(self.video_layers), m.visual_tokens, width)
+            self.video = self.param("video", init, shape)
+        if m.frame_position and self.split < c.vision_layers:
+            self.frame_position = self.param("frame_position", init, (m.frames, width))
 
     def text_at(self, layer: int) -> jax.Array | None:
         """[P, D] for a text layer (from 0), None where it has no prompts."""
-        layers = self.method.layers(self.clip_config.text_layers)
-        if not self.method.text_tokens or layer not in layers:
+        if not self.method.text_tokens or layer not in self.text_layers:
             return None
-        return self.text[layers.index(layer)]
+        return self.text[self.text_layers.index(layer)]
+
+    def visual_at(self, layer: int, cls: jax.Array) -> tuple[jax.Array | None, jax.Array]:
+        """A vision layer's prompts, and the CLS tokens as they go into it.
+
+        Args:
+            layer: from 0.
+            cls: [B, F, D], the CLS tokens that enter the layer.
+
+        Returns:
+            The prompts, [B * F, P, D] before the split, [P, D] after it, None where the layer
+            has none; and the CLS tokens, which only the context in its role `cls` changes.
+        """
+        if layer in self.video_layers:
+            return self.video[self.video_layers.index(layer)], cls
+        if layer not in self.frame_layers:
+            return None, cls
+        if self.method.makes_context("cls"):
+            cls = cls + self.context(cls)[:, :, 0]
+        prompts = self._frame_prompts(self.frame_layers.index(layer), cls)
+        return prompts.reshape(-1, *prompts.shape[2:]), cls
+
+    def _frame_prompts(self, index: int, cls: jax.Array) -> jax.Array:
+        """[B, F, P, D]: the generic ones, then the frame's own."""
+        parts = []
+        if self.method.visual_tokens > self.method.specific_tokens:
+            parts.append(self.visual[index][None, None])  # [1, 1, P, D]
+        if self.method.specific_tokens and self.method.parts.specific == "position":
+            check_frames(cls.shape[1], self.method.frames)
+            parts.append(self.position[index][None])  # [1, F, P, D]
+        elif self.method.specific_tokens:
+            parts.append(self.context(cls))  # [B, F, P, D]
+        clips = cls.shape[:2]
+        return jnp.concatenate(
+            [jnp.broadcast_to(p, clips + p.shape[2:]).astype(cls.dtype) for p in parts], axis=2
+        )
+
+    def join_frames(self, x: jax.Array) -> jax.Array:
+        """Frames [B, F, 1 + G, D] -> one sequence a clip [B, F + F * G, D]: all CLS first."""
+        if self.method.frame_position:
+            check_frames(x.shape[1], self.method.frames)
+            x = x + self.frame_position.astype(x.dtype)[None, :, None]
+        patches = x[:, :, 1:].reshape(x.shape[0], -1, x.shape[-1])
+        return jnp.concatenate([x[:, :, 0], patches], axis=1)
 
 
-def set_visual_prompts(x: jax.Array, prompts: jax.Array | None, present: int) -> jax.Array:
+def set_visual_prompts(
+    x: jax.Array, prompts: jax.Array | None, present: int, cls: int = 1
+) -> jax.Array:
     """[CLS, old prompts, patches] -> [CLS, prompts, patches].
 
     Args:
-        x: [N, 1 + present + G, D].
-        prompts: [P, D], shared by all frames; None removes the old ones.
+        x: [N, C + present + G, D].
+        prompts: [P, D], shared by all sequences, or [N, P, D]; None removes the old ones.
         present: how many old prompt tokens stand after CLS.
+        cls: C, how many CLS tokens lead: one, or one of each frame.
     """
-    cls, patches = x[:, :1], x[:, 1 + present :]
     if prompts is None:
-        return jnp.concatenate([cls, patches], axis=1) if present else x
-    shared = jnp.broadcast_to(prompts.astype(x.dtype), (x.shape[0], *prompts.shape))
-    return jnp.concatenate([cls, shared, patches], axis=1)
+        return jnp.concatenate([x[:, :cls], x[:, cls + present :]], axis=1) if present else x
+    own = jnp.broadcast_to(prompts.astype(x.dtype), (x.shape[0], *prompts.shape[-2:]))
+    return jnp.concatenate([x[:, :cls], own, x[:, cls + present :]], axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
