@@ -7,6 +7,7 @@ about twice a forward pass, full tuning about three times.
 """
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from vop_jax import tensorfile
 from vop_jax.clip.config import PRESETS, ClipConfig
 from vop_jax.config import base_config
 from vop_jax.model import TextVideoModel
@@ -36,13 +38,14 @@ def step_flops(
 
     Only shapes are used: no weights are made.
     """
+    method = dataclasses.replace(method, frames=frames)
     model = TextVideoModel(clip, method)
     pixels = (batch, frames, clip.image_size, clip.image_size, 3)
     rows = {
         "frames": jax.ShapeDtypeStruct(pixels, np.uint8),
         "ids": jax.ShapeDtypeStruct((batch, method.text_slots(clip)), np.int32),
     }
-    params = jax.eval_shape(model.init, jax.random.key(0), rows["frames"], rows["ids"])["params"]
+    params = tensorfile.unflatten(model.shapes())
     trainable, frozen = split(params, method.trainable_patterns(clip))
     optimizer = make_optimizer(base_config().train)
     state = jax.eval_shape(lambda tree: TrainState.create(tree, optimizer), trainable)

@@ -17,6 +17,7 @@ def test_one_step_of_everything(tmp_path, monkeypatch):
     for name in ("render", "render_stills"):
         few = functools.partial(getattr(shapes, name), train=16, test=8)
         monkeypatch.setattr(shapes, name, few)
+    monkeypatch.setattr(shapes, "render", functools.partial(shapes.render, val=0))
     monkeypatch.setattr(main, "set_up_logging", lambda: None)
     small = {
         "pretrain.steps": 1,
@@ -32,7 +33,12 @@ def test_one_step_of_everything(tmp_path, monkeypatch):
     # 4 + 3 layers of width 64, 8 tokens each.
     assert summary["trainable_params"] == (4 + 3) * 8 * 64
     assert (summary["num_texts"], summary["num_videos"]) == (8, 8)
+    # Averaged frames do not know their order, so both captions of a pair fit either clip.
+    for results in (summary, summary["before"]):
+        assert set(results["accuracy"]) == {"direction", "speed"}
+        assert results["accuracy"]["direction"] == 50
     inner = json.loads((tmp_path / "pretrain/summary.json").read_text())
+    assert "accuracy" not in inner
     assert inner["method"] == "full" and inner["steps"] == 1
     # A second call finds the CLIP there.
     clip = (tmp_path / "clip.safetensors").stat().st_mtime_ns

@@ -28,7 +28,7 @@ def base_config() -> ConfigDict:
 
     # What the CLIP must be; "" takes whatever init.clip says. A mismatch is an error.
     c.clip = ConfigDict()
-    c.clip.arch = ""  # ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px, tiny
+    c.clip.arch = ""  # ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px, small, tiny
     c.clip.activation = ""  # quick_gelu (OpenAI), gelu (open_clip's LAION models)
 
     c.method = ConfigDict()
@@ -53,7 +53,7 @@ def base_config() -> ConfigDict:
     c.data = ConfigDict()
     c.data.kind = "folder"  # folder (your videos), clips and stills (the demo's, rendered)
     c.data.annotations = ""  # CSV or JSON Lines: video, caption, [start], [end], [split]
-    c.data.videos = ""  # folder that `video` is relative to
+    c.data.videos = ""  # folder that `video` is relative to; clips, stills: where they go
     c.data.records = ""  # packed frames; "": inside the workdir
     c.data.train_split = "train"
     c.data.eval_split = "test"

@@ -143,6 +143,8 @@ def format_counts(counts: dict[str, dict[str, float]]) -> str:
 
 def format_summary(summary: dict[str, Any], workdir: str) -> str:
     """The before/after table."""
+    from vop_jax import experiment
+
     names = list(summary["t2v"])
     rows = [
         f"{summary['method']}, {summary['steps']} steps, {summary['trainable_params']:,} trained "
@@ -154,6 +156,9 @@ def format_summary(summary: dict[str, Any], workdir: str) -> str:
             if values:
                 cells = "".join(f"{values[side][name]:8.1f}" for name in names)
                 rows.append(f"{side} {label:<10}{cells}")
+    for label, values in (("before", summary["before"]), ("after", summary)):
+        if values and "accuracy" in values:
+            rows.append(f"{label:<14}{experiment.format_accuracy(values['accuracy'])}")
     if summary["skipped_videos"]:
         rows.append(f"skipped videos: {len(summary['skipped_videos'])}, see summary.json")
     rows.append(f"results in {workdir}")

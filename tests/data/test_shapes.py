@@ -42,18 +42,19 @@ def centre(picture: np.ndarray, colour: str) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def clips():
-    return shapes.clip_items(seed=0, train=768, test=192)
+    return shapes.clip_items(seed=0, train=768, val=192, test=192)
 
 
 @pytest.fixture(scope="module")
 def rendered(tmp_path_factory):
     """A few clips on disk: (directory, rows of the annotations)."""
     directory = tmp_path_factory.mktemp("clips")
-    return directory, read(shapes.render(str(directory), train=5, test=4))
+    return directory, read(shapes.render(str(directory), train=5, val=0, test=4))
 
 
-def test_held_out_captions_are_distinct_and_closed_under_reversal(clips):
-    captions = [item.caption for item in clips if item.split == "test"]
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_held_out_captions_are_distinct_and_closed_under_reversal(clips, split):
+    captions = [item.caption for item in clips if item.split == split]
     assert len(set(captions)) == len(captions) == 192
     turned = dict(OPPOSITE) | {back: forth for forth, back in OPPOSITE.items()}
     for caption in captions:
@@ -112,17 +113,36 @@ def test_every_clip_is_inside_the_picture(clips):
 
 
 def test_shapes_can_be_told_apart():
-    scene = shapes.clip_items(0, 1, 0)[0].scene
+    scene = shapes.clip_items(0, 1, 0, 0)[0].scene
     drawn = [dataclasses.replace(scene, shape=shape).draw(1) for shape in shapes.SHAPES]
     for i, one in enumerate(drawn):
         for two in drawn[:i]:
             assert (abs(one.astype(int) - two).max(axis=-1) > 60).sum() > 20
 
 
+def test_contrasts_turn_one_thing_of_a_caption(clips):
+    captions = {item.caption for item in clips if item.split == "train"}  # every one there is
+    for caption in captions:
+        turned = shapes.contrasts(caption)
+        assert set(turned) == {"direction", "speed"}
+        for name, other in turned.items():
+            assert other in captions - {caption}
+            assert shapes.contrasts(other)[name] == caption
+            assert [colour for colour in shapes.COLOURS if f" {colour} " in other] == [
+                caption.split()[1]
+            ]
+    assert shapes.contrasts("a red cross moves slowly up on the left") == {
+        "direction": "a red cross moves slowly down on the left",
+        "speed": "a red cross moves quickly up on the left",
+    }
+    with pytest.raises(ValueError, match="none of up, down"):
+        shapes.contrasts("in the centre, a small red cross")
+
+
 def test_train_clips_repeat_captions_only_after_a_round(clips):
     train = [item for item in clips if item.split == "train"]
     assert len(train) == 768 and len({item.caption for item in train}) == 768
-    twice = collections.Counter(i.caption for i in shapes.clip_items(0, 2 * 768, 0))
+    twice = collections.Counter(i.caption for i in shapes.clip_items(0, 2 * 768, 0, 0))
     assert set(twice.values()) == {2}
 
 
@@ -132,12 +152,12 @@ def test_train_and_test_show_no_clip_twice(clips):
 
 
 def test_seeds_differ_and_counts_do_not_matter():
-    few, many = shapes.clip_items(0, 3, 4), shapes.clip_items(0, 9, 8)
+    few, many = shapes.clip_items(0, 3, 0, 4), shapes.clip_items(0, 9, 0, 8)
     for item in few:
         twin = next(other for other in many if other.video == item.video)
         assert twin.caption == item.caption
         np.testing.assert_array_equal(twin.scene.draw(3), item.scene.draw(3))
-    others = shapes.clip_items(1, 3, 4)
+    others = shapes.clip_items(1, 3, 0, 4)
     assert [item.caption for item in others] != [item.caption for item in few]
     assert not {item.video for item in others} & {item.video for item in few}
 
@@ -145,7 +165,7 @@ def test_seeds_differ_and_counts_do_not_matter():
 def test_files_are_h264_of_what_was_drawn(rendered):
     directory, rows = rendered
     assert collections.Counter(row["split"] for row in rows) == {"train": 5, "test": 4}
-    for row, item in zip(rows, shapes.clip_items(0, 5, 4), strict=True):
+    for row, item in zip(rows, shapes.clip_items(0, 5, 0, 4), strict=True):
         assert (row["video"], row["caption"], row["split"]) == (
             item.video,
             item.caption,
@@ -175,7 +195,7 @@ def test_stills_tell_nothing_of_motion(clips):
 
 def test_equal_seeds_give_equal_files_on_any_number_of_threads(rendered, tmp_path):
     directory, _ = rendered
-    shapes.render(str(tmp_path), train=5, test=4, threads=5)
+    shapes.render(str(tmp_path), train=5, val=0, test=4, threads=5)
     assert contents(tmp_path) == contents(directory)
 
 
@@ -187,16 +207,16 @@ def test_a_finished_directory_is_reused_at_once(rendered, monkeypatch):
         raise AssertionError("drawn again")
 
     monkeypatch.setattr(shapes.Scene, "draw", never)
-    again = shapes.render(str(directory), train=5, test=4)
+    again = shapes.render(str(directory), train=5, val=0, test=4)
     assert again == str(directory / shapes.ANNOTATIONS_FILE)
     assert {path: path.stat().st_mtime_ns for path in directory.iterdir()} == before
 
 
 def test_another_seed_in_the_same_directory_is_not_mistaken_for_it(tmp_path):
-    first = read(shapes.render(str(tmp_path), train=2, test=0))
-    second = read(shapes.render(str(tmp_path), train=2, test=0, seed=1))
+    first = read(shapes.render(str(tmp_path), train=2, val=0, test=0))
+    second = read(shapes.render(str(tmp_path), train=2, val=0, test=0, seed=1))
     assert [row["video"] for row in first] != [row["video"] for row in second]
-    for row, item in zip(second, shapes.clip_items(1, 2, 0), strict=True):
+    for row, item in zip(second, shapes.clip_items(1, 2, 0, 0), strict=True):
         drawn = item.scene.draw(shapes.FRAMES).astype(int)
         assert abs(decode(tmp_path / row["video"]) - drawn).mean() < 4
 
@@ -210,7 +230,7 @@ def test_an_error_stops_rendering_and_leaves_no_annotations(tmp_path, monkeypatc
 
     monkeypatch.setattr(shapes.Scene, "draw", fail)
     with pytest.raises(OSError, match="no space"):
-        shapes.render(str(tmp_path), train=400, test=0)
+        shapes.render(str(tmp_path), train=400, val=0, test=0)
     assert len(drawn) < 400
     assert not (tmp_path / shapes.ANNOTATIONS_FILE).exists()
 
@@ -225,9 +245,9 @@ def test_a_file_is_there_whole_or_not_at_all(rendered, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
         patch.setattr(type(root), "write_bytes", half_write)
-        shapes.render(str(tmp_path), train=5, test=4)
+        shapes.render(str(tmp_path), train=5, val=0, test=4)
     assert not [path for path in root.iterdir() if path.suffix in (".mp4", ".csv")]
-    shapes.render(str(tmp_path), train=5, test=4)
+    shapes.render(str(tmp_path), train=5, val=0, test=4)
     for name, data in contents(rendered[0]).items():
         assert (tmp_path / name).read_bytes() == data
 
@@ -246,15 +266,17 @@ def test_killed_rendering_is_taken_up_again(rendered, tmp_path):
     assert len(kept) >= 5
     for path in kept:
         assert len(decode(path)) == shapes.FRAMES
-    rows = read(shapes.render(str(tmp_path), train=5, test=4))
+    rows = read(shapes.render(str(tmp_path), train=5, val=0, test=4))
     assert all(path.stat().st_mtime_ns == at for path, at in kept.items())
     for row in rows:
         assert (tmp_path / row["video"]).read_bytes() == (rendered[0] / row["video"]).read_bytes()
 
 
-@pytest.mark.parametrize("counts", [{"train": -1}, {"test": 3}, {"test": 770}, {"test": -2}])
+@pytest.mark.parametrize(
+    "counts", [{"train": -1}, {"test": 3}, {"val": 5}, {"test": 770}, {"test": -2}]
+)
 def test_impossible_numbers_of_clips_are_refused(tmp_path, counts):
-    with pytest.raises(UserError, match=r"clips: train must be 0 or more, test an even number"):
+    with pytest.raises(UserError, match=r"clips: train must be 0 or more, val and test even"):
         shapes.render(str(tmp_path / "new"), **counts)
     assert not (tmp_path / "new").exists()
 

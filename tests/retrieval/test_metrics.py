@@ -68,3 +68,15 @@ def test_missing_videos_count_as_misses():
 def test_summary():
     summary = metrics.summarize(np.array([1.0, 1.5, 5.0, 11.0]))
     assert summary == {"R@1": 25.0, "R@5": 75.0, "R@10": 75.0, "MnR": 4.625, "MdR": 3.25}
+
+
+def test_contrast_accuracy_counts_captions_closer_than_their_contrast():
+    videos = np.eye(2, dtype=np.float32)
+    texts = videos[[0, 0, 1, 1]]
+    contrasts = np.array([[0, 1], [1, 0], [0.6, 0.8], [0, -1]], np.float32)
+    owner = np.array([0, 0, 1, 1])
+    # Closer, equal, closer, closer; in the other order: farther, equal, farther, farther.
+    assert metrics.contrast_accuracy(texts, contrasts, videos, owner) == 87.5
+    assert metrics.contrast_accuracy(contrasts, texts, videos, owner) == 12.5
+    with pytest.raises(FloatingPointError, match="not finite"):
+        metrics.contrast_accuracy(texts, contrasts * np.nan, videos, owner)

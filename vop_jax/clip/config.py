@@ -36,6 +36,8 @@ PRESETS: dict[str, ClipConfig] = {
     "ViT-L/14@336px": ClipConfig(336, 14, 1024, 24, 16, 768, 12, 12, 768),
     # The demo's: small enough to pre-train on two cores in a minute.
     "tiny": ClipConfig(32, 8, 64, 4, 1, 64, 3, 1, 64, context_length=32),
+    # The motion benchmark's full setting.
+    "small": ClipConfig(32, 8, 128, 6, 2, 128, 4, 2, 128, context_length=32),
 }
 
 

@@ -106,7 +106,13 @@ class Item:
 
 
 def render(
-    directory: str, *, seed: int = 0, train: int = 768, test: int = 192, threads: int = 2
+    directory: str,
+    *,
+    seed: int = 0,
+    train: int = 768,
+    val: int = 192,
+    test: int = 192,
+    threads: int = 2,
 ) -> str:
     """Writes H.264 clips of moving shapes and their annotations; what is there already is kept.
 
@@ -114,7 +120,7 @@ def render(
         directory: where the clips and `annotations.csv` (video, caption, split) go.
         seed: of captions and appearance; equal seeds give equal files.
         train: clips of that split; each full round of 768 has every caption once.
-        test: held-out clips, all captions distinct, in pairs of opposite directions.
+        val, test: held-out clips, all captions distinct, in pairs of opposite directions.
         threads: clips drawn and encoded at a time.
 
     Returns:
@@ -123,7 +129,8 @@ def render(
     Raises:
         UserError: a number of clips that cannot be.
     """
-    return _write(directory, clip_items(seed, train, test), encode_clip, threads, "rendering clips")
+    items = clip_items(seed, train, val, test)
+    return _write(directory, items, encode_clip, threads, "rendering clips")
 
 
 def render_stills(
@@ -134,24 +141,26 @@ def render_stills(
     return _write(directory, items, encode_still, threads, "rendering stills")
 
 
-def clip_items(seed: int, train: int, test: int) -> list[Item]:
-    """The clips of both splits, see `render`; clip i of a split is the same for any count."""
+def clip_items(seed: int, train: int, val: int, test: int) -> list[Item]:
+    """The clips of all splits, see `render`; clip i of a split is the same for any count."""
     subjects = list(itertools.product(COLOURS, SHAPES, SPEEDS, (0, 1), range(3)))
     captions = [(subject, sense) for subject in subjects for sense in (0, 1)]
-    if train < 0 or not 0 <= test <= len(captions) or test % 2:
+    held_out = {"val": (8, val), "test": (2, test)}  # split -> (code of its draws, clips)
+    if train < 0 or any(not 0 <= n <= len(captions) or n % 2 for _, n in held_out.values()):
         raise UserError(
-            f"train={train}, test={test} clips: train must be 0 or more, test an even number "
-            f"up to {len(captions)}, for distinct captions in pairs"
+            f"train={train}, val={val}, test={test} clips: train must be 0 or more, val and test "
+            f"even numbers up to {len(captions)}, for distinct captions in pairs"
         )
     items = []
     for i, (subject, sense) in enumerate(_dealt(captions, train, seed, 0)):
         rng = np.random.default_rng((seed, 1, i))
         items.append(_clip(f"train-seed{seed}-{i:05}.mp4", "train", rng, subject, sense))
-    for pair, subject in enumerate(_dealt(subjects, test // 2, seed, 2)):
-        for sense in (0, 1):
-            rng = np.random.default_rng((seed, 3, pair))  # one appearance for both
-            video = f"test-seed{seed}-{2 * pair + sense:05}.mp4"
-            items.append(_clip(video, "test", rng, subject, sense))
+    for split, (code, count) in held_out.items():
+        for pair, subject in enumerate(_dealt(subjects, count // 2, seed, code)):
+            for sense in (0, 1):
+                rng = np.random.default_rng((seed, code + 1, pair))  # one appearance for both
+                video = f"{split}-seed{seed}-{2 * pair + sense:05}.mp4"
+                items.append(_clip(video, split, rng, subject, sense))
     return items
 
 
@@ -205,6 +214,29 @@ def _clip(
 def _backdrop(rng: np.random.Generator) -> np.ndarray:
     grey = rng.uniform(50, 110)
     return np.rint(grey + rng.uniform(-25, 25, (4, 4, 3))).astype(np.uint8)
+
+
+def contrasts(caption: str) -> dict[str, str]:
+    """A clip's caption with one thing turned: {"direction": …, "speed": …}.
+
+    The first is the caption of the same pictures in opposite order, the second of the same
+    way travelled at the other speed.
+
+    Raises:
+        ValueError: not a clip's caption.
+    """
+    slow, quick = SPEEDS
+    return {
+        "direction": _exchange(caption, DIRECTIONS),
+        "speed": _exchange(caption, [(slow, quick)]),
+    }
+
+
+def _exchange(caption: str, pairs: Sequence[tuple[str, str]]) -> str:
+    for here, there in [*pairs, *((b, a) for a, b in pairs)]:
+        if f" {here} " in caption:
+            return caption.replace(f" {here} ", f" {there} ", 1)
+    raise ValueError(f"{caption!r}: has none of {', '.join(word for p in pairs for word in p)}")
 
 
 def encode_clip(scene: Scene) -> bytes:

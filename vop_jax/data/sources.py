@@ -24,12 +24,12 @@ def _folder(data: ConfigDict, workdir: str) -> Dataset:
 
 
 def _clips(data: ConfigDict, workdir: str) -> Dataset:
-    rendered = shapes.render(os.path.join(workdir, "videos"))
+    rendered = shapes.render(data.videos or os.path.join(workdir, "videos"))
     return read_folder(rendered, os.path.dirname(rendered))
 
 
 def _stills(data: ConfigDict, workdir: str) -> Dataset:
-    rendered = shapes.render_stills(os.path.join(workdir, "stills"))
+    rendered = shapes.render_stills(data.videos or os.path.join(workdir, "stills"))
     return read_folder(rendered, os.path.dirname(rendered))
 
 
@@ -38,6 +38,17 @@ SOURCES: dict[str, Callable[[ConfigDict, str], Dataset]] = {
     "clips": _clips,
     "stills": _stills,
 }
+
+# Of datasets whose captions have an opposite: caption -> {what is turned: other caption}.
+CONTRASTS: dict[str, Callable[[str], dict[str, str]]] = {"clips": shapes.contrasts}
+
+
+def contrasts(kind: str, captions: Sequence[str]) -> dict[str, list[str]]:
+    """{what is turned: the other caption of each}, {} for datasets without such."""
+    if kind not in CONTRASTS:
+        return {}
+    turned = [CONTRASTS[kind](caption) for caption in captions]
+    return {name: [row[name] for row in turned] for name in turned[0]}
 
 
 def load(data: ConfigDict, workdir: str) -> Packed:

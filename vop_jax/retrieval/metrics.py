@@ -81,6 +81,23 @@ def with_misses(ranks: Ranks, texts: int, videos: int) -> Ranks:
     )
 
 
+def contrast_accuracy(
+    texts: np.ndarray, contrasts: np.ndarray, videos: np.ndarray, video_of_text: np.ndarray
+) -> float:
+    """How often a video is closer to its caption than to the contrast, in percent; ties half.
+
+    Args:
+        texts, contrasts: unit rows [N, E]; contrast i differs from text i in one thing.
+        videos: unit rows [M, E].
+        video_of_text: int [N], the row of each text's video.
+    """
+    own = videos[np.asarray(video_of_text)]
+    difference = ((texts - contrasts) * own).sum(axis=-1)
+    if not np.isfinite(difference).all():
+        raise FloatingPointError("a similarity is not finite: the embeddings hold NaN or inf")
+    return 100.0 * float(((difference > 0) + (difference == 0) / 2).mean())
+
+
 def summarize(ranks: np.ndarray) -> dict[str, float]:
     """R@1, R@5, R@10 in percent, mean rank MnR and median rank MdR of one direction."""
     recalls = {f"R@{k}": 100.0 * float((ranks <= k).mean()) for k in RECALLS}

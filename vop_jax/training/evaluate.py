@@ -1,7 +1,7 @@
 """From a split to ranks: embed every clip and caption once, then compare."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -23,12 +23,14 @@ class EvalSet:
         videos: starts one pass; batches of "frames" uint8 [b, F, S, S, 3] and "mask" bool [b].
         ids: int32 [N, T], all captions.
         video_of_text: int [N], each caption's video.
+        contrasts: {what is turned: int32 [N, T], each caption with that turned}.
         missed_texts, missed_videos: what unreadable videos leave as misses.
     """
 
     videos: Callable[[], Iterator[dict[str, np.ndarray]]]
     ids: np.ndarray
     video_of_text: np.ndarray
+    contrasts: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     missed_texts: int = 0
     missed_videos: int = 0
 
@@ -74,10 +76,20 @@ def embed_texts(
 def evaluate(
     encoders: tuple[Encode, Encode], params: Any, mesh: Mesh, data: EvalSet, batch_size: int
 ) -> dict[str, dict[str, float]]:
-    """{"t2v": {"R@1": …, "MdR": …}, "v2t": …} of a split."""
+    """{"t2v": {"R@1": …, "MdR": …}, "v2t": …} of a split.
+
+    With contrasts also {"accuracy": {what is turned: percent}}, of all texts that were read.
+    """
     encode_video, encode_text = encoders
     videos = embed_videos(encode_video, params, mesh, data.videos())
     texts = embed_texts(encode_text, params, mesh, data.ids, batch_size)
     ranks = metrics.rank_pairs(texts, videos, data.video_of_text)
     ranks = metrics.with_misses(ranks, data.missed_texts, data.missed_videos)
-    return {"t2v": metrics.summarize(ranks.t2v), "v2t": metrics.summarize(ranks.v2t)}
+    results = {"t2v": metrics.summarize(ranks.t2v), "v2t": metrics.summarize(ranks.v2t)}
+    if data.contrasts:
+        results["accuracy"] = {}
+    for name, ids in data.contrasts.items():
+        turned = embed_texts(encode_text, params, mesh, ids, batch_size)
+        accuracy = metrics.contrast_accuracy(texts, turned, videos, data.video_of_text)
+        results["accuracy"][name] = accuracy
+    return results
