@@ -1,0 +1,210 @@
+"""The motion benchmark: every method, learning rate or ablation over one CLIP and one set of clips.
+
+    python benchmarks/ladder.py --workdir=DIR                            # quick: the demo's size
+    python benchmarks/ladder.py --workdir=DIR --config=configs/motion.py --seeds=0,1,2
+    python benchmarks/ladder.py --workdir=DIR --study=learning_rates     # on the val split
+    python benchmarks/ladder.py --workdir=DIR --study=ablations
+
+The clips whose captions differ in direction only are each other's reversal, so their frames are
+the same set: what averages frames that know nothing of each other tells them apart half of the
+time, by chance. Runs that are finished already are read, not repeated.
+"""
+
+import argparse
+import json
+import os
+import runpy
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+from vop_jax import experiment, report, start, tensorfile
+from vop_jax.config import first_difference
+from vop_jax.main import set_up_logging
+from vop_jax.model import TextVideoModel
+from vop_jax.tuning.methods import METHODS
+
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)  # the same for every method
+
+Settings = Mapping[str, Any]  # {"method.name": "vop_p", "train.learning_rate": 0.01, …}
+
+
+def _methods() -> dict[str, Settings]:
+    return {name: {"method.name": name} for name in METHODS}
+
+
+def _learning_rates() -> dict[str, Settings]:
+    return {
+        f"{name} {rate:g}": {
+            "method.name": name,
+            "train.learning_rate": rate,
+            "data.eval_split": "val",
+        }
+        for name in METHODS
+        if name != "zero_shot"
+        for rate in RATES
+    }
+
+
+def _ablations() -> dict[str, Settings]:
+    """The paper's, at the depth of the demo's towers; `methods` holds the values in between."""
+
+    def varied(method: str, key: str, *values: Any) -> dict[str, Settings]:
+        return {
+            f"{method} {key.split('.')[-1]}={value}": {"method.name": method, key: value}
+            for value in values
+        }
+
+    lengths = {
+        f"vop length={length}": {
+            "method.name": "vop",
+            "method.visual_prompts": length,
+            "method.text_prefix": length // 2,
+            "method.text_suffix": length // 2,
+        }
+        for length in (2, 4, 16)
+    }
+    return {
+        **varied("vop", "method.branches", "visual", "text"),
+        **varied("vop", "method.last_layer", 1, 2, 3),
+        **lengths,
+        **varied("vop_p", "method.specific_prompts", 2, 6, 8),
+        **varied("vop_c", "method.cmm", "lstm", "transformer"),
+        **varied("vop_c", "method.cmm_role", "cls"),
+        **varied("vop_f", "method.split_layer", 0, 1, 2, 4),
+        **varied("vop_f", "method.frame_position", False),
+    }
+
+
+STUDIES: dict[str, Callable[[], dict[str, Settings]]] = {
+    "methods": _methods,
+    "learning_rates": _learning_rates,
+    "ablations": _ablations,
+}
+
+
+def run_study(
+    config_file: str,
+    workdir: str,
+    study: str,
+    seeds: list[int],
+    *,
+    only: list[str] | None = None,
+    steps: int | None = None,
+) -> list[dict[str, Any]]:
+    """Runs what is not there yet; one row per label, see `report.grouped`, with costs.
+
+    Args:
+        config_file: with a `get_config(method)`, as under `configs/`.
+        workdir: everything goes below it: one CLIP, one set of clips, a folder per run.
+        only: of these methods.
+        steps: instead of the config's.
+    """
+    get_config = runpy.run_path(config_file)["get_config"]
+    jax.config.update("jax_compilation_cache_dir", os.path.join(workdir, "compiled"))
+    backbone = _backbone(get_config("zero_shot"), workdir)
+    rows = []
+    for label, settings in STUDIES[study]().items():
+        if only and settings["method.name"] not in only:
+            continue
+        runs = []
+        for seed in seeds if settings["method.name"] != "zero_shot" else seeds[:1]:
+            config = get_config(settings["method.name"])
+            config.seed = seed
+            config.update_from_flattened_dict(backbone | dict(settings))
+            if steps is not None:
+                config.train.steps = steps
+            split = config.data.eval_split
+            config.data.records = os.path.join(workdir, f"records_{split}")
+            run = os.path.join(workdir, study, label.replace(" ", "_"), f"seed{seed}")
+            runs.append(report.read_run(run) if _finished(run, config) else _run(config, run))
+        (row,) = report.grouped(runs, labels={run.workdir: label for run in runs})
+        rows.append(row | _cost(runs[0].config))
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def _backbone(config: ConfigDict, workdir: str) -> dict[str, Any]:
+    """Pre-trains the CLIP and renders the clips once; what all runs then say of them."""
+    shared = os.path.join(workdir, "shared")
+    videos = os.path.join(workdir, "videos")
+    config.data.videos = videos
+    if not os.path.exists(os.path.join(shared, start.CLIP_FILE)):
+        experiment.train(config, shared)
+    return {"init.clip": os.path.join(shared, start.CLIP_FILE), "data.videos": videos}
+
+
+def _finished(run: str, config: ConfigDict) -> bool:
+    if not os.path.exists(os.path.join(run, experiment.SUMMARY_FILE)):
+        return False
+    return first_difference(config, report.read_run(run).config) is None
+
+
+def _run(config: ConfigDict, run: str) -> report.Run:
+    logging.info("%s", run)
+    experiment.train(config, run)
+    return report.read_run(run)
+
+
+def _cost(config: Mapping[str, Any]) -> dict[str, float]:
+    """FLOPs and milliseconds of embedding one clip, on this machine's first device."""
+    full = ConfigDict(config)
+    clip = start.preset(full)
+    model = TextVideoModel(clip, start.method_of(full))
+    batch = full.eval.batch_size
+    frames = np.zeros((batch, full.data.frames, clip.image_size, clip.image_size, 3), np.uint8)
+    params = jax.jit(model.init)(jax.random.key(0), *model.example())["params"]
+
+    def encode(params, frames):
+        return model.apply({"params": params}, frames, method="encode_video")
+
+    compiled = jax.jit(encode).lower(params, frames).compile()
+    seconds = []
+    for _ in range(6):
+        begin = time.perf_counter()
+        compiled(params, frames).block_until_ready()
+        seconds.append(time.perf_counter() - begin)
+    analysis: Any = compiled.cost_analysis()
+    return {
+        "gflop_per_clip": analysis["flops"] / batch / 1e9,
+        "ms_per_clip": 1e3 * min(seconds[1:]) / batch,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workdir", required=True)
+    parser.add_argument("--config", default="configs/demo.py")
+    parser.add_argument("--study", default="methods", choices=STUDIES)
+    parser.add_argument("--seeds", default="0", help="0,1,2")
+    parser.add_argument("--methods", default="", help="only these: vop,vop_p")
+    parser.add_argument("--steps", type=int, help="instead of the config's")
+    parser.add_argument("--output", help="PREFIX.json and PREFIX.md; default: in the workdir")
+    args = parser.parse_args()
+    set_up_logging()
+    begin = time.time()
+    rows = run_study(
+        args.config,
+        args.workdir,
+        args.study,
+        [int(seed) for seed in args.seeds.split(",")],
+        only=args.methods.split(",") if args.methods else None,
+        steps=args.steps,
+    )
+    print(f"{(time.time() - begin) / 60:.1f} minutes")
+    output = args.output or os.path.join(args.workdir, args.study)
+    tensorfile.write_json(f"{output}.json", rows)
+    table = report.markdown(rows)
+    tensorfile.write_atomic(f"{output}.md", table.encode())
+    print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""Run folders become rows: what was varied, and the mean over seeds of what came out."""
+
+import dataclasses
+import json
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from vop_jax.config import flatten_config
+from vop_jax.errors import UserError
+from vop_jax.training.writer import read_metrics
+
+# (key of a row's metrics, heading, whether more is better)
+COLUMNS = (
+    ("t2v/R@1", "t2v R@1", True),
+    ("t2v/R@5", "R@5", True),
+    ("t2v/MnR", "MnR", False),
+    ("v2t/R@1", "v2t R@1", True),
+    ("v2t/R@5", "R@5", True),
+    ("v2t/MnR", "MnR", False),
+    ("accuracy/direction", "direction", True),
+    ("accuracy/speed", "speed", True),
+)
+COSTS = (("gflop_per_clip", "GFLOP / clip", ".2f"), ("ms_per_clip", "ms / clip", ".2f"))
+
+# Where things lie and how they are read do not make two runs different.
+_UNTOLD = ("seed", "init.clip", "data.annotations", "data.videos", "data.records")
+
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A finished run's files.
+
+    Attributes:
+        config, summary: config.json and summary.json.
+        metrics: the lines of metrics.jsonl.
+    """
+
+    workdir: str
+    config: dict[str, Any]
+    summary: dict[str, Any]
+    metrics: list[dict[str, float]]
+
+    def scalars(self) -> dict[str, float]:
+        """{"t2v/R@1": …} after training."""
+        return {
+            f"{side}/{name}": value
+            for side in ("t2v", "v2t", "accuracy")
+            for name, value in self.summary.get(side, {}).items()
+        }
+
+
+def read_run(workdir: str | os.PathLike) -> Run:
+    """Opens a run's folder.
+
+    Raises:
+        UserError: it holds no finished run.
+    """
+    files = {}
+    for name in ("config", "summary"):
+        path = epath.Path(workdir) / f"{name}.json"
+        try:
+            files[name] = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise UserError(f"{path}: not there; give the folder of a finished run") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read ({error})") from None
+    return Run(os.fspath(workdir), files["config"], files["summary"], read_metrics(workdir))
+
+
+def grouped(runs: Sequence[Run], labels: Mapping[str, str] | None = None) -> list[Row]:
+    """One row per setting, in the order met; runs that differ in their seed only share one.
+
+    Args:
+        labels: {workdir: label} where the caller knows better than `label_runs`.
+
+    Returns:
+        Rows of "label", "method", "learning_rate", "steps", "seeds", "trainable", "workdirs" and
+        "metrics": {"t2v/R@1": (mean, standard deviation of the sample or None for one seed)}.
+    """
+    labels = labels or label_runs(runs)
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(labels[run.workdir], []).append(run)
+    return [_row(label, group) for label, group in groups.items()]
+
+
+def _row(label: str, group: Sequence[Run]) -> Row:
+    first = group[0]
+    scalars = [run.scalars() for run in group]
+    return {
+        "label": label,
+        "method": first.summary["method"],
+        "learning_rate": first.config["train"]["learning_rate"],
+        "steps": first.summary["steps"],
+        "seeds": len(group),
+        "trainable": first.summary["trainable_params"],
+        "workdirs": [run.workdir for run in group],
+        "metrics": {key: _mean_std([s[key] for s in scalars]) for key in scalars[0]},
+    }
+
+
+def _mean_std(values: Sequence[float]) -> tuple[float, float | None]:
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def label_runs(runs: Sequence[Run]) -> dict[str, str]:
+    """{workdir: the method, and each setting in which runs of that method differ}."""
+    settings = {run.workdir: flatten_config(run.config) for run in runs}
+    labels = {}
+    for run in runs:
+        of_method = [settings[r.workdir] for r in runs if _method(r) == _method(run)]
+        mine = settings[run.workdir]
+        varied = [
+            f"{key.rpartition('.')[2]}={value}"
+            for key, value in mine.items()
+            if key not in _UNTOLD and any(other.get(key) != value for other in of_method)
+        ]
+        labels[run.workdir] = " ".join([_method(run), *varied])
+    return labels
+
+
+def _method(run: Run) -> str:
+    return str(run.summary["method"])
+
+
+def best(rows: Sequence[Row]) -> dict[str, float]:
+    """{metric: its best mean}, of the metrics that all rows have."""
+    found = {}
+    for key, _, more in COLUMNS:
+        if rows and all(key in row["metrics"] for row in rows):
+            means = [row["metrics"][key][0] for row in rows]
+            found[key] = max(means) if more else min(means)
+    return found
+
+
+def format_mean(mean: float, std: float | None) -> str:
+    """49.5, or 49.5 ± 1.2 over seeds."""
+    return f"{mean:.1f}" if std is None else f"{mean:.1f} ± {std:.1f}"
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table, the best of each column bold."""
+    winners = best(rows)
+    columns = [column for column in COLUMNS if column[0] in winners]
+    costs = [cost for cost in COSTS if rows and all(cost[0] in row for row in rows)]
+    headings = ["method", "trained", *(heading for _, heading, _ in columns)]
+    headings += [heading for _, heading, _ in costs]
+    lines = [headings, ["---", *["---:"] * (len(headings) - 1)]]
+    for row in rows:
+        cells = [row["label"], f"{row['trainable']:,}"]
+        for key, _, _ in columns:
+            cell = format_mean(*row["metrics"][key])
+            cells.append(f"**{cell}**" if row["metrics"][key][0] == winners[key] else cell)
+        lines.append(cells + [format(row[key], spec) for key, _, spec in costs])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
