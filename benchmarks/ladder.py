@@ -27,6 +27,7 @@ from vop_jax import experiment, report, start, tensorfile
 from vop_jax.config import first_difference
 from vop_jax.main import set_up_logging
 from vop_jax.model import TextVideoModel
+from vop_jax.results import SUMMARY_FILE
 from vop_jax.tuning.methods import METHODS
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)  # the same for every method
@@ -140,7 +141,7 @@ def _backbone(config: ConfigDict, workdir: str) -> dict[str, Any]:
 
 
 def _finished(run: str, config: ConfigDict) -> bool:
-    if not os.path.exists(os.path.join(run, experiment.SUMMARY_FILE)):
+    if not os.path.exists(os.path.join(run, SUMMARY_FILE)):
         return False
     return first_difference(config, report.read_run(run).config) is None
 
@@ -188,6 +189,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="instead of the config's")
     parser.add_argument("--output", help="PREFIX.json and PREFIX.md; default: in the workdir")
     args = parser.parse_args()
+    logging.use_absl_handler()
     set_up_logging()
     begin = time.time()
     rows = run_study(

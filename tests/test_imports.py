@@ -16,7 +16,8 @@ LEVELS = {
     "tuning": 2,
     "model": 3,
     "training": 4,
-    **dict.fromkeys(("start", "experiment", "retriever", "main"), 5),
+    **dict.fromkeys(("start", "run_data", "parameters", "results", "experiment"), 5),
+    **dict.fromkeys(("retriever", "report", "main"), 5),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 FILES_AT_THE_TOP = {file.stem for file in PACKAGE.glob("*.py")}

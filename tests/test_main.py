@@ -12,7 +12,7 @@ import pytest
 import vop_jax
 from tests import runs
 from tests.data import videos
-from vop_jax import experiment, main, start
+from vop_jax import experiment, main, run_data, start
 from vop_jax.clip.weights import load_clip
 from vop_jax.config import base_config
 from vop_jax.tensorfile import read_metadata
@@ -89,6 +89,13 @@ def test_a_run_leaves_what_the_contract_says(finished, clip):
     assert lines[0]["t2v/R@1"] == summary["before"]["t2v"]["R@1"]
     assert lines[-1]["v2t/MnR"] == summary["v2t"]["MnR"]
     assert np.isfinite([line["loss"] for line in lines if "loss" in line]).all()
+    rankings = [json.loads(line) for line in (finished / "rankings.jsonl").read_text().splitlines()]
+    assert [r["video"] for r in rankings] == [f"{runs.TRAIN + i}.mp4" for i in range(runs.TEST)]
+    for line in rankings:
+        assert line["caption"] == f"clip number {line['video'].removesuffix('.mp4')}"
+        assert len(line["top"]) == len(line["similarities"]) == 5
+        assert (line["rank"] == 1) == (line["top"][0] == line["video"])
+    assert np.mean([r["rank"] for r in rankings]) == summary["t2v"]["MnR"]
     metadata = read_metadata(finished / "prompts.safetensors")
     assert metadata["clip_fingerprint"] == load_clip(clip).fingerprint
 
@@ -122,7 +129,7 @@ def test_exported_prompts_give_the_features_of_training(finished, folder, clip):
         config.data.crop_scale = tuple(config.data.crop_scale)
         config.mesh.data = 1
     with start.opened(config, str(finished), None) as run:
-        data = experiment.load_data(run)
+        data = run_data.load_data(run)
         encode_video, encode_text = experiment.evaluation.make_encoders(run.model, run.mesh)
         frames = next(data.eval_set.videos())["frames"]
         ours = np.asarray(encode_video(run.params(), frames))

@@ -110,12 +110,12 @@ def main(argv: Sequence[str]) -> int:
 def run(config: ConfigDict, workdir: str, mode: str, json_path: str | None) -> int:
     """Runs one mode and prints its result."""
     # Imported here so that a wrong call is answered at once.
-    from vop_jax import experiment, tensorfile
+    from vop_jax import experiment, parameters, results, tensorfile
     from vop_jax.training.loop import NonFiniteLoss
 
     if mode == "params":
-        counts = experiment.count_parameters(config)
-        print(format_counts(counts))
+        counts = parameters.count_parameters(config)
+        print(parameters.format_counts(counts))
         if json_path:
             tensorfile.write_json(json_path, counts)
         return 0
@@ -128,41 +128,8 @@ def run(config: ConfigDict, workdir: str, mode: str, json_path: str | None) -> i
     except NonFiniteLoss as error:
         print(f"error: {error}; {workdir}/checkpoints keeps the last good state", file=sys.stderr)
         return 1
-    print(format_summary(summary, workdir))
+    print(results.format_summary(summary, workdir))
     return 0
-
-
-def format_counts(counts: dict[str, dict[str, float]]) -> str:
-    rows = [f"{'method':<14}{'trainable':>14}{'paper':>14}{'percent':>10}"]
-    rows += [
-        f"{name:<14}{c['trainable']:>14,}{c['paper']:>14,}{c['percent']:>9.3f}%"
-        for name, c in counts.items()
-    ]
-    return "\n".join(rows)
-
-
-def format_summary(summary: dict[str, Any], workdir: str) -> str:
-    """The before/after table."""
-    from vop_jax import experiment
-
-    names = list(summary["t2v"])
-    rows = [
-        f"{summary['method']}, {summary['steps']} steps, {summary['trainable_params']:,} trained "
-        f"parameters; {summary['num_texts']} captions x {summary['num_videos']} videos",
-        " " * 14 + "".join(f"{name:>8}" for name in names),
-    ]
-    for side in ("t2v", "v2t"):
-        for label, values in (("before", summary["before"]), ("after", summary)):
-            if values:
-                cells = "".join(f"{values[side][name]:8.1f}" for name in names)
-                rows.append(f"{side} {label:<10}{cells}")
-    for label, values in (("before", summary["before"]), ("after", summary)):
-        if values and "accuracy" in values:
-            rows.append(f"{label:<14}{experiment.format_accuracy(values['accuracy'])}")
-    if summary["skipped_videos"]:
-        rows.append(f"skipped videos: {len(summary['skipped_videos'])}, see summary.json")
-    rows.append(f"results in {workdir}")
-    return "\n".join(rows)
 
 
 def no_space_left(error: BaseException | None) -> str | None:

@@ -80,3 +80,15 @@ def test_contrast_accuracy_counts_captions_closer_than_their_contrast():
     assert metrics.contrast_accuracy(contrasts, texts, videos, owner) == 12.5
     with pytest.raises(FloatingPointError, match="not finite"):
         metrics.contrast_accuracy(texts, contrasts * np.nan, videos, owner)
+
+
+def test_top_videos_are_the_nearest_best_first():
+    rng = np.random.default_rng(0)
+    texts = rng.integers(-2, 3, (7, 3)).astype(np.float32)
+    videos = rng.integers(-2, 3, (5, 3)).astype(np.float32)
+    rows, similarities = metrics.top_videos(texts, videos, 3, block=2)
+    for text, row, similar in zip(texts, rows, similarities, strict=True):
+        expected = sorted(range(5), key=lambda j: (-(text @ videos[j]), j))[:3]
+        assert list(row) == expected
+        assert list(similar) == [text @ videos[j] for j in expected]
+    assert metrics.top_videos(texts, videos, 9)[0].shape == (7, 5)

@@ -6,8 +6,8 @@ from vop_jax import tensorfile
 from vop_jax.clip.config import PRESETS
 from vop_jax.config import base_config
 from vop_jax.errors import UserError
-from vop_jax.experiment import count_parameters
 from vop_jax.model import TextVideoModel
+from vop_jax.parameters import count_parameters
 from vop_jax.tuning import partition
 from vop_jax.tuning.methods import METHODS, MethodConfig
 

@@ -55,6 +55,22 @@ def rank_pairs(
     return Ranks(t2v, v2t)
 
 
+def top_videos(
+    texts: np.ndarray, videos: np.ndarray, count: int, *, block: int = 1024
+) -> tuple[np.ndarray, np.ndarray]:
+    """The best videos of each text, best first: (rows int [N, K], similarities [N, K]).
+
+    K is `count` or the number of videos, if that is less; ties go to the earlier video.
+    """
+    rows, similarities = [], []
+    for start in range(0, len(texts), block):
+        similar = _similarities(texts[start : start + block], videos)
+        order = np.argsort(-similar, axis=1, kind="stable")[:, :count]
+        rows.append(order)
+        similarities.append(np.take_along_axis(similar, order, axis=1))
+    return np.concatenate(rows), np.concatenate(similarities)
+
+
 def _similarities(rows: np.ndarray, candidates: np.ndarray) -> np.ndarray:
     similar = np.asarray(rows, np.float32) @ np.asarray(candidates, np.float32).T
     if not np.isfinite(similar).all():

@@ -12,6 +12,8 @@ from vop_jax.model import TextVideoModel
 from vop_jax.retrieval import metrics
 from vop_jax.training import sharding
 
+TOP = 5  # videos kept of each text's ranking
+
 Encode = Callable[[Any, jax.Array], jax.Array]  # (params, rows) -> unit rows [N, E]
 
 
@@ -33,6 +35,22 @@ class EvalSet:
     contrasts: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     missed_texts: int = 0
     missed_videos: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What came out.
+
+    Attributes:
+        results: {"t2v": {"R@1": …, "MdR": …}, "v2t": …}, with contrasts also
+            {"accuracy": {what is turned: percent}}, of the texts that were read.
+        ranks: of the texts and videos that were read.
+        top: the best videos of each text, see `metrics.top_videos`.
+    """
+
+    results: dict[str, dict[str, float]]
+    ranks: metrics.Ranks
+    top: tuple[np.ndarray, np.ndarray]
 
 
 def make_encoders(model: TextVideoModel, mesh: Mesh) -> tuple[Encode, Encode]:
@@ -75,21 +93,18 @@ def embed_texts(
 
 def evaluate(
     encoders: tuple[Encode, Encode], params: Any, mesh: Mesh, data: EvalSet, batch_size: int
-) -> dict[str, dict[str, float]]:
-    """{"t2v": {"R@1": …, "MdR": …}, "v2t": …} of a split.
-
-    With contrasts also {"accuracy": {what is turned: percent}}, of all texts that were read.
-    """
+) -> Evaluation:
+    """Embeds a split with these parameters and compares all of it."""
     encode_video, encode_text = encoders
     videos = embed_videos(encode_video, params, mesh, data.videos())
     texts = embed_texts(encode_text, params, mesh, data.ids, batch_size)
     ranks = metrics.rank_pairs(texts, videos, data.video_of_text)
-    ranks = metrics.with_misses(ranks, data.missed_texts, data.missed_videos)
-    results = {"t2v": metrics.summarize(ranks.t2v), "v2t": metrics.summarize(ranks.v2t)}
+    of_all = metrics.with_misses(ranks, data.missed_texts, data.missed_videos)
+    results = {"t2v": metrics.summarize(of_all.t2v), "v2t": metrics.summarize(of_all.v2t)}
     if data.contrasts:
         results["accuracy"] = {}
     for name, ids in data.contrasts.items():
         turned = embed_texts(encode_text, params, mesh, ids, batch_size)
         accuracy = metrics.contrast_accuracy(texts, turned, videos, data.video_of_text)
         results["accuracy"][name] = accuracy
-    return results
+    return Evaluation(results, ranks, metrics.top_videos(texts, videos, TOP))

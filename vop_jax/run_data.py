@@ -1,0 +1,97 @@
+"""The two splits of a run: records as batches, captions as ids."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import jax
+import numpy as np
+from absl import logging
+
+from vop_jax import start
+from vop_jax.data import sources
+from vop_jax.data.packed import Packed
+from vop_jax.data.pipeline import eval_videos, train_batches
+from vop_jax.training.evaluate import EvalSet
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The two splits of a run, ready to be read.
+
+    Attributes:
+        train_batches: start step -> this process's rows of that batch and all after it.
+        num_texts, num_videos: both sides of the evaluation, misses included.
+        cut_captions: captions of both splits that were longer than the slots.
+    """
+
+    packed: Packed
+    eval_set: EvalSet
+    train_batches: Callable[[int], Iterator[dict[str, np.ndarray]]]
+    num_texts: int
+    num_videos: int
+    cut_captions: int
+
+
+def load_data(run: start.Run) -> Data:
+    """Packs the videos once and tokenizes their captions."""
+    config, clip = run.config, run.clip.config
+    packed = sources.load(config.data, str(run.workdir))
+    train_split = packed.splits[config.data.train_split]
+    test = packed.splits[config.data.eval_split]
+    tokenize = sources.CaptionTokenizer(run.method.text_slots(clip))
+    texts = [c for captions in test.captions for c in captions]
+    ids, cut = tokenize.with_cuts(texts)
+    _, cut_in_train = tokenize.with_cuts([c for captions in train_split.captions for c in captions])
+    missed = test.skipped if config.eval.missing == "miss" else []
+    missed_texts = sum(len(clip.captions) for clip in missed)
+    shared = {
+        "image_size": clip.image_size,
+        "frames": config.data.frames,
+        "process_index": jax.process_index(),
+        "process_count": jax.process_count(),
+        "threads": config.data.threads,
+    }
+    data = Data(
+        packed=packed,
+        eval_set=EvalSet(
+            videos=partial(eval_videos, test, batch_size=config.eval.batch_size, **shared),
+            ids=ids,
+            video_of_text=np.repeat(np.arange(len(test)), [len(c) for c in test.captions]),
+            contrasts={
+                name: tokenize(turned)
+                for name, turned in sources.contrasts(config.data.kind, texts).items()
+            },
+            missed_texts=missed_texts,
+            missed_videos=len(missed),
+        ),
+        train_batches=lambda first: train_batches(
+            train_split,
+            tokenize,
+            batch_size=config.train.batch_size,
+            sampling=config.data.sampling,
+            augment=config.data.augment,
+            scale=tuple(config.data.crop_scale),
+            flip=config.data.flip,
+            seed=config.seed,
+            start_step=first,
+            workers=config.data.workers,
+            **shared,
+        ),
+        num_texts=len(ids) + missed_texts,
+        num_videos=len(test) + len(missed),
+        cut_captions=int(cut.sum() + cut_in_train.sum()),
+    )
+    _report_data(run, data)
+    return data
+
+
+def _report_data(run: start.Run, data: Data) -> None:
+    for name, split in data.packed.splits.items():
+        captions = sum(len(c) for c in split.captions)
+        logging.info("%s: %d videos, %d captions", name, len(split), captions)
+    for skipped in data.packed.skipped:
+        logging.warning("skipped %s (%s): %s", skipped["path"], skipped["split"], skipped["reason"])
+    if data.cut_captions:
+        slots = run.method.text_slots(run.clip.config)
+        logging.warning("%d captions cut to %d token slots, EOT kept", data.cut_captions, slots)
