@@ -240,6 +240,7 @@ def test_no_config_at_all(capsys):
         ("def get_config():\n    raise RuntimeError('boom')\n", ("c.py:2: RuntimeError: boom",)),
         ("def get_config(:\n", ("c.py:1: SyntaxError",)),
         ("def get_config():\n    return {'seed': 1}\n", ("--config",)),
+        ("x = 1\n", ("the file defines no get_config()",)),
     ],
 )
 def test_a_config_file_that_is_none(tmp_path, capsys, text, messages):

@@ -60,6 +60,8 @@ def _check_flags(config: Any) -> None:
 
 
 def _last_line(error: Exception) -> str:
+    if "has no attribute 'get_config'" in str(error):  # raised by the reader of config files
+        return "the file defines no get_config()"
     return (str(error).strip().splitlines() or [""])[-1].strip()
 
 
