@@ -72,6 +72,7 @@ def call(*argv: str) -> int:
     if "workdir" not in flag_values:
         main.define_flags()
     kept_argv, sys.argv = sys.argv, ["main", *argv]  # overrides are looked up there
+    sys.modules.pop("config_config", None)  # the config file of an earlier call
     with kept_signals():
         try:
             main.parse_flags(sys.argv)

@@ -44,6 +44,8 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     except (flags.Error, UserError, TypeError, ValueError) as error:
         fail(str(error))
     except Exception as error:  # the config file's own
+        if "has no attribute 'get_config'" in str(error):
+            fail("--config: the file defines no get_config()")
         fail(f"--config: {_where(error)}{type(error).__name__}: {_last_line(error)}")
 
 
@@ -60,8 +62,6 @@ def _check_flags(config: Any) -> None:
 
 
 def _last_line(error: Exception) -> str:
-    if "has no attribute 'get_config'" in str(error):  # raised by the reader of config files
-        return "the file defines no get_config()"
     return (str(error).strip().splitlines() or [""])[-1].strip()
 
 
