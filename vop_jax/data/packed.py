@@ -12,7 +12,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -119,6 +119,25 @@ def pack(
         _check_share(split, clips, [s for s in packed.skipped if s["split"] == split], max_skipped)
         packed.splits[split] = Split(os.fspath(records), split, clips, skipped)
     return packed
+
+
+def stored_frames(
+    directory: str | os.PathLike, split: str, ids: Collection[str]
+) -> dict[str, list[bytes]]:
+    """{id: the stored frames, JPEG} of the clips of these ids that the records hold.
+
+    Raises:
+        UserError: there are no records of that split.
+    """
+    root = epath.Path(directory) / NAME / VERSION
+    try:
+        source = tfds.builder_from_directory(os.fspath(root)).as_data_source(
+            split, decoders={"frames": _AsStored()}
+        )
+    except (OSError, ValueError, tfds.core.DatasetNotFoundError):
+        raise UserError(f"{directory}: no records of split {split!r}") from None
+    named = ((record["id"].decode(), record["frames"]) for record in iter(source))
+    return {name: list(frames) for name, frames in named if name in ids}
 
 
 class VideoRecords(tfds.core.GeneratorBasedBuilder):

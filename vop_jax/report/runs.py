@@ -27,7 +27,7 @@ COLUMNS = (
 COSTS = (("gflop_per_clip", "GFLOP / clip", ".2f"), ("ms_per_clip", "ms / clip", ".2f"))
 
 # Where things lie and how they are read do not make two runs different.
-_UNTOLD = ("seed", "init.clip", "data.annotations", "data.videos", "data.records")
+UNTOLD = ("seed", "init.clip", "data.annotations", "data.videos", "data.records")
 
 Row = dict[str, Any]
 
@@ -71,6 +71,26 @@ def read_run(workdir: str | os.PathLike) -> Run:
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read ({error})") from None
     return Run(os.fspath(workdir), files["config"], files["summary"], read_metrics(workdir))
+
+
+def find_runs(folders: Sequence[str]) -> list[Run]:
+    """The runs that the folders are, or have below them; a run's own pre-training is none.
+
+    Raises:
+        UserError: a folder without a finished run.
+    """
+    runs = []
+    for folder in folders:
+        found = []
+        for root, below, files in os.walk(folder):
+            below.sort()
+            if "summary.json" in files or (root == folder and "config.json" in files):
+                found.append(read_run(root))
+                below.clear()
+        if not found:
+            raise UserError(f"{folder}: no finished run there, none has a summary.json")
+        runs += found
+    return runs
 
 
 def grouped(runs: Sequence[Run], labels: Mapping[str, str] | None = None) -> list[Row]:
@@ -119,7 +139,7 @@ def label_runs(runs: Sequence[Run]) -> dict[str, str]:
         varied = [
             f"{key.rpartition('.')[2]}={value}"
             for key, value in mine.items()
-            if key not in _UNTOLD and any(other.get(key) != value for other in of_method)
+            if key not in UNTOLD and any(other.get(key) != value for other in of_method)
         ]
         labels[run.workdir] = " ".join([_method(run), *varied])
     return labels

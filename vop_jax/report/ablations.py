@@ -1,0 +1,93 @@
+"""Which of the runs vary one thing of a method, and what that does."""
+
+import collections
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vop_jax.config import flatten_config
+from vop_jax.report.runs import UNTOLD, Row
+
+_FOLLOWS = ("train.learning_rate", "train.steps")  # may be tuned along with what is varied
+
+
+@dataclasses.dataclass(frozen=True)
+class Ablation:
+    """Rows of one method that differ in one setting, or in several that go together.
+
+    Attributes:
+        keys: the settings, such as ("method.split_layer",).
+        points: (values of the settings, row), sorted by value; one is `reference`.
+        reference: the values that the method's other rows have.
+    """
+
+    method: str
+    keys: tuple[str, ...]
+    points: list[tuple[tuple[Any, ...], Row]]
+    reference: tuple[Any, ...]
+
+
+def references(rows: Sequence[Row], configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Row]:
+    """{method: its row with the most common settings}; of several, the one with the best R@1.
+
+    Args:
+        configs: {workdir: config.json of that run}.
+    """
+    settings = {row["label"]: _settings(row, configs) for row in rows}
+    chosen = {}
+    for method, members in _by_method(rows).items():
+        votes = {
+            key: collections.Counter(str(settings[row["label"]].get(key)) for row in members)
+            for key in settings[members[0]["label"]]
+        }
+
+        def commonness(row: Row, votes: dict[str, collections.Counter] = votes) -> tuple:
+            mine = settings[row["label"]]
+            told = (key for key in votes if key not in _FOLLOWS)
+            return sum(votes[k][str(mine.get(k))] for k in told), row["metrics"]["t2v/R@1"][0]
+
+        chosen[method] = max(members, key=commonness)
+    return chosen
+
+
+def find_ablations(rows: Sequence[Row], configs: Mapping[str, Mapping[str, Any]]) -> list[Ablation]:
+    """All there are among the rows: what differs from the reference in the same settings is one.
+
+    Args:
+        configs: {workdir: config.json of that run}.
+    """
+    found = []
+    for method, reference in references(rows, configs).items():
+        base = _settings(reference, configs)
+        varied: dict[tuple[str, ...], list[Row]] = {}
+        for row in _by_method(rows)[method]:
+            mine = _settings(row, configs)
+            differ = [key for key in base if str(mine.get(key)) != str(base[key])]
+            keys = tuple(key for key in differ if key not in _FOLLOWS) or tuple(differ)
+            if keys:
+                varied.setdefault(keys, []).append(row)
+        for keys, members in varied.items():
+            points = [
+                (tuple(_settings(row, configs).get(key) for key in keys), row)
+                for row in [reference, *members]
+            ]
+            points.sort(key=lambda point: _order(point[0]))
+            found.append(Ablation(method, keys, points, tuple(base[key] for key in keys)))
+    return found
+
+
+def _by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row["method"], []).append(row)
+    return groups
+
+
+def _settings(row: Row, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    flat = flatten_config(configs[row["workdirs"][0]])
+    return {key: value for key, value in flat.items() if key not in UNTOLD}
+
+
+def _order(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    numbers = all(isinstance(v, int | float) for v in values)
+    return (0, *values) if numbers else (1, *map(str, values))

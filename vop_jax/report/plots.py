@@ -1,0 +1,120 @@
+"""Figures as SVG text, to stand in a page."""
+
+import io
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vop_jax.errors import UserError
+from vop_jax.report.ablations import Ablation
+from vop_jax.report.runs import COLUMNS, Row, Run
+
+try:
+    import matplotlib
+    from matplotlib.figure import Figure
+except ImportError:
+    raise UserError('a report needs the extra "report": pip install "vop_jax[report]"') from None
+
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "vop_jax",  # equal figures are equal bytes
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+}
+METRICS = {key: heading for key, heading, _ in COLUMNS} | {
+    "t2v/R@1": "text to video, R@1",
+    "accuracy/direction": "direction accuracy",
+}
+
+
+def trade_off(rows: Sequence[Row], metric: str = "t2v/R@1") -> str:
+    """A metric against the number of trained parameters: the paper's figure 1."""
+    figure, axes = _figure(7.5, 4.6)
+    points = []
+    for row, colour in zip(rows, _colours(), strict=False):
+        mean, std = row["metrics"][metric]
+        at = max(row["trainable"], 1), mean
+        axes.errorbar(*at, yerr=std, fmt="o", color=colour, capsize=3)
+        points.append((at, row["label"]))
+    axes.set_xscale("log")
+    axes.margins(x=0.2, y=0.1)
+    axes.set_xlabel("trained parameters (0 is drawn at 1)")
+    axes.set_ylabel(METRICS[metric])
+    figure.draw_without_rendering()  # now points have a place on paper
+    placed: list[tuple[float, float]] = []
+    for at, label in sorted(points, key=lambda point: -point[0][1]):
+        x, y = axes.transData.transform(at)
+        height = y
+        for left, above in placed:
+            if abs(left - x) < 110 and height > above - 14:
+                height = min(height, above - 14)
+        placed.append((x, height))
+        offset = (7, (height - y) * 72 / figure.dpi - 3)
+        axes.annotate(label, at, textcoords="offset points", xytext=offset, fontsize=9)
+    return _svg(figure)
+
+
+def ablation(found: Ablation, metrics: Sequence[str]) -> str:
+    """One setting's values against the metrics, the method's own value marked."""
+    figure, axes = _figure(4.6, 3.0)
+    names = ["/".join(map(str, values)) for values, _ in found.points]
+    at = range(len(names))
+    for metric, colour in zip(metrics, _colours(), strict=False):
+        means = [row["metrics"][metric][0] for _, row in found.points]
+        stds = [row["metrics"][metric][1] or 0 for _, row in found.points]
+        axes.errorbar(
+            at, means, yerr=stds, marker="o", color=colour, capsize=3, label=METRICS[metric]
+        )
+    axes.set_xticks(at, names)
+    axes.axvline([v for v, _ in found.points].index(found.reference), color="0.6", ls=":", lw=1)
+    axes.set_xlabel(", ".join(key.rpartition(".")[2] for key in found.keys))
+    axes.set_title(found.method, fontsize=10)
+    axes.margins(y=0.15)
+    axes.legend(fontsize=8)
+    return _svg(figure)
+
+
+def learning_curves(rows: Sequence[Row], runs: Mapping[str, Run]) -> str:
+    """The loss of each row's first seed and, where it was evaluated on the way, t2v R@1."""
+    curves = {row["label"]: runs[row["workdirs"][0]].metrics for row in rows}
+    evaluated = any(len(_points(lines, "t2v/R@1")) > 2 for lines in curves.values())
+    figure, *axes = _figure(10 if evaluated else 8, 3.6, columns=2 if evaluated else 1)
+    for ax, key in zip(axes, ("loss", "t2v/R@1"), strict=False):
+        for (label, lines), colour in zip(curves.items(), _colours(), strict=False):
+            if points := _points(lines, key):
+                ax.plot(*zip(*points, strict=True), color=colour, label=label, lw=1.4)
+        ax.set_xlabel("step")
+        ax.set_ylabel(METRICS.get(key, key))
+    axes[0].set_yscale("log")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    return _svg(figure)
+
+
+def _points(lines: Sequence[Mapping[str, float]], key: str) -> list[tuple[float, float]]:
+    return [(line["step"], line[key]) for line in lines if key in line]
+
+
+def _colours() -> itertools.cycle:
+    palette = matplotlib.colormaps["tab20"]  # ten strong colours, each followed by its pale one
+    return itertools.cycle(palette(i) for i in (*range(0, 20, 2), *range(1, 20, 2)))
+
+
+def _figure(width: float, height: float, columns: int = 1) -> tuple:
+    """(figure, axes…), inches."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        axes = figure.subplots(1, columns, squeeze=False)
+    return figure, *axes[0]
+
+
+def _svg(figure: Figure) -> str:
+    text = io.StringIO()
+    with matplotlib.rc_context(_STYLE):
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    svg = text.getvalue()
+    return svg[svg.index("<svg") :]
