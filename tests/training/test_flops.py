@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.step_flops import step_flops
+from benchmarks.step_cost import step_flops
 from vop_jax.clip.config import PRESETS, ClipConfig
 from vop_jax.tuning.methods import MethodConfig
 

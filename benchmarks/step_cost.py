@@ -1,0 +1,166 @@
+"""What a training step costs: FLOPs as XLA counts them, and with --time its time and memory.
+
+    python benchmarks/step_cost.py --arch ViT-B/32 --frames 12 --batch 2
+    python benchmarks/step_cost.py --methods all --time 3
+
+Prompt tuning needs the activations' gradients, not the frozen weights': its step should cost
+about twice a forward pass, full tuning about three times.
+"""
+
+import argparse
+import dataclasses
+import json
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vop_jax import tensorfile
+from vop_jax.clip.config import PRESETS, ClipConfig
+from vop_jax.config import base_config
+from vop_jax.model import TextVideoModel
+from vop_jax.training.optimizer import make_optimizer
+from vop_jax.training.step import TrainState, batch_loss, make_train_step
+from vop_jax.tuning.methods import METHODS, MethodConfig
+from vop_jax.tuning.partition import merge, split
+
+Row = dict[str, Any]
+
+
+class Programs:
+    """A method's forward pass and training step, compiled for shapes alone."""
+
+    def __init__(
+        self,
+        clip: ClipConfig,
+        method: MethodConfig,
+        frames: int,
+        batch: int,
+        dtype: str = "float32",
+    ):
+        method = dataclasses.replace(method, frames=frames)
+        model = TextVideoModel(clip, method, jnp.dtype(dtype))
+        pixels = (batch, frames, clip.image_size, clip.image_size, 3)
+        rows = {
+            "frames": jax.ShapeDtypeStruct(pixels, np.uint8),
+            "ids": jax.ShapeDtypeStruct((batch, method.text_slots(clip)), np.int32),
+        }
+        params = tensorfile.unflatten(model.shapes())
+        trainable, frozen = split(params, method.trainable_patterns(clip))
+        optimizer = make_optimizer(base_config().train)
+        state = jax.eval_shape(lambda tree: TrainState.create(tree, optimizer), trainable)
+        self._shapes = (state, frozen, rows)
+
+        def forward(trainable, frozen, rows):
+            return batch_loss(model, merge(trainable, frozen), rows)
+
+        self.forward = jax.jit(forward).lower(trainable, frozen, rows).compile()
+        step = jax.jit(make_train_step(model, optimizer))
+        self.step = step.lower(state, frozen, rows).compile()
+
+    def seconds(self, repeats: int) -> float:
+        """Of a step on arbitrary values, the best of some."""
+        rng = np.random.default_rng(0)
+
+        def fill(shape: jax.ShapeDtypeStruct) -> jax.Array:
+            if shape.dtype == np.float32:
+                return jnp.asarray(rng.standard_normal(shape.shape, np.float32) * 0.02)
+            return jnp.ones(shape.shape, shape.dtype)
+
+        arguments = jax.tree.map(fill, self._shapes)
+        jax.block_until_ready(self.step(*arguments))
+        taken = []
+        for _ in range(repeats):
+            begin = time.perf_counter()
+            jax.block_until_ready(self.step(*arguments))
+            taken.append(time.perf_counter() - begin)
+        return min(taken)
+
+
+def flops(program: Any) -> float:
+    """Of a compiled program, as XLA counts them."""
+    return float(program.cost_analysis()["flops"])
+
+
+def peak_bytes(program: Any) -> int:
+    """What a compiled program holds at once: arguments, results and everything between."""
+    memory = program.memory_analysis()
+    return int(
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
+
+
+def step_flops(
+    clip: ClipConfig, method: MethodConfig, frames: int, batch: int
+) -> tuple[float, float]:
+    """(forward, step): the loss alone, and a whole training step with its update."""
+    programs = Programs(clip, method, frames, batch)
+    return flops(programs.forward), flops(programs.step)
+
+
+def measure(clip: ClipConfig, name: str, frames: int, batch: int, dtype: str, repeats: int) -> Row:
+    """One row of the table."""
+    programs = Programs(clip, MethodConfig(name), frames, batch, dtype)
+    row: Row = {
+        "method": name,
+        "forward": flops(programs.forward),
+        "step": flops(programs.step),
+        "bytes": peak_bytes(programs.step),
+    }
+    return row | ({"seconds": programs.seconds(repeats)} if repeats else {})
+
+
+def format_table(rows: list[Row]) -> str:
+    """The rows in Markdown; time and memory also as ratios to the first row."""
+    heading = ["method", "forward, GFLOP", "step, GFLOP", "step / forward", "peak, GB", "of first"]
+    timed = "seconds" in rows[0]
+    heading += ["step, s", "of first"] if timed else []
+    lines = [heading, ["---", *["---:"] * (len(heading) - 1)]]
+    for row in rows:
+        line = [
+            row["method"],
+            f"{row['forward'] / 1e9:.1f}",
+            f"{row['step'] / 1e9:.1f}",
+            f"{row['step'] / row['forward']:.3f}",
+            f"{row['bytes'] / 1e9:.2f}",
+            f"{row['bytes'] / rows[0]['bytes']:.2f}",
+        ]
+        if timed:
+            line += [f"{row['seconds']:.3f}", f"{row['seconds'] / rows[0]['seconds']:.2f}"]
+        lines.append(line)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", choices=PRESETS, default="ViT-B/32")
+    parser.add_argument("--frames", type=int, default=12, help="of a clip")
+    parser.add_argument("--batch", type=int, default=2, help="pairs of clip and caption")
+    tuned = ["vop", *(n for n, method in METHODS.items() if method.trainable and n != "vop")]
+    parser.add_argument("--methods", nargs="+", choices=[*tuned, "all"], default=["vop", "full"])
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--time", type=int, default=0, help="repeats; 0: count only")
+    parser.add_argument("--json", metavar="FILE", help="also write the numbers here")
+    args = parser.parse_args()
+    rows = []
+    for name in tuned if "all" in args.methods else args.methods:
+        rows.append(
+            measure(PRESETS[args.arch], name, args.frames, args.batch, args.dtype, args.time)
+        )
+        print(json.dumps(rows[-1]), flush=True)
+    device = jax.devices()[0]
+    where = f"jax {jax.__version__}, {device.platform} ({device.device_kind}), {args.dtype}"
+    print(f"\n{args.arch}, {args.frames} frames, batch {args.batch}, {where}\n")
+    print(format_table(rows))
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump({**vars(args), "jax": jax.__version__, "rows": rows}, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()
