@@ -107,7 +107,7 @@ def run_study(
         steps: instead of the config's.
     """
     get_config = runpy.run_path(config_file)["get_config"]
-    jax.config.update("jax_compilation_cache_dir", os.path.join(workdir, "compiled"))
+    use_compile_cache(workdir)
     backbone = _backbone(get_config("zero_shot"), workdir)
     rows = []
     for label, settings in STUDIES[study]().items():
@@ -128,6 +128,11 @@ def run_study(
         rows.append(row | _cost(runs[0].config))
         print(json.dumps(rows[-1]), flush=True)
     return rows
+
+
+def use_compile_cache(workdir: str) -> None:
+    """Seeds of one setting run the same programs."""
+    jax.config.update("jax_compilation_cache_dir", os.path.join(workdir, "compiled"))
 
 
 def _backbone(config: ConfigDict, workdir: str) -> dict[str, Any]:

@@ -1,0 +1,91 @@
+"""The motion benchmark, shrunk to a step of two methods."""
+
+import functools
+import json
+
+import pytest
+
+from benchmarks import ladder
+from tests import runs
+from vop_jax import experiment
+from vop_jax.data import shapes
+from vop_jax.tuning.methods import METHODS
+
+CONFIG = """
+from vop_jax.config import base_config
+
+def get_config(method="vop"):
+    c = base_config()
+    c.method.name = method
+    c.clip.arch = "tiny"
+    c.data.kind = "clips"
+    c.data.update(frames=8, short_side=32, augment=False, threads=2)
+    c.pretrain.update(steps=1, batch_size=8)
+    c.train.update(steps=1, batch_size=8)
+    c.eval.batch_size = 8
+    c.mesh.data = 1
+    return c
+"""
+
+
+@pytest.fixture(scope="module")
+def run_study(tmp_path_factory):
+    """`ladder.run_study` on a few clips; everything lies below its attribute `root`."""
+    root = tmp_path_factory.mktemp("ladder")
+    (root / "config.py").write_text(CONFIG)
+    patch = pytest.MonkeyPatch()
+    patch.setattr(shapes, "render", functools.partial(shapes.render, train=16, val=8, test=8))
+    patch.setattr(
+        shapes, "render_stills", functools.partial(shapes.render_stills, train=16, test=8)
+    )
+    patch.setattr(ladder, "use_compile_cache", lambda workdir: None)  # the tests have their own
+    run = functools.partial(ladder.run_study, str(root / "config.py"), str(root))
+    run.root = root
+    yield run
+    patch.undo()
+
+
+def test_methods_share_a_clip_and_finished_runs_are_read(run_study, monkeypatch):
+    rows = run_study("methods", [0, 1], only=["zero_shot", "vop"])
+    assert [(row["label"], row["seeds"]) for row in rows] == [("zero_shot", 1), ("vop", 2)]
+    assert rows[1]["trainable"] == 3584 and rows[1]["metrics"]["t2v/R@1"][1] is not None
+    for row in rows:
+        assert {"accuracy/direction", "accuracy/speed"} <= set(row["metrics"])
+        assert row["gflop_per_clip"] > 0 and row["ms_per_clip"] > 0
+    configs = [json.loads(p.read_text()) for p in run_study.root.glob("methods/*/*/config.json")]
+    assert len(configs) == 3 and len({c["init"]["clip"] for c in configs}) == 1
+    assert len(list(run_study.root.glob("**/clip.safetensors"))) == 1
+    monkeypatch.setattr(experiment, "train", None)
+    again = run_study("methods", [0, 1], only=["zero_shot", "vop"])
+    assert [row["metrics"] for row in again] == [row["metrics"] for row in rows]
+
+
+def test_learning_rates_are_judged_on_the_val_split(run_study, monkeypatch):
+    monkeypatch.setattr(ladder, "RATES", (1e-3,))
+    (row,) = run_study("learning_rates", [0], only=["vop"])
+    config = json.loads((run_study.root / "learning_rates/vop_0.001/seed0/config.json").read_text())
+    assert config["data"]["eval_split"] == "val" and row["learning_rate"] == 1e-3
+    assert config["data"]["records"] != str(run_study.root / "records_test")
+
+
+@pytest.mark.parametrize("study", ladder.STUDIES)
+def test_every_study_is_of_settings_that_can_be(study):
+    """Each is accepted by the demo's CLIP; all differ."""
+    import runpy
+
+    from vop_jax import start
+    from vop_jax.config import validate
+
+    demo = runpy.run_path(str(runs.ROOT / "configs/demo.py"))["get_config"]
+    seen = set()
+    for label, settings in ladder.STUDIES[study]().items():
+        config = demo(settings["method.name"])
+        config.update_from_flattened_dict(dict(settings))
+        validate(config)
+        method = start.method_of(config)
+        method.check_fits(start.preset(config))
+        setting = json.dumps(config.to_dict(), sort_keys=True)
+        assert setting not in seen, label
+        seen.add(setting)
+    if study == "methods":
+        assert len(seen) == len(METHODS)
