@@ -69,6 +69,7 @@ def base_config() -> ConfigDict:
     c.data.max_skipped = 0.05  # share of unreadable videos per split above which a run stops
     c.data.threads = 16  # reading and decoding records
     c.data.workers = 0  # reader processes; 0: threads of this one
+    c.data.cache_gb = 1.0  # decoded frames stay in memory if the whole split's take no more
 
     c.train = ConfigDict()
     c.train.steps = 1000  # optimizer steps; 0: only evaluate
@@ -125,6 +126,7 @@ AT_LEAST_ZERO = (
     "method.init_std",
     "data.stored_fps",
     "data.workers",
+    "data.cache_gb",
     "train.steps",
     "train.learning_rate",
     "train.weight_decay",
@@ -143,6 +145,7 @@ RESUMABLE = (
     "data.records",
     "data.threads",
     "data.workers",
+    "data.cache_gb",
     "data.max_skipped",
     "train.log_every",
     "train.eval_every",

@@ -76,6 +76,7 @@ def load_data(run: start.Run) -> Data:
             seed=config.seed,
             start_step=first,
             workers=config.data.workers,
+            cache_gb=config.data.cache_gb,
             **shared,
         ),
         num_texts=len(ids) + missed_texts,

@@ -7,6 +7,7 @@ import pytest
 from absl import flags
 
 from tests.data import videos
+from vop_jax.data import pipeline
 from vop_jax.data.packed import Preprocessing, pack
 from vop_jax.data.pipeline import eval_videos, train_batches
 from vop_jax.data.records import Clip
@@ -90,6 +91,25 @@ def test_augmentation_is_one_per_clip_and_can_be_off(split):
     assert_same(plain, again)
     augmented = batches(split, 3)
     assert any((a["frames"] != b["frames"]).any() for a, b in zip(plain, augmented, strict=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"augment": False}, {"sampling": "rand"}])
+def test_kept_frames_change_nothing(split, options):
+    assert_same(batches(split, 6, **options), batches(split, 6, cache_gb=1.0, **options))
+
+
+def test_frames_are_kept_only_where_the_whole_split_fits(split, monkeypatch):
+    decoded = []
+    decode = pipeline._decode
+    monkeypatch.setattr(pipeline, "_decode", lambda *a: decoded.append(1) or decode(*a))
+    clip = F * 32 * 48 * 3 / 1e9
+    for cache_gb, times in ((CLIPS * clip * 1.01, CLIPS), (CLIPS * clip * 0.99, 28)):
+        decoded.clear()
+        batches(split, 7, cache_gb=cache_gb, threads=1)
+        assert times <= len(decoded) < 2 * times  # some are read ahead
+    decoded.clear()
+    batches(split, 7, cache_gb=1.0, sampling="rand", threads=1)
+    assert len(decoded) >= 28  # other frames every time
 
 
 def test_evaluation_sees_every_clip_once_in_order(split):

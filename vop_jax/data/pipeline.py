@@ -22,15 +22,34 @@ Tokenize = Callable[[Sequence[str]], np.ndarray]  # N captions -> int32 [N, T]
 PREFETCH = 4  # batches
 
 
+class _Decoder:
+    """Clip i of a split -> F frames; kept in memory if those of the whole split fit.
+
+    Small sets are read many times over: decoding their JPEGs once is a fifth of the demo.
+    """
+
+    def __init__(self, split: Split, frames: int, sampling: str, cache_bytes: float):
+        self._split, self._frames, self._random = split, frames, sampling == "rand"
+        self._cache_bytes = 0 if self._random else cache_bytes
+        self._kept: dict[int, list[np.ndarray]] = {}
+
+    def __call__(self, index: int, rng: np.random.Generator) -> list[np.ndarray]:
+        if index in self._kept:
+            return self._kept[index]
+        pixels = _decode(self._split[index], self._frames, rng if self._random else None)
+        if sum(frame.nbytes for frame in pixels) * len(self._split) <= self._cache_bytes:
+            self._kept[index] = pixels
+        return pixels
+
+
 @dataclasses.dataclass(frozen=True)
 class _TrainItem:
     """Clip i of a split -> its frames and one of its captions."""
 
     split: Split
     tokenize: Tokenize
+    decode: _Decoder
     image_size: int
-    frames: int
-    sampling: str
     scale: tuple[float, float]
     flip: bool
     augment: bool
@@ -38,8 +57,7 @@ class _TrainItem:
     def __call__(self, index: int, rng: np.random.Generator) -> Batch:
         captions = self.split.captions[index]
         ids = self.tokenize([captions[rng.integers(len(captions))]])[0]
-        sampling_rng = rng if self.sampling == "rand" else None
-        pixels = _decode(self.split[index], self.frames, sampling_rng)
+        pixels = self.decode(index, rng)
         if self.augment:
             frames = train_crop(pixels, self.image_size, rng, scale=self.scale, flip=self.flip)
         else:
@@ -80,6 +98,7 @@ def train_batches(
     process_count: int = 1,
     threads: int = 16,
     workers: int = 0,
+    cache_gb: float = 0.0,
 ) -> Iterator[Batch]:
     """This process's rows of the global batches `start_step`, `start_step + 1`, …, without end.
 
@@ -93,6 +112,7 @@ def train_batches(
         scale, flip, augment: see `vop_jax.config`.
         threads: reading and decoding, in this process or in each worker.
         workers: reader processes; 0: none.
+        cache_gb: decoded frames are kept if those of the whole split take no more.
 
     Yields:
         {"frames": uint8 [b, F, S, S, 3], "ids": int32 [b, T]}.
@@ -105,7 +125,8 @@ def train_batches(
             batch_size,
             len(split),
         )
-    item = _TrainItem(split, tokenize, image_size, frames, sampling, scale, flip, augment)
+    decode = _Decoder(split, frames, sampling, cache_gb * 1e9)
+    item = _TrainItem(split, tokenize, decode, image_size, scale, flip, augment)
     rows = grain.MapDataset.source(range(len(split))).seed(seed).shuffle().repeat()
     # Randomness is bound to the global position before the processes share the rows out.
     rows = rows.random_map(item)[process_index::process_count]
