@@ -16,9 +16,9 @@ def get_config(method: str = "vop"):
     c.data.augment = False  # captions tell left from right, and where
     c.data.threads = 2
     c.pretrain.steps = 450
-    c.train.steps = 300
-    c.train.batch_size = 64
+    c.train.steps = 150
+    c.train.batch_size = 128
     c.train.learning_rate = 1e-2
-    c.train.checkpoint_every = 100
+    c.train.checkpoint_every = 50
     c.eval.batch_size = 64
     return c

@@ -122,7 +122,8 @@ def pretrain_config(config: ConfigDict) -> ConfigDict:
         inner.train.eval_every = 0
         inner.method.name = "full"
         inner.data.update(kind="stills", frames=1, stored_fps=0.0, sampling="uniform")
-        inner.data.update(videos="", records="")  # its own, in its workdir
+        # Its own, in its workdir.
+        inner.data.update(videos="", records="", train_split="train", eval_split="test")
         inner.pretrain.steps = 0
     return inner
 

@@ -91,7 +91,7 @@ def test_a_clip_shows_what_its_caption_says(clips):
         moves = {"up": y0 - y1, "down": y1 - y0, "to the left": x0 - x1, "to the right": x1 - x0}
         said = next(word for word in moves if f" {word} " in caption)
         assert moves[said] == max(moves.values())
-        assert (" quickly " in caption) == (moves[said] > 25)
+        assert (" quickly " in caption) == (moves[said] > 36)
         across = y0 if "the" in said else x0
         third = ("top", "middle", "bottom") if "the" in said else ("left", "middle", "right")
         assert caption.endswith(third[np.argmin(abs(np.array(shapes.THIRDS) - across))])

@@ -48,7 +48,7 @@ SHAPES: dict[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]] = {
         np.maximum(abs(x) - 1.1 * r, abs(y) - 0.35 * r),
     ),
 }
-SPEEDS = {"slowly": 14, "quickly": 40}  # pixels travelled in a clip
+SPEEDS = {"slowly": 26, "quickly": 46}  # pixels travelled in a clip
 DIRECTIONS = (("up", "down"), ("to the left", "to the right"))  # backward, forward; per axis
 # A clip's place is told across its motion: a column for up and down, a row for left and right.
 PLACES = (

@@ -200,7 +200,7 @@ class MethodConfig:
         """The first vision layer, from 0, that attends across frames; `depth` if none does."""
         if not self.parts.function or not self.has_branch("visual"):
             return depth
-        return round(depth * 2 / 3) if self.split_layer == -1 else self.split_layer
+        return depth * 2 // 3 if self.split_layer == -1 else self.split_layer
 
     def text_slots(self, clip: ClipConfig) -> int:
         """T, the token slots a caption has: the context less the prompts."""
