@@ -43,9 +43,7 @@ def base_config() -> ConfigDict:
     c.method.first_layer = 1  # prompted (or adapted) layers, from 1
     c.method.last_layer = 0  # 0: the deepest
     c.method.specific_prompts = 4  # P, C: of visual_prompts, those that are a frame's own
-    c.method.split_layer = (
-        -1
-    )  # F: frames meet after this layer; -1: two thirds, rounded down: 8 of 12
+    c.method.split_layer = -1  # F: frames meet after this layer; -1: two thirds, floored, 8 of 12
     c.method.frame_position = True  # F: position embedding of frames where they meet
     c.method.cmm = "bilstm"  # C: context over frames by bilstm, lstm, transformer
     c.method.cmm_role = "prompts"  # C: it makes prompts; cls: it updates CLS (an ablation)
