@@ -115,8 +115,6 @@ def test_every_clip_is_inside_the_picture(clips):
 def test_shapes_can_be_told_apart():
     white = dataclasses.replace(shapes.clip_items(0, 1, 0, 0)[0].scene, colour="white")
     drawn = [dataclasses.replace(white, shape=shape).draw(1) for shape in shapes.SHAPES]
-        dataclasses.replace(scene, shape=shape, colour="white").draw(1) for shape in shapes.SHAPES
-    ]
     for i, one in enumerate(drawn):
         for two in drawn[:i]:
             assert (abs(one.astype(int) - two).max(axis=-1) > 60).sum() > 20
