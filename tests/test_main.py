@@ -172,6 +172,47 @@ def test_prompts_of_a_run_can_start_another(finished, call, tmp_path):
     assert summary_of(tmp_path / "run")["t2v"] == summary_of(finished)["t2v"]
 
 
+VIDEO_PROMPTS = ("--config.method.name=vop_f+p", "--config.method.specific_prompts=1")
+
+
+@pytest.fixture(scope="module")
+def of_three_frames(folder, clip, tmp_path_factory):
+    """Prompts with tables of three frame positions."""
+    workdir = tmp_path_factory.mktemp("of_three_frames")
+    overrides = (*VIDEO_PROMPTS, "--config.train.steps=1")
+    assert runs.call(*runs.arguments(folder, clip, workdir, *overrides)) == 0
+    return workdir / "prompts.safetensors"
+
+
+def test_prompts_of_another_frame_count_are_refused_or_resampled(call, clip, of_three_frames):
+    given = (*VIDEO_PROMPTS, f"--config.init.prompts={of_three_frames}", "--mode=eval")
+    other = "--config.data.frames=5"
+    assert_refused(
+        call(*given, other),
+        "prompts.safetensors: prompts of 3 frame positions, config.data.frames=5",
+        "config.init.interpolate_frames=True",
+    )
+    assert call(*given, other, "--config.init.interpolate_frames=True")[0] == 0
+    retriever = vop_jax.load(clip, of_three_frames)
+    with pytest.raises(vop_jax.UserError, match="know 3 frame positions"):
+        retriever.embed_frames(np.zeros((1, 5, 20, 20, 3), np.uint8))
+    retriever = vop_jax.load(clip, of_three_frames, frames=5)
+    assert retriever.embed_frames(np.zeros((1, 5, 20, 20, 3), np.uint8)).shape == (1, 24)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--config.method.name=vop_f", "holds method.name='vop_f+p', config says 'vop_f'"),
+        ("--config.method.split_layer=0", "holds method.split_layer=-1, config says 0"),
+        ("--config.method.specific_prompts=2", "holds method.specific_prompts=1, config says 2"),
+    ],
+)
+def test_prompts_of_another_method_are_refused(call, of_three_frames, override, message):
+    given = (*VIDEO_PROMPTS, f"--config.init.prompts={of_three_frames}", override)
+    assert_refused(call(*given, "--mode=eval"), "prompts.safetensors", message)
+
+
 def test_bfloat16_and_rand_sampling_run(call):
     status, _, _ = call(
         "--config.compute.dtype=bfloat16",
