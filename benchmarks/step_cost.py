@@ -39,9 +39,10 @@ class Programs:
         frames: int,
         batch: int,
         dtype: str = "float32",
+        kernel: Any = "xla",
     ):
         method = dataclasses.replace(method, frames=frames)
-        model = TextVideoModel(clip, method, jnp.dtype(dtype))
+        model = TextVideoModel(clip, method, jnp.dtype(dtype), long_kernel=kernel)
         pixels = (batch, frames, clip.image_size, clip.image_size, 3)
         rows = {
             "frames": jax.ShapeDtypeStruct(pixels, np.uint8),
@@ -103,16 +104,17 @@ def step_flops(
     return flops(programs.forward), flops(programs.step)
 
 
-def measure(clip: ClipConfig, name: str, frames: int, batch: int, dtype: str, repeats: int) -> Row:
+def measure(name: str, args: argparse.Namespace) -> Row:
     """One row of the table."""
-    programs = Programs(clip, MethodConfig(name), frames, batch, dtype)
+    sizes = PRESETS[args.arch], MethodConfig(name), args.frames, args.batch
+    programs = Programs(*sizes, args.dtype, args.attention)
     row: Row = {
         "method": name,
         "forward": flops(programs.forward),
         "step": flops(programs.step),
         "bytes": peak_bytes(programs.step),
     }
-    return row | ({"seconds": programs.seconds(repeats)} if repeats else {})
+    return row | ({"seconds": programs.seconds(args.time)} if args.time else {})
 
 
 def format_table(rows: list[Row]) -> str:
@@ -144,14 +146,15 @@ def main() -> None:
     tuned = ["vop", *(n for n, method in METHODS.items() if method.trainable and n != "vop")]
     parser.add_argument("--methods", nargs="+", choices=[*tuned, "all"], default=["vop", "full"])
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument(
+        "--attention", choices=("xla", "cudnn"), default="xla", help="across frames"
+    )
     parser.add_argument("--time", type=int, default=0, help="repeats; 0: count only")
     parser.add_argument("--json", metavar="FILE", help="also write the numbers here")
     args = parser.parse_args()
     rows = []
     for name in tuned if "all" in args.methods else args.methods:
-        rows.append(
-            measure(PRESETS[args.arch], name, args.frames, args.batch, args.dtype, args.time)
-        )
+        rows.append(measure(name, args))
         print(json.dumps(rows[-1]), flush=True)
     device = jax.devices()[0]
     where = f"jax {jax.__version__}, {device.platform} ({device.device_kind}), {args.dtype}"

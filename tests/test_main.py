@@ -255,6 +255,8 @@ def test_bfloat16_and_rand_sampling_run(call):
         ("--config.clip.arch=ViT-B/32", ("config.clip.arch=ViT-B/32", "seed 0")),
         ("--config.clip.arch=ViT-B", ("allowed are", "ViT-B/32")),
         ("--config.clip.activation=gelu", ("config.clip.activation=gelu", "quick_gelu")),
+        ("--config.compute.attention=cudnn", ("needs config.compute.dtype='bfloat16'",)),
+        ("--config.compute.attention=flash", ("allowed are 'xla', 'cudnn'",)),
         ("--config.mesh.data=99", ("config.mesh.data=99", "devices")),
         ("--config.train.batch_size=9", ("config.train.batch_size=9", "8 devices")),
         ("--mode=deploy", ("deploy", "train")),

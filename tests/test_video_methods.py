@@ -208,3 +208,22 @@ def test_bfloat16_stays_close(name):
     rounded = np.asarray(jitted(half, "encode_video")(params, frames))
     assert rounded.dtype == np.float32
     assert (rounded * video_of(method, frames)).sum(axis=-1).min() > 0.98
+
+
+@pytest.mark.parametrize(("name", "layers"), [("vop_f", 1), ("vop_c", 0), ("vop", 0)])
+def test_only_layers_across_frames_get_the_kernel_for_long_sequences(monkeypatch, name, layers):
+    """Which is asked for, that is; cuDNN's runs on a GPU only."""
+    asked = []
+    attention = jax.nn.dot_product_attention
+
+    def spy(*qkv, implementation, **options):
+        asked.append(implementation)
+        return attention(*qkv, **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", spy)
+    method = MethodConfig(name, frames=3)
+    model = TextVideoModel(tiny.CLIP, method, long_kernel="cudnn")
+    frames, _ = model.example()
+    jax.eval_shape(lambda key: model.init(key, frames, method="encode_video"), jax.random.key(0))
+    deep = tiny.CLIP.vision_layers
+    assert asked == ["xla"] * (deep - layers) + ["cudnn"] * layers

@@ -92,6 +92,7 @@ def base_config() -> ConfigDict:
 
     c.compute = ConfigDict()
     c.compute.dtype = "float32"  # of matmuls; bfloat16 on TPUs and GPUs
+    c.compute.attention = "xla"  # across frames (vop_f…); cudnn: fused, NVIDIA, bfloat16
 
     # The demo's own CLIP, trained from nothing on still frames when steps > 0.
     c.pretrain = ConfigDict()
@@ -109,6 +110,7 @@ ALLOWED = {
     "data.short_clips": ("skip", "repeat"),
     "eval.missing": ("miss", "drop"),
     "compute.dtype": ("float32", "bfloat16"),
+    "compute.attention": ("xla", "cudnn"),
 }
 AT_LEAST_ONE = (
     "data.frames",
@@ -210,6 +212,8 @@ def validate(config: ConfigDict) -> None:
     for key in ABOVE_ZERO:
         if not 0 < values[key] < math.inf:
             raise UserError(f"config.{key}={values[key]}: must be more than 0")
+    if values["compute.attention"] == "cudnn" and values["compute.dtype"] != "bfloat16":
+        raise UserError("config.compute.attention='cudnn' needs config.compute.dtype='bfloat16'")
     scale = values["data.crop_scale"]
     if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
         raise UserError(

@@ -1,23 +1,33 @@
 """Text and video into one space: CLIP's parts with the tuning parts. This is the paper."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from vop_jax.clip.config import ClipConfig
+from vop_jax.clip.layers import Kernel
 from vop_jax.clip.model import Clip, unit
 from vop_jax.tensorfile import flatten
-from vop_jax.tuning.adapters import Adapter, Adapters
+from vop_jax.tuning.adapters import Adapters
 from vop_jax.tuning.methods import MethodConfig
 from vop_jax.tuning.prompts import Prompts, TextLayout, set_visual_prompts
 
 
 class TextVideoModel(nn.Module):
-    """CLIP under `clip`, what a method adds to it under `prompts` or `adapters`."""
+    """CLIP under `clip`, what a method adds to it under `prompts` or `adapters`.
+
+    Attributes:
+        dtype: of matmuls.
+        long_kernel: of attention across frames, whose sequences are F times as long: "xla", or
+            "cudnn", which never holds the [F * G, F * G] weights.
+    """
 
     clip_config: ClipConfig
     method: MethodConfig
     dtype: jnp.dtype = jnp.float32
+    long_kernel: Kernel = "xla"
 
     def setup(self):
         self.clip = Clip(self.clip_config, self.dtype)
@@ -61,11 +71,12 @@ class TextVideoModel(nn.Module):
                 present = 0 if prompts is None else prompts.shape[-2]
             if layer == 0:
                 x = tower.ln_pre(x)  # the first prompts pass through it, as in the released code
-            x = block(x, **self._branches("visual", layer))
+            kernel: Kernel = self.long_kernel if layer >= split else "xla"
+            x = block(x, **self._branches("visual", layer), kernel=kernel)
         cls = x[:, :heads].reshape(batch, count, -1)  # [B, F, D]
         return unit(tower.project(cls))
 
-    def _branches(self, tower: str, layer: int) -> dict[str, Adapter]:
+    def _branches(self, tower: str, layer: int) -> dict[str, Any]:
         return self.adapters.at(tower, layer) if self.method.parts.adapter else {}
 
     def encode_text(self, ids: jax.Array) -> jax.Array:

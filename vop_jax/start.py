@@ -86,6 +86,7 @@ def opened(
         try:
             _claim(root, config, checkpoints)
             mesh = sharding.make_mesh(config.mesh.data)
+            _check_kernel(config, mesh)
             sharding.check_batch(mesh, "train.batch_size", config.train.batch_size)
             sharding.check_batch(mesh, "eval.batch_size", config.eval.batch_size)
             if _pretrains(config) and not (root / CLIP_FILE).exists():
@@ -117,6 +118,12 @@ def _locked(root: epath.Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _check_kernel(config: ConfigDict, mesh: Mesh) -> None:
+    platform = mesh.devices.flat[0].platform
+    if config.compute.attention == "cudnn" and platform != "gpu":
+        raise UserError(f"config.compute.attention='cudnn': needs an NVIDIA GPU, not {platform}")
 
 
 def _claim(root: epath.Path, config: ConfigDict, checkpoints: Checkpoints) -> None:
@@ -192,7 +199,8 @@ def _prepare(
     checkpoints: Checkpoints,
 ) -> Run:
     """The newest state: the workdir's, else `init.prompts`, else fresh prompts."""
-    model = TextVideoModel(clip.config, method, jnp.dtype(config.compute.dtype))
+    dtype, kernel = jnp.dtype(config.compute.dtype), config.compute.attention
+    model = TextVideoModel(clip.config, method, dtype, long_kernel=kernel)
     params = {"clip": clip.params}
     params |= _fresh(model, config.seed)
     trainable, frozen = partition.split(params, method.trainable_patterns(clip.config))

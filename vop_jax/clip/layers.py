@@ -5,12 +5,15 @@ kernels [D, H, D/H]), so that exchange with it is a rename.
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 LAYER_NORM_EPS = 1e-5
+
+Kernel = Literal["xla", "cudnn"]  # of attention
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
@@ -50,9 +53,12 @@ class Attention(nn.Module):
         self.value = nn.DenseGeneral(head_shape, dtype=self.dtype)
         self.out = nn.DenseGeneral(self.width, axis=(-2, -1), dtype=self.dtype)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, kernel: Kernel = "xla") -> jax.Array:
         q, k, v = self.query(x), self.key(x), self.value(x)  # [N, T, H, D/H]
-        return self.out(jax.nn.dot_product_attention(q, k, v, is_causal=self.causal))
+        attended = jax.nn.dot_product_attention(
+            q, k, v, is_causal=self.causal, implementation=kernel
+        )
+        return self.out(attended)
 
 
 class Mlp(nn.Module):
@@ -77,7 +83,8 @@ class Block(nn.Module):
     """Pre-norm residual block [N, T, D] -> [N, T, D].
 
     `attn_branch` and `mlp_branch` read the same normalised input as the attention and the
-    MLP, and what they return is added beside theirs (a parallel adapter).
+    MLP, and what they return is added beside theirs (a parallel adapter). `kernel` is an
+    implementation of `jax.nn.dot_product_attention`.
     """
 
     width: int
@@ -97,9 +104,10 @@ class Block(nn.Module):
         x: jax.Array,
         attn_branch: Branch | None = None,
         mlp_branch: Branch | None = None,
+        kernel: Kernel = "xla",
     ) -> jax.Array:
         h = self.ln_1(x)
-        x = x + self.attn(h) + (attn_branch(h) if attn_branch else 0)
+        x = x + self.attn(h, kernel) + (attn_branch(h) if attn_branch else 0)
         h = self.ln_2(x)
         return x + self.mlp(h) + (mlp_branch(h) if mlp_branch else 0)
 
