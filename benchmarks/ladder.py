@@ -15,7 +15,7 @@ import json
 import os
 import runpy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -39,7 +39,8 @@ def _methods() -> dict[str, Settings]:
     return {name: {"method.name": name} for name in METHODS}
 
 
-def _learning_rates() -> dict[str, Settings]:
+def _learning_rates(rates: Sequence[float] = RATES) -> dict[str, Settings]:
+    """On the validation split."""
     return {
         f"{name} {rate:g}": {
             "method.name": name,
@@ -48,7 +49,7 @@ def _learning_rates() -> dict[str, Settings]:
         }
         for name in METHODS
         if name != "zero_shot"
-        for rate in RATES
+        for rate in rates
     }
 
 
@@ -96,6 +97,7 @@ def run_study(
     seeds: list[int],
     *,
     only: list[str] | None = None,
+    rates: Sequence[float] = RATES,
     steps: int | None = None,
 ) -> list[dict[str, Any]]:
     """Runs what is not there yet; one row per label, see `report.grouped`, with costs.
@@ -104,13 +106,15 @@ def run_study(
         config_file: with a `get_config(method)`, as under `configs/`.
         workdir: everything goes below it: one CLIP, one set of clips, a folder per run.
         only: of these methods.
+        rates: of the study of that name.
         steps: instead of the config's.
     """
     get_config = runpy.run_path(config_file)["get_config"]
     use_compile_cache(workdir)
     backbone = _backbone(get_config("zero_shot"), workdir)
     rows = []
-    for label, settings in STUDIES[study]().items():
+    settings_of = _learning_rates(rates) if study == "learning_rates" else STUDIES[study]()
+    for label, settings in settings_of.items():
         if only and settings["method.name"] not in only:
             continue
         runs = []
@@ -191,6 +195,7 @@ def main() -> None:
     parser.add_argument("--study", default="methods", choices=STUDIES)
     parser.add_argument("--seeds", default="0", help="0,1,2")
     parser.add_argument("--methods", default="", help="only these: vop,vop_p")
+    parser.add_argument("--rates", default="", help="of --study=learning_rates: 0.01,0.03")
     parser.add_argument("--steps", type=int, help="instead of the config's")
     parser.add_argument("--output", help="PREFIX.json and PREFIX.md; default: in the workdir")
     args = parser.parse_args()
@@ -203,6 +208,7 @@ def main() -> None:
         args.study,
         [int(seed) for seed in args.seeds.split(",")],
         only=args.methods.split(",") if args.methods else None,
+        rates=[float(rate) for rate in args.rates.split(",")] if args.rates else RATES,
         steps=args.steps,
     )
     print(f"{(time.time() - begin) / 60:.1f} minutes")

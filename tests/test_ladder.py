@@ -60,9 +60,8 @@ def test_methods_share_a_clip_and_finished_runs_are_read(run_study, monkeypatch)
     assert [row["metrics"] for row in again] == [row["metrics"] for row in rows]
 
 
-def test_learning_rates_are_judged_on_the_val_split(run_study, monkeypatch):
-    monkeypatch.setattr(ladder, "RATES", (1e-3,))
-    (row,) = run_study("learning_rates", [0], only=["vop"])
+def test_learning_rates_are_judged_on_the_val_split(run_study):
+    (row,) = run_study("learning_rates", [0], only=["vop"], rates=[1e-3])
     config = json.loads((run_study.root / "learning_rates/vop_0.001/seed0/config.json").read_text())
     assert config["data"]["eval_split"] == "val" and row["learning_rate"] == 1e-3
     assert config["data"]["records"] != str(run_study.root / "records_test")
