@@ -5,6 +5,22 @@ Needs no download; a few minutes on two cores.
 
 from vop_jax.config import base_config
 
+# The best of a sweep on the validation split, see docs/motion.md.
+LEARNING_RATES = {
+    "full": 1e-3,
+    "bias": 3e-2,
+    "proj": 3e-2,
+    "partial": 1e-2,
+    "adapter_attn": 3e-2,
+    "adapter_ffn": 3e-2,
+    "vop": 1e-2,
+    "vop_p": 3e-2,
+    "vop_c": 1e-2,
+    "vop_f": 1e-1,
+    "vop_f+p": 3e-2,
+    "vop_f+c": 3e-2,
+}
+
 
 def get_config(method: str = "vop"):
     c = base_config()
@@ -18,7 +34,7 @@ def get_config(method: str = "vop"):
     c.pretrain.steps = 450
     c.train.steps = 150
     c.train.batch_size = 128
-    c.train.learning_rate = 1e-2
+    c.train.learning_rate = LEARNING_RATES.get(method, 1e-2)
     c.train.checkpoint_every = 50
     c.eval.batch_size = 64
     return c

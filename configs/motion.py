@@ -5,6 +5,22 @@ For an accelerator, or for hours on a CPU; `benchmarks/ladder.py` runs all metho
 
 from vop_jax.config import base_config
 
+# Those of the demo's sweep; this size has had none of its own.
+LEARNING_RATES = {
+    "full": 1e-3,
+    "bias": 3e-2,
+    "proj": 3e-2,
+    "partial": 1e-2,
+    "adapter_attn": 3e-2,
+    "adapter_ffn": 3e-2,
+    "vop": 1e-2,
+    "vop_p": 3e-2,
+    "vop_c": 1e-2,
+    "vop_f": 1e-1,
+    "vop_f+p": 3e-2,
+    "vop_f+c": 3e-2,
+}
+
 
 def get_config(method: str = "vop"):
     c = base_config()
@@ -17,8 +33,8 @@ def get_config(method: str = "vop"):
     c.data.threads = 2
     c.pretrain.steps = 600
     c.train.steps = 1000
-    c.train.batch_size = 64
-    c.train.learning_rate = 1e-2
+    c.train.batch_size = 128
+    c.train.learning_rate = LEARNING_RATES.get(method, 1e-2)
     c.train.checkpoint_every = 100
     c.eval.batch_size = 64
     return c
