@@ -213,7 +213,8 @@ def main() -> None:
     )
     print(f"{(time.time() - begin) / 60:.1f} minutes")
     output = args.output or os.path.join(args.workdir, args.study)
-    tensorfile.write_json(f"{output}.json", rows)
+    told = [{key: value for key, value in row.items() if key != "workdirs"} for row in rows]
+    tensorfile.write_json(f"{output}.json", told)
     table = report.markdown(rows)
     tensorfile.write_atomic(f"{output}.md", table.encode())
     print(table)

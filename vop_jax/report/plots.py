@@ -38,12 +38,16 @@ def trade_off(rows: Sequence[Row], metric: str = "t2v/R@1") -> str:
     points = []
     for row, colour in zip(rows, _colours(), strict=False):
         mean, std = row["metrics"][metric]
-        at = max(row["trainable"], 1), mean
-        axes.errorbar(*at, yerr=std, fmt="o", color=colour, capsize=3)
-        points.append((at, row["label"]))
+        if not row["trainable"]:  # has no place on a logarithmic axis
+            axes.axhline(mean, color=colour, ls="--", lw=1, label=f"{row['label']}, none trained")
+            continue
+        axes.errorbar(row["trainable"], mean, yerr=std, fmt="o", color=colour, capsize=3)
+        points.append(((row["trainable"], mean), row["label"]))
     axes.set_xscale("log")
     axes.margins(x=0.2, y=0.1)
-    axes.set_xlabel("trained parameters (0 is drawn at 1)")
+    axes.set_xlabel("trained parameters")
+    if len(points) < len(rows):
+        axes.legend(fontsize=9, loc="lower right")
     axes.set_ylabel(METRICS[metric])
     figure.draw_without_rendering()  # now points have a place on paper
     placed: list[tuple[float, float]] = []
