@@ -72,14 +72,15 @@ def _ablations() -> dict[str, Settings]:
         for length in (2, 4, 16)
     }
     return {
-        **varied("vop", "method.branches", "visual", "text"),
-        **varied("vop", "method.last_layer", 1, 2, 3),
-        **lengths,
-        **varied("vop_p", "method.specific_prompts", 2, 6, 8),
+        **varied("vop_f+c", "method.split_layer", 1, 3),
+        **varied("vop_f", "method.split_layer", 0, 1, 3),
+        **varied("vop_f", "method.frame_position", False),
         **varied("vop_c", "method.cmm", "lstm", "transformer"),
         **varied("vop_c", "method.cmm_role", "cls"),
-        **varied("vop_f", "method.split_layer", 0, 1, 2, 4),
-        **varied("vop_f", "method.frame_position", False),
+        **varied("vop", "method.branches", "visual", "text"),
+        **varied("vop_p", "method.specific_prompts", 2, 6, 8),
+        **varied("vop", "method.last_layer", 1, 2, 3),
+        **lengths,
     }
 
 
