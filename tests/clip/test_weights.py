@@ -143,4 +143,4 @@ def test_sizes_are_openais(arch, parameters):
 
 
 def test_patches():
-    assert [c.patches for c in PRESETS.values()] == [49, 196, 256, 576, 16]
+    assert [c.patches for c in PRESETS.values()] == [49, 196, 256, 576, 16, 16]
