@@ -67,18 +67,19 @@ def test_learning_rates_are_judged_on_the_val_split(run_study):
     assert config["data"]["records"] != str(run_study.root / "records_test")
 
 
+@pytest.mark.parametrize("config_file", ["demo.py", "motion.py"])
 @pytest.mark.parametrize("study", ladder.STUDIES)
-def test_every_study_is_of_settings_that_can_be(study):
-    """Each is accepted by the demo's CLIP; all differ."""
+def test_every_study_is_of_settings_that_can_be(study, config_file):
+    """Each is accepted by the config's CLIP; all differ."""
     import runpy
 
     from vop_jax import start
     from vop_jax.config import validate
 
-    demo = runpy.run_path(str(runs.ROOT / "configs/demo.py"))["get_config"]
+    get_config = runpy.run_path(str(runs.ROOT / "configs" / config_file))["get_config"]
     seen = set()
     for label, settings in ladder.STUDIES[study]().items():
-        config = demo(settings["method.name"])
+        config = get_config(settings["method.name"])
         config.update_from_flattened_dict(dict(settings))
         validate(config)
         method = start.method_of(config)
