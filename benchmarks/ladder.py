@@ -1,9 +1,9 @@
 """The motion benchmark: every method, learning rate or ablation over one CLIP and one set of clips.
 
-    python benchmarks/ladder.py --workdir=DIR                            # quick: the demo's size
-    python benchmarks/ladder.py --workdir=DIR --config=configs/motion.py --seeds=0,1,2
-    python benchmarks/ladder.py --workdir=DIR --study=learning_rates     # on the val split
-    python benchmarks/ladder.py --workdir=DIR --study=ablations
+    python -m benchmarks.ladder --workdir=DIR                            # quick: the demo's size
+    python -m benchmarks.ladder --workdir=DIR --config=configs/motion.py --seeds=0,1,2
+    python -m benchmarks.ladder --workdir=DIR --study=learning_rates     # on the val split
+    python -m benchmarks.ladder --workdir=DIR --study=ablations
 
 The clips whose captions differ in direction only are each other's reversal, so their frames are
 the same set: what averages frames that know nothing of each other tells them apart half of the
@@ -187,6 +187,19 @@ def _cost(config: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
+def _listed(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    def comma_separated(text: str) -> list[Any]:
+        return [kind(part) for part in text.split(",")]
+
+    return comma_separated
+
+
+def _method(name: str) -> str:
+    if name not in METHODS:
+        raise argparse.ArgumentTypeError(f"{name!r}: allowed are {', '.join(METHODS)}")
+    return name
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -194,9 +207,11 @@ def main() -> None:
     parser.add_argument("--workdir", required=True)
     parser.add_argument("--config", default="configs/demo.py")
     parser.add_argument("--study", default="methods", choices=STUDIES)
-    parser.add_argument("--seeds", default="0", help="0,1,2")
-    parser.add_argument("--methods", default="", help="only these: vop,vop_p")
-    parser.add_argument("--rates", default="", help="of --study=learning_rates: 0.01,0.03")
+    parser.add_argument("--seeds", type=_listed(int), default=[0], help="0,1,2")
+    parser.add_argument("--methods", type=_listed(_method), help="only these: vop,vop_p")
+    parser.add_argument(
+        "--rates", type=_listed(float), default=RATES, help="of --study=learning_rates: 0.01,0.03"
+    )
     parser.add_argument("--steps", type=int, help="instead of the config's")
     parser.add_argument("--output", help="PREFIX.json and PREFIX.md; default: in the workdir")
     args = parser.parse_args()
@@ -207,9 +222,9 @@ def main() -> None:
         args.config,
         args.workdir,
         args.study,
-        [int(seed) for seed in args.seeds.split(",")],
-        only=args.methods.split(",") if args.methods else None,
-        rates=[float(rate) for rate in args.rates.split(",")] if args.rates else RATES,
+        args.seeds,
+        only=args.methods,
+        rates=args.rates,
         steps=args.steps,
     )
     print(f"{(time.time() - begin) / 60:.1f} minutes")

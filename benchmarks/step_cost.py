@@ -1,7 +1,7 @@
 """What a training step costs: FLOPs as XLA counts them, and with --time its time and memory.
 
-    python benchmarks/step_cost.py --arch ViT-B/32 --frames 12 --batch 2
-    python benchmarks/step_cost.py --methods all --time 3
+    python -m benchmarks.step_cost --arch ViT-B/32 --frames 12 --batch 2
+    python -m benchmarks.step_cost --methods all --time 3
 
 Prompt tuning needs the activations' gradients, not the frozen weights': its step should cost
 about twice a forward pass, full tuning about three times.
