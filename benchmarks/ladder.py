@@ -23,7 +23,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from vop_jax import experiment, report, start, tensorfile
+from vop_jax import atomic, experiment, report, start
 from vop_jax.config import first_difference
 from vop_jax.main import set_up_logging
 from vop_jax.model import TextVideoModel
@@ -230,9 +230,9 @@ def main() -> None:
     print(f"{(time.time() - begin) / 60:.1f} minutes")
     output = args.output or os.path.join(args.workdir, args.study)
     told = [{key: value for key, value in row.items() if key != "workdirs"} for row in rows]
-    tensorfile.write_json(f"{output}.json", told)
+    atomic.write_json(f"{output}.json", told)
     table = report.markdown(rows)
-    tensorfile.write_atomic(f"{output}.md", table.encode())
+    atomic.write_atomic(f"{output}.md", table.encode())
     print(table)
 
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
-from vop_jax import tensorfile
+from vop_jax import atomic, tensorfile
 from vop_jax.errors import UserError
 
 TREE: dict[str, Any] = {
@@ -121,7 +121,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     old = path.read_bytes()
     for write in (
         lambda: tensorfile.save(path, large, {"version": "new"}),
-        lambda: tensorfile.write_atomic(path, bytes(20_000)),
+        lambda: atomic.write_atomic(path, bytes(20_000)),
     ):
         with full_disk(), pytest.raises((OSError, SafetensorError), match="File too large"):
             write()
@@ -137,12 +137,12 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(type(tensorfile.epath.Path(tmp_path)), "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        tensorfile.write_atomic(tmp_path / "x", b"data")
+        atomic.write_atomic(tmp_path / "x", b"data")
     assert not list(tmp_path.iterdir())
 
 
 def test_files_have_usual_permissions(tmp_path):
-    tensorfile.write_atomic(tmp_path / "x", b"")
+    atomic.write_atomic(tmp_path / "x", b"")
     tensorfile.save(tmp_path / "y", TREE, {})
     (tmp_path / "z").write_bytes(b"")
     modes = {stat.S_IMODE(os.stat(tmp_path / name).st_mode) for name in "xyz"}
@@ -150,7 +150,7 @@ def test_files_have_usual_permissions(tmp_path):
 
 
 def test_json(tmp_path):
-    tensorfile.write_json(tmp_path / "x.json", {"a": [1, 2.5, "é"]})
+    atomic.write_json(tmp_path / "x.json", {"a": [1, 2.5, "é"]})
     text = pathlib.Path(tmp_path / "x.json").read_text()
     assert json.loads(text) == {"a": [1, 2.5, "é"]} and text.endswith("}\n")
 

@@ -51,15 +51,24 @@ def base_config() -> ConfigDict:
     c.method.init_std = 0.02  # prompts start from N(0, init_std^2)
 
     c.data = ConfigDict()
-    c.data.kind = "folder"  # folder (your videos), clips and stills (the demo's, rendered)
-    c.data.annotations = ""  # CSV or JSON Lines: video, caption, [start], [end], [split]
+    # folder (your videos); msrvtt9k, msrvtt7k, didemo, activitynet, lsmdc, msvd, vatex;
+    # clips and stills (the demo's, rendered)
+    c.data.kind = "folder"
+    c.data.annotations = ""  # CSV or JSON Lines: video, caption, [start], [end], [split];
+    # of a benchmark the folder of its official files, not needed where records are
     c.data.videos = ""  # folder that `video` is relative to; clips, stills: where they go
-    c.data.records = ""  # packed frames; "": inside the workdir
+    c.data.records = ""  # packed frames, also by vop_jax.data.prepare; "": inside the workdir
+    c.data.official_sizes = True  # of a benchmark's splits; other sizes are an error
     c.data.train_split = "train"
     c.data.eval_split = "test"
+    c.data.val_split = "val"  # for train.select=best
+    c.data.val_share = 0.0  # of train that is held out as val, by a hash of the ids; 0: none
     c.data.frames = 12  # F, frames of a clip
-    c.data.sampling = "uniform"  # in training: middle of each segment; rand: anywhere in it
-    c.data.stored_fps = 0.0  # frames per second in the records; 0: only the F uniform ones
+    # uniform: the middle of each segment; rand: in training anywhere in it; linspace
+    # (CLIP4Clip, with stored_fps=1): ends included; segments (TSN)
+    c.data.sampling = "uniform"
+    c.data.stored_fps = 0.0  # frames per second in the records; 0: only the F sampled ones
+    c.data.folder_fps = 0.0  # of videos that are folders of extracted frames; 0: not known
     c.data.short_side = 256  # of stored frames, pixels; never enlarged
     c.data.jpeg_quality = 95  # of stored frames
     c.data.augment = True  # random-resized crop and flip in training
@@ -82,10 +91,17 @@ def base_config() -> ConfigDict:
     c.train.eval_every = 0  # steps; 0: before the first and after the last step only
     c.train.checkpoint_every = 100  # steps, and after the last
     c.train.keep_checkpoints = 2  # newest ones
+    # last: the result is that of the last step; best: of the evaluation on data.val_split, every
+    # eval_every steps, with the highest mean R@1. Never chosen on the eval split.
+    c.train.select = "last"
 
     c.eval = ConfigDict()
     c.eval.batch_size = 32  # global
     c.eval.missing = "miss"  # unreadable videos: miss (ranked last), drop (left out, said so)
+    # Labelled rows besides, of dual_softmax, query_bank; see docs/evaluation.md. On the command
+    # line a name, the flag repeated, or names with commas between them.
+    c.eval.extra = ()
+    c.eval.bank = 1000  # training clips in the query bank
 
     c.mesh = ConfigDict()
     c.mesh.data = -1  # devices that share a batch; -1: all
@@ -105,8 +121,12 @@ def base_config() -> ConfigDict:
 
 ALLOWED = {
     "clip.activation": ("", "quick_gelu", "gelu"),
-    "data.kind": ("folder", "clips", "stills"),
-    "data.sampling": ("uniform", "rand"),
+    "data.kind": (
+        *("folder", "msrvtt9k", "msrvtt7k", "didemo", "activitynet", "lsmdc", "msvd", "vatex"),
+        *("clips", "stills"),
+    ),
+    "data.sampling": ("uniform", "rand", "linspace", "segments"),
+    "train.select": ("last", "best"),
     "data.short_clips": ("skip", "repeat"),
     "eval.missing": ("miss", "drop"),
     "compute.dtype": ("float32", "bfloat16"),
@@ -121,12 +141,14 @@ AT_LEAST_ONE = (
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "eval.batch_size",
+    "eval.bank",
     "pretrain.batch_size",
 )
 AT_LEAST_ZERO = (
     "seed",
     "method.init_std",
     "data.stored_fps",
+    "data.folder_fps",
     "data.workers",
     "data.cache_gb",
     "train.steps",
@@ -136,8 +158,9 @@ AT_LEAST_ZERO = (
     "pretrain.steps",
     "pretrain.learning_rate",
 )
+EXTRAS = ("dual_softmax", "query_bank")  # in eval.extra
 ABOVE_ZERO = ("train.clip_norm",)
-SHARES = ("data.max_skipped", "train.warmup")
+SHARES = ("data.max_skipped", "data.val_share", "train.warmup")
 
 # May differ when a run is taken up again: none of them changes what is learnt.
 RESUMABLE = (
@@ -154,6 +177,8 @@ RESUMABLE = (
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "eval.batch_size",
+    "eval.extra",
+    "eval.bank",
     "mesh.data",
 )
 
@@ -167,6 +192,30 @@ def flatten_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any
         else:
             flat[prefix + key] = value
     return flat
+
+
+def extra_rows(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names in `eval.extra`, each once; it may be a list, or a string with commas.
+
+    Raises:
+        UserError: a name that is not in EXTRAS, or a query bank made of the evaluated split.
+    """
+    given = config["eval"]["extra"]
+    try:
+        names = ",".join([given] if isinstance(given, str) else given).split(",")
+    except TypeError:
+        names = [repr(given)]
+    names = [name.strip() for name in names if name.strip()]
+    for name in names:
+        if name not in EXTRAS:
+            raise UserError(f"config.eval.extra={name!r}: allowed are {', '.join(EXTRAS)}")
+    split = config["data"]["eval_split"]
+    if "query_bank" in names and config["data"]["train_split"] == split:
+        raise UserError(
+            f"config.eval.extra='query_bank': the bank comes from data.train_split, and {split!r} "
+            "is also data.eval_split"
+        )
+    return tuple(dict.fromkeys(names))
 
 
 def check_keys(keys: Iterable[str]) -> None:
@@ -223,6 +272,15 @@ def validate(config: ConfigDict) -> None:
         raise UserError(
             "config.data.sampling='rand' needs frames to choose from: set data.stored_fps > 0"
         )
+    if values["train.select"] == "best":
+        if not values["train.eval_every"]:
+            raise UserError("config.train.select='best' needs config.train.eval_every > 0")
+        if values["data.val_split"] == values["data.eval_split"]:
+            raise UserError(
+                f"config.data.val_split={values['data.val_split']!r} is the eval split: choosing "
+                "a checkpoint on it would spoil the evaluation"
+            )
+    extra_rows(config)
     if values["mesh.data"] == 0 or values["mesh.data"] < -1:
         raise UserError(f"config.mesh.data={values['mesh.data']}: a number of devices, or -1")
 

@@ -1,9 +1,13 @@
-"""The one exception a user is meant to read."""
+"""What goes wrong for reasons outside this program."""
 
 
 class UserError(Exception):
-    """The call, the config or the input is wrong.
+    """The call, the config or the input is wrong; the one exception a user is meant to read.
 
     The message is one line: what is wrong, where, and what is allowed. `main` prints it
     without a traceback and exits with status 2.
     """
+
+
+class VideoError(Exception):
+    """A video that cannot be used; the message is the reason."""

@@ -152,7 +152,7 @@ def _save_prompts(run: start.Run) -> str:
         clip_fingerprint=run.clip.fingerprint,
         clip_name=run.clip.name,
         clip_config=run.clip.config,
-        video={key: data[key] for key in ("frames", "short_side", "stored_fps")},
+        video={key: data[key] for key in ("frames", "sampling", "short_side", "stored_fps")},
     )
     logging.info("wrote %s", path)
     return str(path)

@@ -57,7 +57,7 @@ def _check_flags(config: Any) -> None:
             config.seed  # noqa: B018  what went wrong in the file is raised on first use
         except Exception as error:
             raise UserError(f"--config: {_last_line(error)}") from None
-    if not flags.FLAGS.workdir and flags.FLAGS.mode != "params":
+    if "workdir" in flags.FLAGS and not flags.FLAGS.workdir and flags.FLAGS.mode != "params":
         raise UserError("--workdir=DIR is missing")
 
 
@@ -112,14 +112,14 @@ def main(argv: Sequence[str]) -> int:
 def run(config: ConfigDict, workdir: str, mode: str, json_path: str | None) -> int:
     """Runs one mode and prints its result."""
     # Imported here so that a wrong call is answered at once.
-    from vop_jax import experiment, parameters, results, tensorfile
+    from vop_jax import atomic, experiment, parameters, results
     from vop_jax.training.loop import NonFiniteLoss
 
     if mode == "params":
         counts = parameters.count_parameters(config)
         print(parameters.format_counts(counts))
         if json_path:
-            tensorfile.write_json(json_path, counts)
+            atomic.write_json(json_path, counts)
         return 0
     if mode == "export":
         print(experiment.export(config, workdir))

@@ -2,11 +2,12 @@
 
 import json
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from vop_jax import parameters, start, tensorfile
+from vop_jax import atomic, parameters, start
 from vop_jax.run_data import Data
 from vop_jax.training.evaluate import Evaluation
 from vop_jax.training.writer import read_metrics
@@ -14,7 +15,8 @@ from vop_jax.training.writer import read_metrics
 SUMMARY_FILE = "summary.json"
 RANKINGS_FILE = "rankings.jsonl"
 
-# {"t2v": {"R@1": …, "MdR": …}, "v2t": …} and, of the demo's clips, {"accuracy": {…}}
+# {"t2v": {"R@1": …, "MdR": …}, "v2t": …}, more sides as `evaluate.Evaluation` says, and, of the
+# demo's clips, {"accuracy": {…}}
 Results = dict[str, dict[str, float]]
 
 
@@ -46,7 +48,7 @@ def write_summary(
         "clip": run.clip.name,
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    tensorfile.write_json(run.workdir / SUMMARY_FILE, summary)
+    atomic.write_json(run.workdir / SUMMARY_FILE, summary)
     return summary
 
 
@@ -67,7 +69,7 @@ def _write_rankings(run: start.Run, data: Data, found: Evaluation) -> None:
         )
     ]
     content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    tensorfile.write_atomic(run.workdir / RANKINGS_FILE, content.encode())
+    atomic.write_atomic(run.workdir / RANKINGS_FILE, content.encode())
 
 
 def to_scalars(results: Results) -> dict[str, float]:
@@ -89,16 +91,22 @@ def logged_results(workdir: str, step: int) -> Results | None:
 
 
 def format_results(results: Results) -> str:
-    """A table for people: one row a direction, one of accuracies."""
-    names = list(results["t2v"])
-    rows = ["     " + "".join(f"{name:>8}" for name in names)]
+    """A table for people: one row a side, one of accuracies."""
+    names, sides = list(results["t2v"]), _sides(results)
+    width = max(map(len, sides)) + 2
+    rows = [" " * width + "".join(f"{name:>8}" for name in names)]
     rows += [
-        f"{side:<5}" + "".join(f"{results[side][name]:8.1f}" for name in names)
-        for side in ("t2v", "v2t")
+        f"{side:<{width}}" + "".join(f"{results[side][name]:8.1f}" for name in names)
+        for side in sides
     ]
     if "accuracy" in results:
-        rows.append("     " + format_accuracy(results["accuracy"]))
+        rows.append(" " * width + format_accuracy(results["accuracy"]))
     return "\n".join(rows)
+
+
+def _sides(values: Mapping[str, Any]) -> list[str]:
+    """Of results or a summary, what was ranked: t2v, v2t and their variants."""
+    return [key for key in values if key.startswith(("t2v", "v2t"))]
 
 
 def format_accuracy(accuracy: dict[str, float]) -> str:
@@ -109,20 +117,21 @@ def format_accuracy(accuracy: dict[str, float]) -> str:
 
 def format_summary(summary: dict[str, Any], workdir: str) -> str:
     """The before/after table."""
-    names = list(summary["t2v"])
+    names, sides = list(summary["t2v"]), _sides(summary)
+    width = max(map(len, sides)) + 11
     rows = [
         f"{summary['method']}, {summary['steps']} steps, {summary['trainable_params']:,} trained "
         f"parameters; {summary['num_texts']} captions x {summary['num_videos']} videos",
-        " " * 14 + "".join(f"{name:>8}" for name in names),
+        " " * width + "".join(f"{name:>8}" for name in names),
     ]
-    for side in ("t2v", "v2t"):
+    for side in sides:
         for label, values in (("before", summary["before"]), ("after", summary)):
-            if values:
+            if values and side in values:  # an extra row may have been asked for later
                 cells = "".join(f"{values[side][name]:8.1f}" for name in names)
-                rows.append(f"{side} {label:<10}{cells}")
+                rows.append(f"{f'{side} {label}':<{width}}{cells}")
     for label, values in (("before", summary["before"]), ("after", summary)):
         if values and "accuracy" in values:
-            rows.append(f"{label:<14}{format_accuracy(values['accuracy'])}")
+            rows.append(f"{label:<{width}}{format_accuracy(values['accuracy'])}")
     if summary["skipped_videos"]:
         rows.append(f"skipped videos: {len(summary['skipped_videos'])}, see summary.json")
     rows.append(f"results in {workdir}")

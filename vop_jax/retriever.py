@@ -11,10 +11,10 @@ from absl import logging
 
 from vop_jax import tensorfile
 from vop_jax.clip.weights import check_shapes, load_clip
-from vop_jax.data.frames import VideoError, read_frames
+from vop_jax.data.frames import read_frames
 from vop_jax.data.pixels import eval_crop
 from vop_jax.data.sources import CaptionTokenizer
-from vop_jax.errors import UserError
+from vop_jax.errors import UserError, VideoError
 from vop_jax.model import TextVideoModel
 from vop_jax.tuning.frame_tables import interpolate_frames
 from vop_jax.tuning.methods import MethodConfig
@@ -91,7 +91,12 @@ class Retriever:
         rows = [np.zeros((0, self._embed_dim), np.float32)]
         for path in paths:
             try:
-                clip = read_frames(path, self.frames, short_side=self._video["short_side"])
+                clip = read_frames(
+                    path,
+                    self.frames,
+                    short_side=self._video["short_side"],
+                    sampling=self._video.get("sampling", "uniform"),
+                )
             except VideoError as error:
                 raise UserError(f"{os.fspath(path)}: {error}") from None
             rows.append(self.embed_frames(np.stack(clip.pixels)[None]))

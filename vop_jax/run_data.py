@@ -1,18 +1,22 @@
 """The two splits of a run: records as batches, captions as ids."""
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
 
 from vop_jax import start
+from vop_jax.config import extra_rows
 from vop_jax.data import sources
-from vop_jax.data.packed import Packed
+from vop_jax.data.packed import Packed, Part
 from vop_jax.data.pipeline import eval_videos, train_batches
-from vop_jax.training.evaluate import EvalSet
+from vop_jax.errors import UserError
+from vop_jax.training.evaluate import Bank, EvalSet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +52,7 @@ def load_data(run: start.Run) -> Data:
     shared = {
         "image_size": clip.image_size,
         "frames": config.data.frames,
+        "sampling": config.data.sampling,
         "process_index": jax.process_index(),
         "process_count": jax.process_count(),
         "threads": config.data.threads,
@@ -64,12 +69,13 @@ def load_data(run: start.Run) -> Data:
             },
             missed_texts=missed_texts,
             missed_videos=len(missed),
+            extra=extra_rows(config),
+            bank=_bank(run, packed, tokenize, shared),
         ),
         train_batches=lambda first: train_batches(
             train_split,
             tokenize,
             batch_size=config.train.batch_size,
-            sampling=config.data.sampling,
             augment=config.data.augment,
             scale=tuple(config.data.crop_scale),
             flip=config.data.flip,
@@ -85,6 +91,36 @@ def load_data(run: start.Run) -> Data:
     )
     _report_data(run, data)
     return data
+
+
+def _bank(
+    run: start.Run, packed: Packed, tokenize: sources.CaptionTokenizer, shared: dict[str, Any]
+) -> Bank | None:
+    """`eval.bank` clips of the training split and the first caption of each, if asked for.
+
+    The first by a hash of their ids, so that they are the same in every run and of the whole
+    split; a clip that another split has as well is left out.
+    """
+    config = run.config
+    if "query_bank" not in extra_rows(config):
+        return None
+    train_split = packed.splits[config.data.train_split]
+    others = [split for name, split in packed.splits.items() if name != config.data.train_split]
+    elsewhere = {name for split in others for name in split.ids}
+    elsewhere |= {clip.id for split in others for clip in split.skipped}
+    members = [i for i, name in enumerate(train_split.ids) if name not in elsewhere]
+    members.sort(key=lambda i: hashlib.sha256(train_split.ids[i].encode("utf-8", "surrogatepass")).digest())
+    if not members:
+        raise UserError(
+            f"config.eval.extra='query_bank': all clips of {config.data.train_split!r} are also "
+            "in another split, none is left for the bank"
+        )
+    part = Part(train_split, "bank", members[: config.eval.bank])
+    logging.info("query bank: %d clips of %r", len(part), config.data.train_split)
+    return Bank(
+        videos=partial(eval_videos, part, batch_size=config.eval.batch_size, **shared),
+        ids=tokenize([captions[0] for captions in part.captions]),
+    )
 
 
 def _report_data(run: start.Run, data: Data) -> None:

@@ -15,8 +15,8 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from vop_jax import atomic, tensorfile
 from vop_jax import config as configs
-from vop_jax import tensorfile
 from vop_jax.clip.config import PRESETS, ClipConfig
 from vop_jax.clip.model import Clip
 from vop_jax.clip.weights import ClipWeights, check_shapes, load_clip
@@ -140,7 +140,7 @@ def _claim(root: epath.Path, config: ConfigDict, checkpoints: Checkpoints) -> No
         )
     if difference:  # nothing was learnt yet: start over under the new config
         (root / METRICS_FILE).unlink(missing_ok=True)
-    tensorfile.write_json(path, config.to_dict())
+    atomic.write_json(path, config.to_dict())
 
 
 def _pretrains(config: ConfigDict) -> bool:

@@ -44,24 +44,6 @@ def fingerprint(tree: Tree) -> str:
     return digest.hexdigest()
 
 
-def write_atomic(path: str | os.PathLike, data: bytes) -> None:
-    """Writes `path` whole or not at all: a temporary file beside it, then a rename."""
-    target = epath.Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.parent / f".{target.name}.partial"
-    try:
-        partial.write_bytes(data)
-        partial.replace(target)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Writes `value` as indented JSON, atomically."""
-    write_atomic(path, (json.dumps(value, indent=2) + "\n").encode())
-
-
 def save(path: str | os.PathLike, tree: Tree, metadata: Mapping[str, str]) -> None:
     """Writes a parameter tree as safetensors, atomically; equal trees give equal files."""
     flat = {name: np.asarray(leaf, order="C") for name, leaf in flatten(tree).items()}

@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.data import videos
-from vop_jax.data.frames import VideoError, read_frames, segment_indices
+from vop_jax.data.frames import read_frames
+from vop_jax.data.sampling import sample_indices
+from vop_jax.errors import VideoError
 
 COUNT = 24
 F = 6
@@ -22,7 +24,7 @@ def shown(frames) -> list[int]:
 
 @given(count=st.integers(1, 500), frames=st.integers(1, 64))
 def test_uniform_indices_are_segment_middles(count, frames):
-    indices = segment_indices(count, frames)
+    indices = sample_indices(count, frames)
     if count < frames:
         expected = [min(i, count - 1) for i in range(frames)]
     else:
@@ -34,9 +36,9 @@ def test_uniform_indices_are_segment_middles(count, frames):
 
 @given(count=st.integers(1, 300), frames=st.integers(1, 40), seed=st.integers(0, 100))
 def test_random_indices_stay_in_their_segments(count, frames, seed):
-    indices = segment_indices(count, frames, np.random.default_rng(seed))
+    indices = sample_indices(count, frames, "rand", np.random.default_rng(seed))
     if count < frames:
-        assert indices.tolist() == segment_indices(count, frames).tolist()
+        assert indices.tolist() == sample_indices(count, frames).tolist()
         return
     edges = np.linspace(0, count, frames + 1).astype(int)
     assert ((edges[:-1] <= indices) & (indices < edges[1:])).all()
@@ -44,7 +46,7 @@ def test_random_indices_stay_in_their_segments(count, frames, seed):
 
 def test_random_indices_reach_every_frame():
     rng = np.random.default_rng(0)
-    drawn = {int(i) for _ in range(200) for i in segment_indices(12, 3, rng)}
+    drawn = {int(i) for _ in range(200) for i in sample_indices(12, 3, "rand", rng)}
     assert drawn == set(range(12))
 
 
@@ -62,7 +64,7 @@ def test_random_indices_reach_every_frame():
 def test_containers_and_codecs(tmp_path, name, codec, pixel_format):
     path = videos.write(tmp_path / name, COUNT, codec=codec, pixel_format=pixel_format)
     frames = read_frames(path, F)
-    assert frames.indices == segment_indices(COUNT, F).tolist()
+    assert frames.indices == sample_indices(COUNT, F).tolist()
     assert shown(frames) == frames.indices
     assert frames.pixels[0].shape == (48, 64, 3) and frames.pixels[0].dtype == np.uint8
     np.testing.assert_allclose(frames.timestamps, np.array(frames.indices) / 10, atol=0.051)
@@ -83,18 +85,18 @@ def test_variable_frame_rate_counts_frames_and_reports_times(tmp_path):
     times = [100 * i for i in range(10)] + [1000 + 500 * i for i in range(COUNT - 10)]
     path = videos.write(tmp_path / "a.mp4", COUNT, milliseconds=times)
     frames = read_frames(path, F)
-    assert shown(frames) == frames.indices == segment_indices(COUNT, F).tolist()
+    assert shown(frames) == frames.indices == sample_indices(COUNT, F).tolist()
     np.testing.assert_allclose(frames.timestamps, [times[i] / 1000 for i in frames.indices])
     first = read_frames(path, F, end=1.0)
-    assert shown(first) == segment_indices(10, F).tolist()
+    assert shown(first) == sample_indices(10, F).tolist()
 
 
 def test_start_and_end(tmp_path):
     path = videos.write(tmp_path / "a.mp4", COUNT)  # 10 frames a second
     frames = read_frames(path, 3, start=1.0, end=1.9)
-    assert shown(frames) == (10 + segment_indices(9, 3)).tolist()
-    assert frames.indices == segment_indices(9, 3).tolist()
-    with pytest.raises(VideoError, match="no frame decodes between 9 and None s"):
+    assert shown(frames) == (10 + sample_indices(9, 3)).tolist()
+    assert frames.indices == sample_indices(9, 3).tolist()
+    with pytest.raises(VideoError, match="no frame decodes between 9 and the end"):
         read_frames(path, 3, start=9.0)
 
 

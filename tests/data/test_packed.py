@@ -4,11 +4,6 @@ import dataclasses
 import errno
 import io
 import os
-import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
@@ -16,14 +11,17 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from tests.data import videos
-from vop_jax.data import packed
+from vop_jax.data import builders, encode, packed
+from vop_jax.data.builders import Making
+from vop_jax.data.encode import Preprocessing
 from vop_jax.data.frames import read_frames
-from vop_jax.data.packed import Preprocessing, pack
+from vop_jax.data.packed import pack
 from vop_jax.data.records import Clip
 from vop_jax.errors import UserError
 
 F = 4
 PREPROCESSING = Preprocessing(frames=F, short_side=32)
+HERE = Making(workers=2, isolated=False, progress=False, clips_per_shard=3)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +45,7 @@ BAD = ["empty.mp4", "sound.mp4", "one.mp4", "gone.mp4"]
 
 
 def make(dataset, directory, preprocessing=PREPROCESSING, **options):
-    return pack(dataset, directory, preprocessing, progress=False, threads=2, **options)
+    return pack(dataset, directory, preprocessing, **{"making": HERE, **options})
 
 
 def test_records_hold_the_sampled_frames(folder, tmp_path):
@@ -66,7 +64,7 @@ def test_records_hold_the_sampled_frames(folder, tmp_path):
 
 def test_records_are_a_tfds_dataset_that_describes_itself(folder, tmp_path):
     make({"train": clips(folder, GOOD)}, tmp_path)
-    builder = tfds.builder_from_directory(str(tmp_path / packed.NAME / packed.VERSION))
+    builder = tfds.builder_from_directory(os.fspath(packed.find_records(tmp_path)))
     assert builder.info.metadata["preprocessing"] == dataclasses.asdict(PREPROCESSING)
     example = builder.as_data_source("train")[2]
     assert example["id"] == b"2.mp4" and list(example["captions"]) == [b"film 2.mp4", b"again"]
@@ -79,7 +77,7 @@ def test_records_are_a_tfds_dataset_that_describes_itself(folder, tmp_path):
 def test_packing_happens_once(folder, tmp_path, monkeypatch):
     dataset = {"train": clips(folder, GOOD)}
     make(dataset, tmp_path)
-    monkeypatch.setattr(packed, "_decode", None)
+    monkeypatch.setattr(builders, "encode_clip", None)
     assert make(dataset, tmp_path).splits["train"].ids == GOOD
 
 
@@ -150,7 +148,7 @@ def test_a_full_disk_leaves_nothing_behind(folder, tmp_path, monkeypatch):
 
     dataset = {"train": clips(folder, GOOD)}
     with monkeypatch.context() as patched:
-        patched.setattr(packed, "_jpeg", full)
+        patched.setattr(encode, "_jpeg", full)
         with pytest.raises(OSError) as error:
             make(dataset, tmp_path)
     root = error.value
@@ -159,28 +157,3 @@ def test_a_full_disk_leaves_nothing_behind(folder, tmp_path, monkeypatch):
     assert root.errno == errno.ENOSPC
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
     assert make(dataset, tmp_path).splits["train"].ids == GOOD
-
-
-KILLED = """
-import sys, time
-from vop_jax.data import packed
-from vop_jax.data.records import Clip
-decode = packed._decode
-packed._decode = lambda *a: (time.sleep(0.5), decode(*a))[1]
-names = [f"{i}.mp4" for i in range(4)] * 10
-clips = [Clip(f"{k}", sys.argv[1] + "/" + n, ("x",)) for k, n in enumerate(names)]
-packed.pack({"train": clips}, sys.argv[2], packed.Preprocessing(4, short_side=32), threads=2)
-"""
-
-
-def test_a_kill_leaves_no_half_dataset(folder, tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(folder), str(tmp_path)])
-    while not list(tmp_path.glob(f"{packed.NAME}/*")) and process.poll() is None:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert not (tmp_path / packed.NAME / packed.VERSION).exists()
-    assert make({"train": clips(folder, GOOD)}, tmp_path).splits["train"].ids == GOOD
-    # Only the finished version is left.
-    assert [p.name for p in (tmp_path / packed.NAME).iterdir()] == [packed.VERSION]
-    shutil.rmtree(tmp_path)

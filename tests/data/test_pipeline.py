@@ -8,7 +8,9 @@ from absl import flags
 
 from tests.data import videos
 from vop_jax.data import pipeline
-from vop_jax.data.packed import Preprocessing, pack
+from vop_jax.data.builders import Making
+from vop_jax.data.encode import Preprocessing
+from vop_jax.data.packed import pack
 from vop_jax.data.pipeline import eval_videos, train_batches
 from vop_jax.data.records import Clip
 
@@ -28,7 +30,8 @@ def split(tmp_path_factory):
         path = videos.write(root / f"{i}.mp4", 8 + i, width=48, height=32)
         clips.append(Clip(f"{i}", str(path), tuple(f"caption {10 * i + j}" for j in range(3))))
     preprocessing = Preprocessing(F, stored_fps=10.0, short_side=32)
-    return pack({"train": clips}, root / "records", preprocessing, progress=False).splits["train"]
+    making = Making(2, isolated=False, progress=False)
+    return pack({"train": clips}, root / "records", preprocessing, making=making).splits["train"]
 
 
 def batches(split, count, **options):

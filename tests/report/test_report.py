@@ -14,7 +14,9 @@ from PIL import Image
 import vop_jax.report
 from tests.data import videos
 from vop_jax.config import base_config
-from vop_jax.data.packed import Preprocessing, pack
+from vop_jax.data.builders import Making
+from vop_jax.data.encode import Preprocessing
+from vop_jax.data.packed import pack
 from vop_jax.data.records import Clip
 from vop_jax.errors import UserError
 from vop_jax.report import __main__ as command
@@ -72,7 +74,8 @@ def records(tmp_path_factory):
         videos.write(root / name, 6 + i, width=120, height=90)
     clips = [Clip(name, str(root / name), (name,)) for name in VIDEOS]
     preprocessing = Preprocessing(frames=5, short_side=90)
-    pack({"test": clips}, root / "packed", preprocessing, progress=False)
+    making = Making(2, isolated=False, progress=False)
+    pack({"test": clips}, root / "packed", preprocessing, making=making)
     return root / "packed"
 
 

@@ -1,61 +1,99 @@
+"""Ranks of both directions, against their definition one pair at a time."""
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.retrieval.embeddings import pairs, random_pairs
 from vop_jax.retrieval import metrics
 
 
 def brute_force(texts, videos, owner):
-    """The definition, one pair at a time."""
-    t2v = []
-    for i, text in enumerate(texts):
-        own = text @ videos[owner[i]]
-        scores = [text @ v for j, v in enumerate(videos) if j != owner[i]]
-        t2v.append(1 + sum(s > own for s in scores) + sum(s == own for s in scores) / 2)
-    v2t = []
-    for j, video in enumerate(videos):
-        own = max(t @ video for i, t in enumerate(texts) if owner[i] == j)
-        scores = [t @ video for i, t in enumerate(texts) if owner[i] != j]
-        v2t.append(1 + sum(s > own for s in scores) + sum(s == own for s in scores) / 2)
-    return t2v, v2t
+    """(t2v, v2t, v2t per caption), in plain Python."""
+
+    def similar(text, video):
+        return sum(float(a) * float(b) for a, b in zip(texts[text], videos[video], strict=True))
+
+    def rank(own, others):
+        return 1 + sum(s > own for s in others) + sum(s == own for s in others) / 2
+
+    t2v, per_caption = [], []
+    for i, j in enumerate(owner):
+        own = similar(i, j)
+        t2v.append(rank(own, [similar(i, k) for k in range(len(videos)) if k != j]))
+        others = [similar(k, j) for k in range(len(texts)) if owner[k] != j]
+        per_caption.append(rank(own, others))
+    v2t = [min(per_caption[i] for i in range(len(texts)) if owner[i] == j) for j in set(owner)]
+    return t2v, v2t, per_caption
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.data())
-def test_ranks_equal_the_definition_with_ties_and_several_captions(data):
-    videos = data.draw(st.integers(1, 7))
-    extra = data.draw(st.lists(st.integers(0, videos - 1), max_size=8))
-    owner = np.array(data.draw(st.permutations(list(range(videos)) + extra)))
-    rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
-    # Small integers make ties frequent and products exact.
-    text_rows = rng.integers(-1, 2, (len(owner), 3)).astype(np.float32)
-    video_rows = rng.integers(-1, 2, (videos, 3)).astype(np.float32)
-    block = data.draw(st.integers(1, 10))
-    ranks = metrics.rank_pairs(text_rows, video_rows, owner, block=block)
-    t2v, v2t = brute_force(text_rows, video_rows, owner)
+@settings(max_examples=40, deadline=None)
+@given(pairs())
+def test_ranks_equal_the_definition_with_ties_and_several_captions(drawn):
+    texts, videos, owner, elements = drawn
+    ranks = metrics.rank_pairs(texts, videos, owner, elements=elements)
+    t2v, v2t, per_caption = brute_force(texts, videos, owner)
     np.testing.assert_array_equal(ranks.t2v, t2v)
     np.testing.assert_array_equal(ranks.v2t, v2t)
+    np.testing.assert_array_equal(ranks.v2t_per_caption, per_caption)
 
 
-def test_constant_embeddings_rank_at_chance():
-    rows = np.ones((9, 4), np.float32)
-    ranks = metrics.rank_pairs(rows, rows, np.arange(9))
-    assert set(ranks.t2v) == {5.0}  # the mean of ranks 1 to 9, not 1
+@settings(max_examples=15, deadline=None)
+@given(pairs(), st.integers(0, 100))
+def test_the_order_of_queries_does_not_matter(drawn, seed):
+    texts, videos, owner, elements = drawn
+    straight = metrics.rank_pairs(texts, videos, owner, elements=elements)
+    rng = np.random.default_rng(seed)
+    of_texts, of_videos = rng.permutation(len(texts)), rng.permutation(len(videos))
+    moved = np.argsort(of_videos)[owner[of_texts]]
+    shuffled = metrics.rank_pairs(texts[of_texts], videos[of_videos], moved, elements=elements)
+    np.testing.assert_array_equal(shuffled.t2v, straight.t2v[of_texts])
+    np.testing.assert_array_equal(shuffled.v2t, straight.v2t[of_videos])
+    np.testing.assert_array_equal(shuffled.v2t_per_caption, straight.v2t_per_caption[of_texts])
 
 
-def test_non_finite_similarities_are_an_error():
-    rows = np.eye(3, dtype=np.float32)
-    bad = rows.copy()
-    bad[1, 1] = np.nan
-    with pytest.raises(FloatingPointError, match="not finite"):
-        metrics.rank_pairs(rows, bad, np.arange(3))
+def test_one_caption_per_video_is_one_protocol():
+    texts, videos, owner = random_pairs(12, 12)
+    ranks = metrics.rank_pairs(texts, videos, owner)
+    np.testing.assert_array_equal(ranks.v2t[owner], ranks.v2t_per_caption)
 
 
-def test_a_video_without_a_caption_is_refused():
+def test_any_caption_is_the_best_of_the_captions_of_a_video():
+    videos = np.eye(2, dtype=np.float32)
+    texts = np.array([[1, 0], [0.25, 0], [0, 1], [0.5, 0.5]], np.float32)
+    ranks = metrics.rank_pairs(texts, videos, np.array([0, 0, 1, 1]))
+    # Video 0: 1 and 0.25 among 0 and 0.5; video 1: 1 and 0.5 among 0 and 0.
+    assert list(ranks.v2t_per_caption) == [1, 2, 1, 1]
+    assert list(ranks.v2t) == [1, 1]
+
+
+@pytest.mark.parametrize("rows", [5, 9, 37])
+def test_equal_embeddings_rank_at_chance(rows):
+    """Also where similarities are rounded: equal rows must have equal ones, wherever they are."""
+    same = np.repeat(random_pairs(1, 1, width=61)[0], rows, axis=0)
+    ranks = metrics.rank_pairs(same, same, np.arange(rows), elements=4 * rows)
+    assert set(ranks.t2v) == set(ranks.v2t) == {(rows + 1) / 2}  # the mean rank, not 1
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("row", [0, 3, 5])
+@pytest.mark.parametrize("side", ["texts", "videos"])
+def test_non_finite_similarities_are_an_error(bad, row, side):
+    texts, videos, owner = random_pairs(6, 6)
+    {"texts": texts, "videos": videos}[side][row, 1] = bad
+    for elements in (6, 24):
+        with pytest.raises(FloatingPointError, match="not finite"):
+            metrics.rank_pairs(texts, videos, owner, elements=elements)
+        with pytest.raises(FloatingPointError, match="not finite"):
+            metrics.top_videos(texts, videos, 2, elements=elements)
+
+
+@pytest.mark.parametrize("owner", [[0, 0, 1], [0, 1, 3], [-1, 0, 1]])
+def test_a_video_without_a_caption_is_refused(owner):
     rows = np.eye(3, dtype=np.float32)
     with pytest.raises(ValueError, match="every video"):
-        metrics.rank_pairs(rows, rows, np.array([0, 0, 1]))
+        metrics.rank_pairs(rows, rows, np.array(owner))
 
 
 def test_missing_videos_count_as_misses():
@@ -63,6 +101,7 @@ def test_missing_videos_count_as_misses():
     ranks = metrics.with_misses(metrics.rank_pairs(rows, rows, np.arange(3)), texts=2, videos=1)
     assert list(ranks.t2v) == [1, 1, 1, 4, 4]
     assert list(ranks.v2t) == [1, 1, 1, 5]
+    assert list(ranks.v2t_per_caption) == [1, 1, 1, 5, 5]
 
 
 def test_summary():
@@ -82,11 +121,12 @@ def test_contrast_accuracy_counts_captions_closer_than_their_contrast():
         metrics.contrast_accuracy(texts, contrasts * np.nan, videos, owner)
 
 
-def test_top_videos_are_the_nearest_best_first():
+@pytest.mark.parametrize("elements", [1, 10, 1000])
+def test_top_videos_are_the_nearest_best_first(elements):
     rng = np.random.default_rng(0)
     texts = rng.integers(-2, 3, (7, 3)).astype(np.float32)
     videos = rng.integers(-2, 3, (5, 3)).astype(np.float32)
-    rows, similarities = metrics.top_videos(texts, videos, 3, block=2)
+    rows, similarities = metrics.top_videos(texts, videos, 3, elements=elements)
     for text, row, similar in zip(texts, rows, similarities, strict=True):
         expected = sorted(range(5), key=lambda j: (-(text @ videos[j]), j))[:3]
         assert list(row) == expected

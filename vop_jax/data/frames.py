@@ -1,7 +1,8 @@
-"""Video files become sampled frames: which frames (METHOD of the paper), and their decoding."""
+"""Videos become sampled frames: from files, whose decoding this is, or from folders of pictures."""
 
 import dataclasses
 import itertools
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,10 @@ import av.logging
 import numpy as np
 from etils import epath
 
+from vop_jax.data.pictures import list_pictures, read_picture
 from vop_jax.data.pixels import resize_short_side
+from vop_jax.data.sampling import sample_indices
+from vop_jax.errors import VideoError
 
 # A file whose pictures end this share before its stated duration has lost its end.
 LOST_END = 0.1
@@ -24,10 +28,6 @@ SEEK_FROM = 10.0
 Keep = Callable[[int, float], bool]  # (index in the stretch, seconds) -> wanted
 
 
-class VideoError(Exception):
-    """A video that cannot be used; the message is the reason."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Frames:
     """Sampled frames of a clip.
@@ -35,29 +35,14 @@ class Frames:
     Attributes:
         pixels: uint8 RGB [h, w, 3] each, upright.
         indices: which decoded frame of the clip each is, from 0.
-        timestamps: seconds in the file.
+        timestamps: seconds in the file; NaN where nothing tells.
+        count: how many frames the clip has.
     """
 
     pixels: list[np.ndarray]
     indices: list[int]
     timestamps: list[float]
-
-
-def segment_indices(count: int, frames: int, rng: np.random.Generator | None = None) -> np.ndarray:
-    """One frame of each of `frames` equal segments of a clip of `count` frames: int [F].
-
-    The middle of each segment, or with `rng` any frame of it. A clip shorter than F gives each
-    of its frames once and then repeats the last.
-    """
-    if count < 1:
-        raise ValueError("a clip has at least one frame")
-    if count < frames:
-        return np.minimum(np.arange(frames), count - 1)
-    edges = np.linspace(0, count, frames + 1).astype(int)
-    low, high = edges[:-1], edges[1:]
-    if rng is None:
-        return (low + high) // 2
-    return rng.integers(low, high)
+    count: int
 
 
 def read_frames(
@@ -68,19 +53,26 @@ def read_frames(
     end: float | None = None,
     fps: float = 0.0,
     short_side: int | None = None,
+    sampling: str = "uniform",
+    folder_fps: float = 0.0,
 ) -> Frames:
-    """Decodes a clip and samples it.
+    """Decodes a clip and samples it: the same frames from a file and from its extracted frames.
 
     Args:
-        frames: F, the number of uniform frames, unless `fps` is set.
+        path: a video file, or a folder of pictures numbered in their order.
+        frames: F, the number of frames, unless `fps` is set.
         start, end: seconds; only frames shown in [start, end) count.
         fps: instead take the first frame of every 1 / fps seconds, as many as there are.
         short_side: shrink larger frames to this, in pixels.
+        sampling: see `sampling.sample_indices`.
+        folder_fps: pictures a second in a folder; 0: not known.
 
     Raises:
         VideoError: the file cannot be opened, has no video, is damaged or truncated, or shows
             nothing between `start` and `end`.
     """
+    if epath.Path(path).is_dir():
+        return _read_folder(path, frames, start, end, fps, short_side, sampling, folder_fps)
     clip = _Stretch(os.fspath(path), start or 0.0, float("inf") if end is None else end, short_side)
     if fps:
         taken = clip.decode(_ticks(clip.start, 1 / fps))
@@ -88,21 +80,56 @@ def read_frames(
         # Sequential decoding beats seeking, but which frames to keep depends on how many there
         # are. The number of packets is a cheap guess, nearly always right; if not, again.
         count = clip.count_packets()
-        taken = clip.decode(_chosen(count, frames)) if count else {}
+        taken = clip.decode(_chosen(count, frames, sampling)) if count else {}
         if clip.decoded != count and clip.decoded:
-            taken = clip.decode(_chosen(clip.decoded, frames))
+            taken = clip.decode(_chosen(clip.decoded, frames, sampling))
     if not clip.decoded:
-        stretch = "" if start is None and end is None else f" between {start or 0:g} and {end} s"
-        raise VideoError(f"no frame decodes{stretch}")
-    indices = sorted(taken) if fps else [int(i) for i in segment_indices(clip.decoded, frames)]
+        raise VideoError(f"no frame decodes{_between(start, end)}")
+    indices = sorted(taken) if fps else sample_indices(clip.decoded, frames, sampling).tolist()
     # Decoders hand frames out in the order of display, but files such as AVI number them in
     # the order of storage: the k-th frame is shown at the k-th time.
     times = sorted(clip.times)
-    return Frames([taken[i] for i in indices], indices, [times[i] for i in indices])
+    return Frames([taken[i] for i in indices], indices, [times[i] for i in indices], clip.decoded)
 
 
-def _chosen(count: int, frames: int) -> Keep:
-    wanted = {int(i) for i in segment_indices(count, frames)}
+def _read_folder(
+    path: str | os.PathLike,
+    frames: int,
+    start: float | None,
+    end: float | None,
+    fps: float,
+    short_side: int | None,
+    sampling: str,
+    folder_fps: float,
+) -> Frames:
+    """The same of a folder of extracted frames."""
+    pictures = list_pictures(path)
+    if not folder_fps and (fps or start is not None or end is not None):
+        raise VideoError("a folder of frames; seconds need config.data.folder_fps")
+    times = [i / folder_fps if folder_fps else math.nan for i in range(len(pictures))]
+    first, last = start or 0.0, math.inf if end is None else end
+    shown = [i for i, time in enumerate(times) if math.isnan(time) or first <= time < last]
+    if not shown:
+        raise VideoError(f"no frame{_between(start, end)}")
+    if fps:
+        keep = _ticks(first, 1 / fps)
+        indices = [k for k, i in enumerate(shown) if keep(k, times[i])]
+    else:
+        indices = sample_indices(len(shown), frames, sampling).tolist()
+    pixels = {k: read_picture(pictures[shown[k]], short_side) for k in dict.fromkeys(indices)}
+    return Frames(
+        [pixels[k] for k in indices], indices, [times[shown[k]] for k in indices], len(shown)
+    )
+
+
+def _between(start: float | None, end: float | None) -> str:
+    if start is None and end is None:
+        return ""
+    return f" between {start or 0:g} and {'the end' if end is None else f'{end:g} s'}"
+
+
+def _chosen(count: int, frames: int, sampling: str) -> Keep:
+    wanted = set(sample_indices(count, frames, sampling).tolist())
     return lambda index, time: index in wanted
 
 

@@ -1,44 +1,32 @@
-"""Clips decoded once into records: a `tfds` dataset of JPEG frames in array_record files.
+"""Records: made once where there are none, opened, and refused where they are not what is asked."""
 
-Needs no TensorFlow. The records say how they were made, and are refused where anything else
-is asked for.
-"""
-
-import collections
 import contextlib
 import dataclasses
-import hashlib
-import io
 import json
 import os
 import shutil
 from collections.abc import Collection, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 from etils import epath
-from PIL import Image
-from tqdm import tqdm
 
-from vop_jax.data.frames import Frames, VideoError, read_frames
+from vop_jax.data.builders import (
+    BUILDERS,
+    VERSION,
+    Folder,
+    Making,
+    check_share,
+    fingerprint,
+    index_name,
+    staging_of,
+)
+from vop_jax.data.encode import Preprocessing
 from vop_jax.data.records import Clip, Dataset
 from vop_jax.errors import UserError
 
-NAME, VERSION = "video_records", "1.0.0"
-
-
-@dataclasses.dataclass(frozen=True)
-class Preprocessing:
-    """How clips are stored; the comments are in `vop_jax.config`, section `data`."""
-
-    frames: int = 12
-    stored_fps: float = 0.0
-    short_side: int = 256
-    jpeg_quality: int = 95
-    short_clips: str = "skip"
+REMEDY = "use another config.data.records, or delete that folder to make them again"
 
 
 class Split:
@@ -49,19 +37,26 @@ class Split:
     Attributes:
         ids, captions: of each clip.
         skipped: the clips that could not be read.
+        rows: of all clips, what the index says of them.
     """
 
-    def __init__(self, directory: str, name: str, clips: list[Clip], skipped: set[str]):
-        kept = [clip for clip in clips if clip.id not in skipped]
+    def __init__(self, records: epath.Path, name: str):
+        text = (records / index_name(name)).read_bytes().decode("utf-8", "surrogatepass")
+        self.rows = [json.loads(line) for line in text.split("\n") if line]
+        kept = [row for row in self.rows if "skipped" not in row]
         self.name = name
-        self.ids = [clip.id for clip in kept]
-        self.captions = [clip.captions for clip in kept]
-        self.skipped = [clip for clip in clips if clip.id in skipped]
-        builder = tfds.builder_from_directory(directory)
+        self.ids = [row["id"] for row in kept]
+        self.captions = [tuple(row["captions"]) for row in kept]
+        self.skipped = [
+            Clip(row["id"], row["path"], tuple(row["captions"]))
+            for row in self.rows
+            if "skipped" in row
+        ]
+        builder = tfds.builder_from_directory(os.fspath(records))
         self._source = builder.as_data_source(name, decoders={"frames": _AsStored()})
         if len(self._source) != len(kept):
             raise UserError(
-                f"{directory}: split {name!r} holds {len(self._source)} records, not {len(kept)}; "
+                f"{records}: split {name!r} holds {len(self._source)} records, not {len(kept)}; "
                 "delete the folder to make them again"
             )
 
@@ -70,6 +65,24 @@ class Split:
 
     def __getitem__(self, index: int) -> list[bytes]:
         return list(self._source[index]["frames"])
+
+
+class Part(Split):
+    """Some readable clips of a split, as a split."""
+
+    def __init__(self, whole: Split, name: str, members: list[int]):
+        self._whole, self._members, self.name = whole, members, name
+        self.ids = [whole.ids[i] for i in members]
+        self.captions = [whole.captions[i] for i in members]
+        kept = [row for row in whole.rows if "skipped" not in row]
+        self.rows = [kept[i] for i in members]
+        self.skipped: list[Clip] = []
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __getitem__(self, index: int) -> list[bytes]:
+        return self._whole[self._members[index]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,40 +98,108 @@ def pack(
     directory: str | os.PathLike,
     preprocessing: Preprocessing,
     *,
+    name: str = Folder.name,
     max_skipped: float = 0.05,
-    threads: int = 0,
-    progress: bool = True,
+    making: Making | None = None,
 ) -> Packed:
     """Decodes all clips into `directory`, unless it holds exactly these already; opens them.
 
     A clip that cannot be used is left out, with its reason on record. The records appear whole
-    or not at all.
+    or not at all; an attempt that was cut off is continued.
 
     Args:
+        name: of the builder.
         max_skipped: share of a split's clips that may be left out.
-        threads: clips decoded at the same time; 0: as many as there are cores.
 
     Raises:
         UserError: the folder holds records of other clips or made in another way, or more
             clips of a split had to be left out than `max_skipped` allows.
-        OSError: the disk is full; nothing is left behind.
+        OSError: the disk is full; finished shards are kept for the next attempt.
     """
-    asked = {
-        "preprocessing": dataclasses.asdict(preprocessing),
-        "clips": {split: _fingerprint(clips) for split, clips in dataset.items()},
-    }
     root = epath.Path(directory)
-    records = root / NAME / VERSION
-    if not records.exists():
-        _build(dataset, root, preprocessing, asked, threads or os.cpu_count() or 1, progress)
+    if find_records(root) is None:
+        build(dataset, root, preprocessing, name, making or Making())
+    asked = {split: fingerprint(clips) for split, clips in dataset.items()}
+    return open_records(
+        root, preprocessing, list(dataset), name=name, max_skipped=max_skipped, clips=asked
+    )
+
+
+def find_records(directory: str | os.PathLike) -> epath.Path | None:
+    """The folder of the finished records in `directory`, if any.
+
+    Raises:
+        UserError: they are of another version of this program.
+    """
+    root = epath.Path(directory)
+    ours = VERSION.split(".")[0]
+    for info in sorted(root.glob("*/*/dataset_info.json")):
+        version = info.parent.name
+        if not version.replace(".", "").isdigit():
+            continue  # an unfinished one
+        if version.split(".")[0] == ours:
+            return info.parent
+        newer = int(version.split(".")[0]) > int(ours)
+        what = "newer than this vop_jax; update it" if newer else "of an older vop_jax"
+        raise UserError(f"{root}: records of version {version}, {what}; or {REMEDY}")
+    return None
+
+
+def open_records(
+    directory: str | os.PathLike,
+    preprocessing: Preprocessing,
+    splits: Collection[str],
+    *,
+    name: str = Folder.name,
+    max_skipped: float = 0.05,
+    clips: dict[str, str] | None = None,
+) -> Packed:
+    """Opens finished records.
+
+    Args:
+        clips: what the annotations ask for, {split: fingerprint}; None: whatever is there.
+
+    Raises:
+        UserError: there are none, or not of these splits, or made otherwise than asked.
+    """
+    root = epath.Path(directory)
+    records = find_records(root)
+    if records is None:
+        begun = " (unfinished: run it again)" if staging_of(root, name).exists() else ""
+        raise UserError(
+            f"config.data.records={os.fspath(root)!r}: no records there; make them with "
+            f"python -m vop_jax.data.prepare --dataset={name}{begun}, or set "
+            "config.data.annotations and config.data.videos"
+        )
+    if records.parent.name != name:
+        raise UserError(f"{root}: records of {records.parent.name!r}, not of {name!r}; {REMEDY}")
     made = json.loads((records / "metadata.json").read_text())
-    _check_same(root, made, asked)
-    packed = Packed({}, made["skipped"])
-    for split, clips in dataset.items():
-        skipped = {s["id"] for s in packed.skipped if s["split"] == split}
-        _check_share(split, clips, [s for s in packed.skipped if s["split"] == split], max_skipped)
-        packed.splits[split] = Split(os.fspath(records), split, clips, skipped)
+    for key, theirs, mine in differences(made["preprocessing"], preprocessing):
+        raise UserError(
+            f"{root}: records were made with data.{key}={theirs!r}, not {mine!r}; {REMEDY}"
+        )
+    packed = Packed({}, [s for s in made["skipped"] if s["split"] in splits])
+    for split in splits:
+        if split not in made["clips"]:
+            raise UserError(
+                f"{root}: no records of split {split!r}; there are {', '.join(made['clips'])}"
+            )
+        if clips is not None and made["clips"][split] != clips[split]:
+            raise UserError(
+                f"{root}: records of split {split!r} were made of other clips or captions than "
+                f"the annotations have now; {REMEDY}"
+            )
+        opened = packed.splits[split] = Split(records, split)
+        skipped = [s for s in packed.skipped if s["split"] == split]
+        check_share(split, len(opened.rows), skipped, max_skipped)
     return packed
+
+
+def differences(made: dict[str, Any], asked: Preprocessing) -> Iterator[tuple[str, Any, Any]]:
+    """(key, made, asked) of all that differ."""
+    for key, value in dataclasses.asdict(asked).items():
+        if made.get(key) != value:
+            yield key, made.get(key), value
 
 
 def stored_frames(
@@ -129,85 +210,11 @@ def stored_frames(
     Raises:
         UserError: there are no records of that split.
     """
-    root = epath.Path(directory) / NAME / VERSION
-    try:
-        source = tfds.builder_from_directory(os.fspath(root)).as_data_source(
-            split, decoders={"frames": _AsStored()}
-        )
-    except (OSError, ValueError, tfds.core.DatasetNotFoundError):
-        raise UserError(f"{directory}: no records of split {split!r}") from None
-    named = ((record["id"].decode(), record["frames"]) for record in iter(source))
-    return {name: list(frames) for name, frames in named if name in ids}
-
-
-class VideoRecords(tfds.core.GeneratorBasedBuilder):
-    """The `tfds` builder behind `pack`; `asked` is kept in metadata.json."""
-
-    VERSION = tfds.core.Version(VERSION)
-    name = NAME
-
-    def __init__(
-        self,
-        dataset: Dataset | None = None,
-        preprocessing: Preprocessing | None = None,
-        asked: dict[str, Any] | None = None,
-        threads: int = 1,
-        progress: bool = False,
-        **tfds_arguments: Any,
-    ):
-        self._dataset = dataset or {}
-        self._preprocessing = preprocessing or Preprocessing()
-        self._metadata = {**(asked or {}), "skipped": []}
-        self._threads, self._progress = threads, progress
-        super().__init__(**tfds_arguments)
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        features = {
-            "id": tfds.features.Text(),
-            "captions": tfds.features.Sequence(tfds.features.Text()),
-            "frames": tfds.features.Sequence(
-                tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg")
-            ),
-            "indices": tfds.features.Sequence(np.int32),
-            "timestamps": tfds.features.Sequence(np.float32),
-        }
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="Sampled frames of video clips with captions.",
-            features=tfds.features.FeaturesDict(features),
-            metadata=tfds.core.MetadataDict(self._metadata),
-            disable_shuffling=True,  # record i is clip i
-        )
-
-    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict]]]:
-        return {split: self._generate_examples(split) for split in self._dataset}
-
-    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
-        clips = self._dataset[split]
-        decoded = _in_parallel(clips, self._preprocessing, self._threads)
-        bar = tqdm(
-            zip(clips, decoded, strict=True),
-            total=len(clips),
-            desc=f"packing {split}",
-            unit="clip",
-            disable=not self._progress,
-        )
-        for key, (clip, frames) in enumerate(bar):
-            if isinstance(frames, VideoError):
-                logging.warning("skipped %s: %s", clip.path, frames)
-                skipped = {"id": clip.id, "path": clip.path, "split": split, "reason": str(frames)}
-                self.info.metadata["skipped"].append(skipped)
-                continue
-            yield (
-                key,
-                {
-                    "id": clip.id,
-                    "captions": list(clip.captions),
-                    "frames": [_jpeg(p, self._preprocessing.jpeg_quality) for p in frames.pixels],
-                    "indices": frames.indices,
-                    "timestamps": frames.timestamps,
-                },
-            )
+    records = find_records(directory)
+    if records is None or not (records / index_name(split)).exists():
+        raise UserError(f"{directory}: no records of split {split!r}")
+    opened = Split(records, split)
+    return {name: opened[i] for i, name in enumerate(opened.ids) if name in ids}
 
 
 class _AsStored(tfds.decode.Decoder):
@@ -220,123 +227,31 @@ class _AsStored(tfds.decode.Decoder):
         return examples
 
 
-def _build(
+def build(
     dataset: Dataset,
     root: epath.Path,
     preprocessing: Preprocessing,
-    asked: dict[str, Any],
-    threads: int,
-    progress: bool,
+    name: str,
+    making: Making,
+    download_config: tfds.download.DownloadConfig | None = None,
 ) -> None:
-    """Runs the builder beside the final place, and moves its result there when it is whole."""
-    _remove_unfinished(root)
+    """Runs the builder; `tfds` moves its result into place when it is whole."""
+    _remove_unfinished(root, name)
     tfds.disable_progress_bar()
-    builder = VideoRecords(
-        dataset,
-        preprocessing,
-        asked,
-        threads,
-        progress,
-        data_dir=os.fspath(root),
-        file_format="array_record",
+    builder = BUILDERS[name](
+        dataset=dataset, preprocessing=preprocessing, making=making, data_dir=os.fspath(root)
     )
     try:
         with contextlib.redirect_stdout(None):  # it would speak of downloading
-            builder.download_and_prepare()
-    except BaseException:
-        _remove_unfinished(root)
-        for split, clips in dataset.items():  # `tfds` cannot write an empty split
-            skipped = [s for s in builder.info.metadata["skipped"] if s["split"] == split]
-            if len(skipped) == len(clips):
-                _check_share(split, clips, skipped, max_skipped=1.0)
-        raise
+            builder.download_and_prepare(download_config=download_config)
+    finally:
+        _remove_unfinished(root, name)
+    skipped = builder.info.metadata["skipped"]
+    logging.info("%s: %d clips left out", root, len(skipped))
 
 
-def _remove_unfinished(root: epath.Path) -> None:
-    """What a kill or a full disk left of an earlier attempt."""
-    for leftover in (*(root / NAME).glob("*incomplete*"), root / "downloads"):
+def _remove_unfinished(root: epath.Path, name: str) -> None:
+    """What `tfds` leaves of an attempt that was cut off; finished shards lie elsewhere."""
+    for leftover in (*(root / name).glob("*incomplete*"), root / "downloads"):
         if leftover.exists():
             leftover.rmtree() if "://" in str(root) else shutil.rmtree(leftover, True)
-
-
-def _in_parallel(
-    clips: list[Clip], preprocessing: Preprocessing, threads: int
-) -> Iterator[Frames | VideoError]:
-    """Decodes clips in order, some ahead of the one asked for."""
-    ahead = 2 * threads  # bounds the memory
-    with ThreadPoolExecutor(threads) as pool:
-        pending: collections.deque[Future] = collections.deque()
-        try:
-            for clip in clips:
-                pending.append(pool.submit(_decode, clip, preprocessing))
-                if len(pending) > ahead:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()
-
-
-def _decode(clip: Clip, preprocessing: Preprocessing) -> Frames | VideoError:
-    try:
-        frames = read_frames(
-            clip.path,
-            preprocessing.frames,
-            start=clip.start,
-            end=clip.end,
-            fps=preprocessing.stored_fps,
-            short_side=preprocessing.short_side,
-        )
-    except VideoError as error:
-        return error
-    count = len(set(frames.indices))
-    if count < preprocessing.frames and preprocessing.short_clips == "skip":
-        return VideoError(
-            f"{count} frames, fewer than config.data.frames={preprocessing.frames}; "
-            "config.data.short_clips='repeat' would use it"
-        )
-    return frames
-
-
-def _jpeg(pixels: np.ndarray, quality: int) -> io.BytesIO:
-    """Without chroma subsampling, which would blur small coloured things."""
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "JPEG", quality=quality, subsampling=0)
-    file.seek(0)
-    return file
-
-
-def _fingerprint(clips: list[Clip]) -> str:
-    """What a split asks for; paths are left out, so that a folder of videos may move."""
-    rows = [[c.id, c.captions, c.start, c.end] for c in clips]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-
-
-def _check_same(root: epath.Path, made: dict[str, Any], asked: dict[str, Any]) -> None:
-    remedy = "use another config.data.records, or delete that folder to make them again"
-    for key, value in asked["preprocessing"].items():
-        if made["preprocessing"].get(key) != value:
-            raise UserError(
-                f"{root}: records were made with data.{key}={made['preprocessing'].get(key)!r}, "
-                f"not {value!r}; {remedy}"
-            )
-    for split, value in asked["clips"].items():
-        if made["clips"].get(split) != value:
-            raise UserError(
-                f"{root}: records of split {split!r} were made of other clips or captions than "
-                f"the annotations have now; {remedy}"
-            )
-
-
-def _check_share(
-    split: str, clips: list[Clip], skipped: list[dict[str, str]], max_skipped: float
-) -> None:
-    if len(skipped) == len(clips) or len(skipped) > max_skipped * len(clips):
-        first = skipped[0]
-        more = f", and {len(skipped) - 1} more" if len(skipped) > 1 else ""
-        raise UserError(
-            f"split {split!r}: {len(skipped)} of {len(clips)} videos cannot be used, more than "
-            f"config.data.max_skipped={max_skipped:g} allows: {first['path']} "
-            f"({first['reason']}){more}"
-        )

@@ -13,13 +13,14 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
-from vop_jax.data.frames import segment_indices
 from vop_jax.data.packed import Split
 from vop_jax.data.pixels import eval_crop, train_crop
+from vop_jax.data.sampling import sample_indices
 
 Batch = dict[str, np.ndarray]
 Tokenize = Callable[[Sequence[str]], np.ndarray]  # N captions -> int32 [N, T]
 PREFETCH = 4  # batches
+RANDOM = ("rand", "segments")  # samplings that draw
 
 
 class _Decoder:
@@ -29,14 +30,19 @@ class _Decoder:
     """
 
     def __init__(self, split: Split, frames: int, sampling: str, cache_bytes: float):
-        self._split, self._frames, self._random = split, frames, sampling == "rand"
+        self._split, self._frames, self._sampling = split, frames, sampling
+        # Where more than F are stored, each epoch draws others.
+        self._random = sampling in RANDOM and any(
+            "stored" in r and r["stored"] > frames for r in split.rows
+        )
         self._cache_bytes = 0 if self._random else cache_bytes
         self._kept: dict[int, list[np.ndarray]] = {}
 
     def __call__(self, index: int, rng: np.random.Generator) -> list[np.ndarray]:
         if index in self._kept:
             return self._kept[index]
-        pixels = _decode(self._split[index], self._frames, rng if self._random else None)
+        draw = rng if self._random else None
+        pixels = _decode(self._split[index], self._frames, self._sampling, draw)
         if sum(frame.nbytes for frame in pixels) * len(self._split) <= self._cache_bytes:
             self._kept[index] = pixels
         return pixels
@@ -72,12 +78,13 @@ class _EvalItem:
     split: Split
     image_size: int
     frames: int
+    sampling: str
 
     def __call__(self, index: int) -> Batch:
         if index >= len(self.split):
             shape = (self.frames, self.image_size, self.image_size, 3)
             return {"frames": np.zeros(shape, np.uint8), "mask": np.array(False)}
-        pixels = _decode(self.split[index], self.frames, None)
+        pixels = _decode(self.split[index], self.frames, self.sampling, None)
         return {"frames": eval_crop(pixels, self.image_size), "mask": np.array(True)}
 
 
@@ -108,7 +115,7 @@ def train_batches(
         batch_size: global; each process yields its `batch_size / process_count` rows.
         image_size: S.
         frames: F.
-        sampling: "uniform", or "rand": a random stored frame of each segment.
+        sampling: of the stored frames, see `sampling.sample_indices`.
         scale, flip, augment: see `vop_jax.config`.
         threads: reading and decoding, in this process or in each worker.
         workers: reader processes; 0: none.
@@ -139,6 +146,7 @@ def eval_videos(
     batch_size: int,
     image_size: int,
     frames: int,
+    sampling: str = "uniform",
     process_index: int = 0,
     process_count: int = 1,
     threads: int = 16,
@@ -156,7 +164,7 @@ def eval_videos(
     rows = [
         k * batch_size + process_index * local + row for k in range(batches) for row in range(local)
     ]
-    items = grain.MapDataset.source(rows).map(_EvalItem(split, image_size, frames))
+    items = grain.MapDataset.source(rows).map(_EvalItem(split, image_size, frames, sampling))
     return _read(items, local, 0, threads, 0)
 
 
@@ -174,8 +182,13 @@ def _read(rows: Any, batch_size: int, start: int, threads: int, workers: int) ->
     return iter(rows[start * batch_size :].to_iter_dataset(options).batch(batch_size))
 
 
-def _decode(stored: list[bytes], frames: int, rng: np.random.Generator | None) -> list[np.ndarray]:
-    """F of the stored JPEGs, sampled as `segment_indices` says: uint8 [h, w, 3] each."""
-    chosen = segment_indices(len(stored), frames, rng)
+def _decode(
+    stored: list[bytes], frames: int, sampling: str, rng: np.random.Generator | None
+) -> list[np.ndarray]:
+    """F of the stored JPEGs: uint8 [h, w, 3] each."""
+    if len(stored) == frames:  # they were sampled when they were stored
+        chosen = np.arange(frames)
+    else:
+        chosen = sample_indices(len(stored), frames, sampling, rng)
     pictures = {int(i): np.asarray(Image.open(io.BytesIO(stored[i]))) for i in set(chosen)}
     return [pictures[int(i)] for i in chosen]

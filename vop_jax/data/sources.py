@@ -1,19 +1,23 @@
 """Datasets by name: the config's `data` section becomes packed records and captions."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 
 from vop_jax.data import shapes
-from vop_jax.data.annotations import read_folder
-from vop_jax.data.packed import Packed, Preprocessing, pack
-from vop_jax.data.records import Clip
+from vop_jax.data.annotations.benchmarks import BENCHMARKS, check_sizes, read_benchmark
+from vop_jax.data.annotations.folder import hash_of, read_folder
+from vop_jax.data.builders import Making
+from vop_jax.data.encode import Preprocessing
+from vop_jax.data.locate import locate
+from vop_jax.data.packed import Packed, Part, find_records, open_records, pack
+from vop_jax.data.records import Dataset
 from vop_jax.data.tokenizer import Tokenizer
 from vop_jax.errors import UserError
-
-Dataset = dict[str, list[Clip]]  # split -> clips
 
 
 def _folder(data: ConfigDict, workdir: str) -> Dataset:
@@ -51,39 +55,99 @@ def contrasts(kind: str, captions: Sequence[str]) -> dict[str, list[str]]:
     return {name: [row[name] for row in turned] for name in turned[0]}
 
 
-def load(data: ConfigDict, workdir: str) -> Packed:
+def load(data: ConfigDict, workdir: str, *, select: str = "last") -> Packed:
     """The records of a run: packed on the first call, opened on the next.
 
     Args:
         data: the config's section of that name.
         workdir: where rendered videos and, without `data.records`, the records go.
+        select: of the config's section `train`; "best" needs a validation split.
 
     Raises:
-        UserError: see `annotations.read_folder` and `packed.pack`.
+        UserError: see `folder.read_folder`, `benchmarks.read_benchmark` and `packed.pack`.
     """
-    dataset = SOURCES[data.kind](data, workdir)
-    for key in ("train_split", "eval_split"):
-        if not dataset.get(data[key]):
-            found = ", ".join(f"{name} ({len(clips)})" for name, clips in dataset.items())
-            raise UserError(
-                f"config.data.{key}={data[key]!r}: no such split in the annotations; found {found}"
-            )
-    wanted = {
-        data.train_split: dataset[data.train_split],
-        data.eval_split: dataset[data.eval_split],
-    }
-    return pack(
-        wanted,
-        data.records or os.path.join(workdir, "records"),
-        Preprocessing(
-            frames=data.frames,
-            short_side=data.short_side,
-            stored_fps=data.stored_fps,
-            jpeg_quality=data.jpeg_quality,
-            short_clips=data.short_clips,
-        ),
-        max_skipped=data.max_skipped,
+    wanted = {data.train_split, data.eval_split}
+    if select == "best" and not data.val_share:
+        wanted.add(data.val_split)
+    root = data.records or os.path.join(workdir, "records")
+    preprocessing = Preprocessing.from_mapping(data)
+    if data.kind in BENCHMARKS:
+        packed = _benchmark(data, root, preprocessing, sorted(wanted))
+    else:
+        dataset = SOURCES[data.kind](data, workdir)
+        _check_splits(data, wanted, {split: len(clips) for split, clips in dataset.items()})
+        packed = pack(
+            {split: clips for split, clips in dataset.items() if split in wanted},
+            root,
+            preprocessing,
+            max_skipped=data.max_skipped,
+            making=IN_A_RUN,
+        )
+    if select == "best" and data.val_share:
+        packed.splits[data.train_split], packed.splits[data.val_split] = _held_out(data, packed)
+    return packed
+
+
+# Small sets start sooner without processes; vop_jax.data.prepare is for the others.
+IN_A_RUN = Making(isolated=False)
+
+
+def _benchmark(
+    data: ConfigDict, root: str, preprocessing: Preprocessing, wanted: list[str]
+) -> Packed:
+    """From its records alone, or from the official files as well."""
+    _check_splits(data, wanted, BENCHMARKS[data.kind].sizes)
+    shared = {"name": data.kind, "max_skipped": data.max_skipped}
+    if not data.annotations:
+        packed = open_records(root, preprocessing, wanted, **shared)
+        if data.official_sizes:
+            counts = {
+                name: (len(split.rows), sum(len(row["captions"]) for row in split.rows))
+                for name, split in packed.splits.items()
+            }
+            try:
+                check_sizes(data.kind, counts)
+            except UserError as error:
+                raise UserError(f"{root}: {error}") from None
+        return packed
+    dataset, notes = read_benchmark(
+        data.kind, data.annotations, splits=wanted, official_sizes=data.official_sizes
     )
+    if find_records(root) is None:  # afterwards the videos may go
+        if not data.videos:
+            raise UserError("config.data.videos is not set: there are no records yet")
+        for split, clips in dataset.items():
+            dataset[split], more = locate(clips, data.videos)
+            notes += more
+    for note in notes:
+        logging.warning("%s", note)
+    return pack(dataset, root, preprocessing, making=IN_A_RUN, **shared)
+
+
+def _check_splits(data: ConfigDict, wanted: Collection[str], there: Mapping[str, Any]) -> None:
+    for key in ("train_split", "eval_split", "val_split"):
+        if data[key] in wanted and not there.get(data[key]):
+            found = ", ".join(there)
+            hint = "; config.data.val_share holds some of train out" if key == "val_split" else ""
+            raise UserError(
+                f"config.data.{key}={data[key]!r}: no such split in the annotations; "
+                f"found {found}{hint}"
+            )
+
+
+def _held_out(data: ConfigDict, packed: Packed) -> tuple[Part, Part]:
+    """(the rest of train, its share `data.val_share`), by a fixed hash of the ids."""
+    train = packed.splits[data.train_split]
+    held = [hash_of(name) < data.val_share for name in train.ids]
+    parts = [
+        Part(train, name, [i for i, out in enumerate(held) if out == wanted])
+        for name, wanted in ((data.train_split, False), (data.val_split, True))
+    ]
+    if not all(len(part) for part in parts):
+        raise UserError(
+            f"config.data.val_share={data.val_share:g} of {len(train)} clips leaves one side empty"
+        )
+    return parts[0], parts[1]
 
 
 class CaptionTokenizer:
@@ -96,6 +160,10 @@ class CaptionTokenizer:
     def __call__(self, captions: Sequence[str]) -> np.ndarray:
         """int32 [N, T]; a caption that is too long is cut, its EOT kept."""
         return self.with_cuts(captions)[0]
+
+    def lengths(self, captions: Sequence[str]) -> np.ndarray:
+        """int [N]: the slots that whole captions take, SOS and EOT among them."""
+        return self._tokenizer.lengths(captions)
 
     def with_cuts(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """(int32 [N, T], bool [N]: the caption was cut)."""

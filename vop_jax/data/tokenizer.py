@@ -84,6 +84,10 @@ class Tokenizer:
             ids[i, : len(row)] = row
         return ids, cut
 
+    def lengths(self, texts: Sequence[str]) -> np.ndarray:
+        """int [N]: ids of each whole caption, SOT and EOT among them."""
+        return np.array([len(self.encode(text)) + 2 for text in texts], int)
+
     def encode(self, text: str) -> list[int]:
         """Ids of one caption of any length, without SOT and EOT."""
         ids: list[int] = []

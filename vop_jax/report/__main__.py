@@ -1,34 +1,58 @@
-"""python -m vop_jax.report RUN_DIR… [--output=report.html] [--compare=vop,vop_p]"""
+"""python -m vop_jax.report RUN_DIR… [--output=report.html] [--compare=vop,vop_p]
+
+python -m vop_jax.report [RUN_DIR…] --fill=docs/reproduce.md
+"""
 
 import argparse
 import sys
 
+from vop_jax.atomic import write_atomic
 from vop_jax.errors import UserError
 from vop_jax.report.runs import find_runs
-from vop_jax.tensorfile import write_atomic
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m vop_jax.report", description=__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="of runs, or of folders of runs")
-    parser.add_argument("--output", default="report.html")
+    parser = argparse.ArgumentParser(
+        prog="python -m vop_jax.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", nargs="*", metavar="RUN_DIR", help="of runs, or of folders of runs")
+    parser.add_argument("--output", help="the page; report.html unless there is --fill")
     parser.add_argument("--compare", default="", help="labels of two rows, shown side by side")
+    parser.add_argument("--fill", help="a document; its tables are made of the runs, or emptied")
     args = parser.parse_args()
+    output = args.output or ("" if args.fill else "report.html")
     pair = args.compare.split(",") if args.compare else []
     try:
         if len(pair) not in (0, 2):
             raise UserError(f"--compare={args.compare}: two labels with a comma between them")
-        from vop_jax.report.page import render  # tells where its extra is missing
+        if pair and not output:
+            raise UserError(f"--compare={args.compare}: is for a page; give --output too")
+        if output and not args.runs:
+            raise UserError("RUN_DIR: give at least one; only --fill alone does without")
+        runs = find_runs(args.runs)
+        files = {}
+        if output:
+            from vop_jax.report.page import render  # tells where its extra is missing
 
-        page = render(find_runs(args.runs), pair)
-        write_atomic(args.output, page.encode())
+            files[output] = render(runs, pair).encode()
+        if args.fill:
+            from vop_jax.report import reproduce
+
+            files[args.fill] = reproduce.filled(args.fill, runs)
+            for run in reproduce.of_other_data(runs):
+                kind = run.config["data"]["kind"]
+                print(f"{run.workdir}: data.kind={kind}, in no table", file=sys.stderr)
+        for path, content in files.items():
+            write_atomic(path, content)
+            print(path)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error.filename or args.output}: {error.strerror}", file=sys.stderr)
+        print(f"error: {error.filename or output or args.fill}: {error.strerror}", file=sys.stderr)
         return 2
-    print(args.output)
     return 0
 
 

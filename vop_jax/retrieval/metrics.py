@@ -1,4 +1,4 @@
-"""Ranks and what is reported of them.
+"""Ranks of both directions and what is reported of them.
 
 One rank per query, always: 1 + the number of strictly better candidates, ties counted at
 their mean rank. With several captions per video every caption is a text-to-video query, and a
@@ -9,19 +9,33 @@ import dataclasses
 
 import numpy as np
 
+from vop_jax.retrieval.ranks import ELEMENTS, PLAIN, Score, best_candidates, own_ranks
+
 RECALLS = (1, 5, 10)
 
 
 @dataclasses.dataclass(frozen=True)
 class Ranks:
-    """The rank of every query in both directions, from 1; halves come from ties."""
+    """The rank of every query in both directions, from 1; halves come from ties.
 
-    t2v: np.ndarray  # float64 [texts]
-    v2t: np.ndarray  # float64 [videos]
+    Attributes:
+        t2v: float64 [texts], each caption's video among all videos.
+        v2t: float64 [videos], each video's best caption among those of other videos.
+        v2t_per_caption: float64 [texts], each caption for its video among those of other videos.
+    """
+
+    t2v: np.ndarray
+    v2t: np.ndarray
+    v2t_per_caption: np.ndarray
 
 
 def rank_pairs(
-    texts: np.ndarray, videos: np.ndarray, video_of_text: np.ndarray, *, block: int = 1024
+    texts: np.ndarray,
+    videos: np.ndarray,
+    video_of_text: np.ndarray,
+    *,
+    scores: tuple[Score, Score] = (PLAIN, PLAIN),
+    elements: int = ELEMENTS,
 ) -> Ranks:
     """Ranks all texts against all videos and back, a block of rows at a time.
 
@@ -29,59 +43,34 @@ def rank_pairs(
         texts: unit rows [N, E].
         videos: unit rows [M, E].
         video_of_text: int [N], the row of each text's video; every video has a text.
-        block: rows per block; memory is block * max(N, M) floats.
+        scores: what is ranked by, text to video and video to text; see `rescoring`.
+        elements: bound on the similarities held at once.
 
     Raises:
         FloatingPointError: a similarity that is not finite; it would silently rank.
         ValueError: a video without a text, or an index out of range.
     """
-    video_of_text = np.asarray(video_of_text)
-    if not np.array_equal(np.unique(video_of_text), np.arange(len(videos))):
+    owner, every = np.asarray(video_of_text), np.arange(len(videos))
+    if not np.array_equal(np.unique(owner), every):
         raise ValueError("video_of_text must name every video at least once, and no other")
-    t2v = np.empty(len(texts))
-    for start in range(0, len(texts), block):
-        own = video_of_text[start : start + block]
-        similar = _similarities(texts[start : start + block], videos)
-        target = np.take_along_axis(similar, own[:, None], axis=1)
-        others = np.arange(len(videos))[None, :] != own[:, None]
-        t2v[start : start + block] = _mean_rank(similar, target, others)
-    v2t = np.empty(len(videos))
-    for start in range(0, len(videos), block):
-        rows = np.arange(start, min(start + block, len(videos)))
-        similar = _similarities(videos[rows], texts)
-        others = video_of_text[None, :] != rows[:, None]
-        target = np.where(others, -np.inf, similar).max(axis=1, keepdims=True)
-        v2t[rows] = _mean_rank(similar, target, others)
-    return Ranks(t2v, v2t)
+    t2v, per_caption = np.empty(len(texts)), np.empty(len(texts))
+    text, _, rank = own_ranks(texts, videos, owner, every, score=scores[0], elements=elements)
+    t2v[text] = rank
+    _, text, rank = own_ranks(videos, texts, every, owner, score=scores[1], elements=elements)
+    per_caption[text] = rank
+    v2t = np.full(len(videos), np.inf)
+    np.minimum.at(v2t, owner, per_caption)
+    return Ranks(t2v, v2t, per_caption)
 
 
 def top_videos(
-    texts: np.ndarray, videos: np.ndarray, count: int, *, block: int = 1024
+    texts: np.ndarray, videos: np.ndarray, count: int, *, elements: int = ELEMENTS
 ) -> tuple[np.ndarray, np.ndarray]:
     """The best videos of each text, best first: (rows int [N, K], similarities [N, K]).
 
     K is `count` or the number of videos, if that is less; ties go to the earlier video.
     """
-    rows, similarities = [], []
-    for start in range(0, len(texts), block):
-        similar = _similarities(texts[start : start + block], videos)
-        order = np.argsort(-similar, axis=1, kind="stable")[:, :count]
-        rows.append(order)
-        similarities.append(np.take_along_axis(similar, order, axis=1))
-    return np.concatenate(rows), np.concatenate(similarities)
-
-
-def _similarities(rows: np.ndarray, candidates: np.ndarray) -> np.ndarray:
-    similar = np.asarray(rows, np.float32) @ np.asarray(candidates, np.float32).T
-    if not np.isfinite(similar).all():
-        raise FloatingPointError("a similarity is not finite: the embeddings hold NaN or inf")
-    return similar
-
-
-def _mean_rank(similar: np.ndarray, target: np.ndarray, others: np.ndarray) -> np.ndarray:
-    better = ((similar > target) & others).sum(axis=1)
-    tied = ((similar == target) & others).sum(axis=1)
-    return 1 + better + tied / 2
+    return best_candidates(texts, videos, count, elements=elements)
 
 
 def with_misses(ranks: Ranks, texts: int, videos: int) -> Ranks:
@@ -94,6 +83,7 @@ def with_misses(ranks: Ranks, texts: int, videos: int) -> Ranks:
     return Ranks(
         np.append(ranks.t2v, np.full(texts, float(all_videos))),
         np.append(ranks.v2t, np.full(videos, float(all_texts))),
+        np.append(ranks.v2t_per_caption, np.full(texts, float(all_texts))),
     )
 
 

@@ -1,20 +1,36 @@
 """From a split to ranks: embed every clip and caption once, then compare."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from vop_jax.clip.model import MAX_LOGIT_SCALE
 from vop_jax.model import TextVideoModel
-from vop_jax.retrieval import metrics
+from vop_jax.retrieval import metrics, rescoring
+from vop_jax.retrieval.ranks import Score
 from vop_jax.training import sharding
 
 TOP = 5  # videos kept of each text's ranking
 
 Encode = Callable[[Any, jax.Array], jax.Array]  # (params, rows) -> unit rows [N, E]
+
+
+@dataclasses.dataclass(frozen=True)
+class Bank:
+    """Training clips, each with one caption: the queries that QB-Norm compares with.
+
+    Attributes:
+        videos: starts one pass, as in `EvalSet`.
+        ids: int32 [B, T], a caption of each.
+    """
+
+    videos: Callable[[], Iterator[dict[str, np.ndarray]]]
+    ids: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +43,8 @@ class EvalSet:
         video_of_text: int [N], each caption's video.
         contrasts: {what is turned: int32 [N, T], each caption with that turned}.
         missed_texts, missed_videos: what unreadable videos leave as misses.
+        extra: "dual_softmax", "query_bank": what else is ranked by, in rows of their own.
+        bank: of training clips, needed for "query_bank" alone.
     """
 
     videos: Callable[[], Iterator[dict[str, np.ndarray]]]
@@ -35,6 +53,8 @@ class EvalSet:
     contrasts: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     missed_texts: int = 0
     missed_videos: int = 0
+    extra: Sequence[str] = ()
+    bank: Bank | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +62,8 @@ class Evaluation:
     """What came out.
 
     Attributes:
-        results: {"t2v": {"R@1": …, "MdR": …}, "v2t": …}, with contrasts also
+        results: {"t2v": {"R@1": …, "MdR": …}, "v2t": …}; where a video has several captions
+            also "v2t_per_caption"; for each extra also "t2v_dual_softmax" …; with contrasts also
             {"accuracy": {what is turned: percent}}, of the texts that were read.
         ranks: of the texts and videos that were read.
         top: the best videos of each text, see `metrics.top_videos`.
@@ -98,9 +119,17 @@ def evaluate(
     encode_video, encode_text = encoders
     videos = embed_videos(encode_video, params, mesh, data.videos())
     texts = embed_texts(encode_text, params, mesh, data.ids, batch_size)
+    misses = data.missed_texts, data.missed_videos
     ranks = metrics.rank_pairs(texts, videos, data.video_of_text)
-    of_all = metrics.with_misses(ranks, data.missed_texts, data.missed_videos)
-    results = {"t2v": metrics.summarize(of_all.t2v), "v2t": metrics.summarize(of_all.v2t)}
+    results = _sides(metrics.with_misses(ranks, *misses))
+    for name in data.extra:
+        if name == "dual_softmax":
+            scores = _dual_softmax(texts, videos, params)
+        else:
+            scores = _query_bank(encoders, params, mesh, data, batch_size, texts, videos)
+        found = metrics.rank_pairs(texts, videos, data.video_of_text, scores=scores)
+        of_all = _sides(metrics.with_misses(found, *misses))
+        results |= {f"{side}_{name}": of_all[side] for side in ("t2v", "v2t")}
     if data.contrasts:
         results["accuracy"] = {}
     for name, ids in data.contrasts.items():
@@ -108,3 +137,36 @@ def evaluate(
         accuracy = metrics.contrast_accuracy(texts, turned, videos, data.video_of_text)
         results["accuracy"][name] = accuracy
     return Evaluation(results, ranks, metrics.top_videos(texts, videos, TOP))
+
+
+def _sides(ranks: metrics.Ranks) -> dict[str, dict[str, float]]:
+    sides = {"t2v": metrics.summarize(ranks.t2v), "v2t": metrics.summarize(ranks.v2t)}
+    if len(ranks.t2v) > len(ranks.v2t):  # else both protocols are one
+        sides["v2t_per_caption"] = metrics.summarize(ranks.v2t_per_caption)
+    return sides
+
+
+def _dual_softmax(texts: np.ndarray, videos: np.ndarray, params: Any) -> tuple[Score, Score]:
+    """At the scale of the loss, that of `Clip.temperature`."""
+    scale = min(math.exp(float(params["clip"]["logit_scale"])), MAX_LOGIT_SCALE)
+    return (
+        rescoring.dual_softmax(texts, videos, scale),
+        rescoring.dual_softmax(videos, texts, scale),
+    )
+
+
+def _query_bank(
+    encoders: tuple[Encode, Encode],
+    params: Any,
+    mesh: Mesh,
+    data: EvalSet,
+    batch_size: int,
+    texts: np.ndarray,
+    videos: np.ndarray,
+) -> tuple[Score, Score]:
+    """With captions of training clips in the bank for texts, the clips in that for videos."""
+    if data.bank is None:
+        raise ValueError("query_bank needs a bank of training clips")
+    of_videos = embed_videos(encoders[0], params, mesh, data.bank.videos())
+    of_texts = embed_texts(encoders[1], params, mesh, data.bank.ids, batch_size)
+    return rescoring.query_bank(of_texts, videos), rescoring.query_bank(of_videos, texts)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from etils import epath
 from tensorboardX import SummaryWriter
 
-from vop_jax.tensorfile import write_atomic
+from vop_jax.atomic import write_atomic
 
 METRICS_FILE = "metrics.jsonl"
 

@@ -174,20 +174,20 @@ def _seconds(where: str, row: dict[str, Any], name: str) -> float | None:
     return seconds
 
 
-def _hash(clip_id: str) -> float:
+def hash_of(clip_id: str) -> float:
     """A fixed number in [0, 1) for an id."""
     return int.from_bytes(hashlib.sha256(clip_id.encode()).digest()[:8]) / 2**64
 
 
 def _split_of(clip_id: str) -> str:
-    return "test" if _hash(clip_id) < HELD_OUT else "train"
+    return "test" if hash_of(clip_id) < HELD_OUT else "train"
 
 
 def _ensure_held_out(dataset: Dataset) -> None:
     """Moves one clip where a small dataset left a side empty."""
     for empty, other in (("test", "train"), ("train", "test")):
         if not dataset.get(empty) and len(dataset.get(other, ())) > 1:
-            moved = min(dataset[other], key=lambda clip: _hash(clip.id))
+            moved = min(dataset[other], key=lambda clip: hash_of(clip.id))
             dataset[other].remove(moved)
             dataset[empty] = [moved]
 

@@ -1,0 +1,173 @@
+"""Official annotation files of every benchmark in miniature: a real layout, made-up content."""
+
+import json
+import pathlib
+from collections.abc import Callable
+
+Sizes = dict[str, int]  # split -> videos
+Paths = dict[str, list[str]]  # split -> official paths of its videos, in order
+
+# What differs between clips is short: the text tower of tests has few slots.
+NOUNS = ("dog", "cat", "man", "car", "bird", "fish", "girl", "boat")
+VERBS = ("runs", "sits", "turns", "waits", "falls", "swims", "dances", "sleeps")
+
+
+def sentence(video: int, caption: int) -> str:
+    return f"a {NOUNS[video % 8]} {VERBS[(video // 8 + caption) % 8]} {video}.{caption}"
+
+
+def sentences(video: int, number: int) -> list[str]:
+    return [sentence(video, i) for i in range(number)]
+
+
+def numbered(sizes: Sizes) -> dict[str, range]:
+    """Numbers of the videos of each split, no two alike."""
+    ends, splits = 0, {}
+    for split, size in sizes.items():
+        splits[split] = range(ends, ends + size)
+        ends += size
+    return splits
+
+
+def write_lists(root: pathlib.Path, names: Paths, prefix: str = "") -> None:
+    for split, own in names.items():
+        (root / f"{prefix}{split}_list.txt").write_text("".join(f"{name}\n" for name in own))
+
+
+def write_json(path: pathlib.Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=1))
+
+
+def write_msrvtt(root: pathlib.Path, sizes: Sizes, captions: int, part: str = "9k") -> Paths:
+    splits = numbered(sizes)
+    every = [i for own in splits.values() for i in own]
+    write_json(
+        root / "MSRVTT_data.json",
+        {
+            "videos": [{"video_id": f"video{i}", "id": i} for i in every],
+            "sentences": [
+                {"video_id": f"video{i}", "caption": text, "sen_id": 0}
+                for i in every
+                for text in sentences(i, captions)
+            ],
+        },
+    )
+    if "train" in splits:
+        rows = "".join(f"video{i}\n" for i in splits["train"])
+        (root / f"MSRVTT_train.{part}.csv").write_text(f"video_id\n{rows}")
+    if "test" in splits:
+        rows = "".join(
+            f'ret{k},msr{i},video{i},"{sentence(i, 0)}"\n' for k, i in enumerate(splits["test"])
+        )
+        (root / "MSRVTT_JSFUSION_test.csv").write_text(f"key,vid_key,video_id,sentence\n{rows}")
+    return {split: [f"video{i}.mp4" for i in own] for split, own in splits.items()}
+
+
+def write_msrvtt7k(root: pathlib.Path, sizes: Sizes, captions: int) -> Paths:
+    return write_msrvtt(root, sizes, captions, "7k")
+
+
+def write_didemo(root: pathlib.Path, sizes: Sizes, captions: int) -> Paths:
+    names = {
+        split: [f"{i}@N00_{i:05}_ab.{'mov' if i % 3 else 'avi'}" for i in own]
+        for split, own in numbered(sizes).items()
+    }
+    for split, own in numbered(sizes).items():
+        entries = [
+            {"video": name, "description": text, "times": [[0, 1], [0, 0]], "annotation_id": i}
+            for i, name in zip(own, names[split], strict=True)
+            for text in sentences(i, captions)
+        ]
+        write_json(root / f"{split}_data.json", entries)
+    write_lists(root, names)
+    return names
+
+
+def write_activitynet(root: pathlib.Path, sizes: Sizes, captions: int) -> Paths:
+    for split, own in numbered(sizes).items():
+        entries = {
+            f"v_{i:011}": {
+                "duration": 5.0 * captions,
+                "timestamps": [[5.0 * k, 5.0 * (k + 1)] for k in range(captions)],
+                "sentences": [f" {text}." for text in sentences(i, captions)],
+            }
+            for i in own
+        }
+        write_json(root / {"train": "train.json", "test": "val_1.json"}[split], entries)
+        write_json(root / {"train": "train_ids.json", "test": "val_ids.json"}[split], list(entries))
+    return {split: [f"v_{i:011}.mp4" for i in own] for split, own in numbered(sizes).items()}
+
+
+def write_lsmdc(root: pathlib.Path, sizes: Sizes, captions: int) -> Paths:
+    """One sentence each, whatever `captions` is."""
+    files = {
+        "train": "LSMDC16_annos_training.csv",
+        "val": "LSMDC16_annos_val.csv",
+        "test": "LSMDC16_challenge_1000_publictect.csv",
+    }
+    paths: Paths = {}
+    for split, own in numbered(sizes).items():
+        rows, paths[split] = [], []
+        for i in own:
+            film = f"{i % 3:04}_A_FILM"
+            start, end = f"00.{i // 60 % 60:02}.{i % 60:02}.000", f"01.00.00.{i % 1000:03}"
+            clip = f"{film}_{start}-{end}"
+            cells = (clip, start, end, start, end, f'SOMEONE said "{sentence(i, 0)}')
+            rows.append("\t".join(cells) + "\n")
+            paths[split].append(f"{film}/{clip}.avi")
+        (root / files[split]).write_text("".join(rows))
+    return paths
+
+
+def write_msvd(root: pathlib.Path, sizes: Sizes, captions: int) -> Paths:
+    return write_by_id(root, sizes, captions, "captions_msvd.json", ".avi")
+
+
+def write_vatex(root: pathlib.Path, sizes: Sizes, captions: int) -> Paths:
+    return write_by_id(root, sizes, captions, "ref_captions.json", ".mp4")
+
+
+def write_by_id(
+    root: pathlib.Path, sizes: Sizes, captions: int, file: str, extension: str
+) -> Paths:
+    ids = {split: [f"-{i:010}_1_{9 + i}" for i in own] for split, own in numbered(sizes).items()}
+    write_json(
+        root / file,
+        {
+            name: sentences(i, captions)
+            for split, own in numbered(sizes).items()
+            for i, name in zip(own, ids[split], strict=True)
+        },
+    )
+    write_lists(root, ids)
+    return {split: [name + extension for name in own] for split, own in ids.items()}
+
+
+WRITERS: dict[str, Callable[[pathlib.Path, Sizes, int], Paths]] = {
+    "msrvtt9k": write_msrvtt,
+    "msrvtt7k": write_msrvtt7k,
+    "didemo": write_didemo,
+    "activitynet": write_activitynet,
+    "lsmdc": write_lsmdc,
+    "msvd": write_msvd,
+    "vatex": write_vatex,
+}
+
+
+def write_official(
+    name: str, root: pathlib.Path, sizes: Sizes, captions_per_video: int = 2
+) -> Paths:
+    """Writes the annotation files of a benchmark, in its official layout, into a new folder.
+
+    Args:
+        name: a key of `BENCHMARKS`.
+        root: the folder of annotations.
+        sizes: videos of each split that is wanted; its keys are the benchmark's splits.
+        captions_per_video: of MSR-VTT, MSVD and VATEX; sentences a paragraph of DiDeMo and
+            ActivityNet; without effect for LSMDC, and for the test split of MSR-VTT.
+
+    Returns:
+        {split: official paths of its videos}.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    return WRITERS[name](root, sizes, captions_per_video)

@@ -1,0 +1,109 @@
+"""Checking a dataset before a run: what is told, and the exit status."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.data import videos
+from tests.data.annotations.official import write_official
+from vop_jax.data import prepare
+
+SIZES = {"train": 6, "test": 4}
+
+
+@pytest.fixture(scope="module")
+def msrvtt(tmp_path_factory):
+    """(annotations, videos, records) of an MSR-VTT of ten videos, one of them damaged."""
+    root = tmp_path_factory.mktemp("msrvtt")
+    films = root / "videos"
+    films.mkdir()
+    paths = write_official("msrvtt9k", root / "annotations", SIZES, captions_per_video=3)
+    for i, path in enumerate(p for split in paths.values() for p in split):
+        videos.write(films / path, 12 + i)
+    (films / paths["train"][2]).write_bytes(b"")
+    status = prepare.main(
+        [
+            "--dataset=msrvtt9k",
+            f"--annotations={root / 'annotations'}",
+            f"--videos={films}",
+            f"--output={root / 'records'}",
+            "--other_sizes",
+            "--frames=4",
+            "--short_side=32",
+            "--workers=1",
+        ]
+    )
+    assert status == 0
+    return root
+
+
+def check(root, *overrides, records=True, config="configs/msrvtt9k.py:vop"):
+    """(exit status, stdout, stderr, the JSON)."""
+    where = [f"--config.data.records={root / 'records'}"] if records else []
+    command = [
+        *(sys.executable, "-m", "vop_jax.data.check", f"--config={config}"),
+        *("--config.data.frames=4", "--config.data.short_side=32"),
+        "--config.data.official_sizes=False",
+        *where,
+        f"--json={root / 'check.json'}",
+        *overrides,
+    ]
+    env = {**os.environ, "PYTHONPATH": os.getcwd(), "JAX_PLATFORMS": "cpu"}
+    (root / "check.json").unlink(missing_ok=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+    written = root / "check.json"
+    found = json.loads(written.read_text()) if written.exists() else None
+    return done.returncode, done.stdout, done.stderr, found
+
+
+def test_a_split_that_is_not_whole(msrvtt):
+    status, told, _, found = check(msrvtt)
+    assert status == 1
+    assert "train: 1 not usable: zero bytes" in told
+    assert "problem: split 'train': 1 of 6 videos not usable" in told
+    train, test = found["splits"]["train"], found["splits"]["test"]
+    assert (train["videos"], train["usable"], train["captions"]) == (6, 5, 18)
+    assert train["reasons"] == {"zero bytes": 1}
+    assert (test["videos"], test["usable"], test["captions"]) == (4, 4, 4)
+    assert test["stored_frames"] == [4, 4, 4] and test["video_frames"] == [18, 19, 21]
+    assert found["slots"] == 69 and test["cut_captions"] == 0
+    assert test["caption_tokens"][0] >= 3
+
+
+def test_the_slots_are_the_methods(msrvtt):
+    zero_shot = check(msrvtt, config="configs/msrvtt9k.py:zero_shot")
+    assert zero_shot[3]["slots"] == 77
+    cut = check(msrvtt, "--config.method.text_prefix=70")
+    assert cut[3]["slots"] == 3
+    assert cut[3]["splits"]["train"]["cut_captions"] == 18 and "18 (100.0 %)" in cut[1]
+
+
+def test_records_that_do_not_fit_the_config(msrvtt):
+    status, told, _, _ = check(msrvtt, "--config.data.short_side=48")
+    assert status == 1
+    assert "records were made with data.short_side=32, the config says 48" in told
+    official = check(msrvtt, "--config.data.official_sizes=True")
+    assert official[0] == 1 and "msrvtt9k train has 6 videos, 9,000 are expected" in official[1]
+
+
+def test_without_records_the_videos_are_decoded(msrvtt):
+    sources = (
+        f"--config.data.annotations={msrvtt / 'annotations'}",
+        f"--config.data.videos={msrvtt / 'videos'}",
+    )
+    status, _, _, found = check(msrvtt, *sources, records=False)
+    assert status == 1
+    assert found["splits"] == check(msrvtt)[3]["splits"]
+
+
+def test_wrong_calls(msrvtt, tmp_path):
+    status, _, error, _ = check(tmp_path, records=False)
+    assert status == 2 and "config.data.records: no records there" in error
+    status, _, error, _ = check(msrvtt, config="configs/msvd.py")
+    assert status == 2 and "records of 'msrvtt9k', not of 'msvd'" in error
+    status, _, error, _ = check(msrvtt, "--config.data.frame=3")
+    assert status == 2 and "did you mean config.data.frames?" in error
+    assert len(error.strip().splitlines()) == 1

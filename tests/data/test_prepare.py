@@ -1,0 +1,276 @@
+"""Preparing records: the command, what it survives, and that its result is one and the same."""
+
+import errno
+import functools
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import tensorflow_datasets as tfds
+
+from tests.data import calls, videos
+from tests.data.annotations.official import write_official
+from vop_jax.data import builders, packed, prepare, shards
+from vop_jax.data.builders import Making
+from vop_jax.data.encode import Preprocessing
+from vop_jax.data.packed import pack
+from vop_jax.data.records import Clip
+from vop_jax.errors import UserError
+
+SIZES = {"train": 10, "test": 4}
+
+
+@pytest.fixture(scope="module")
+def msvd(tmp_path_factory):
+    """(annotations, videos) of an MSVD of fourteen videos."""
+    root = tmp_path_factory.mktemp("msvd")
+    films = root / "videos"
+    films.mkdir()
+    paths = write_official("msvd", root / "annotations", {**SIZES, "val": 3})
+    for i, path in enumerate(p for split in paths.values() for p in split):
+        videos.write(films / path, 12 + i, codec="mpeg4")
+    return root / "annotations", films
+
+
+def command(msvd, output, *options):
+    annotations, films = msvd
+    return [
+        "--dataset=msvd",
+        f"--annotations={annotations}",
+        f"--videos={films}",
+        f"--output={output}",
+        "--other_sizes",
+        "--frames=4",
+        "--short_side=32",
+        "--workers=2",
+        "--clips_per_shard=3",
+        *options,
+    ]
+
+
+def digest(root):
+    """Of every file below: name and content."""
+    files = sorted(p for p in root.rglob("*") if p.is_file() and p.name != ".lock")
+    assert files
+    return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def test_the_command(msvd, tmp_path):
+    program = [sys.executable, "-m", "vop_jax.data.prepare", *command(msvd, tmp_path / "a")]
+    printed = subprocess.run(program, capture_output=True, text=True, check=True)
+    assert "train: 10 of 10 videos, 20 captions" in printed.stdout
+    assert "about" in printed.stderr and "free in" in printed.stderr
+    assert "packing msvd" in printed.stderr and "17/17" in printed.stderr
+    assert "flag parsing" not in printed.stderr
+    made = packed.find_records(tmp_path / "a")
+    assert made.parent.name == "msvd"
+    source = tfds.builder_from_directory(str(made)).as_data_source("train")
+    assert len(source) == 10 and len(source[0]["frames"]) == 4
+    # The same again does nothing; in one process with other shards it has the same content.
+    before = digest(tmp_path / "a")
+    assert prepare.main(command(msvd, tmp_path / "a")) == 0
+    assert digest(tmp_path / "a") == before
+    assert prepare.main(command(msvd, tmp_path / "b", "--clips_per_shard=100")) == 0
+    other = tfds.builder_from_directory(str(packed.find_records(tmp_path / "b")))
+    for one, same in zip(source, other.as_data_source("train"), strict=True):
+        assert one["id"] == same["id"] and list(one["captions"]) == list(same["captions"])
+        assert (one["frames"][3] == same["frames"][3]).all()
+
+
+def test_a_tfds_user_finds_the_builders(msvd, tmp_path):
+    annotations, films = msvd
+    manual = tmp_path / "manual"
+    manual.mkdir()
+    (manual / "annotations").symlink_to(annotations)
+    (manual / "videos").symlink_to(films)
+    assert {*builders.BUILDERS} <= {*tfds.list_builders(with_community_datasets=False)}
+    making = Making(2, isolated=False, progress=False)
+    builder = tfds.builder("msvd", data_dir=str(tmp_path / "data"), making=making)
+    config = tfds.download.DownloadConfig(manual_dir=str(manual))
+    with pytest.raises(UserError, match="msvd train has 10 videos, 1,200 are expected"):
+        builder.download_and_prepare(download_config=config)
+
+
+@pytest.mark.slow
+def test_ten_kills_change_nothing(msvd, tmp_path):
+    """Each kill comes at a random moment; the shards that were finished are kept."""
+    program = (
+        "import sys; from tests.data import calls; from vop_jax.data import builders, prepare; "
+        "builders.encode_clip = calls.slow; sys.exit(prepare.main(sys.argv[1:]))"
+    )
+    env = {**os.environ, "PYTHONPATH": os.getcwd()}
+
+    def start(output):
+        argv = [sys.executable, "-c", program, *command(msvd, output)]
+        return subprocess.Popen(argv, env=env, stderr=subprocess.DEVNULL)
+
+    begin = time.monotonic()
+    assert start(tmp_path / "whole").wait() == 0
+    duration = time.monotonic() - begin
+    rng = random.Random(0)
+    kills = kept = 0
+    while kills < 10:
+        process = start(tmp_path / "killed")
+        time.sleep(rng.uniform(0.3, 1.0) * duration)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait()
+        finished = list(builders.staging_of(tmp_path / "killed", "msvd").glob("*.json"))
+        done = packed.find_records(tmp_path / "killed") is not None
+        assert done or len(finished) >= kept
+        kept = len(finished)
+        if done:  # begin anew: there are more kills to come
+            packed.find_records(tmp_path / "killed").rmtree()
+            kept = 0
+    assert start(tmp_path / "killed").wait() == 0
+    assert digest(tmp_path / "killed") == digest(tmp_path / "whole")
+
+
+def test_finished_shards_are_not_made_again(msvd, tmp_path, monkeypatch):
+    making = Making(1, isolated=False, progress=False, clips_per_shard=3)
+    annotations, films = msvd
+    seen = []
+
+    def encode(clip, preprocessing):
+        if len(seen) == 7:
+            raise KeyboardInterrupt
+        seen.append(clip.id)
+        return real(clip, preprocessing)
+
+    real = builders.encode_clip
+    monkeypatch.setattr(builders, "encode_clip", encode)
+    dataset, _ = builders.Msvd.read(annotations, films, official_sizes=False)
+    with pytest.raises(KeyboardInterrupt):
+        pack(dataset, tmp_path, Preprocessing(4), name="msvd", making=making)
+    staging = builders.staging_of(tmp_path, "msvd")
+    finished = sorted(p.name for p in staging.glob("*.json"))
+    assert finished
+    assert packed.find_records(tmp_path) is None
+    with pytest.raises(UserError, match=r"no records there; .*unfinished: run it again"):
+        packed.open_records(tmp_path, Preprocessing(4), ["test"], name="msvd")
+    first, seen[:] = list(seen), []
+
+    def again(clip, preprocessing):
+        seen.append(clip.id)
+        return real(clip, preprocessing)
+
+    monkeypatch.setattr(builders, "encode_clip", again)
+    pack(dataset, tmp_path, Preprocessing(4), name="msvd", making=making)
+    assert len(seen) == 17 - 3 * len(finished)
+    assert not {*seen} & {*first[: 3 * len(finished)]}
+    assert not staging.exists()
+
+
+def test_a_decoder_that_crashes_or_hangs_costs_its_clip(msvd, tmp_path, monkeypatch):
+    _, films = msvd
+    good = sorted(films.iterdir())[:6]
+    clips = [Clip(p.name, str(p), ("x",)) for p in good]
+    clips.insert(2, Clip("crash", str(films / "crash.avi"), ("x",)))
+    clips.insert(5, Clip("hang", str(films / "hang.avi"), ("x",)))
+    monkeypatch.setattr(builders, "encode_clip", calls.treacherous)
+    making = Making(2, seconds=2, progress=False)
+    made = pack({"test": clips}, tmp_path, Preprocessing(4), making=making, max_skipped=0.5)
+    assert made.splits["test"].ids == [p.name for p in good]
+    assert {s["id"]: s["reason"] for s in made.skipped} == {
+        "crash": "its decoder crashed (SIGSEGV)",
+        "hang": "its decoder took more than 2 s and was stopped",
+    }
+
+
+def test_a_full_disk_loses_nothing(msvd, tmp_path, monkeypatch, capsys):
+    whole = tmp_path / "whole"
+    assert prepare.main(command(msvd, whole)) == 0
+    record_file, opened = shards._record_file, []
+
+    def full(path):
+        opened.append(path)
+        if len(opened) == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return record_file(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shards, "_record_file", full)
+        assert prepare.main(command(msvd, tmp_path / "full")) == 1
+    assert "the disk is full; make room and run the same command" in capsys.readouterr().err
+    assert len(list(builders.staging_of(tmp_path / "full", "msvd").glob("*.json"))) == 2
+    assert prepare.main(command(msvd, tmp_path / "full")) == 0
+    assert digest(tmp_path / "full") == digest(whole)
+
+
+def test_array_record_tells_of_a_full_disk(tmp_path):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full on this system")
+    (tmp_path / "full").symlink_to("/dev/full")
+    with (
+        pytest.raises(OSError) as error,
+        shards._record_file(tmp_path / "full") as write,
+    ):
+        write(bytes(1000))
+    assert error.value.errno == errno.ENOSPC
+
+
+def test_videos_that_came_later_are_taken_up(msvd, tmp_path, monkeypatch):
+    """An attempt that was cut off left a clip out; now its file is there."""
+    annotations, films = msvd
+    dataset, _ = builders.Msvd.read(annotations, films, official_sizes=False, only=["test"])
+    late = tmp_path / "late.avi"
+    clips = {"test": [Clip("late", str(late), ("x",)), *dataset["test"]]}
+    making = Making(1, isolated=False, progress=False, clips_per_shard=3)
+    staged = builders.staging_of(tmp_path / "out", "folder")
+    planned = shards.plan(clips, staged, Preprocessing(4), 3)
+    encode = functools.partial(builders.encode_clip, preprocessing=Preprocessing(4))
+    results = builders.in_threads(encode, planned[0].clips, 1)
+    shards.write_shards(planned[:1], results)
+    assert planned[0].note()["clips"][0]["skipped"] == "no such file"
+    videos.write(late, 12, codec="mpeg4")
+    assert planned[0].note() is None
+    made = pack(clips, tmp_path / "out", Preprocessing(4), making=making)
+    assert made.splits["test"].ids[0] == "late"
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["--videos=/nowhere"], "/nowhere"),
+        (["--annotations=/nowhere"], "/nowhere"),
+        (["--dataset=didemo"], "train_data.json"),
+        (["--splits=dev"], "dev"),
+        (["--frames=5"], "records were made with data.frames=4, not 5"),
+        (["--short_side=48"], "records were made with data.short_side=32, not 48"),
+    ],
+)
+def test_wrong_calls(msvd, tmp_path_factory, changed, message, capsys):
+    output = tmp_path_factory.getbasetemp() / "prepared"
+    assert prepare.main(command(msvd, output)) == 0
+    assert prepare.main(command(msvd, output, *changed)) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and message in error
+
+
+def test_records_of_another_version_are_refused(msvd, tmp_path):
+    assert prepare.main(command(msvd, tmp_path, "--splits=test")) == 0
+    made = packed.find_records(tmp_path)
+    for version, why in (("3.0.0", "newer than this vop_jax"), ("1.0.0", "of an older vop_jax")):
+        made = made.rename(made.parent / version)
+        with pytest.raises(UserError, match=f"records of version {version}, {why}"):
+            packed.open_records(tmp_path, Preprocessing(4), ["test"], name="msvd")
+
+
+def test_two_processes_do_not_share_an_output(msvd, tmp_path, capsys):
+    with prepare._locked(prepare.epath.Path(tmp_path)):
+        assert prepare.main(command(msvd, tmp_path)) == 2
+    assert "another process is preparing it" in capsys.readouterr().err
+
+
+def test_beam_makes_the_same_bytes(msvd, tmp_path):
+    pytest.importorskip("apache_beam", reason="needs the extra beam")
+    assert prepare.main(command(msvd, tmp_path / "here")) == 0
+    beam = command(msvd, tmp_path / "beam", "--beam_options=--runner=DirectRunner")
+    assert prepare.main(beam) == 0
+    assert digest(tmp_path / "beam") == digest(tmp_path / "here")

@@ -1,0 +1,1 @@
+"""Annotation files become clips: a parser for each kind."""

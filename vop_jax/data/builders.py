@@ -1,0 +1,328 @@
+"""`tfds` builders: one per dataset over one core, on one machine or on an Apache Beam runner.
+
+Importing this file registers them: `tfds.builder("msrvtt9k", data_dir=…)`, with the videos and
+the annotation files in the folders `videos` and `annotations` of `manual_dir`. Needs no
+TensorFlow.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow_datasets as tfds
+from etils import epath
+from tensorflow_datasets.core import dataset_builder, naming, splits
+from tqdm import tqdm
+
+from vop_jax.atomic import write_atomic
+from vop_jax.data import shards
+from vop_jax.data.annotations.benchmarks import read_benchmark
+from vop_jax.data.annotations.folder import read_folder
+from vop_jax.data.encode import Preprocessing, encode_clip
+from vop_jax.data.locate import locate
+from vop_jax.data.records import Clip, Dataset
+from vop_jax.data.workers import in_processes, in_threads
+from vop_jax.errors import UserError
+
+VERSION = "2.0.0"  # of the records
+CLIPS_PER_SHARD = shards.CLIPS_PER_SHARD
+
+
+@dataclasses.dataclass(frozen=True)
+class Making:
+    """How the work is done; nothing of it shows in the result but `clips_per_shard`.
+
+    Attributes:
+        workers: clips decoded at once; 0: as many as there are cores.
+        isolated: in processes of their own, so that a decoder may crash or hang.
+        seconds: that a clip may take in such a process.
+        progress: show a bar.
+    """
+
+    workers: int = 0
+    isolated: bool = True
+    seconds: float = 300.0
+    progress: bool = True
+    clips_per_shard: int = CLIPS_PER_SHARD
+
+
+class VideoBuilder(dataset_builder.FileReaderBuilder, skip_registration=True):  # type: ignore[call-arg]
+    """Clips with captions as records of JPEG frames.
+
+    Args:
+        dataset: the clips; None: read from `manual_dir`.
+        preprocessing: how they are stored.
+        making: how that is done.
+    """
+
+    VERSION = tfds.core.Version(VERSION)
+    MANUAL_DOWNLOAD_INSTRUCTIONS = "The folders `videos` and `annotations`; see docs/reproduce.md."
+
+    def __init__(
+        self,
+        *,
+        dataset: Dataset | None = None,
+        preprocessing: Preprocessing | None = None,
+        making: Making | None = None,
+        **tfds_arguments: Any,
+    ):
+        self._dataset, self._making = dataset, making or Making()
+        self._preprocessing = preprocessing or Preprocessing()
+        super().__init__(file_format="array_record", **tfds_arguments)
+
+    @classmethod
+    def read(
+        cls,
+        annotations: str | os.PathLike,
+        videos: str | os.PathLike | None,
+        *,
+        official_sizes: bool = True,
+        only: Sequence[str] | None = None,
+    ) -> tuple[Dataset, list[str]]:
+        """The clips of the official files, their videos looked up if wanted; what was noticed.
+
+        Raises:
+            UserError: see `benchmarks.read_benchmark` and `locate.locate`.
+        """
+        dataset, notes = read_benchmark(
+            cls.name, annotations, splits=only, official_sizes=official_sizes
+        )
+        if videos is None:
+            return dataset, notes
+        every = [clip for clips in dataset.values() for clip in clips]
+        located, more = locate(every, videos)
+        at = iter(located)
+        found = {split: [next(at) for _ in clips] for split, clips in dataset.items()}
+        return found, [*notes, *more]
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=f"Sampled frames of video clips with captions: {self.name}.",
+            features=shards.features(),
+            metadata=tfds.core.MetadataDict(),
+            disable_shuffling=True,  # record i is the i-th readable clip
+        )
+
+    def _download_and_prepare(self, dl_manager: Any, download_config: Any) -> None:
+        """Makes the shards that are not there yet, then the dataset of them."""
+        if self._dataset is None:
+            manual = epath.Path(dl_manager.manual_dir)
+            self._dataset, _ = self.read(manual / "annotations", manual / "videos")
+        planned = shards.plan(
+            self._dataset, self._staging(), self._preprocessing, self._making.clips_per_shard
+        )
+        if download_config.beam_runner or download_config.beam_options:
+            self._make_with_beam(planned, download_config)
+        else:
+            self._make_here(planned)
+        self.info.metadata.update(
+            preprocessing=dataclasses.asdict(self._preprocessing),
+            clips={split: fingerprint(clips) for split, clips in self._dataset.items()},
+            skipped=[],
+        )
+        infos = [
+            self._finish_split(split, [s for s in planned if s.split == split])
+            for split in self._dataset
+        ]
+        self.info.set_splits(splits.SplitDict(infos))
+
+    def _staging(self) -> epath.Path:
+        return staging_of(epath.Path(self.data_dir_root), self.name)
+
+    def _make_here(self, planned: list[shards.Shard]) -> None:
+        making = self._making
+        pending = [shard for shard in planned if shard.note() is None]
+        tasks = (clip for shard in pending for clip in shard.clips)
+        encode = functools.partial(encode_clip, preprocessing=self._preprocessing)
+        workers = making.workers or os.cpu_count() or 1
+        if making.isolated and pending:
+            results = in_processes(encode, tasks, workers, seconds=making.seconds)
+        else:
+            results = in_threads(encode, tasks, workers)
+        total = sum(len(shard.clips) for shard in planned)
+        left = sum(len(shard.clips) for shard in pending)
+        with (
+            contextlib.closing(results),
+            tqdm(
+                results,
+                f"packing {self.name}",
+                total,
+                initial=total - left,
+                unit="clip",
+                disable=not making.progress,
+            ) as bar,
+        ):
+            found = iter(bar)
+            shards.write_shards(pending, found)
+            next(found, None)  # the bar counts a clip when the next is asked for
+
+    def _make_with_beam(self, planned: list[shards.Shard], download_config: Any) -> None:
+        try:
+            import apache_beam as beam
+        except ImportError:
+            raise UserError("Apache Beam is not installed: pip install 'vop_jax[beam]'") from None
+        options, runner = download_config.beam_options, download_config.beam_runner
+        pending = [shard for shard in planned if shard.note() is None]
+        with beam.Pipeline(runner=runner, options=options) as pipeline:
+            _ = (
+                pipeline
+                | beam.Create(pending)
+                | beam.Reshuffle()
+                | beam.Map(write_alone, self._preprocessing, self._making.seconds)
+            )
+
+    def _finish_split(self, split: str, own: list[shards.Shard]) -> splits.SplitInfo:
+        """Links a split's shards into the dataset, writes its index; raises if nothing is left."""
+        rows, filled = [], []
+        for shard in own:
+            note = shard.note()
+            if note is None:
+                raise RuntimeError(f"{shard.path}: changed while it was used")
+            rows += note["clips"]
+            if kept := sum("skipped" not in row for row in note["clips"]):
+                filled.append((shard, kept, note["bytes"]))
+        skipped = [
+            {"id": row["id"], "path": row["path"], "split": split, "reason": row["skipped"]}
+            for row in rows
+            if "skipped" in row
+        ]
+        self.info.metadata["skipped"] += skipped
+        check_share(split, len(rows), skipped, max_skipped=1.0)
+        template = naming.ShardedFileTemplate(
+            data_dir=self.data_path,
+            dataset_name=self.name,
+            split=split,
+            filetype_suffix="array_record",
+        )
+        for number, (shard, _, _) in enumerate(filled):
+            _link(shard.path, template.sharded_filepath(shard_index=number, num_shards=len(filled)))
+        lines = [{k: v for k, v in row.items() if k != "state"} for row in rows]
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        write_atomic(self.data_path / index_name(split), text.encode("utf-8", "surrogatepass"))
+        return splits.SplitInfo(
+            name=split,
+            shard_lengths=[kept for _, kept, _ in filled],
+            num_bytes=sum(size for _, _, size in filled),
+            filename_template=template,
+        )
+
+    def _post_download_and_prepare_hook(self) -> None:
+        shutil.rmtree(self._staging(), ignore_errors=True)
+
+
+def write_alone(shard: shards.Shard, preprocessing: Preprocessing, seconds: float) -> None:
+    """One shard, on whatever machine this runs."""
+    encode = functools.partial(encode_clip, preprocessing=preprocessing)
+    with contextlib.closing(in_processes(encode, shard.clips, 1, seconds=seconds)) as results:
+        shards.write_shards([shard], results)
+
+
+def _link(source: str, target: epath.Path) -> None:
+    """A second name where the file system has them: the staged shard stays until all is done."""
+    try:
+        os.link(source, target)
+    except OSError:
+        epath.Path(source).copy(target, overwrite=True)
+
+
+def staging_of(root: epath.Path, name: str) -> epath.Path:
+    """Where finished shards wait for the others."""
+    return root / name / f"{VERSION}.shards"
+
+
+def index_name(split: str) -> str:
+    """The file with a row for each clip of a split, the skipped ones too."""
+    return f"clips-{split}.jsonl"
+
+
+def fingerprint(clips: list[Clip]) -> str:
+    """Of ids, captions and times."""
+    return hashlib.sha256(json.dumps(shards.content_of(clips)).encode()).hexdigest()
+
+
+def check_share(
+    split: str, count: int, skipped: Sequence[dict[str, str]], max_skipped: float
+) -> None:
+    """Raises UserError if more than that share of a split, or all of it, was left out."""
+    if skipped and (len(skipped) == count or len(skipped) > max_skipped * count):
+        more = f", and {len(skipped) - 1} more" if len(skipped) > 1 else ""
+        raise UserError(
+            f"split {split!r}: {len(skipped)} of {count} videos cannot be used, more than "
+            f"config.data.max_skipped={max_skipped:g} allows: {skipped[0]['path']} "
+            f"({skipped[0]['reason']}){more}"
+        )
+
+
+class Folder(VideoBuilder):
+    """A folder of videos with a CSV or JSON Lines file of captions, `annotations`."""
+
+    name = "folder"
+
+    @classmethod
+    def read(cls, annotations, videos, *, official_sizes=True, only=None):
+        """See `VideoBuilder.read` and `folder.read_folder`."""
+        path = epath.Path(annotations)
+        if path.is_dir():  # of a manual_dir
+            path = next(iter(sorted(path.iterdir())), path)
+        dataset = read_folder(path, videos or path.parent)
+        return {k: v for k, v in dataset.items() if only is None or k in only}, []
+
+
+class Msrvtt9k(VideoBuilder):
+    """MSR-VTT: 9,000 training videos, test 1k-A."""
+
+    name = "msrvtt9k"
+
+
+class Msrvtt7k(VideoBuilder):
+    """MSR-VTT: 7,010 training videos, test 1k-A."""
+
+    name = "msrvtt7k"
+
+
+class Didemo(VideoBuilder):
+    """DiDeMo: paragraphs, the first 30 seconds."""
+
+    name = "didemo"
+
+
+class Activitynet(VideoBuilder):
+    """ActivityNet Captions: paragraphs, whole videos, val_1 as test."""
+
+    name = "activitynet"
+
+
+class Lsmdc(VideoBuilder):
+    """LSMDC: clips of movies."""
+
+    name = "lsmdc"
+
+
+class Msvd(VideoBuilder):
+    """MSVD: many captions a video."""
+
+    name = "msvd"
+
+
+class Vatex(VideoBuilder):
+    """VATEX: ten captions a video."""
+
+    name = "vatex"
+
+
+BUILDERS: dict[str, type[VideoBuilder]] = {
+    builder.name: builder
+    for builder in (Folder, Msrvtt9k, Msrvtt7k, Didemo, Activitynet, Lsmdc, Msvd, Vatex)
+}
+
+
+def name_of(kind: str) -> str:
+    """The builder behind `config.data.kind`: rendered clips are a folder too."""
+    return kind if kind in BUILDERS else Folder.name

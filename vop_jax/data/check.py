@@ -1,0 +1,207 @@
+"""Whether a dataset is whole, and what will become of it under a config.
+
+    python -m vop_jax.data.check --config=configs/msrvtt9k.py:vop_f+c --config.data.records=DIR
+
+Reads the packed records; where there are none, decodes all videos to see. Exit status 1 when a
+split is not whole or the records do not fit the config.
+"""
+
+import collections
+import contextlib
+import functools
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from absl import app, flags
+from etils import epath
+from ml_collections import ConfigDict, config_flags
+from tqdm import tqdm
+
+from vop_jax import atomic, main, start
+from vop_jax.config import validate
+from vop_jax.data import builders, packed, shards
+from vop_jax.data.annotations.benchmarks import BENCHMARKS, check_sizes
+from vop_jax.data.encode import Preprocessing, encode_clip
+from vop_jax.data.sources import CaptionTokenizer
+from vop_jax.data.workers import in_processes
+from vop_jax.errors import UserError
+
+Rows = list[dict[str, Any]]  # of a split, as in its index
+
+
+def check(config: ConfigDict) -> dict[str, Any]:
+    """What there is to know of a config's dataset.
+
+    Returns:
+        {"source", "problems": [str], "splits": {name: counts}}; whole if there are no problems.
+
+    Raises:
+        UserError: there are neither records nor annotations, or they cannot be read.
+    """
+    data = config.data
+    preprocessing = Preprocessing.from_mapping(data)
+    problems: list[str] = []
+    records = packed.find_records(data.records) if data.records else None
+    if records is not None:
+        rows = _of_records(records, data, preprocessing, problems)
+    elif data.annotations and data.videos:
+        rows = _of_videos(data, preprocessing, problems)
+    else:
+        raise UserError(
+            "config.data.records: no records there; without them config.data.annotations and "
+            "config.data.videos are needed"
+        )
+    slots = start.method_of(config).text_slots(start.preset(config, default="ViT-B/32"))
+    tokenize = CaptionTokenizer(slots)
+    splits = {split: _describe(own, tokenize) for split, own in rows.items()}
+    for split, found in splits.items():
+        if found["usable"] < found["videos"]:
+            missing = found["videos"] - found["usable"]
+            problems.append(f"split {split!r}: {missing} of {found['videos']} videos not usable")
+    if data.kind in BENCHMARKS and data.official_sizes:
+        for split, found in splits.items():
+            try:
+                check_sizes(data.kind, {split: (found["videos"], found["captions"])})
+            except UserError as error:
+                problems.append(str(error))
+    return {
+        "dataset": data.kind,
+        "source": os.fspath(records or data.videos),
+        "slots": slots,
+        "splits": splits,
+        "problems": problems,
+    }
+
+
+def _of_records(
+    records: epath.Path, data: ConfigDict, preprocessing: Preprocessing, problems: list[str]
+) -> dict[str, Rows]:
+    made = json.loads((records / "metadata.json").read_text())
+    name = builders.name_of(data.kind)
+    if records.parent.name != name:
+        raise UserError(f"{data.records}: records of {records.parent.name!r}, not of {name!r}")
+    for key, theirs, mine in packed.differences(made["preprocessing"], preprocessing):
+        problems.append(f"records were made with data.{key}={theirs!r}, the config says {mine!r}")
+    if data.annotations:
+        dataset, _ = builders.BUILDERS[name].read(
+            data.annotations,
+            data.videos or None,
+            official_sizes=data.official_sizes,
+            only=list(made["clips"]),
+        )
+        for split, clips in dataset.items():
+            if builders.fingerprint(clips) != made["clips"][split]:
+                problems.append(f"split {split!r}: the annotations have other clips or captions")
+    return {split: packed.Split(records, split).rows for split in made["clips"]}
+
+
+def _of_videos(
+    data: ConfigDict, preprocessing: Preprocessing, problems: list[str]
+) -> dict[str, Rows]:
+    builder = builders.BUILDERS[builders.name_of(data.kind)]
+    dataset, notes = builder.read(data.annotations, data.videos, official_sizes=data.official_sizes)
+    problems += notes
+    encode = functools.partial(encode_clip, preprocessing=preprocessing)
+    clips = [(split, clip) for split, own in dataset.items() for clip in own]
+    found = in_processes(
+        encode, (clip for _, clip in clips), os.cpu_count() or 1, seconds=builders.Making().seconds
+    )
+    rows: dict[str, Rows] = {split: [] for split in dataset}
+    with contextlib.closing(found), tqdm(found, "decoding", len(clips), unit="clip") as bar:
+        for (split, clip), encoded in zip(clips, bar, strict=True):
+            rows[split].append(shards.row_of(clip, encoded))
+    return rows
+
+
+def _describe(rows: Rows, tokenize: CaptionTokenizer) -> dict[str, Any]:
+    """Counts of a split."""
+    kept = [row for row in rows if "skipped" not in row]
+    captions = [caption for row in rows for caption in row["captions"]]
+    lengths = tokenize.lengths(captions)
+    reasons = collections.Counter(row["skipped"] for row in rows if "skipped" in row)
+    return {
+        "videos": len(rows),
+        "usable": len(kept),
+        "captions": len(captions),
+        "caption_tokens": _spread(lengths),
+        "cut_captions": int((lengths > tokenize.slots).sum()),
+        "stored_frames": _spread([row["stored"] for row in kept]),
+        "video_frames": _spread([row["frames"] for row in kept]),
+        "repeating_frames": sum(row["distinct"] < row["stored"] for row in kept),
+        "reasons": dict(reasons.most_common()),
+        "skipped": [
+            {"id": row["id"], "path": row["path"], "reason": row["skipped"]}
+            for row in rows
+            if "skipped" in row
+        ],
+    }
+
+
+def _spread(values: Sequence[int] | np.ndarray) -> list[int]:
+    """[least, median, most]; [] of nothing."""
+    if not len(values):
+        return []
+    return [int(np.min(values)), int(np.median(values)), int(np.max(values))]
+
+
+def table(found: dict[str, Any]) -> str:
+    """For people: a column a split."""
+    splits = found["splits"]
+    lines = [f"{found['dataset']}: {found['source']}"]
+    rows = [
+        ("videos", lambda s: f"{s['videos']:,}"),
+        ("usable", lambda s: f"{s['usable']:,}"),
+        ("captions", lambda s: f"{s['captions']:,}"),
+        ("tokens a caption", lambda s: _between(s["caption_tokens"])),
+        (f"cut at {found['slots']} slots", lambda s: _share(s["cut_captions"], s["captions"])),
+        ("frames of a video", lambda s: _between(s["video_frames"])),
+        ("frames stored", lambda s: _between(s["stored_frames"])),
+        ("with repeated frames", lambda s: f"{s['repeating_frames']:,}"),
+    ]
+    lines.append(" " * 22 + "".join(f"{name:>18}" for name in splits))
+    for label, cell in rows:
+        lines.append(f"{label:<22}" + "".join(f"{cell(split):>18}" for split in splits.values()))
+    for name, split in splits.items():
+        for reason, count in split["reasons"].items():
+            first = next(s for s in split["skipped"] if s["reason"] == reason)
+            lines.append(f"{name}: {count} not usable: {reason}; first {first['path']}")
+    lines += [f"problem: {problem}" for problem in found["problems"]]
+    if not found["problems"]:
+        lines.append("whole")
+    return "\n".join(lines)
+
+
+def _between(spread: list[int]) -> str:
+    return "{} / {} / {}".format(*spread) if spread else "-"
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part:,} ({100 * part / whole:.1f} %)" if whole else "-"
+
+
+def run(argv: Sequence[str]) -> int:
+    """The command line behind its flags; returns the exit status."""
+    main.set_up_logging()
+    try:
+        config = flags.FLAGS.config
+        validate(config)
+        found = check(config)
+    except UserError as error:
+        main.fail(str(error))
+    if flags.FLAGS.json:
+        atomic.write_json(flags.FLAGS.json, found)
+    print(table(found))
+    return 1 if found["problems"] else 0
+
+
+def define_flags() -> None:
+    config_flags.DEFINE_config_file("config", None, "FILE or FILE:METHOD, see configs/")
+    flags.DEFINE_string("json", None, "also write what was found to this file")
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(run, flags_parser=main.parse_flags)

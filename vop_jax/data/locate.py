@@ -1,0 +1,131 @@
+"""Where the videos of official names really are: other extensions, other places, frames."""
+
+import dataclasses
+import os
+import posixpath
+from collections.abc import Container, Iterator, Sequence
+
+from etils import epath
+
+from vop_jax.data.pictures import PICTURES
+from vop_jax.data.records import Clip
+from vop_jax.errors import UserError
+
+VIDEOS = (
+    *(".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v"),
+    *(".mpg", ".mpeg", ".wmv", ".flv", ".3gp"),
+)
+# ActivityNet's ids are YouTube's with this before them; some downloads are named without.
+PREFIX = "v_"
+
+
+def locate(clips: Sequence[Clip], videos: str | os.PathLike) -> tuple[list[Clip], list[str]]:
+    """Finds the videos of clips whose paths are official ones, relative to a folder.
+
+    A video that is not at its official path is, anywhere in the folder, the file of that name
+    with another extension, or the folder of that name with extracted frames. One that is not
+    found keeps its official path, and is reported when it is to be read.
+
+    Returns:
+        The clips with the paths of their videos in `videos`.
+        Notes: how many were found under other names or not at all, one line each.
+
+    Raises:
+        UserError: there is no such folder, or not one of the videos in it.
+    """
+    root = epath.Path(videos)
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder of videos")
+    there = _at_official_paths(root, clips)
+    lost = [clip.path for clip in clips if clip.path not in there]
+    names = {name for path in lost for name in _names(path)}
+    index = _index(root, names) if lost else {}
+    found: dict[str, str] = {}  # official path -> path
+    remarks: dict[str, list[str]] = {}  # what -> of which
+    for path in lost:
+        matches = next((index[name] for name in _names(path) if name in index), [])
+        if matches:
+            found[path], what = _choose(path, matches)
+            remarks.setdefault(what, []).append(found[path])
+        else:
+            remarks.setdefault("are missing", []).append(path)
+        if len(matches) > 1:
+            remarks.setdefault("are there twice", []).append(" and ".join(matches))
+    if clips and not there and not found:
+        raise UserError(_nothing_found(root, clips))
+    notes = [
+        f"{root}: {len(which)} of {len(clips)} videos {what}, first {which[0]}"
+        for what, which in remarks.items()
+    ]
+    prefix = os.fspath(root)
+    return [
+        dataclasses.replace(clip, path=os.path.join(prefix, found.get(clip.path, clip.path)))
+        for clip in clips
+    ], notes
+
+
+def _names(path: str) -> tuple[str, ...]:
+    """The names, without extension, that a video may have; the official one first."""
+    stem = posixpath.splitext(posixpath.basename(path))[0]
+    return (stem, stem.removeprefix(PREFIX)) if stem.startswith(PREFIX) else (stem,)
+
+
+def _at_official_paths(root: epath.Path, clips: Sequence[Clip]) -> set[str]:
+    """The official paths that exist; one listing a folder, for stores where asking is slow."""
+    there: set[str] = set()
+    for folder in {posixpath.dirname(clip.path) for clip in clips}:
+        if (root / folder).is_dir():
+            there |= {posixpath.join(folder, path.name) for path in (root / folder).iterdir()}
+    return there & {clip.path for clip in clips}
+
+
+def _index(root: epath.Path, names: Container[str]) -> dict[str, list[str]]:
+    """{name without extension: relative paths} of the videos and folders of frames below."""
+    index: dict[str, list[str]] = {}
+    for folder, files in _walk(root):
+        name = posixpath.basename(folder)
+        if name in names and any(file.lower().endswith(PICTURES) for file in files):
+            index.setdefault(name, []).append(folder)
+        for file in files:
+            stem, extension = posixpath.splitext(file)
+            if stem in names and extension.lower() in VIDEOS:
+                index.setdefault(stem, []).append(posixpath.join(folder, file))
+    return index
+
+
+def _walk(root: epath.Path) -> Iterator[tuple[str, list[str]]]:
+    """(relative path, names of files) of the folder and all below it, links followed."""
+    remote = "://" in os.fspath(root)
+    seen = set()  # links may lead in circles
+    for folder, folders, files in root.walk() if remote else os.walk(root, followlinks=True):
+        real = os.fspath(folder) if remote else os.path.realpath(folder)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        relative = os.path.relpath(os.fspath(folder), os.fspath(root)).replace(os.sep, "/")
+        yield "" if relative == "." else relative, files
+
+
+def _choose(path: str, matches: list[str]) -> tuple[str, str]:
+    """(the match to use, how it differs): the official extension first, frames last."""
+    official = posixpath.splitext(path)[1].lower()
+
+    def rank(match: str) -> tuple[bool, bool, str]:
+        extension = posixpath.splitext(match)[1].lower()
+        return extension != official, extension not in VIDEOS, match
+
+    matches.sort(key=rank)
+    other_extension, is_folder, match = rank(matches[0])
+    if is_folder:
+        return match, "are folders of frames"
+    return match, "have another extension" if other_extension else "lie elsewhere or are renamed"
+
+
+def _nothing_found(root: epath.Path, clips: Sequence[Clip]) -> str:
+    names = sorted(path.name for path in root.iterdir())[:3]
+    return (
+        f"{root}: none of the {len(clips)} videos is in this folder; looked for {clips[0].path}, "
+        f"for {_names(clips[0].path)[0]} with {' '.join(VIDEOS)}, and for a folder of its frames; "
+        f"there are {', '.join(map(repr, names)) or 'no files'}"
+    )

@@ -1,0 +1,45 @@
+"""Folders of extracted frames: pictures numbered in their order."""
+
+import os
+import re
+
+import numpy as np
+from etils import epath
+from PIL import Image
+
+from vop_jax.data.pixels import resize_short_side
+from vop_jax.errors import VideoError
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
+
+def list_pictures(folder: str | os.PathLike) -> list[epath.Path]:
+    """The pictures of a folder by their numbers: 2.jpg comes before 10.jpg.
+
+    Raises:
+        VideoError: there are none.
+    """
+    found = [p for p in epath.Path(folder).iterdir() if p.suffix.lower() in PICTURES]
+    if not found:
+        raise VideoError(f"a folder without pictures ({', '.join(PICTURES)})")
+    return sorted(found, key=lambda path: _natural(path.name))
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    """Digits compare as numbers, before letters."""
+    parts = re.split(r"(\d+)", name)
+    return [(0, int(p), p) if p.isdecimal() else (1, 0, p) for p in parts if p]
+
+
+def read_picture(path: epath.Path, short_side: int | None) -> np.ndarray:
+    """uint8 RGB [h, w, 3], larger ones shrunk to `short_side`.
+
+    Raises:
+        VideoError: it is no picture, or damaged.
+    """
+    try:
+        with path.open("rb") as file, Image.open(file) as picture:
+            pixels = np.asarray(picture.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        raise VideoError(f"{path.name}: not readable as a picture") from None
+    return resize_short_side(pixels, short_side, enlarge=False) if short_side else pixels

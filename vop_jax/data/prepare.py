@@ -1,0 +1,226 @@
+"""Videos and official annotation files become packed records.
+
+    python -m vop_jax.data.prepare --dataset=msrvtt9k --videos=VIDEOS \\
+        --annotations=ANNOTATIONS --output=records/msrvtt9k
+
+Kill it whenever you like: the same command goes on. A clip whose decoder crashes or hangs is
+left out and named. `python -m vop_jax.data.check` tells what came of it.
+"""
+
+import argparse
+import errno
+import functools
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import filelock
+import tensorflow_datasets as tfds
+from absl import flags, logging
+from etils import epath
+
+from vop_jax.data import packed
+from vop_jax.data.builders import BUILDERS, CLIPS_PER_SHARD, Making, fingerprint
+from vop_jax.data.encode import Encoded, Preprocessing, encode_clip
+from vop_jax.data.records import Clip
+from vop_jax.data.sampling import SAMPLINGS
+from vop_jax.data.workers import in_processes
+from vop_jax.errors import UserError
+from vop_jax.main import set_up_logging
+
+PROBED = 8  # clips encoded to estimate the size
+
+
+def prepare(
+    name: str,
+    videos: str,
+    annotations: str,
+    output: str,
+    preprocessing: Preprocessing,
+    making: Making,
+    *,
+    splits: Sequence[str] | None = None,
+    official_sizes: bool = True,
+    beam: Any = None,
+) -> packed.Packed:
+    """The records of a dataset, made or completed.
+
+    Args:
+        beam: a `tfds.download.DownloadConfig` with a runner or options; None: this machine.
+
+    Raises:
+        UserError: the files are not what the dataset's are.
+        OSError: the disk is full; the next call continues.
+    """
+    dataset, notes = BUILDERS[name].read(
+        annotations, videos, official_sizes=official_sizes, only=splits
+    )
+    for note in notes:
+        logging.warning("%s", note)
+    for split, clips in dataset.items():
+        captions = sum(len(clip.captions) for clip in clips)
+        logging.info("%s %s: %d videos, %d captions", name, split, len(clips), captions)
+    root = epath.Path(output)
+    with _locked(root):
+        if packed.find_records(root) is None:
+            every = [clip for clips in dataset.values() for clip in clips]
+            _tell_size(every, root, preprocessing, making)
+            packed.build(dataset, root, preprocessing, name, making, beam)
+        return packed.open_records(
+            root,
+            preprocessing,
+            list(dataset),
+            name=name,
+            max_skipped=1.0,
+            clips={split: fingerprint(clips) for split, clips in dataset.items()},
+        )
+
+
+def _locked(root: epath.Path) -> filelock.BaseFileLock:
+    root.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(root / ".lock", timeout=0)
+    try:
+        return lock.acquire().lock
+    except filelock.Timeout:
+        raise UserError(f"--output={root}: another process is preparing it") from None
+
+
+def _tell_size(
+    clips: list[Clip], root: epath.Path, preprocessing: Preprocessing, making: Making
+) -> None:
+    """How much disk all clips will take, judged by a few of them."""
+    some = clips[:: max(1, len(clips) // PROBED)][:PROBED]
+    encode = functools.partial(encode_clip, preprocessing=preprocessing)
+    workers = min(making.workers or os.cpu_count() or 1, len(some))
+    found = list(in_processes(encode, some, workers, seconds=making.seconds))
+    sizes = [sum(map(len, clip.jpegs)) for clip in found if isinstance(clip, Encoded)]
+    if not sizes:
+        logging.warning("none of %d clips tried could be read: %s", len(some), found[0])
+        return
+    needed = len(clips) * sum(sizes) / len(sizes)
+    free = shutil.disk_usage(root).free
+    logging.info("about %s of records, %s free in %s", _bytes(needed), _bytes(free), root)
+    if needed > free:
+        logging.warning("the disk will be full before the end; what is finished then stays")
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def report(made: packed.Packed) -> str:
+    """What came of it, a line a split, and the first clips that were left out."""
+    lines = []
+    for split in made.splits.values():
+        captions = sum(map(len, split.captions))
+        line = f"{split.name}: {len(split)} of {len(split.rows)} videos, {captions} captions"
+        lines.append(line)
+    for skipped in made.skipped[:10]:
+        lines.append(f"left out {skipped['id']} ({skipped['split']}): {skipped['reason']}")
+    if len(made.skipped) > 10:
+        lines.append(f"and {len(made.skipped) - 10} more; python -m vop_jax.data.check names all")
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    default, making = Preprocessing(), Making()
+    parser = argparse.ArgumentParser(
+        "python -m vop_jax.data.prepare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--dataset", required=True, choices=BUILDERS)
+    parser.add_argument("--videos", required=True, help="folder of videos or of frame folders")
+    parser.add_argument("--annotations", required=True, help="folder of official files; a file")
+    parser.add_argument("--output", required=True, help="a folder; config.data.records")
+    parser.add_argument("--splits", help="only these: test or train,test")
+    parser.add_argument("--other_sizes", action="store_true", help="not the official sizes")
+    as_stored = parser.add_argument_group("how clips are stored, config.data's keys")
+    as_stored.add_argument("--frames", type=_positive, default=default.frames)
+    as_stored.add_argument("--sampling", choices=SAMPLINGS, default=default.sampling)
+    as_stored.add_argument("--stored_fps", type=_not_negative, default=default.stored_fps)
+    as_stored.add_argument("--short_side", type=_positive, default=default.short_side)
+    as_stored.add_argument("--jpeg_quality", type=_percent, default=default.jpeg_quality)
+    as_stored.add_argument("--short_clips", choices=("skip", "repeat"), default="skip")
+    as_stored.add_argument("--folder_fps", type=_not_negative, default=default.folder_fps)
+    work = parser.add_argument_group("how that is done")
+    work.add_argument("--workers", type=_positive, default=0, help="default: one a core")
+    work.add_argument("--seconds", type=_not_negative, default=making.seconds, help="a clip's")
+    work.add_argument("--clips_per_shard", type=_positive, default=CLIPS_PER_SHARD)
+    work.add_argument("--beam_options", help="--runner=DirectRunner … of Apache Beam, quoted")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: a number, 1 or more")
+    return int(text)
+
+
+def _percent(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 100:
+        raise argparse.ArgumentTypeError(f"{text!r}: 1 to 100")
+    return int(text)
+
+
+def _not_negative(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r}: a number, 0 or more")
+    return number
+
+
+def _beam(options: str | None) -> Any:
+    if options is None:
+        return None
+    try:
+        from apache_beam.options.pipeline_options import PipelineOptions
+    except ImportError:
+        raise UserError("Apache Beam is not installed: pip install 'vop_jax[beam]'") from None
+    return tfds.download.DownloadConfig(beam_options=PipelineOptions(options.split()))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    args = vars(_parser().parse_args(argv))
+    flags.FLAGS.mark_as_parsed()  # absl would warn that it logs before that
+    logging.use_absl_handler()
+    set_up_logging()
+    try:
+        made = prepare(
+            args["dataset"],
+            args["videos"],
+            args["annotations"],
+            args["output"],
+            Preprocessing.from_mapping(args),
+            Making(args["workers"], True, args["seconds"], True, args["clips_per_shard"]),
+            splits=args["splits"] and args["splits"].split(","),
+            official_sizes=not args["other_sizes"],
+            beam=_beam(args["beam_options"]),
+        )
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(
+            f"error: {error.filename or args['output']}: the disk is full; make room and run "
+            "the same command, finished shards are kept",
+            file=sys.stderr,
+        )
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    print(report(made))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""Clips become record files, a shard at a time: what is finished stays finished.
+
+A shard is a function of its clips and the preprocessing alone, on whatever machine it is made;
+beside each lies a note of what is in it, written last.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import io
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import array_record.python.array_record_module as array_record
+import numpy as np
+import tensorflow_datasets as tfds
+from absl import logging
+from etils import epath
+
+from vop_jax.atomic import write_json
+from vop_jax.data.encode import Encoded, Preprocessing
+from vop_jax.data.records import Clip, Dataset
+from vop_jax.errors import VideoError
+
+CLIPS_PER_SHARD = 256  # some 80 MB of 12 frames of 256 pixels
+
+
+def features() -> tfds.features.FeaturesDict:
+    """What a record holds."""
+    return tfds.features.FeaturesDict(
+        {
+            "id": tfds.features.Text(),
+            "captions": tfds.features.Sequence(tfds.features.Text()),
+            "frames": tfds.features.Sequence(
+                tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg")
+            ),
+            "indices": tfds.features.Sequence(np.int32),
+            "timestamps": tfds.features.Sequence(np.float32),
+        }
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """Some clips of a split, in order, and the file they go to.
+
+    Attributes:
+        path: of the records; the note has the suffix `.json`.
+        fingerprint: of clips and preprocessing.
+    """
+
+    split: str
+    path: str
+    clips: tuple[Clip, ...]
+    fingerprint: str
+
+    def note(self) -> dict[str, Any] | None:
+        """What is in the shard: a row a clip, and its "bytes"; None unless it is finished.
+
+        One that left out a clip whose file has changed since is not.
+        """
+        try:
+            note = json.loads(epath.Path(self.path + ".json").read_text())
+        except (OSError, ValueError):
+            return None
+        if note["fingerprint"] != self.fingerprint:
+            return None
+        if any(_state(row["path"]) != row["state"] for row in note["clips"] if "skipped" in row):
+            return None
+        return note
+
+
+def plan(
+    dataset: Dataset, staging: epath.Path, preprocessing: Preprocessing, per_shard: int
+) -> list[Shard]:
+    """All shards of a dataset."""
+    shards = []
+    for split, clips in dataset.items():
+        for number, start in enumerate(range(0, len(clips), per_shard)):
+            own = tuple(clips[start : start + per_shard])
+            asked = json.dumps([dataclasses.asdict(preprocessing), content_of(own)])
+            path = os.fspath(staging / f"{split}-{number:05d}.array_record")
+            shards.append(Shard(split, path, own, hashlib.sha256(asked.encode()).hexdigest()))
+    return shards
+
+
+def content_of(clips: Sequence[Clip]) -> list[list[Any]]:
+    """What a split asks for; paths are left out, so that a folder of videos may move."""
+    return [[c.id, c.captions, c.start, c.end] for c in clips]
+
+
+def write_shards(shards: Iterable[Shard], encoded: Iterator[Encoded | VideoError]) -> None:
+    """Writes shards, taking as many results as they have clips.
+
+    Raises:
+        OSError: the disk is full; this shard is not there, those before it are.
+    """
+    serialize = _serializer()
+    for shard in shards:
+        path, unfinished = epath.Path(shard.path), epath.Path(shard.path + ".unfinished")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = []
+        size = 0
+        try:
+            with _record_file(unfinished) as write:
+                for clip in shard.clips:
+                    found = next(encoded)
+                    row = row_of(clip, found)
+                    if "skipped" in row:
+                        logging.warning("skipped %s: %s", clip.path, found)
+                        row["state"] = _state(clip.path)
+                    rows.append(row)
+                    if isinstance(found, Encoded):
+                        record = serialize(clip, found)
+                        size += len(record)
+                        write(record)
+            unfinished.replace(path)
+            note = {"fingerprint": shard.fingerprint, "clips": rows, "bytes": size}
+            write_json(shard.path + ".json", note)
+        except BaseException:
+            unfinished.unlink(missing_ok=True)
+            raise
+
+
+def row_of(clip: Clip, found: Encoded | VideoError) -> dict[str, Any]:
+    """What an index says of a clip: how it was stored, or why it was "skipped"."""
+    row: dict[str, Any] = {"id": clip.id, "path": clip.path, "captions": list(clip.captions)}
+    if isinstance(found, VideoError):
+        return {**row, "skipped": str(found)}
+    stored, distinct = len(found.jpegs), len(set(found.indices))
+    return {**row, "stored": stored, "distinct": distinct, "frames": found.count}
+
+
+def _state(path: str) -> list[int] | None:
+    """Changes when the file does."""
+    try:
+        stat = epath.Path(path).stat()
+    except OSError:
+        return None
+    return [stat.length, int(stat.mtime)]
+
+
+@contextlib.contextmanager
+def _record_file(path: epath.Path) -> Iterator[Callable[[bytes], None]]:
+    try:
+        writer = array_record.ArrayRecordWriter(os.fspath(path), "group_size:1")
+        try:
+            yield writer.write
+        finally:
+            if writer.is_open():
+                writer.close()
+    except RuntimeError as error:  # its way of telling of a full disk
+        code = errno.ENOSPC if "No space left" in str(error) else errno.EIO
+        raise OSError(code, os.strerror(code), os.fspath(path)) from None
+
+
+def _serializer() -> Callable[[Clip, Encoded], bytes]:
+    specs = features()
+    serializer = tfds.core.example_serializer.ExampleSerializer(specs.get_serialized_info())
+
+    def serialize(clip: Clip, encoded: Encoded) -> bytes:
+        example = {
+            "id": clip.id,
+            "captions": list(clip.captions),
+            "frames": [io.BytesIO(jpeg) for jpeg in encoded.jpegs],
+            "indices": encoded.indices,
+            "timestamps": encoded.timestamps,
+        }
+        # By itself protobuf orders a map differently in each process.
+        return serializer.get_tf_example(specs.encode_example(example)).SerializeToString(
+            deterministic=True
+        )
+
+    return serialize
