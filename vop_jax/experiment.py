@@ -1,6 +1,5 @@
 """A config becomes a run: train, evaluate, export and params, each read top to bottom."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,13 +10,14 @@ from ml_collections import ConfigDict
 from vop_jax import results, run_data, start
 from vop_jax.clip.weights import save_clip
 from vop_jax.errors import UserError
+from vop_jax.selection import Selection, save_result
 from vop_jax.training import evaluate as evaluation
 from vop_jax.training import loop
 from vop_jax.training.optimizer import learning_rate, make_optimizer
-from vop_jax.training.step import TrainState, make_train_step
+from vop_jax.training.step import make_train_step
 from vop_jax.training.writer import MetricWriter
 from vop_jax.tuning import partition
-from vop_jax.tuning.prompts_file import load_prompts, save_prompts
+from vop_jax.tuning.prompts_file import load_prompts
 
 PROMPTS_FILE = "prompts.safetensors"
 
@@ -32,27 +32,35 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     """
     with start.opened(config, workdir, _pretrain) as run:
         data = run_data.load_data(run)
-        evaluate_params = _evaluator(run, data)
+        selection = Selection(run)
         steps = config.train.steps if run.state.trainable else 0
         first = int(run.state.step)
+        if not first:
+            selection.reset()
 
         with MetricWriter(workdir, first) as writer:
 
-            def evaluate_at(state: TrainState, step: int) -> evaluation.Evaluation:
-                found = evaluate_params(partition.merge(state.trainable, run.frozen))
-                if results.logged_results(workdir, step) is None:
-                    writer.write_scalars(step, results.to_scalars(found.results))
-                logging.info("step %d\n%s", step, results.format_results(found.results))
+            def evaluate_at(trainable: Any, step: int, prefix: str = "") -> evaluation.Evaluation:
+                split = data.val_set if prefix else data.eval_set
+                assert split is not None  # `prefix` is set where there is one
+                found = _evaluate(run, split, partition.merge(trainable, run.frozen))
+                if prefix:
+                    selection.consider(trainable, step, found.results)
+                if results.logged_results(workdir, step, prefix) is None:
+                    writer.write_scalars(step, results.to_scalars(found.results, prefix))
+                shown = results.format_results(found.results)
+                logging.info("step %d%s\n%s", step, prefix and f", {prefix[:-1]} split", shown)
                 return found
 
+            during = results.VALIDATION if selection.active else ""
             found, before = None, results.logged_results(workdir, 0)
             if before is None:
-                found = evaluate_at(run.state, 0)
+                found = evaluate_at(run.state.trainable, 0)
                 before = found.results
             if first < steps:
-                every = config.train.eval_every
-                if every and first % every == 0 and results.logged_results(workdir, first) is None:
-                    evaluate_at(run.state, first)  # it was due when the run was stopped
+                due = config.train.eval_every and first and first % config.train.eval_every == 0
+                if due and results.logged_results(workdir, first, during) is None:
+                    evaluate_at(run.state.trainable, first, during)  # before the run was stopped
                 logging.info("training %s, steps %d to %d", run.method.name, first + 1, steps)
                 optimizer = make_optimizer(config.train)
                 run.state = loop.fit(
@@ -66,12 +74,14 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
                     meta={"clip_fingerprint": run.clip.fingerprint, "clip_name": run.clip.name},
                     writer=writer,
                     schedule=learning_rate(config.train),
-                    evaluate=evaluate_at,
+                    evaluate=lambda state, step: evaluate_at(state.trainable, step, during),
                 )
+            if steps and during and results.logged_results(workdir, steps, during) is None:
+                evaluate_at(run.state.trainable, steps, during)
             if steps or found is None:
-                found = evaluate_at(run.state, steps)
-        _save_prompts(run)
-        return results.write_summary(run, data, before, found)
+                found = evaluate_at(selection.trainable(), steps)
+        save_result(run, selection.trainable(), PROMPTS_FILE)
+        return results.write_summary(run, data, before, found, selection.chosen())
 
 
 def evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
@@ -83,9 +93,12 @@ def evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
     with start.opened(config, workdir, _pretrain) as run:
         _check_trained(run)
         data = run_data.load_data(run)
-        found = _evaluator(run, data)(run.params())
+        selection = Selection(run)
+        params = partition.merge(selection.trainable(), run.frozen)
+        found = _evaluate(run, data.eval_set, params)
         logging.info("step %d\n%s", int(run.state.step), results.format_results(found.results))
-        return results.write_summary(run, data, results.logged_results(workdir, 0), found)
+        before = results.logged_results(workdir, 0)
+        return results.write_summary(run, data, before, found, selection.chosen())
 
 
 def export(config: ConfigDict, workdir: str) -> str:
@@ -96,7 +109,7 @@ def export(config: ConfigDict, workdir: str) -> str:
     """
     with start.opened(config, workdir, _pretrain) as run:
         _check_trained(run)
-        return _save_prompts(run)
+        return save_result(run, Selection(run).trainable(), PROMPTS_FILE)
 
 
 def _pretrain(config: ConfigDict, root: epath.Path) -> None:
@@ -128,10 +141,9 @@ def pretrain_config(config: ConfigDict) -> ConfigDict:
     return inner
 
 
-def _evaluator(run: start.Run, data: run_data.Data) -> Callable[[Any], evaluation.Evaluation]:
-    encoders = evaluation.make_encoders(run.model, run.mesh)
+def _evaluate(run: start.Run, split: evaluation.EvalSet, params: Any) -> evaluation.Evaluation:
     batch_size = run.config.eval.batch_size
-    return lambda params: evaluation.evaluate(encoders, params, run.mesh, data.eval_set, batch_size)
+    return evaluation.evaluate(run.encoders, params, run.mesh, split, batch_size)
 
 
 def _check_trained(run: start.Run) -> None:
@@ -140,19 +152,3 @@ def _check_trained(run: start.Run) -> None:
         raise UserError(
             f"--workdir={run.workdir}: no checkpoint; train first, or set config.init.prompts"
         )
-
-
-def _save_prompts(run: start.Run) -> str:
-    path = run.workdir / PROMPTS_FILE
-    data = run.config.data
-    save_prompts(
-        path,
-        run.state.trainable,
-        method=run.method,
-        clip_fingerprint=run.clip.fingerprint,
-        clip_name=run.clip.name,
-        clip_config=run.clip.config,
-        video={key: data[key] for key in ("frames", "sampling", "short_side", "stored_fps")},
-    )
-    logging.info("wrote %s", path)
-    return str(path)

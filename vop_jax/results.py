@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 
 from vop_jax import atomic, parameters, start
+from vop_jax.data.annotations.benchmarks import BENCHMARKS
 from vop_jax.run_data import Data
 from vop_jax.training.evaluate import Evaluation
 from vop_jax.training.writer import read_metrics
 
 SUMMARY_FILE = "summary.json"
+VALIDATION = "val_"  # begins the names of what is measured on the validation split
 RANKINGS_FILE = "rankings.jsonl"
 
 # {"t2v": {"R@1": …, "MdR": …}, "v2t": …}, more sides as `evaluate.Evaluation` says, and, of the
@@ -21,7 +23,11 @@ Results = dict[str, dict[str, float]]
 
 
 def write_summary(
-    run: start.Run, data: Data, before: Results | None, after: Evaluation
+    run: start.Run,
+    data: Data,
+    before: Results | None,
+    after: Evaluation,
+    selected: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Writes summary.json and rankings.jsonl; returns the summary."""
     _write_rankings(run, data, after)
@@ -40,7 +46,10 @@ def write_summary(
         "before": before,
         "num_texts": data.num_texts,
         "num_videos": data.num_videos,
+        "dataset": run.config.data.kind,
+        "protocol": protocol(run.config.data.kind),
         "eval_split": run.config.data.eval_split,
+        "selected": selected,
         "missing_videos_count_as": run.config.eval.missing,
         "videos_per_second": float(np.median(speeds)) if speeds else None,
         "skipped_videos": data.packed.skipped,
@@ -72,19 +81,28 @@ def _write_rankings(run: start.Run, data: Data, found: Evaluation) -> None:
     atomic.write_atomic(run.workdir / RANKINGS_FILE, content.encode())
 
 
-def to_scalars(results: Results) -> dict[str, float]:
+def protocol(kind: str) -> str | None:
+    """What the splits of a benchmark are, in words."""
+    return BENCHMARKS[kind].protocol if kind in BENCHMARKS else None
+
+
+def to_scalars(results: Results, prefix: str = "") -> dict[str, float]:
     """{"t2v/R@1": …}, a line of metrics.jsonl."""
-    return {f"{side}/{name}": v for side, values in results.items() for name, v in values.items()}
+    return {
+        f"{prefix}{side}/{name}": value
+        for side, values in results.items()
+        for name, value in values.items()
+    }
 
 
-def logged_results(workdir: str, step: int) -> Results | None:
+def logged_results(workdir: str, step: int, prefix: str = "") -> Results | None:
     """The evaluation that an earlier start of this run logged at `step`, if any."""
     for line in read_metrics(workdir):
-        if line["step"] == step and any("/" in key for key in line):
+        if line["step"] == step and any(key.startswith(f"{prefix}t2v/") for key in line):
             results: Results = {}
             for key, value in line.items():
                 if "/" in key:
-                    side, name = key.split("/", 1)
+                    side, name = key.removeprefix(prefix).split("/", 1)
                     results.setdefault(side, {})[name] = value
             return results
     return None

@@ -1,7 +1,6 @@
 """The two splits of a run: records as batches, captions as ids."""
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -13,6 +12,7 @@ from absl import logging
 from vop_jax import start
 from vop_jax.config import extra_rows
 from vop_jax.data import sources
+from vop_jax.data.annotations.folder import hash_of
 from vop_jax.data.packed import Packed, Part
 from vop_jax.data.pipeline import eval_videos, train_batches
 from vop_jax.errors import UserError
@@ -25,12 +25,14 @@ class Data:
 
     Attributes:
         train_batches: start step -> this process's rows of that batch and all after it.
+        val_set: what a checkpoint is chosen on, if one is.
         num_texts, num_videos: both sides of the evaluation, misses included.
         cut_captions: captions of both splits that were longer than the slots.
     """
 
     packed: Packed
     eval_set: EvalSet
+    val_set: EvalSet | None
     train_batches: Callable[[int], Iterator[dict[str, np.ndarray]]]
     num_texts: int
     num_videos: int
@@ -40,7 +42,7 @@ class Data:
 def load_data(run: start.Run) -> Data:
     """Packs the videos once and tokenizes their captions."""
     config, clip = run.config, run.clip.config
-    packed = sources.load(config.data, str(run.workdir))
+    packed = sources.load(config.data, str(run.workdir), select=config.train.select)
     train_split = packed.splits[config.data.train_split]
     test = packed.splits[config.data.eval_split]
     tokenize = sources.CaptionTokenizer(run.method.text_slots(clip))
@@ -72,6 +74,7 @@ def load_data(run: start.Run) -> Data:
             extra=extra_rows(config),
             bank=_bank(run, packed, tokenize, shared),
         ),
+        val_set=_val_set(run, packed, tokenize, shared),
         train_batches=lambda first: train_batches(
             train_split,
             tokenize,
@@ -93,6 +96,21 @@ def load_data(run: start.Run) -> Data:
     return data
 
 
+def _val_set(
+    run: start.Run, packed: Packed, tokenize: sources.CaptionTokenizer, shared: dict[str, Any]
+) -> EvalSet | None:
+    """What a checkpoint is chosen on, if one is."""
+    config = run.config
+    if config.train.select != "best":
+        return None
+    split = packed.splits[config.data.val_split]
+    return EvalSet(
+        videos=partial(eval_videos, split, batch_size=config.eval.batch_size, **shared),
+        ids=tokenize([caption for captions in split.captions for caption in captions]),
+        video_of_text=np.repeat(np.arange(len(split)), [len(c) for c in split.captions]),
+    )
+
+
 def _bank(
     run: start.Run, packed: Packed, tokenize: sources.CaptionTokenizer, shared: dict[str, Any]
 ) -> Bank | None:
@@ -109,7 +127,7 @@ def _bank(
     elsewhere = {name for split in others for name in split.ids}
     elsewhere |= {clip.id for split in others for clip in split.skipped}
     members = [i for i, name in enumerate(train_split.ids) if name not in elsewhere]
-    members.sort(key=lambda i: hashlib.sha256(train_split.ids[i].encode("utf-8", "surrogatepass")).digest())
+    members.sort(key=lambda i: hash_of(train_split.ids[i]))
     if not members:
         raise UserError(
             f"config.eval.extra='query_bank': all clips of {config.data.train_split!r} are also "

@@ -1,6 +1,7 @@
 """Where a run starts: its workdir claimed, its CLIP loaded, its state fresh or restored."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from vop_jax.errors import UserError
 from vop_jax.model import TextVideoModel
 from vop_jax.training import sharding
 from vop_jax.training.checkpoint import Checkpoints
+from vop_jax.training.evaluate import Encode, make_encoders
 from vop_jax.training.optimizer import make_optimizer
 from vop_jax.training.step import TrainState
 from vop_jax.training.writer import METRICS_FILE
@@ -54,6 +56,11 @@ class Run:
     state: TrainState
     frozen: Any
     checkpoints: Checkpoints
+
+    @functools.cached_property
+    def encoders(self) -> tuple[Encode, Encode]:
+        """Jitted (encode_video, encode_text), compiled once."""
+        return make_encoders(self.model, self.mesh)
 
     def params(self) -> dict[str, Any]:
         """The whole tree."""

@@ -1,0 +1,72 @@
+"""Which step's parameters are the result: the last's, or the best on a validation split."""
+
+import dataclasses
+import json
+from typing import Any
+
+from absl import logging
+
+from vop_jax import atomic, start
+from vop_jax.tuning.prompts_file import load_prompts, save_prompts
+
+BEST_FILE, BEST_NOTE = "best.safetensors", "best.json"
+
+Results = dict[str, dict[str, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """The best parameters so far, kept in the workdir; without effect unless configured."""
+
+    run: start.Run
+
+    @property
+    def active(self) -> bool:
+        return self.run.config.train.select == "best"
+
+    def reset(self) -> None:
+        """Forgets what an attempt that was started over has left."""
+        for name in (BEST_NOTE, BEST_FILE):
+            (self.run.workdir / name).unlink(missing_ok=True)
+
+    def consider(self, trainable: Any, step: int, results: Results) -> None:
+        """Keeps these parameters if they are better than all before; of equals, the first."""
+        score = (results["t2v"]["R@1"] + results["v2t"]["R@1"]) / 2
+        best = self.chosen()
+        # The same step again: the run was cut off between this and its next checkpoint.
+        if best is not None and score <= best["score"] and step != best["step"]:
+            return
+        save_result(self.run, trainable, BEST_FILE)
+        note = {"split": self.run.config.data.val_split, "step": step, "score": score}
+        atomic.write_json(self.run.workdir / BEST_NOTE, note)
+        logging.info("best on %s so far: step %d, mean R@1 %.1f", note["split"], step, score)
+
+    def chosen(self) -> dict[str, Any] | None:
+        """{"split", "step", "score"} of the best, if there is one."""
+        path = self.run.workdir / BEST_NOTE
+        if not self.active or not path.exists():
+            return None
+        return json.loads(path.read_text())
+
+    def trainable(self) -> Any:
+        """The chosen parameters, or those of the newest step."""
+        if self.chosen() is None:
+            return self.run.state.trainable
+        return load_prompts(self.run.workdir / BEST_FILE).params
+
+
+def save_result(run: start.Run, trainable: Any, name: str) -> str:
+    """Writes trained parameters with all that is needed to use them; returns the path."""
+    path = run.workdir / name
+    data = run.config.data
+    save_prompts(
+        path,
+        trainable,
+        method=run.method,
+        clip_fingerprint=run.clip.fingerprint,
+        clip_name=run.clip.name,
+        clip_config=run.clip.config,
+        video={key: data[key] for key in ("frames", "sampling", "short_side", "stored_fps")},
+    )
+    logging.info("wrote %s", path)
+    return str(path)
