@@ -337,13 +337,12 @@ def test_two_runs_in_one_workdir(call, tmp_path):
 
 
 def test_a_full_disk(call, tmp_path, monkeypatch):
-    from vop_jax.data import packed
     from vop_jax.training import checkpoint
 
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "file"))
 
-    for module, name in ((packed, "_jpeg"), (checkpoint.Checkpoints, "save")):
+    for module, name in ((encode, "_jpeg"), (checkpoint.Checkpoints, "save")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, full)
             assert_refused(call(), "no space left on the disk", "the same command continues")

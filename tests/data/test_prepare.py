@@ -268,6 +268,7 @@ def test_two_processes_do_not_share_an_output(msvd, tmp_path, capsys):
     assert "another process is preparing it" in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore")  # Beam's own, and those of the protobuf it pins
 def test_beam_makes_the_same_bytes(msvd, tmp_path):
     pytest.importorskip("apache_beam", reason="needs the extra beam")
     assert prepare.main(command(msvd, tmp_path / "here")) == 0

@@ -58,7 +58,7 @@ def similarities(texts, videos):
 
 
 SIZES = [(1, 1), (23, 9)]
-ELEMENTS = [1, 100, 10**6]
+ELEMENTS = [1, 100]
 
 
 @pytest.mark.parametrize("elements", ELEMENTS)

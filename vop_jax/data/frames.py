@@ -1,11 +1,11 @@
 """Videos become sampled frames: from files, whose decoding this is, or from folders of pictures."""
 
+import contextlib
 import dataclasses
 import itertools
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from fractions import Fraction
 
 import av
@@ -204,7 +204,7 @@ class _Stretch:
                 raise VideoError(f"truncated: {last:.1f} s of {stated:.1f} s decode")
         return kept
 
-    @contextmanager
+    @contextlib.contextmanager
     def _opened(self) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
         av.logging.set_level(av.logging.PANIC)  # reasons are raised, not printed
         source = epath.Path(self.path)
@@ -216,7 +216,7 @@ class _Stretch:
             raise VideoError("zero bytes")
         file = source.open("rb") if "://" in self.path else None
         try:
-            with av.open(file or self.path) as container:
+            with av.open(file or self.path, metadata_errors="replace") as container:
                 if not container.streams.video:
                     raise VideoError("no video stream")
                 stream = container.streams.video[0]
@@ -265,8 +265,9 @@ def _duration(container: av.container.InputContainer, stream: av.VideoStream) ->
     if stream.duration:
         return float(stream.duration * _tick(stream))
     if tag := stream.metadata.get("DURATION"):  # Matroska and webm: 00:00:05.240000000
-        hours, minutes, seconds = tag.split(":")
-        return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+        with contextlib.suppress(ValueError):  # damaged: it does not say
+            hours, minutes, seconds = map(float, tag.split(":"))
+            return 3600 * hours + 60 * minutes + seconds
     if container.duration and len(container.streams) == 1:
         return container.duration / av.time_base
     return 0.0

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from absl import logging
@@ -96,7 +95,8 @@ def _benchmark(
     data: ConfigDict, root: str, preprocessing: Preprocessing, wanted: list[str]
 ) -> Packed:
     """From its records alone, or from the official files as well."""
-    _check_splits(data, wanted, BENCHMARKS[data.kind].sizes)
+    sizes = BENCHMARKS[data.kind].sizes
+    _check_splits(data, wanted, {split: size.videos or -1 for split, size in sizes.items()})
     shared = {"name": data.kind, "max_skipped": data.max_skipped}
     if not data.annotations:
         packed = open_records(root, preprocessing, wanted, **shared)
@@ -124,10 +124,10 @@ def _benchmark(
     return pack(dataset, root, preprocessing, making=IN_A_RUN, **shared)
 
 
-def _check_splits(data: ConfigDict, wanted: Collection[str], there: Mapping[str, Any]) -> None:
+def _check_splits(data: ConfigDict, wanted: Collection[str], there: Mapping[str, int]) -> None:
     for key in ("train_split", "eval_split", "val_split"):
         if data[key] in wanted and not there.get(data[key]):
-            found = ", ".join(there)
+            found = ", ".join(f"{name} ({n})" if n > 0 else name for name, n in there.items())
             hint = "; config.data.val_share holds some of train out" if key == "val_split" else ""
             raise UserError(
                 f"config.data.{key}={data[key]!r}: no such split in the annotations; "
