@@ -11,6 +11,7 @@ from fractions import Fraction
 import av
 import av.logging
 import numpy as np
+from av.video.reformatter import VideoReformatter
 from etils import epath
 
 from vop_jax.data.pictures import list_pictures, read_picture
@@ -178,7 +179,10 @@ class _Stretch:
         self.times = []
         bad = packets = 0
         last = 0.0  # when the last frame ends
+        # One for all frames: making it costs more than its work, and threads of its own most.
+        reformatter = VideoReformatter()
         with self._opened() as (container, stream):
+            tick = _tick(stream)
             for packet in self._packets(container, stream):
                 packets += 1
                 try:
@@ -189,10 +193,10 @@ class _Stretch:
                 for frame in decoded:
                     bad += frame.is_corrupt
                     time = self._time(stream, frame)
-                    last = max(last, time + float((frame.duration or 0) * _tick(stream)))
+                    last = max(last, time + _seconds(frame.duration or 0, tick))
                     if self.start <= time < self.end:
                         if keep(len(self.times), time):
-                            kept[len(self.times)] = _upright(frame, self.short_side)
+                            kept[len(self.times)] = _upright(frame, reformatter, self.short_side)
                         self.times.append(time)
                 if last >= self.end:
                     break
@@ -250,7 +254,12 @@ class _Stretch:
         pts = shown.dts if shown.pts is None else shown.pts
         if pts is None:
             return self.times[-1] if self.times else 0.0
-        return float((pts - (stream.start_time or 0)) * _tick(stream))
+        return _seconds(pts - (stream.start_time or 0), _tick(stream))
+
+
+def _seconds(units: int, tick: Fraction) -> float:
+    """`float(units * tick)`, without making fractions of each frame's time."""
+    return units * tick.numerator / tick.denominator
 
 
 def _tick(stream: av.VideoStream) -> Fraction:
@@ -273,8 +282,10 @@ def _duration(container: av.container.InputContainer, stream: av.VideoStream) ->
     return 0.0
 
 
-def _upright(frame: av.VideoFrame, short_side: int | None) -> np.ndarray:
-    pixels = frame.to_ndarray(format="rgb24")
+def _upright(
+    frame: av.VideoFrame, reformatter: VideoReformatter, short_side: int | None
+) -> np.ndarray:
+    pixels = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
     if turns := round(frame.rotation / 90) % 4:
         pixels = np.rot90(pixels, turns)
     if short_side:
