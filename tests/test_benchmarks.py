@@ -127,6 +127,15 @@ def test_what_a_run_refuses(tmp_path, clip, capsys):
     assert "records of split 'test' were made of other clips or captions" in last(capsys)
 
 
+def test_evaluation_needs_its_own_split_only(tmp_path, clip):
+    write_miniature("msrvtt9k", tmp_path)
+    assert prepared("msrvtt9k", tmp_path, "--splits=test") == 0
+    steps = "--config.train.steps=0"
+    assert trained("msrvtt9k", tmp_path, clip, tmp_path / "run", steps) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["steps"] == 0 and summary["num_videos"] == TEST
+
+
 def last(capsys):
     return capsys.readouterr().err.strip().splitlines()[-1]
 

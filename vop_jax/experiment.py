@@ -31,9 +31,9 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         Interrupted: a signal; the same call continues.
     """
     with start.opened(config, workdir, _pretrain) as run:
-        data = run_data.load_data(run)
-        selection = Selection(run)
         steps = config.train.steps if run.state.trainable else 0
+        data = run_data.load_data(run, training=bool(steps))
+        selection = Selection(run)
         first = int(run.state.step)
         if not first:
             selection.reset()
@@ -92,7 +92,7 @@ def evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
     """
     with start.opened(config, workdir, _pretrain) as run:
         _check_trained(run)
-        data = run_data.load_data(run)
+        data = run_data.load_data(run, training=False)
         selection = Selection(run)
         params = partition.merge(selection.trainable(), run.frozen)
         found = _evaluate(run, data.eval_set, params)

@@ -39,16 +39,26 @@ class Data:
     cut_captions: int
 
 
-def load_data(run: start.Run) -> Data:
-    """Packs the videos once and tokenizes their captions."""
+def load_data(run: start.Run, *, training: bool = True) -> Data:
+    """Packs the videos once and tokenizes their captions.
+
+    Args:
+        training: whether the training split is needed; evaluation does without it.
+    """
     config, clip = run.config, run.clip.config
-    packed = sources.load(config.data, str(run.workdir), select=config.train.select)
-    train_split = packed.splits[config.data.train_split]
+    packed = sources.load(
+        config.data,
+        str(run.workdir),
+        select=config.train.select,
+        training=training or "query_bank" in extra_rows(config),
+    )
+    train_split = packed.splits.get(config.data.train_split)
     test = packed.splits[config.data.eval_split]
     tokenize = sources.CaptionTokenizer(run.method.text_slots(clip))
     texts = [c for captions in test.captions for c in captions]
     ids, cut = tokenize.with_cuts(texts)
-    _, cut_in_train = tokenize.with_cuts([c for captions in train_split.captions for c in captions])
+    in_train = train_split.captions if train_split else []
+    _, cut_in_train = tokenize.with_cuts([c for captions in in_train for c in captions])
     missed = test.skipped if config.eval.missing == "miss" else []
     missed_texts = sum(len(clip.captions) for clip in missed)
     shared = {
@@ -76,7 +86,7 @@ def load_data(run: start.Run) -> Data:
         ),
         val_set=_val_set(run, packed, tokenize, shared),
         train_batches=lambda first: train_batches(
-            train_split,
+            packed.splits[config.data.train_split],
             tokenize,
             batch_size=config.train.batch_size,
             augment=config.data.augment,
@@ -101,7 +111,7 @@ def _val_set(
 ) -> EvalSet | None:
     """What a checkpoint is chosen on, if one is."""
     config = run.config
-    if config.train.select != "best":
+    if config.train.select != "best" or config.data.val_split not in packed.splits:
         return None
     split = packed.splits[config.data.val_split]
     return EvalSet(
@@ -144,7 +154,8 @@ def _bank(
 def _report_data(run: start.Run, data: Data) -> None:
     for name, split in data.packed.splits.items():
         captions = sum(len(c) for c in split.captions)
-        logging.info("%s: %d videos, %d captions", name, len(split), captions)
+        left_out = f", {len(split.skipped)} videos left out" if split.skipped else ""
+        logging.info("%s: %d videos, %d captions%s", name, len(split), captions, left_out)
     for skipped in data.packed.skipped:
         logging.warning("skipped %s (%s): %s", skipped["path"], skipped["split"], skipped["reason"])
     if data.cut_captions:

@@ -399,4 +399,4 @@ except UserError as error:
     )
     found, message = done.stdout.splitlines()
     assert found == fingerprint(by_hand())
-    assert 'pip install "vop_jax[convert]"' in message
+    assert 'pip install -e ".[convert]"' in message

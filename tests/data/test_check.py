@@ -63,7 +63,9 @@ def test_a_split_that_is_not_whole(msrvtt):
     status, told, _, found = check(msrvtt)
     assert status == 1
     assert "train: 1 not usable: zero bytes" in told
-    assert "problem: split 'train': 1 of 6 videos not usable" in told
+    assert "problem: split 'train': 1 of 6 videos not usable, more than" in told
+    within = check(msrvtt, "--config.data.max_skipped=0.5")
+    assert within[0] == 1 and "0.5: a run goes on without them" in within[1]
     train, test = found["splits"]["train"], found["splits"]["test"]
     assert (train["videos"], train["usable"], train["captions"]) == (6, 5, 18)
     assert train["reasons"] == {"zero bytes": 1}
@@ -101,7 +103,7 @@ def test_without_records_the_videos_are_decoded(msrvtt):
 
 def test_wrong_calls(msrvtt, tmp_path):
     status, _, error, _ = check(tmp_path, records=False)
-    assert status == 2 and "config.data.records: no records there" in error
+    assert status == 2 and "config.data.records='': no records there" in error
     status, _, error, _ = check(msrvtt, config="configs/msvd.py")
     assert status == 2 and "records of 'msrvtt9k', not of 'msvd'" in error
     status, _, error, _ = check(msrvtt, "--config.data.frame=3")

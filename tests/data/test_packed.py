@@ -108,7 +108,7 @@ def test_short_clips_can_be_used(folder, tmp_path):
 
 
 def test_a_split_without_any_usable_clip_is_an_error(folder, tmp_path):
-    with pytest.raises(UserError, match=r"split 'test': 2 of 2 videos cannot be used"):
+    with pytest.raises(UserError, match=r"split 'test': none of 2 videos can be used"):
         make({"test": clips(folder, BAD[:2])}, tmp_path, max_skipped=1.0)
 
 

@@ -3,8 +3,10 @@
 import errno
 import functools
 import hashlib
+import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -260,6 +262,134 @@ def test_records_of_another_version_are_refused(msvd, tmp_path):
         made = made.rename(made.parent / version)
         with pytest.raises(UserError, match=f"records of version {version}, {why}"):
             packed.open_records(tmp_path, Preprocessing(4), ["test"], name="msvd")
+
+
+def test_splits_can_be_added(msvd, tmp_path, monkeypatch):
+    assert prepare.main(command(msvd, tmp_path / "whole")) == 0
+    assert prepare.main(command(msvd, tmp_path / "grown", "--splits=test")) == 0
+    with pytest.raises(UserError, match="no records of split 'train'; there are test"):
+        packed.open_records(tmp_path / "grown", STORED, ["train"], name="msvd")
+    seen = []
+    real = builders.in_processes
+
+    def counted(call, tasks, workers, *, seconds):
+        tasks = list(tasks)
+        seen.extend(clip.id for clip in tasks)
+        return real(call, tasks, workers, seconds=seconds)
+
+    monkeypatch.setattr(builders, "in_processes", counted)
+    assert prepare.main(command(msvd, tmp_path / "grown", "--clips_per_shard=99")) == 0
+    assert len(seen) == 13  # of 17: the four test videos were there
+    for split in ("train", "val", "test"):
+        both = [packed.open_records(tmp_path / n, STORED, [split], name="msvd") for n in NAMES]
+        one, other = (made.splits[split] for made in both)
+        assert one.ids == other.ids
+        assert all(one[i] == other[i] for i in range(len(one)))
+
+
+STORED, NAMES = Preprocessing(4, short_side=32), ("whole", "grown")
+
+
+def test_a_clip_that_was_left_out_is_tried_again_when_its_file_has_changed(msvd, tmp_path):
+    annotations, films = msvd
+    late = tmp_path / "films"
+    shutil.copytree(films, late)
+    gone = sorted(late.iterdir())[3]
+    content = gone.read_bytes()
+    gone.unlink()
+    out = tmp_path / "out"
+    assert prepare.main(command((annotations, late), out)) == 0
+    whole = tmp_path / "whole"
+    assert prepare.main(command(msvd, whole)) == 0
+    (skipped,) = json.loads((packed.find_records(out) / "metadata.json").read_text())["skipped"]
+    assert skipped["reason"] == "no such file"
+    before = digest(out)
+    assert prepare.main(command((annotations, late), out)) == 0
+    assert digest(out) == before
+    gone.write_bytes(content)
+    assert prepare.main(command((annotations, late), out)) == 0
+    assert not json.loads((packed.find_records(out) / "metadata.json").read_text())["skipped"]
+    records = {k: v for k, v in digest(out).items() if "array_record" in k}
+    assert records == {k: v for k, v in digest(whole).items() if "array_record" in k}
+
+
+def test_a_wrong_folder_of_videos_leaves_nothing_in_the_way(tmp_path, capsys):
+    (tmp_path / "films").mkdir()
+    videos.write(tmp_path / "films" / "0.mp4", 8)
+    (tmp_path / "captions.csv").write_text("video,caption,split\n0.mp4,one,test\n")
+    call = [
+        "--dataset=folder",
+        f"--annotations={tmp_path / 'captions.csv'}",
+        f"--output={tmp_path / 'out'}",
+        "--frames=4",
+        "--workers=1",
+    ]
+    assert prepare.main([*call, f"--videos={tmp_path}"]) == 2
+    assert "none of the 1 videos is there; first" in capsys.readouterr().err
+    # The same within a run, which looks at each file.
+    clips = {"test": [Clip("0", str(tmp_path / "0.mp4"), ("one",))]}
+    with pytest.raises(UserError, match=r"split 'test': none of 1 videos can be used: .*no such"):
+        pack(clips, tmp_path / "out", Preprocessing(4))
+    assert prepare.main([*call, f"--videos={tmp_path / 'films'}"]) == 0
+
+
+def test_records_that_were_copied_in_part_are_refused(msvd, tmp_path):
+    assert prepare.main(command(msvd, tmp_path)) == 0
+    made = packed.find_records(tmp_path)
+    shard = next(iter(made.glob("msvd-test.array_record-*")))
+    content = shard.read_bytes()
+    for cut in (content[: len(content) // 2], None):
+        shard.unlink()
+        if cut is not None:
+            shard.write_bytes(cut)
+        with pytest.raises(UserError, match=r"msvd-test.* bytes; copy the records again"):
+            packed.open_records(tmp_path, STORED, ["test"], name="msvd")
+    packed.open_records(tmp_path, STORED, ["train"], name="msvd")
+    (made / "metadata.json").unlink()
+    with pytest.raises(UserError, match=r"no metadata\.json; copy the records again"):
+        packed.open_records(tmp_path, STORED, ["train"], name="msvd")
+
+
+def test_the_folder_of_the_version_is_found_too(msvd, tmp_path):
+    assert prepare.main(command(msvd, tmp_path)) == 0
+    inner = packed.find_records(tmp_path)
+    assert packed.find_records(inner) == inner
+    assert packed.open_records(inner, STORED, ["test"], name="msvd").splits["test"].ids
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--dataset=didemo64"], "its records are --dataset=didemo --frames=64"),
+        (["--dataset=msr-vtt9k"], "did you mean msrvtt9k?"),
+        (["--video=x"], "--video=x"),
+        (["--frames=0"], "'0': a number, 1 or more"),
+        (["--jpeg_quality=101"], "1 to 100"),
+        (["--output=/dev/null/x"], "/dev/null"),
+    ],
+)
+def test_wrong_flags_get_one_line(msvd, tmp_path, options, message, capsys):
+    assert prepare.main(command(msvd, tmp_path, *options)) == 2
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert told.startswith("error: ") and message in told
+
+
+def test_control_c_is_one_line(msvd, tmp_path):
+    """To the whole group, as a terminal sends it, while the processes start."""
+    program = [sys.executable, "-m", "vop_jax.data.prepare", *command(msvd, tmp_path)]
+    with subprocess.Popen(
+        program, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        for line in process.stderr:
+            if "msvd test: 4 videos" in line:
+                break
+        time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        told = process.stderr.read()
+    assert process.returncode in (0, 130)  # it may have been done
+    assert "Traceback" not in told
+    if process.returncode == 130:
+        assert told.strip().splitlines()[-1] == "interrupted; the same command goes on"
 
 
 def test_two_processes_do_not_share_an_output(msvd, tmp_path, capsys):

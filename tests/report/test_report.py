@@ -228,4 +228,4 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch, capsys):
             monkeypatch.delattr(vop_jax.report, module.rpartition(".")[2])
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert run_command(monkeypatch, run) == 2
-    assert 'pip install "vop_jax[report]"' in capsys.readouterr().err
+    assert 'pip install -e ".[report]"' in capsys.readouterr().err

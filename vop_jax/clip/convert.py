@@ -150,7 +150,7 @@ def _load_torch(path: str | os.PathLike, local: str, archive: bool) -> Any:
         import torch
     except ImportError:
         raise UserError(
-            f'{path}: reading PyTorch files needs torch: pip install "vop_jax[convert]"; '
+            f'{path}: reading PyTorch files needs torch: pip install -e ".[convert]"; '
             "safetensors files need nothing"
         ) from None
     try:

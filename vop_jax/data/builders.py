@@ -20,10 +20,10 @@ from etils import epath
 from tensorflow_datasets.core import dataset_builder, naming, splits
 from tqdm import tqdm
 
-from vop_jax.atomic import write_atomic
+from vop_jax.atomic import write_atomic, write_json
 from vop_jax.data import shards
 from vop_jax.data.annotations.benchmarks import read_benchmark
-from vop_jax.data.annotations.folder import read_folder
+from vop_jax.data.annotations.folder import DELIMITERS, JSON_LINES, read_folder
 from vop_jax.data.encode import Preprocessing, encode_clip
 from vop_jax.data.locate import locate
 from vop_jax.data.records import Clip, Dataset
@@ -31,6 +31,7 @@ from vop_jax.data.workers import in_processes, in_threads
 from vop_jax.errors import UserError
 
 VERSION = "2.0.0"  # of the records
+SHARDS = "shards.json"  # which file holds which clips
 CLIPS_PER_SHARD = shards.CLIPS_PER_SHARD
 
 
@@ -127,10 +128,15 @@ class VideoBuilder(dataset_builder.FileReaderBuilder, skip_registration=True):  
             clips={split: fingerprint(clips) for split, clips in self._dataset.items()},
             skipped=[],
         )
-        infos = [
-            self._finish_split(split, [s for s in planned if s.split == split])
-            for split in self._dataset
-        ]
+        infos, made = [], []
+        for split in self._dataset:
+            info, files = self._finish_split(split, [s for s in planned if s.split == split])
+            infos.append(info)
+            made += files
+        write_json(
+            self.data_path / SHARDS,
+            {"clips_per_shard": self._making.clips_per_shard, "shards": made},
+        )
         self.info.set_splits(splits.SplitDict(infos))
 
     def _staging(self) -> epath.Path:
@@ -167,7 +173,7 @@ class VideoBuilder(dataset_builder.FileReaderBuilder, skip_registration=True):  
         try:
             import apache_beam as beam
         except ImportError:
-            raise UserError("Apache Beam is not installed: pip install 'vop_jax[beam]'") from None
+            raise UserError("Apache Beam is not installed: pip install -e '.[beam]'") from None
         options, runner = download_config.beam_options, download_config.beam_runner
         pending = [shard for shard in planned if shard.note() is None]
         with beam.Pipeline(runner=runner, options=options) as pipeline:
@@ -178,16 +184,18 @@ class VideoBuilder(dataset_builder.FileReaderBuilder, skip_registration=True):  
                 | beam.Map(write_alone, self._preprocessing, self._making.seconds)
             )
 
-    def _finish_split(self, split: str, own: list[shards.Shard]) -> splits.SplitInfo:
+    def _finish_split(
+        self, split: str, own: list[shards.Shard]
+    ) -> tuple[splits.SplitInfo, list[dict[str, Any]]]:
         """Links a split's shards into the dataset, writes its index; raises if nothing is left."""
-        rows, filled = [], []
+        notes = []
         for shard in own:
             note = shard.note()
             if note is None:
-                raise RuntimeError(f"{shard.path}: changed while it was used")
-            rows += note["clips"]
-            if kept := sum("skipped" not in row for row in note["clips"]):
-                filled.append((shard, kept, note["bytes"]))
+                raise RuntimeError(f"{shard.path}: its videos changed while it was made")
+            notes.append(note)
+        rows = [row for note in notes for row in note["clips"]]
+        kept = [sum("skipped" not in row for row in note["clips"]) for note in notes]
         skipped = [
             {"id": row["id"], "path": row["path"], "split": split, "reason": row["skipped"]}
             for row in rows
@@ -201,17 +209,31 @@ class VideoBuilder(dataset_builder.FileReaderBuilder, skip_registration=True):  
             split=split,
             filetype_suffix="array_record",
         )
-        for number, (shard, _, _) in enumerate(filled):
-            _link(shard.path, template.sharded_filepath(shard_index=number, num_shards=len(filled)))
-        lines = [{k: v for k, v in row.items() if k != "state"} for row in rows]
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        files: list[str | None] = []  # shards without a usable clip have none
+        for shard, count in zip(own, kept, strict=True):
+            number = sum(file is not None for file in files)
+            target = template.sharded_filepath(shard_index=number, num_shards=sum(map(bool, kept)))
+            if count:
+                _link(shard.path, target)
+            files.append(target.name if count else None)
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_atomic(self.data_path / index_name(split), text.encode("utf-8", "surrogatepass"))
-        return splits.SplitInfo(
+        made = [
+            {
+                "split": split,
+                "file": file,
+                "clips": len(note["clips"]),
+                **{key: note[key] for key in ("fingerprint", "bytes", "size")},
+            }
+            for file, note in zip(files, notes, strict=True)
+        ]
+        info = splits.SplitInfo(
             name=split,
-            shard_lengths=[kept for _, kept, _ in filled],
-            num_bytes=sum(size for _, _, size in filled),
+            shard_lengths=[count for count in kept if count],
+            num_bytes=sum(note["bytes"] for note in notes),
             filename_template=template,
         )
+        return info, made
 
     def _post_download_and_prepare_hook(self) -> None:
         shutil.rmtree(self._staging(), ignore_errors=True)
@@ -237,6 +259,34 @@ def staging_of(root: epath.Path, name: str) -> epath.Path:
     return root / name / f"{VERSION}.shards"
 
 
+def reopen(records: epath.Path, staging: epath.Path) -> Dataset:
+    """Makes a finished dataset shards again, for more to be made of it; returns its clips."""
+    dataset: Dataset = {}
+    for made in json.loads((records / SHARDS).read_text())["shards"]:
+        split = made["split"]
+        clips = dataset.setdefault(split, [])
+        rows = read_index(records, split)[len(clips) : len(clips) + made["clips"]]
+        per_shard = json.loads((records / SHARDS).read_text())["clips_per_shard"]
+        path = staging / shards.file_name(split, len(clips) // per_shard)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        if made["file"]:
+            _link(os.fspath(records / made["file"]), path)
+        note = {key: made[key] for key in ("fingerprint", "bytes", "size")} | {"clips": rows}
+        write_json(f"{path}.json", note)
+        clips += [
+            Clip(row["id"], row["path"], tuple(row["captions"]), row["start"], row["end"])
+            for row in rows
+        ]
+    return dataset
+
+
+def read_index(records: epath.Path, split: str) -> list[dict[str, Any]]:
+    """A row for each clip of a split."""
+    text = (records / index_name(split)).read_bytes().decode("utf-8", "surrogatepass")
+    return [json.loads(line) for line in text.split("\n") if line]
+
+
 def index_name(split: str) -> str:
     """The file with a row for each clip of a split, the skipped ones too."""
     return f"clips-{split}.jsonl"
@@ -251,7 +301,10 @@ def check_share(
     split: str, count: int, skipped: Sequence[dict[str, str]], max_skipped: float
 ) -> None:
     """Raises UserError if more than that share of a split, or all of it, was left out."""
-    if skipped and (len(skipped) == count or len(skipped) > max_skipped * count):
+    if len(skipped) == count:
+        first = f"{skipped[0]['path']} ({skipped[0]['reason']})" if skipped else "it is empty"
+        raise UserError(f"split {split!r}: none of {count} videos can be used: {first}")
+    if len(skipped) > max_skipped * count:
         more = f", and {len(skipped) - 1} more" if len(skipped) > 1 else ""
         raise UserError(
             f"split {split!r}: {len(skipped)} of {count} videos cannot be used, more than "
@@ -270,8 +323,14 @@ class Folder(VideoBuilder):
         """See `VideoBuilder.read` and `folder.read_folder`."""
         path = epath.Path(annotations)
         if path.is_dir():  # of a manual_dir
-            path = next(iter(sorted(path.iterdir())), path)
+            files = [p for p in sorted(path.iterdir()) if p.suffix in (*DELIMITERS, *JSON_LINES)]
+            if len(files) != 1:
+                raise UserError(f"{path}: a folder; give the CSV or JSON Lines file of captions")
+            path = files[0]
         dataset = read_folder(path, videos or path.parent)
+        paths = [clip.path for clips in dataset.values() for clip in clips]
+        if videos is not None and not any(epath.Path(p).exists() for p in paths):
+            raise UserError(f"{videos}: none of the {len(paths)} videos is there; first {paths[0]}")
         return {k: v for k, v in dataset.items() if only is None or k in only}, []
 
 

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import json
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,23 +45,29 @@ def check(config: ConfigDict) -> dict[str, Any]:
     data = config.data
     preprocessing = Preprocessing.from_mapping(data)
     problems: list[str] = []
+    notes: list[str] = []
     records = packed.find_records(data.records) if data.records else None
     if records is not None:
         rows = _of_records(records, data, preprocessing, problems)
     elif data.annotations and data.videos:
-        rows = _of_videos(data, preprocessing, problems)
+        rows = _of_videos(data, preprocessing, notes)
     else:
         raise UserError(
-            "config.data.records: no records there; without them config.data.annotations and "
-            "config.data.videos are needed"
+            f"config.data.records={data.records!r}: no records there; without them "
+            "config.data.annotations and config.data.videos are needed"
         )
     slots = start.method_of(config).text_slots(start.preset(config, default="ViT-B/32"))
     tokenize = CaptionTokenizer(slots)
     splits = {split: _describe(own, tokenize) for split, own in rows.items()}
     for split, found in splits.items():
         if found["usable"] < found["videos"]:
-            missing = found["videos"] - found["usable"]
-            problems.append(f"split {split!r}: {missing} of {found['videos']} videos not usable")
+            missing, limit = found["videos"] - found["usable"], data.max_skipped
+            refused = missing > limit * found["videos"]
+            problems.append(
+                f"split {split!r}: {missing} of {found['videos']} videos not usable, "
+                f"{'more than' if refused else 'within'} config.data.max_skipped={limit:g}: "
+                f"a run {'refuses' if refused else 'goes on without them'}"
+            )
     if data.kind in BENCHMARKS and data.official_sizes:
         for split, found in splits.items():
             try:
@@ -72,6 +79,7 @@ def check(config: ConfigDict) -> dict[str, Any]:
         "source": os.fspath(records or data.videos),
         "slots": slots,
         "splits": splits,
+        "notes": notes,
         "problems": problems,
     }
 
@@ -95,15 +103,24 @@ def _of_records(
         for split, clips in dataset.items():
             if builders.fingerprint(clips) != made["clips"][split]:
                 problems.append(f"split {split!r}: the annotations have other clips or captions")
-    return {split: packed.Split(records, split).rows for split in made["clips"]}
+    rows = {}
+    for split in made["clips"]:
+        try:
+            rows[split] = packed.Split(records, split).rows
+        except UserError as error:
+            problems.append(str(error))
+    for key in ("train_split", "eval_split"):
+        if data[key] not in made["clips"]:
+            problems.append(f"no records of config.data.{key}={data[key]!r}")
+    return rows
 
 
-def _of_videos(
-    data: ConfigDict, preprocessing: Preprocessing, problems: list[str]
-) -> dict[str, Rows]:
+def _of_videos(data: ConfigDict, preprocessing: Preprocessing, notes: list[str]) -> dict[str, Rows]:
     builder = builders.BUILDERS[builders.name_of(data.kind)]
-    dataset, notes = builder.read(data.annotations, data.videos, official_sizes=data.official_sizes)
-    problems += notes
+    dataset, noticed = builder.read(
+        data.annotations, data.videos, official_sizes=data.official_sizes
+    )
+    notes += noticed
     encode = functools.partial(encode_clip, preprocessing=preprocessing)
     clips = [(split, clip) for split, own in dataset.items() for clip in own]
     found = in_processes(
@@ -155,10 +172,10 @@ def table(found: dict[str, Any]) -> str:
         ("videos", lambda s: f"{s['videos']:,}"),
         ("usable", lambda s: f"{s['usable']:,}"),
         ("captions", lambda s: f"{s['captions']:,}"),
-        ("tokens a caption", lambda s: _between(s["caption_tokens"])),
+        ("tokens a caption *", lambda s: _between(s["caption_tokens"])),
         (f"cut at {found['slots']} slots", lambda s: _share(s["cut_captions"], s["captions"])),
-        ("frames of a video", lambda s: _between(s["video_frames"])),
-        ("frames stored", lambda s: _between(s["stored_frames"])),
+        ("frames of a video *", lambda s: _between(s["video_frames"])),
+        ("frames stored *", lambda s: _between(s["stored_frames"])),
         ("with repeated frames", lambda s: f"{s['repeating_frames']:,}"),
     ]
     lines.append(" " * 22 + "".join(f"{name:>18}" for name in splits))
@@ -168,6 +185,8 @@ def table(found: dict[str, Any]) -> str:
         for reason, count in split["reasons"].items():
             first = next(s for s in split["skipped"] if s["reason"] == reason)
             lines.append(f"{name}: {count} not usable: {reason}; first {first['path']}")
+    lines.append("* least / median / most")
+    lines += [f"note: {note}" for note in found["notes"]]
     lines += [f"problem: {problem}" for problem in found["problems"]]
     if not found["problems"]:
         lines.append("whole")
@@ -189,10 +208,15 @@ def run(argv: Sequence[str]) -> int:
         config = flags.FLAGS.config
         validate(config)
         found = check(config)
+        if flags.FLAGS.json:
+            atomic.write_json(flags.FLAGS.json, found)
     except UserError as error:
         main.fail(str(error))
-    if flags.FLAGS.json:
-        atomic.write_json(flags.FLAGS.json, found)
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        main.fail(f"{error.filename}: {error.strerror}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     print(table(found))
     return 1 if found["problems"] else 0
 

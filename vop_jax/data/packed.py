@@ -14,16 +14,20 @@ from etils import epath
 
 from vop_jax.data.builders import (
     BUILDERS,
+    SHARDS,
     VERSION,
     Folder,
     Making,
     check_share,
     fingerprint,
     index_name,
+    read_index,
+    reopen,
     staging_of,
 )
 from vop_jax.data.encode import Preprocessing
 from vop_jax.data.records import Clip, Dataset
+from vop_jax.data.shards import has_changed
 from vop_jax.errors import UserError
 
 REMEDY = "use another config.data.records, or delete that folder to make them again"
@@ -41,8 +45,8 @@ class Split:
     """
 
     def __init__(self, records: epath.Path, name: str):
-        text = (records / index_name(name)).read_bytes().decode("utf-8", "surrogatepass")
-        self.rows = [json.loads(line) for line in text.split("\n") if line]
+        _check_whole(records, name)
+        self.rows = read_index(records, name)
         kept = [row for row in self.rows if "skipped" not in row]
         self.name = name
         self.ids = [row["id"] for row in kept]
@@ -101,6 +105,8 @@ def pack(
     name: str = Folder.name,
     max_skipped: float = 0.05,
     making: Making | None = None,
+    retry: bool = True,
+    download_config: tfds.download.DownloadConfig | None = None,
 ) -> Packed:
     """Decodes all clips into `directory`, unless it holds exactly these already; opens them.
 
@@ -110,19 +116,61 @@ def pack(
     Args:
         name: of the builder.
         max_skipped: share of a split's clips that may be left out.
+        retry: a clip that was left out is tried again when its file is another now.
+        download_config: of `tfds`, with what an Apache Beam runner needs.
 
     Raises:
         UserError: the folder holds records of other clips or made in another way, or more
             clips of a split had to be left out than `max_skipped` allows.
         OSError: the disk is full; finished shards are kept for the next attempt.
     """
-    root = epath.Path(directory)
-    if find_records(root) is None:
-        build(dataset, root, preprocessing, name, making or Making())
+    root, making = epath.Path(directory), making or Making()
+    records = find_records(root)
+    if records is None:
+        _build(dataset, root, preprocessing, name, making, download_config)
+    elif _fits(records, preprocessing, name) and _lacks(records, dataset, retry):
+        there = reopen(records, staging_of(root, name))
+        per_shard = json.loads((records / SHARDS).read_text())["clips_per_shard"]
+        making = dataclasses.replace(making, clips_per_shard=per_shard)
+        records.rmtree()
+        _build({**there, **dataset}, root, preprocessing, name, making, download_config)
     asked = {split: fingerprint(clips) for split, clips in dataset.items()}
     return open_records(
         root, preprocessing, list(dataset), name=name, max_skipped=max_skipped, clips=asked
     )
+
+
+def _fits(records: epath.Path, preprocessing: Preprocessing, name: str) -> bool:
+    made = json.loads((records / "metadata.json").read_text())
+    return records.parent.name == name and not any(
+        differences(made["preprocessing"], preprocessing)
+    )
+
+
+def _lacks(records: epath.Path, dataset: Dataset, retry: bool) -> bool:
+    """Whether there is more to be made: a split, or a clip that was left out and has changed."""
+    made = json.loads((records / "metadata.json").read_text())["clips"]
+    for split, clips in dataset.items():
+        if split not in made:
+            return True
+        if made[split] != fingerprint(clips):
+            return False  # it will be refused
+    return retry and any(
+        has_changed(clips, read_index(records, split)) for split, clips in dataset.items()
+    )
+
+
+def _check_whole(records: epath.Path, split: str) -> None:
+    """Raises UserError if files are missing or cut off, as a copy that broke off leaves them."""
+    for made in json.loads((records / SHARDS).read_text())["shards"]:
+        if made["split"] == split and made["file"]:
+            file = records / made["file"]
+            found = file.stat().length if file.exists() else 0
+            if found != made["size"]:
+                raise UserError(
+                    f"{file}: {found:,} of {made['size']:,} bytes; copy the records again, or "
+                    "delete their folder to make them again"
+                )
 
 
 def find_records(directory: str | os.PathLike) -> epath.Path | None:
@@ -133,11 +181,16 @@ def find_records(directory: str | os.PathLike) -> epath.Path | None:
     """
     root = epath.Path(directory)
     ours = VERSION.split(".")[0]
-    for info in sorted(root.glob("*/*/dataset_info.json")):
-        version = info.parent.name
+    for info in (*sorted(root.glob("*/*/dataset_info.json")), root / "dataset_info.json"):
+        version = os.path.basename(os.path.abspath(info.parent))
+        if not info.exists():
+            continue
         if not version.replace(".", "").isdigit():
             continue  # an unfinished one
         if version.split(".")[0] == ours:
+            for name in ("metadata.json", "features.json", SHARDS):
+                if not (info.parent / name).exists():
+                    raise UserError(f"{info.parent}: no {name}; copy the records again")
             return info.parent
         newer = int(version.split(".")[0]) > int(ours)
         what = "newer than this vop_jax; update it" if newer else "of an older vop_jax"
@@ -168,15 +221,17 @@ def open_records(
         begun = " (unfinished: run it again)" if staging_of(root, name).exists() else ""
         raise UserError(
             f"config.data.records={os.fspath(root)!r}: no records there; make them with "
-            f"python -m vop_jax.data.prepare --dataset={name}{begun}, or set "
-            "config.data.annotations and config.data.videos"
+            f"python -m vop_jax.data.prepare --dataset={name} --videos=… --annotations=… "
+            f"--output={os.fspath(root)}{begun}, or set config.data.annotations and "
+            "config.data.videos"
         )
     if records.parent.name != name:
         raise UserError(f"{root}: records of {records.parent.name!r}, not of {name!r}; {REMEDY}")
     made = json.loads((records / "metadata.json").read_text())
     for key, theirs, mine in differences(made["preprocessing"], preprocessing):
         raise UserError(
-            f"{root}: records were made with data.{key}={theirs!r}, not {mine!r}; {REMEDY}"
+            f"{root}: records were made with data.{key}={theirs!r}, not {mine!r}; set "
+            f"config.data.{key}={theirs!r}, {REMEDY}"
         )
     packed = Packed({}, [s for s in made["skipped"] if s["split"] in splits])
     for split in splits:
@@ -227,7 +282,7 @@ class _AsStored(tfds.decode.Decoder):
         return examples
 
 
-def build(
+def _build(
     dataset: Dataset,
     root: epath.Path,
     preprocessing: Preprocessing,

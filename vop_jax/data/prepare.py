@@ -8,13 +8,14 @@ left out and named. `python -m vop_jax.data.check` tells what came of it.
 """
 
 import argparse
+import difflib
 import errno
 import functools
 import os
 import shutil
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import filelock
 import tensorflow_datasets as tfds
@@ -22,7 +23,7 @@ from absl import flags, logging
 from etils import epath
 
 from vop_jax.data import packed
-from vop_jax.data.builders import BUILDERS, CLIPS_PER_SHARD, Making, fingerprint
+from vop_jax.data.builders import BUILDERS, CLIPS_PER_SHARD, Making
 from vop_jax.data.encode import Encoded, Preprocessing, encode_clip
 from vop_jax.data.records import Clip
 from vop_jax.data.sampling import SAMPLINGS
@@ -67,14 +68,14 @@ def prepare(
         if packed.find_records(root) is None:
             every = [clip for clips in dataset.values() for clip in clips]
             _tell_size(every, root, preprocessing, making)
-            packed.build(dataset, root, preprocessing, name, making, beam)
-        return packed.open_records(
+        return packed.pack(
+            dataset,
             root,
             preprocessing,
-            list(dataset),
             name=name,
             max_skipped=1.0,
-            clips={split: fingerprint(clips) for split, clips in dataset.items()},
+            making=making,
+            download_config=beam,
         )
 
 
@@ -111,27 +112,30 @@ def _bytes(count: float) -> str:
 
 
 def report(made: packed.Packed) -> str:
-    """What came of it, a line a split, and the first clips that were left out."""
+    """What came of it, a line a split."""
     lines = []
     for split in made.splits.values():
         captions = sum(map(len, split.captions))
         line = f"{split.name}: {len(split)} of {len(split.rows)} videos, {captions} captions"
         lines.append(line)
-    for skipped in made.skipped[:10]:
-        lines.append(f"left out {skipped['id']} ({skipped['split']}): {skipped['reason']}")
-    if len(made.skipped) > 10:
-        lines.append(f"and {len(made.skipped) - 10} more; python -m vop_jax.data.check names all")
+    if made.skipped:
+        first = made.skipped[0]
+        lines.append(
+            f"left out {len(made.skipped)}, first {first['path']} ({first['reason']}); the same "
+            "command tries those again whose files have changed"
+        )
     return "\n".join(lines)
 
 
 def _parser() -> argparse.ArgumentParser:
     default, making = Preprocessing(), Making()
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         "python -m vop_jax.data.prepare",
+        allow_abbrev=False,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--dataset", required=True, choices=BUILDERS)
+    parser.add_argument("--dataset", required=True, type=_dataset, help=", ".join(BUILDERS))
     parser.add_argument("--videos", required=True, help="folder of videos or of frame folders")
     parser.add_argument("--annotations", required=True, help="folder of official files; a file")
     parser.add_argument("--output", required=True, help="a folder; config.data.records")
@@ -151,6 +155,24 @@ def _parser() -> argparse.ArgumentParser:
     work.add_argument("--clips_per_shard", type=_positive, default=CLIPS_PER_SHARD)
     work.add_argument("--beam_options", help="--runner=DirectRunner … of Apache Beam, quoted")
     return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, not the whole usage."""
+        raise UserError(f"{message}; --help tells all")
+
+
+def _dataset(text: str) -> str:
+    if text in BUILDERS:
+        return text
+    if text.removesuffix("64") in BUILDERS:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is a config; its records are --dataset={text.removesuffix('64')} --frames=64"
+        )
+    near = difflib.get_close_matches(text, BUILDERS, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"allowed are {', '.join(BUILDERS)}"
+    raise argparse.ArgumentTypeError(f"no dataset {text!r}; {hint}")
 
 
 def _positive(text: str) -> int:
@@ -181,13 +203,17 @@ def _beam(options: str | None) -> Any:
     try:
         from apache_beam.options.pipeline_options import PipelineOptions
     except ImportError:
-        raise UserError("Apache Beam is not installed: pip install 'vop_jax[beam]'") from None
+        raise UserError("Apache Beam is not installed: pip install -e '.[beam]'") from None
     return tfds.download.DownloadConfig(beam_options=PipelineOptions(options.split()))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    args = vars(_parser().parse_args(argv))
+    try:
+        args = vars(_parser().parse_args(argv))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     flags.FLAGS.mark_as_parsed()  # absl would warn that it logs before that
     logging.use_absl_handler()
     set_up_logging()
@@ -207,6 +233,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EROFS):
+            print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+            return 2
         if error.errno != errno.ENOSPC:
             raise
         print(

@@ -58,17 +58,15 @@ class Shard:
     fingerprint: str
 
     def note(self) -> dict[str, Any] | None:
-        """What is in the shard: a row a clip, and its "bytes"; None unless it is finished.
+        """What is in the shard: a row a clip, and the file's "size"; None unless it is finished.
 
-        One that left out a clip whose file has changed since is not.
+        One that left out a clip whose file has changed since, or is looked for elsewhere, is not.
         """
         try:
             note = json.loads(epath.Path(self.path + ".json").read_text())
         except (OSError, ValueError):
             return None
-        if note["fingerprint"] != self.fingerprint:
-            return None
-        if any(_state(row["path"]) != row["state"] for row in note["clips"] if "skipped" in row):
+        if note["fingerprint"] != self.fingerprint or has_changed(self.clips, note["clips"]):
             return None
         return note
 
@@ -82,9 +80,14 @@ def plan(
         for number, start in enumerate(range(0, len(clips), per_shard)):
             own = tuple(clips[start : start + per_shard])
             asked = json.dumps([dataclasses.asdict(preprocessing), content_of(own)])
-            path = os.fspath(staging / f"{split}-{number:05d}.array_record")
+            path = os.fspath(staging / file_name(split, number))
             shards.append(Shard(split, path, own, hashlib.sha256(asked.encode()).hexdigest()))
     return shards
+
+
+def file_name(split: str, number: int) -> str:
+    """Of a shard while others are made."""
+    return f"{split}-{number:05d}.array_record"
 
 
 def content_of(clips: Sequence[Clip]) -> list[list[Any]]:
@@ -111,14 +114,19 @@ def write_shards(shards: Iterable[Shard], encoded: Iterator[Encoded | VideoError
                     row = row_of(clip, found)
                     if "skipped" in row:
                         logging.warning("skipped %s: %s", clip.path, found)
-                        row["state"] = _state(clip.path)
+                        row["state"] = state_of(clip.path)
                     rows.append(row)
                     if isinstance(found, Encoded):
                         record = serialize(clip, found)
                         size += len(record)
                         write(record)
             unfinished.replace(path)
-            note = {"fingerprint": shard.fingerprint, "clips": rows, "bytes": size}
+            note = {
+                "fingerprint": shard.fingerprint,
+                "clips": rows,
+                "bytes": size,
+                "size": path.stat().length,
+            }
             write_json(shard.path + ".json", note)
         except BaseException:
             unfinished.unlink(missing_ok=True)
@@ -128,13 +136,23 @@ def write_shards(shards: Iterable[Shard], encoded: Iterator[Encoded | VideoError
 def row_of(clip: Clip, found: Encoded | VideoError) -> dict[str, Any]:
     """What an index says of a clip: how it was stored, or why it was "skipped"."""
     row: dict[str, Any] = {"id": clip.id, "path": clip.path, "captions": list(clip.captions)}
+    row |= {"start": clip.start, "end": clip.end}
     if isinstance(found, VideoError):
         return {**row, "skipped": str(found)}
     stored, distinct = len(found.jpegs), len(set(found.indices))
     return {**row, "stored": stored, "distinct": distinct, "frames": found.count}
 
 
-def _state(path: str) -> list[int] | None:
+def has_changed(clips: Sequence[Clip], rows: Sequence[dict[str, Any]]) -> bool:
+    """Whether the file of a clip that was skipped is another now."""
+    return any(
+        state_of(clip.path) != row["state"]
+        for clip, row in zip(clips, rows, strict=True)
+        if "skipped" in row
+    )
+
+
+def state_of(path: str) -> list[int] | None:
     """Changes when the file does."""
     try:
         stat = epath.Path(path).stat()

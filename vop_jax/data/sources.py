@@ -54,23 +54,26 @@ def contrasts(kind: str, captions: Sequence[str]) -> dict[str, list[str]]:
     return {name: [row[name] for row in turned] for name in turned[0]}
 
 
-def load(data: ConfigDict, workdir: str, *, select: str = "last") -> Packed:
+def load(data: ConfigDict, workdir: str, *, select: str = "last", training: bool = True) -> Packed:
     """The records of a run: packed on the first call, opened on the next.
 
     Args:
         data: the config's section of that name.
         workdir: where rendered videos and, without `data.records`, the records go.
         select: of the config's section `train`; "best" needs a validation split.
+        training: whether the training split is needed at all.
 
     Raises:
         UserError: see `folder.read_folder`, `benchmarks.read_benchmark` and `packed.pack`.
     """
-    wanted = {data.train_split, data.eval_split}
-    if select == "best" and not data.val_share:
+    wanted = {data.train_split, data.eval_split} if training else {data.eval_split}
+    if training and select == "best" and not data.val_share:
         wanted.add(data.val_split)
     root = data.records or os.path.join(workdir, "records")
     preprocessing = Preprocessing.from_mapping(data)
-    if data.kind in BENCHMARKS:
+    if data.kind == "folder" and not data.annotations and find_records(root) is not None:
+        packed = open_records(root, preprocessing, sorted(wanted), max_skipped=data.max_skipped)
+    elif data.kind in BENCHMARKS:
         packed = _benchmark(data, root, preprocessing, sorted(wanted))
     else:
         dataset = SOURCES[data.kind](data, workdir)
@@ -82,7 +85,7 @@ def load(data: ConfigDict, workdir: str, *, select: str = "last") -> Packed:
             max_skipped=data.max_skipped,
             making=IN_A_RUN,
         )
-    if select == "best" and data.val_share:
+    if training and select == "best" and data.val_share:
         packed.splits[data.train_split], packed.splits[data.val_split] = _held_out(data, packed)
     return packed
 
@@ -113,7 +116,8 @@ def _benchmark(
     dataset, notes = read_benchmark(
         data.kind, data.annotations, splits=wanted, official_sizes=data.official_sizes
     )
-    if find_records(root) is None:  # afterwards the videos may go
+    located = bool(data.videos)  # once there are records the videos may go
+    if located or find_records(root) is None:
         if not data.videos:
             raise UserError("config.data.videos is not set: there are no records yet")
         for split, clips in dataset.items():
@@ -121,7 +125,7 @@ def _benchmark(
             notes += more
     for note in notes:
         logging.warning("%s", note)
-    return pack(dataset, root, preprocessing, making=IN_A_RUN, **shared)
+    return pack(dataset, root, preprocessing, making=IN_A_RUN, retry=located, **shared)
 
 
 def _check_splits(data: ConfigDict, wanted: Collection[str], there: Mapping[str, int]) -> None:

@@ -104,7 +104,12 @@ class _Worker:
         context = multiprocessing.get_context("spawn")  # a fork would copy locks held by JAX
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, self._call), daemon=True)
-        self.process.start()
+        # Ctrl-C is the parent's to handle, from the child's first moment on.
+        kept = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, kept)
         theirs.close()
         self._ready = False
 
@@ -157,7 +162,6 @@ class _Worker:
 
 def _serve(pipe: connection.Connection, call: Call) -> None:
     """The worker's side: until the other end closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
     pipe.send(("ready", None))
     while True:

@@ -15,7 +15,7 @@ try:
     import jinja2
     from markupsafe import Markup
 except ImportError:
-    raise UserError('a report needs the extra "report": pip install "vop_jax[report]"') from None
+    raise UserError('a report needs the extra "report": pip install -e ".[report]"') from None
 
 
 def render(runs: Sequence[Run], pair: Sequence[str] = ()) -> str:

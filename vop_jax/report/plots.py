@@ -13,7 +13,7 @@ try:
     import matplotlib
     from matplotlib.figure import Figure
 except ImportError:
-    raise UserError('a report needs the extra "report": pip install "vop_jax[report]"') from None
+    raise UserError('a report needs the extra "report": pip install -e ".[report]"') from None
 
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text

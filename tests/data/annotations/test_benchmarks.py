@@ -45,7 +45,7 @@ def test_other_sizes_are_an_error_that_can_be_allowed(name, tmp_path):
     expected = BENCHMARKS[name].sizes["train"].videos
     assert f"{name} train has 5 videos, " in str(error.value)
     assert f"{expected:,} are expected" in str(error.value)
-    assert "data.official_sizes=False allows it" in str(error.value)
+    assert "config.data.official_sizes=False (prepare: --other_sizes) allows it" in str(error.value)
     assert BENCHMARKS[name].files["train"][-1] in str(error.value)
 
 

@@ -21,7 +21,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     for benchmark in (MSRVTT9K, MSRVTT7K, DIDEMO, ACTIVITYNET, LSMDC, MSVD, VATEX)
 }
 
-ALLOWING = "data.official_sizes=False allows it"
+ALLOWING = "config.data.official_sizes=False (prepare: --other_sizes) allows it"
 
 
 def read_benchmark(
