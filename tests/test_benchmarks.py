@@ -7,8 +7,10 @@ import pytest
 from tests.data import videos
 from tests.data.annotations.official import write_official
 from tests.runs import ROOT, call, write_clip
-from vop_jax.data import prepare
+from vop_jax.config import base_config, validate
+from vop_jax.data import prepare, sources
 from vop_jax.data.annotations.benchmarks import BENCHMARKS
+from vop_jax.errors import UserError
 
 TRAIN, TEST, VAL = 10, 4, 3
 CODECS = {".avi": "mpeg4", ".mov": "libx264", ".mp4": "libx264"}
@@ -127,6 +129,36 @@ def test_what_a_run_refuses(tmp_path, clip, capsys):
     assert "records of split 'test' were made of other clips or captions" in last(capsys)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"data.val_split": "train"}, "is the train split"),
+        ({"data.val_split": "test"}, "is the eval split"),
+        ({"data.train_split": "test"}, "none of it can be held out"),
+        ({"train.eval_every": 0}, "needs config.train.eval_every > 0"),
+    ],
+)
+def test_what_cannot_be_chosen_on(settings, message):
+    config = base_config()
+    best = {"train.select": "best", "train.eval_every": 5, "data.val_share": 0.1}
+    config.update_from_flattened_dict(best | settings)
+    with pytest.raises(UserError, match=message):
+        validate(config)
+
+
+def test_a_share_can_be_held_out_beside_the_test_split_that_was(tmp_path):
+    """Both are chosen by a hash of the ids: not by the same."""
+    for i in range(40):
+        videos.write(tmp_path / f"{i}.mp4", 4, width=32, height=32)
+    lines = "".join(f"{i}.mp4,clip {i}\n" for i in range(40))
+    (tmp_path / "captions.csv").write_text("video,caption\n" + lines)
+    data = base_config().data
+    data.update(annotations=str(tmp_path / "captions.csv"), videos=str(tmp_path))
+    data.update(frames=3, short_side=32, val_share=0.1)
+    splits = sources.load(data, str(tmp_path / "run"), select="best").splits
+    assert sum(map(len, splits.values())) == 40 and 1 <= len(splits["val"]) <= 9
+
+
 def test_evaluation_needs_its_own_split_only(tmp_path, clip):
     write_miniature("msrvtt9k", tmp_path)
     assert prepared("msrvtt9k", tmp_path, "--splits=test") == 0
@@ -173,9 +205,6 @@ def test_the_best_checkpoint_is_chosen_on_held_out_training_clips(tmp_path, clip
 
 def test_held_out_clips_stay_out(tmp_path, clip):
     """Disjoint from training, fixed, and about the share asked for."""
-    from vop_jax.config import base_config
-    from vop_jax.data import sources
-
     write_miniature("msrvtt9k", tmp_path)
     assert prepared("msrvtt9k", tmp_path) == 0
     data = base_config().data

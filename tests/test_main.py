@@ -375,8 +375,11 @@ def test_captions_that_are_cut_are_counted(call, folder, tmp_path):
     text = (long / "captions.csv").read_text()
     text = text.replace("clip number 2,", "clip " * 60 + ",").replace("clip number 17", "w " * 40)
     (long / "captions.csv").write_text(text)
-    assert call("--config.train.steps=0", folder=long)[0] == 0
+    assert call("--config.train.steps=1", folder=long)[0] == 0
     assert summary_of(tmp_path / "run")["cut_captions"] == 2
+    # Where nothing is trained the training split is not read.
+    assert call("--config.train.steps=0", folder=long, workdir=tmp_path / "eval")[0] == 0
+    assert summary_of(tmp_path / "eval")["cut_captions"] == 1
 
 
 def test_divergence_stops_with_where(call, tmp_path):

@@ -275,10 +275,16 @@ def validate(config: ConfigDict) -> None:
     if values["train.select"] == "best":
         if not values["train.eval_every"]:
             raise UserError("config.train.select='best' needs config.train.eval_every > 0")
-        if values["data.val_split"] == values["data.eval_split"]:
+        for key, why in (("eval", "spoil the evaluation"), ("train", "choose what fits it best")):
+            if values["data.val_split"] == values[f"data.{key}_split"]:
+                raise UserError(
+                    f"config.data.val_split={values['data.val_split']!r} is the {key} split: "
+                    f"choosing a checkpoint on it would {why}"
+                )
+        if values["data.val_share"] and values["data.train_split"] == values["data.eval_split"]:
             raise UserError(
-                f"config.data.val_split={values['data.val_split']!r} is the eval split: choosing "
-                "a checkpoint on it would spoil the evaluation"
+                f"config.data.val_share: data.train_split={values['data.train_split']!r} is the "
+                "eval split, none of it can be held out"
             )
     extra_rows(config)
     if values["mesh.data"] == 0 or values["mesh.data"] < -1:

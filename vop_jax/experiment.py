@@ -132,11 +132,13 @@ def pretrain_config(config: ConfigDict) -> ConfigDict:
     inner = config.copy_and_resolve_references()
     with inner.unlocked():
         inner.train.update(config.pretrain)
-        inner.train.eval_every = 0
+        inner.train.update(eval_every=0, select="last")
+        inner.eval.extra = ()
         inner.method.name = "full"
         inner.data.update(kind="stills", frames=1, stored_fps=0.0, sampling="uniform")
         # Its own, in its workdir.
         inner.data.update(videos="", records="", train_split="train", eval_split="test")
+        inner.data.val_share = 0.0
         inner.pretrain.steps = 0
     return inner
 

@@ -13,6 +13,7 @@ from vop_jax import tensorfile
 from vop_jax.clip.weights import check_shapes, load_clip
 from vop_jax.data.frames import read_frames
 from vop_jax.data.pixels import eval_crop
+from vop_jax.data.sampling import sample_indices
 from vop_jax.data.sources import CaptionTokenizer
 from vop_jax.errors import UserError, VideoError
 from vop_jax.model import TextVideoModel
@@ -89,17 +90,24 @@ class Retriever:
         if isinstance(paths, str | os.PathLike):
             raise TypeError("paths is a list of files, not one file")
         rows = [np.zeros((0, self._embed_dim), np.float32)]
+        sampling = self._video.get("sampling", "uniform")
         for path in paths:
             try:
                 clip = read_frames(
                     path,
                     self.frames,
                     short_side=self._video["short_side"],
-                    sampling=self._video.get("sampling", "uniform"),
+                    sampling=sampling,
+                    fps=self._video.get("stored_fps", 0.0),
+                    folder_fps=self._video.get("folder_fps", 0.0),
                 )
             except VideoError as error:
                 raise UserError(f"{os.fspath(path)}: {error}") from None
-            rows.append(self.embed_frames(np.stack(clip.pixels)[None]))
+            # With stored_fps these are more, of which training takes F.
+            taken = np.arange(self.frames)
+            if len(clip.pixels) != self.frames:
+                taken = sample_indices(len(clip.pixels), self.frames, sampling)
+            rows.append(self.embed_frames(np.stack([clip.pixels[i] for i in taken])[None]))
         return np.concatenate(rows)
 
 

@@ -27,7 +27,7 @@ class Data:
         train_batches: start step -> this process's rows of that batch and all after it.
         val_set: what a checkpoint is chosen on, if one is.
         num_texts, num_videos: both sides of the evaluation, misses included.
-        cut_captions: captions of both splits that were longer than the slots.
+        cut_captions: captions, of the splits that are read, that were longer than the slots.
     """
 
     packed: Packed

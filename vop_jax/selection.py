@@ -11,6 +11,8 @@ from vop_jax.tuning.prompts_file import load_prompts, save_prompts
 
 BEST_FILE, BEST_NOTE = "best.safetensors", "best.json"
 
+HOW_VIDEOS_ARE_READ = ("frames", "sampling", "short_side", "stored_fps", "folder_fps")
+
 Results = dict[str, dict[str, float]]
 
 
@@ -32,7 +34,7 @@ class Selection:
     def consider(self, trainable: Any, step: int, results: Results) -> None:
         """Keeps these parameters if they are better than all before; of equals, the first."""
         score = (results["t2v"]["R@1"] + results["v2t"]["R@1"]) / 2
-        best = self.chosen()
+        best = self._kept()
         # The same step again: the run was cut off between this and its next checkpoint.
         if best is not None and score <= best["score"] and step != best["step"]:
             return
@@ -42,7 +44,11 @@ class Selection:
         logging.info("best on %s so far: step %d, mean R@1 %.1f", note["split"], step, score)
 
     def chosen(self) -> dict[str, Any] | None:
-        """{"split", "step", "score"} of the best, if there is one."""
+        """{"split", "step", "score"} of the best, if this run has one."""
+        # What lies beside a run without progress is an abandoned attempt's.
+        return self._kept() if int(self.run.state.step) else None
+
+    def _kept(self) -> dict[str, Any] | None:
         path = self.run.workdir / BEST_NOTE
         if not self.active or not path.exists():
             return None
@@ -66,7 +72,10 @@ def save_result(run: start.Run, trainable: Any, name: str) -> str:
         clip_fingerprint=run.clip.fingerprint,
         clip_name=run.clip.name,
         clip_config=run.clip.config,
-        video={key: data[key] for key in ("frames", "sampling", "short_side", "stored_fps")},
+        video={
+            key: data[key]
+            for key in ("frames", "sampling", "short_side", "stored_fps", "folder_fps")
+        },
     )
     logging.info("wrote %s", path)
     return str(path)

@@ -10,7 +10,7 @@ from tests.data import videos
 from vop_jax.data import pipeline
 from vop_jax.data.builders import Making
 from vop_jax.data.encode import Preprocessing
-from vop_jax.data.packed import pack
+from vop_jax.data.packing import pack
 from vop_jax.data.pipeline import eval_videos, train_batches
 from vop_jax.data.records import Clip
 

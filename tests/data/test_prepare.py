@@ -14,13 +14,14 @@ import time
 
 import pytest
 import tensorflow_datasets as tfds
+from etils import epath
 
 from tests.data import calls, videos
 from tests.data.annotations.official import write_official
-from vop_jax.data import builders, packed, prepare, shards
+from vop_jax.data import builders, packed, packing, prepare, shards
 from vop_jax.data.builders import Making
 from vop_jax.data.encode import Preprocessing
-from vop_jax.data.packed import pack
+from vop_jax.data.packing import locked, pack
 from vop_jax.data.records import Clip
 from vop_jax.errors import UserError
 
@@ -264,6 +265,74 @@ def test_records_of_another_version_are_refused(msvd, tmp_path):
             packed.open_records(tmp_path, Preprocessing(4), ["test"], name="msvd")
 
 
+def test_what_others_keep_there_is_left_alone(msvd, tmp_path):
+    """Folders of the names that `tfds` gives its own."""
+    annotations, films = msvd
+    mine = tmp_path / "downloads" / "videos"
+    shutil.copytree(films, mine)
+    (tmp_path / "msvd" / "incomplete_downloads").mkdir(parents=True)
+    before = digest(mine)
+    assert prepare.main(command((annotations, mine), tmp_path)) == 0
+    assert digest(mine) == before
+    assert (tmp_path / "msvd" / "incomplete_downloads").is_dir()
+
+
+def test_finished_records_outlive_whatever_happens_to_the_videos(msvd, tmp_path, monkeypatch):
+    annotations, films = msvd
+    mine = tmp_path / "films"
+    shutil.copytree(films, mine)
+    sorted(mine.iterdir())[0].write_bytes(b"")
+    out = tmp_path / "out"
+    assert prepare.main(command((annotations, mine), out, "--splits=test,train")) == 0
+    before = digest(out)
+    # Gone, all but one: nothing to be tried again, so nothing changes.
+    for i, film in enumerate(sorted(mine.iterdir())):
+        if i != 1:
+            film.unlink()
+    assert prepare.main(command((annotations, mine), out, "--splits=test,train")) == 0
+    assert digest(out) == before
+    # A completion that fails leaves what there was.
+    shutil.copytree(films, mine, dirs_exist_ok=True)
+
+    def fail(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "records")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(builders, "write_json", fail)
+        assert prepare.main(command((annotations, mine), out)) == 1
+    kept = packed.find_records(out)
+    assert {k: v for k, v in digest(out).items() if ".shards/" not in k} == before
+    assert packed.open_records(out, STORED, ["train", "test"], name="msvd").splits
+    # Cut off between the two renames.
+    kept.rename(kept.parent / packing.OLD)
+    assert packed.find_records(out) is None
+    assert prepare.main(command((annotations, mine), out)) == 0
+    assert prepare.main(command(msvd, tmp_path / "whole")) == 0
+    records = {k: v for k, v in digest(out).items() if "array_record" in k}
+    assert records == {k: v for k, v in digest(tmp_path / "whole").items() if "array_record" in k}
+    assert [p.name for p in (out / "msvd").iterdir()] == [builders.VERSION]
+
+
+PACKING = """
+import sys
+from vop_jax.data.builders import Making
+from vop_jax.data.encode import Preprocessing
+from vop_jax.data.packing import pack
+from vop_jax.data.records import Clip
+clips = [Clip(path, path, ("x",)) for path in sys.argv[2:]]
+making = Making(2, isolated=False, progress=False, clips_per_shard=2)
+assert len(pack({"test": clips}, sys.argv[1], Preprocessing(4), making=making).splits["test"])
+"""
+
+
+def test_two_runs_make_the_same_records_once(msvd, tmp_path):
+    _, films = msvd
+    argv = [sys.executable, "-c", PACKING, str(tmp_path), *map(str, sorted(films.iterdir()))]
+    env = {**os.environ, "PYTHONPATH": os.getcwd()}
+    both = [subprocess.Popen(argv, env=env) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+
+
 def test_splits_can_be_added(msvd, tmp_path, monkeypatch):
     assert prepare.main(command(msvd, tmp_path / "whole")) == 0
     assert prepare.main(command(msvd, tmp_path / "grown", "--splits=test")) == 0
@@ -344,6 +413,14 @@ def test_records_that_were_copied_in_part_are_refused(msvd, tmp_path):
             shard.write_bytes(cut)
         with pytest.raises(UserError, match=r"msvd-test.* bytes; copy the records again"):
             packed.open_records(tmp_path, STORED, ["test"], name="msvd")
+    shard.write_bytes(content[:200] + bytes(300) + content[500:])  # of the right size
+    packed.open_records(tmp_path, STORED, ["test"], name="msvd")
+    with pytest.raises(UserError, match=r"msvd-test.*damaged; copy the records again"):
+        packed.check_content(made, "test")
+    index = made / builders.index_name("test")
+    index.write_bytes(index.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"clips-test\.jsonl: damaged"):
+        packed.open_records(tmp_path, STORED, ["test"], name="msvd")
     packed.open_records(tmp_path, STORED, ["train"], name="msvd")
     (made / "metadata.json").unlink()
     with pytest.raises(UserError, match=r"no metadata\.json; copy the records again"):
@@ -366,6 +443,8 @@ def test_the_folder_of_the_version_is_found_too(msvd, tmp_path):
         (["--frames=0"], "'0': a number, 1 or more"),
         (["--jpeg_quality=101"], "1 to 100"),
         (["--output=/dev/null/x"], "/dev/null"),
+        (["--output=gs://bucket/x"], "a folder of this machine is needed"),
+        (["--dataset=folder", "--splits=dev"], "annotations"),
     ],
 )
 def test_wrong_flags_get_one_line(msvd, tmp_path, options, message, capsys):
@@ -393,9 +472,9 @@ def test_control_c_is_one_line(msvd, tmp_path):
 
 
 def test_two_processes_do_not_share_an_output(msvd, tmp_path, capsys):
-    with prepare._locked(prepare.epath.Path(tmp_path)):
+    with locked(epath.Path(tmp_path), wait=False):
         assert prepare.main(command(msvd, tmp_path)) == 2
-    assert "another process is preparing it" in capsys.readouterr().err
+    assert "another process is making these records" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore")  # Beam's own, and those of the protobuf it pins

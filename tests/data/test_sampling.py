@@ -13,7 +13,7 @@ from tests.data import videos
 from vop_jax.data.builders import Making
 from vop_jax.data.encode import Preprocessing, encode_clip
 from vop_jax.data.frames import read_frames
-from vop_jax.data.packed import pack
+from vop_jax.data.packing import pack
 from vop_jax.data.records import Clip
 from vop_jax.data.sampling import SAMPLINGS, sample_indices
 from vop_jax.errors import VideoError

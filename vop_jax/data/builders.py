@@ -60,6 +60,8 @@ class VideoBuilder(dataset_builder.FileReaderBuilder, skip_registration=True):  
         dataset: the clips; None: read from `manual_dir`.
         preprocessing: how they are stored.
         making: how that is done.
+        staging: where finished shards wait for the others; None: beside the dataset, until it
+            is whole.
     """
 
     VERSION = tfds.core.Version(VERSION)
@@ -71,9 +73,11 @@ class VideoBuilder(dataset_builder.FileReaderBuilder, skip_registration=True):  
         dataset: Dataset | None = None,
         preprocessing: Preprocessing | None = None,
         making: Making | None = None,
+        staging: epath.Path | None = None,
         **tfds_arguments: Any,
     ):
         self._dataset, self._making = dataset, making or Making()
+        self._given_staging = staging
         self._preprocessing = preprocessing or Preprocessing()
         super().__init__(file_format="array_record", **tfds_arguments)
 
@@ -140,7 +144,7 @@ class VideoBuilder(dataset_builder.FileReaderBuilder, skip_registration=True):  
         self.info.set_splits(splits.SplitDict(infos))
 
     def _staging(self) -> epath.Path:
-        return staging_of(epath.Path(self.data_dir_root), self.name)
+        return self._given_staging or staging_of(epath.Path(self.data_dir_root), self.name)
 
     def _make_here(self, planned: list[shards.Shard]) -> None:
         making = self._making
@@ -190,9 +194,8 @@ class VideoBuilder(dataset_builder.FileReaderBuilder, skip_registration=True):  
         """Links a split's shards into the dataset, writes its index; raises if nothing is left."""
         notes = []
         for shard in own:
-            note = shard.note()
-            if note is None:
-                raise RuntimeError(f"{shard.path}: its videos changed while it was made")
+            note = shard.read_note()  # as it was made, even if a video has come since
+            assert note is not None
             notes.append(note)
         rows = [row for note in notes for row in note["clips"]]
         kept = [sum("skipped" not in row for row in note["clips"]) for note in notes]
@@ -223,7 +226,7 @@ class VideoBuilder(dataset_builder.FileReaderBuilder, skip_registration=True):  
                 "split": split,
                 "file": file,
                 "clips": len(note["clips"]),
-                **{key: note[key] for key in ("fingerprint", "bytes", "size")},
+                **{key: note[key] for key in ("fingerprint", "bytes", "size", "sha256")},
             }
             for file, note in zip(files, notes, strict=True)
         ]
@@ -236,7 +239,8 @@ class VideoBuilder(dataset_builder.FileReaderBuilder, skip_registration=True):  
         return info, made
 
     def _post_download_and_prepare_hook(self) -> None:
-        shutil.rmtree(self._staging(), ignore_errors=True)
+        if self._given_staging is None:
+            shutil.rmtree(self._staging(), ignore_errors=True)
 
 
 def write_alone(shard: shards.Shard, preprocessing: Preprocessing, seconds: float) -> None:
@@ -268,12 +272,14 @@ def reopen(records: epath.Path, staging: epath.Path) -> Dataset:
         rows = read_index(records, split)[len(clips) : len(clips) + made["clips"]]
         per_shard = json.loads((records / SHARDS).read_text())["clips_per_shard"]
         path = staging / shards.file_name(split, len(clips) // per_shard)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
-        if made["file"]:
-            _link(os.fspath(records / made["file"]), path)
-        note = {key: made[key] for key in ("fingerprint", "bytes", "size")} | {"clips": rows}
-        write_json(f"{path}.json", note)
+        keys = ("fingerprint", "bytes", "size", "sha256")
+        staged = shards.Shard(split, os.fspath(path), (), made["fingerprint"])
+        if staged.read_note() is None:  # else an attempt that was cut off has been here
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
+            if made["file"]:
+                _link(os.fspath(records / made["file"]), path)
+            write_json(f"{path}.json", {key: made[key] for key in keys} | {"clips": rows})
         clips += [
             Clip(row["id"], row["path"], tuple(row["captions"]), row["start"], row["end"])
             for row in rows
@@ -284,7 +290,10 @@ def reopen(records: epath.Path, staging: epath.Path) -> Dataset:
 def read_index(records: epath.Path, split: str) -> list[dict[str, Any]]:
     """A row for each clip of a split."""
     text = (records / index_name(split)).read_bytes().decode("utf-8", "surrogatepass")
-    return [json.loads(line) for line in text.split("\n") if line]
+    try:
+        return [json.loads(line) for line in text.split("\n") if line]
+    except ValueError:
+        raise UserError(f"{records / index_name(split)}: damaged; copy the records again") from None
 
 
 def index_name(split: str) -> str:
@@ -328,6 +337,9 @@ class Folder(VideoBuilder):
                 raise UserError(f"{path}: a folder; give the CSV or JSON Lines file of captions")
             path = files[0]
         dataset = read_folder(path, videos or path.parent)
+        for split in only or ():
+            if split not in dataset:
+                raise UserError(f"{path}: no split {split!r}; there are {', '.join(dataset)}")
         paths = [clip.path for clips in dataset.values() for clip in clips]
         if videos is not None and not any(epath.Path(p).exists() for p in paths):
             raise UserError(f"{videos}: none of the {len(paths)} videos is there; first {paths[0]}")

@@ -21,7 +21,7 @@ from etils import epath
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from vop_jax import atomic, main, start
+from vop_jax import atomic, main
 from vop_jax.config import validate
 from vop_jax.data import builders, packed, shards
 from vop_jax.data.annotations.benchmarks import BENCHMARKS, check_sizes
@@ -48,7 +48,8 @@ def check(config: ConfigDict) -> dict[str, Any]:
     notes: list[str] = []
     records = packed.find_records(data.records) if data.records else None
     if records is not None:
-        rows = _of_records(records, data, preprocessing, problems)
+        needs_val = config.train.select == "best" and not data.val_share
+        rows = _of_records(records, data, preprocessing, problems, needs_val)
     elif data.annotations and data.videos:
         rows = _of_videos(data, preprocessing, notes)
     else:
@@ -56,6 +57,8 @@ def check(config: ConfigDict) -> dict[str, Any]:
             f"config.data.records={data.records!r}: no records there; without them "
             "config.data.annotations and config.data.videos are needed"
         )
+    from vop_jax import start  # brings jax, which the decoding processes do without
+
     slots = start.method_of(config).text_slots(start.preset(config, default="ViT-B/32"))
     tokenize = CaptionTokenizer(slots)
     splits = {split: _describe(own, tokenize) for split, own in rows.items()}
@@ -85,7 +88,11 @@ def check(config: ConfigDict) -> dict[str, Any]:
 
 
 def _of_records(
-    records: epath.Path, data: ConfigDict, preprocessing: Preprocessing, problems: list[str]
+    records: epath.Path,
+    data: ConfigDict,
+    preprocessing: Preprocessing,
+    problems: list[str],
+    needs_val: bool,
 ) -> dict[str, Rows]:
     made = json.loads((records / "metadata.json").read_text())
     name = builders.name_of(data.kind)
@@ -107,9 +114,10 @@ def _of_records(
     for split in made["clips"]:
         try:
             rows[split] = packed.Split(records, split).rows
+            packed.check_content(records, split)
         except UserError as error:
             problems.append(str(error))
-    for key in ("train_split", "eval_split"):
+    for key in ("train_split", "eval_split", *(["val_split"] if needs_val else [])):
         if data[key] not in made["clips"]:
             problems.append(f"no records of config.data.{key}={data[key]!r}")
     return rows

@@ -1,33 +1,26 @@
-"""Records: made once where there are none, opened, and refused where they are not what is asked."""
+"""Finished records: found, opened, and refused where they are not what is asked."""
 
-import contextlib
 import dataclasses
 import json
 import os
-import shutil
 from collections.abc import Collection, Iterator
 from typing import Any
 
 import tensorflow_datasets as tfds
-from absl import logging
 from etils import epath
 
 from vop_jax.data.builders import (
-    BUILDERS,
     SHARDS,
     VERSION,
     Folder,
-    Making,
     check_share,
-    fingerprint,
     index_name,
     read_index,
-    reopen,
     staging_of,
 )
 from vop_jax.data.encode import Preprocessing
-from vop_jax.data.records import Clip, Dataset
-from vop_jax.data.shards import has_changed
+from vop_jax.data.records import Clip
+from vop_jax.data.shards import digest
 from vop_jax.errors import UserError
 
 REMEDY = "use another config.data.records, or delete that folder to make them again"
@@ -97,69 +90,6 @@ class Packed:
     skipped: list[dict[str, str]]
 
 
-def pack(
-    dataset: Dataset,
-    directory: str | os.PathLike,
-    preprocessing: Preprocessing,
-    *,
-    name: str = Folder.name,
-    max_skipped: float = 0.05,
-    making: Making | None = None,
-    retry: bool = True,
-    download_config: tfds.download.DownloadConfig | None = None,
-) -> Packed:
-    """Decodes all clips into `directory`, unless it holds exactly these already; opens them.
-
-    A clip that cannot be used is left out, with its reason on record. The records appear whole
-    or not at all; an attempt that was cut off is continued.
-
-    Args:
-        name: of the builder.
-        max_skipped: share of a split's clips that may be left out.
-        retry: a clip that was left out is tried again when its file is another now.
-        download_config: of `tfds`, with what an Apache Beam runner needs.
-
-    Raises:
-        UserError: the folder holds records of other clips or made in another way, or more
-            clips of a split had to be left out than `max_skipped` allows.
-        OSError: the disk is full; finished shards are kept for the next attempt.
-    """
-    root, making = epath.Path(directory), making or Making()
-    records = find_records(root)
-    if records is None:
-        _build(dataset, root, preprocessing, name, making, download_config)
-    elif _fits(records, preprocessing, name) and _lacks(records, dataset, retry):
-        there = reopen(records, staging_of(root, name))
-        per_shard = json.loads((records / SHARDS).read_text())["clips_per_shard"]
-        making = dataclasses.replace(making, clips_per_shard=per_shard)
-        records.rmtree()
-        _build({**there, **dataset}, root, preprocessing, name, making, download_config)
-    asked = {split: fingerprint(clips) for split, clips in dataset.items()}
-    return open_records(
-        root, preprocessing, list(dataset), name=name, max_skipped=max_skipped, clips=asked
-    )
-
-
-def _fits(records: epath.Path, preprocessing: Preprocessing, name: str) -> bool:
-    made = json.loads((records / "metadata.json").read_text())
-    return records.parent.name == name and not any(
-        differences(made["preprocessing"], preprocessing)
-    )
-
-
-def _lacks(records: epath.Path, dataset: Dataset, retry: bool) -> bool:
-    """Whether there is more to be made: a split, or a clip that was left out and has changed."""
-    made = json.loads((records / "metadata.json").read_text())["clips"]
-    for split, clips in dataset.items():
-        if split not in made:
-            return True
-        if made[split] != fingerprint(clips):
-            return False  # it will be refused
-    return retry and any(
-        has_changed(clips, read_index(records, split)) for split, clips in dataset.items()
-    )
-
-
 def _check_whole(records: epath.Path, split: str) -> None:
     """Raises UserError if files are missing or cut off, as a copy that broke off leaves them."""
     for made in json.loads((records / SHARDS).read_text())["shards"]:
@@ -171,6 +101,15 @@ def _check_whole(records: epath.Path, split: str) -> None:
                     f"{file}: {found:,} of {made['size']:,} bytes; copy the records again, or "
                     "delete their folder to make them again"
                 )
+
+
+def check_content(records: epath.Path, split: str) -> None:
+    """Reads all of a split; raises UserError for the first file that is not as it was written."""
+    for made in json.loads((records / SHARDS).read_text())["shards"]:
+        if made["split"] != split or not made["file"]:
+            continue
+        if digest(records / made["file"]) != made["sha256"]:
+            raise UserError(f"{records / made['file']}: damaged; copy the records again")
 
 
 def find_records(directory: str | os.PathLike) -> epath.Path | None:
@@ -280,33 +219,3 @@ class _AsStored(tfds.decode.Decoder):
 
     def decode_batch_example_np(self, examples: Any) -> Any:
         return examples
-
-
-def _build(
-    dataset: Dataset,
-    root: epath.Path,
-    preprocessing: Preprocessing,
-    name: str,
-    making: Making,
-    download_config: tfds.download.DownloadConfig | None = None,
-) -> None:
-    """Runs the builder; `tfds` moves its result into place when it is whole."""
-    _remove_unfinished(root, name)
-    tfds.disable_progress_bar()
-    builder = BUILDERS[name](
-        dataset=dataset, preprocessing=preprocessing, making=making, data_dir=os.fspath(root)
-    )
-    try:
-        with contextlib.redirect_stdout(None):  # it would speak of downloading
-            builder.download_and_prepare(download_config=download_config)
-    finally:
-        _remove_unfinished(root, name)
-    skipped = builder.info.metadata["skipped"]
-    logging.info("%s: %d clips left out", root, len(skipped))
-
-
-def _remove_unfinished(root: epath.Path, name: str) -> None:
-    """What `tfds` leaves of an attempt that was cut off; finished shards lie elsewhere."""
-    for leftover in (*(root / name).glob("*incomplete*"), root / "downloads"):
-        if leftover.exists():
-            leftover.rmtree() if "://" in str(root) else shutil.rmtree(leftover, True)

@@ -17,7 +17,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-import filelock
 import tensorflow_datasets as tfds
 from absl import flags, logging
 from etils import epath
@@ -25,12 +24,17 @@ from etils import epath
 from vop_jax.data import packed
 from vop_jax.data.builders import BUILDERS, CLIPS_PER_SHARD, Making
 from vop_jax.data.encode import Encoded, Preprocessing, encode_clip
+from vop_jax.data.packing import pack
 from vop_jax.data.records import Clip
 from vop_jax.data.sampling import SAMPLINGS
 from vop_jax.data.workers import in_processes
 from vop_jax.errors import UserError
 from vop_jax.main import set_up_logging
 
+OF_THE_CALL = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT),
+)
 PROBED = 8  # clips encoded to estimate the size
 
 
@@ -64,28 +68,23 @@ def prepare(
         captions = sum(len(clip.captions) for clip in clips)
         logging.info("%s %s: %d videos, %d captions", name, split, len(clips), captions)
     root = epath.Path(output)
-    with _locked(root):
-        if packed.find_records(root) is None:
-            every = [clip for clips in dataset.values() for clip in clips]
-            _tell_size(every, root, preprocessing, making)
-        return packed.pack(
-            dataset,
-            root,
-            preprocessing,
-            name=name,
-            max_skipped=1.0,
-            making=making,
-            download_config=beam,
-        )
-
-
-def _locked(root: epath.Path) -> filelock.BaseFileLock:
-    root.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(root / ".lock", timeout=0)
-    try:
-        return lock.acquire().lock
-    except filelock.Timeout:
-        raise UserError(f"--output={root}: another process is preparing it") from None
+    if "://" in output:
+        raise UserError(f"--output={output}: a folder of this machine is needed; copy it then")
+    if packed.find_records(root) is None:
+        root.mkdir(parents=True, exist_ok=True)
+        every = [clip for clips in dataset.values() for clip in clips]
+        _tell_size(every, root, preprocessing, making)
+    return pack(
+        dataset,
+        root,
+        preprocessing,
+        name=name,
+        max_skipped=1.0,
+        making=making,
+        retry=True,
+        wait=False,
+        download_config=beam,
+    )
 
 
 def _tell_size(
@@ -136,9 +135,13 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--dataset", required=True, type=_dataset, help=", ".join(BUILDERS))
-    parser.add_argument("--videos", required=True, help="folder of videos or of frame folders")
-    parser.add_argument("--annotations", required=True, help="folder of official files; a file")
-    parser.add_argument("--output", required=True, help="a folder; config.data.records")
+    parser.add_argument(
+        "--videos", required=True, type=_path, help="folder of videos or of frame folders"
+    )
+    parser.add_argument(
+        "--annotations", required=True, type=_path, help="folder of official files; a file"
+    )
+    parser.add_argument("--output", required=True, type=_path, help="a folder; config.data.records")
     parser.add_argument("--splits", help="only these: test or train,test")
     parser.add_argument("--other_sizes", action="store_true", help="not the official sizes")
     as_stored = parser.add_argument_group("how clips are stored, config.data's keys")
@@ -173,6 +176,9 @@ def _dataset(text: str) -> str:
     near = difflib.get_close_matches(text, BUILDERS, n=1)
     hint = f"did you mean {near[0]}?" if near else f"allowed are {', '.join(BUILDERS)}"
     raise argparse.ArgumentTypeError(f"no dataset {text!r}; {hint}")
+
+
+_path = os.path.expanduser  # shells leave the ~ of --output=~/records
 
 
 def _positive(text: str) -> int:
@@ -225,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args["output"],
             Preprocessing.from_mapping(args),
             Making(args["workers"], True, args["seconds"], True, args["clips_per_shard"]),
-            splits=args["splits"] and args["splits"].split(","),
+            splits=args["splits"].split(",") if args["splits"] else None,
             official_sizes=not args["other_sizes"],
             beam=_beam(args["beam_options"]),
         )
@@ -233,10 +239,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EROFS):
+        if error.errno in OF_THE_CALL:
             print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
             return 2
-        if error.errno != errno.ENOSPC:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         print(
             f"error: {error.filename or args['output']}: the disk is full; make room and run "

@@ -62,13 +62,16 @@ class Shard:
 
         One that left out a clip whose file has changed since, or is looked for elsewhere, is not.
         """
+        note = self.read_note()
+        return None if note is None or has_changed(self.clips, note["clips"]) else note
+
+    def read_note(self) -> dict[str, Any] | None:
+        """The same, whatever has become of the files since."""
         try:
             note = json.loads(epath.Path(self.path + ".json").read_text())
         except (OSError, ValueError):
             return None
-        if note["fingerprint"] != self.fingerprint or has_changed(self.clips, note["clips"]):
-            return None
-        return note
+        return note if note["fingerprint"] == self.fingerprint else None
 
 
 def plan(
@@ -126,6 +129,7 @@ def write_shards(shards: Iterable[Shard], encoded: Iterator[Encoded | VideoError
                 "clips": rows,
                 "bytes": size,
                 "size": path.stat().length,
+                "sha256": digest(path),
             }
             write_json(shard.path + ".json", note)
         except BaseException:
@@ -144,9 +148,9 @@ def row_of(clip: Clip, found: Encoded | VideoError) -> dict[str, Any]:
 
 
 def has_changed(clips: Sequence[Clip], rows: Sequence[dict[str, Any]]) -> bool:
-    """Whether the file of a clip that was skipped is another now."""
+    """Whether the file of a clip that was skipped is another now; one that is gone is not."""
     return any(
-        state_of(clip.path) != row["state"]
+        state_of(clip.path) not in (None, row["state"])
         for clip, row in zip(clips, rows, strict=True)
         if "skipped" in row
     )
@@ -161,16 +165,38 @@ def state_of(path: str) -> list[int] | None:
     return [stat.length, int(stat.mtime)]
 
 
+def digest(path: epath.Path) -> str:
+    """SHA-256 of a file."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
+
+
 @contextlib.contextmanager
 def _record_file(path: epath.Path) -> Iterator[Callable[[bytes], None]]:
-    try:
+    with _disk_errors(path):
         writer = array_record.ArrayRecordWriter(os.fspath(path), "group_size:1")
-        try:
-            yield writer.write
-        finally:
-            if writer.is_open():
+
+    def write(record: bytes) -> None:
+        with _disk_errors(path):
+            writer.write(record)
+
+    try:
+        yield write
+    finally:
+        if writer.is_open():
+            with _disk_errors(path):
                 writer.close()
-    except RuntimeError as error:  # its way of telling of a full disk
+
+
+@contextlib.contextmanager
+def _disk_errors(path: epath.Path) -> Iterator[None]:
+    """array_record tells of a full disk by a RuntimeError."""
+    try:
+        yield
+    except RuntimeError as error:
         code = errno.ENOSPC if "No space left" in str(error) else errno.EIO
         raise OSError(code, os.strerror(code), os.fspath(path)) from None
 

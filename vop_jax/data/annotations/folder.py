@@ -13,6 +13,7 @@ from typing import Any
 from absl import logging
 from etils import epath
 
+from vop_jax.data.annotations.official import NO_TEXT
 from vop_jax.data.records import Clip, Dataset
 from vop_jax.errors import UserError
 
@@ -54,7 +55,9 @@ def read_folder(annotations: str | os.PathLike, videos: str | os.PathLike) -> Da
         raise UserError(f"{path}: {video} has no split, other rows do; give one to all or to none")
     dataset: Dataset = {}
     for (split, video, start, end), own in captions.items():
-        clip_id = video if start is None and end is None else f"{video}@{start or 0:g}-{_to(end)}"
+        clip_id = (
+            video if start is None and end is None else f"{video}@{_short(start or 0)}-{_to(end)}"
+        )
         location = video if os.path.isabs(video) else os.path.join(os.fspath(videos), video)
         clip = Clip(clip_id, location, tuple(dict.fromkeys(own)), start, end)
         dataset.setdefault(split or _split_of(clip_id), []).append(clip)
@@ -67,7 +70,12 @@ def read_folder(annotations: str | os.PathLike, videos: str | os.PathLike) -> Da
 
 
 def _to(end: float | None) -> str:
-    return "end" if end is None else f"{end:g}"
+    return "end" if end is None else _short(end)
+
+
+def _short(seconds: float) -> str:
+    """All its digits, and no more: ids tell stretches apart."""
+    return repr(float(seconds)).removesuffix(".0")
 
 
 def _rows(path: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -108,7 +116,7 @@ def _csv_rows(path: epath.Path, text: str, delimiter: str) -> Iterator[tuple[str
 
 
 def _json_rows(path: epath.Path, text: str) -> Iterator[tuple[str, dict]]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         where = f"{path}:{number}"
@@ -152,10 +160,13 @@ def _parse(where: str, row: dict[str, Any]) -> tuple[tuple, list[str]]:
             raise UserError(f"{where}: caption is {caption!r}; text is needed")
         if not caption.strip():
             raise UserError(f"{where}: an empty caption")
+    for text in (video, *captions):
+        if NO_TEXT.search(text):
+            raise UserError(f"{where}: a NUL or half a character (lone surrogate) in {text!r}")
     split = row.get("split")
     if split is not None and not isinstance(split, str):
         raise UserError(f"{where}: split is {split!r}; a name is needed")
-    start, end = _seconds(where, row, "start"), _seconds(where, row, "end")
+    start, end = _seconds(where, row, "start") or None, _seconds(where, row, "end")
     if end is not None and end <= (start or 0):
         raise UserError(f"{where}: end={end:g} is not after start={start or 0:g}")
     return ((split or "").strip(), video.strip(), start, end), [c.strip() for c in captions]
@@ -167,7 +178,7 @@ def _seconds(where: str, row: dict[str, Any], name: str) -> float | None:
         return None
     try:
         seconds = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         seconds = math.nan
     if isinstance(value, bool) or not math.isfinite(seconds) or seconds < 0:
         raise UserError(f"{where}: {name}={value!r}; seconds, 0 or more, are needed")
