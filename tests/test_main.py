@@ -296,7 +296,7 @@ def test_a_workdir_that_cannot_be(call, tmp_path):
     (tmp_path / "file").write_text("x")
     assert_refused(call(workdir=tmp_path / "file"), "file: not a folder to write in")
     records = f"--config.data.records={tmp_path / 'file'}"
-    assert_refused(call(records), "file", "directory")
+    assert_refused(call(records), "file: not a folder to write records in")
 
 
 def test_a_file_that_is_no_clip(call, finished, tmp_path):

@@ -150,10 +150,13 @@ def locked(root: epath.Path, wait: bool) -> Iterator[None]:
     if "://" in os.fspath(root):  # object stores have no locks
         yield
         return
-    root.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(root / ".lock")
     try:
+        root.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
+    except (FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        why = f"not a folder to write records in ({error.strerror})"
+        raise UserError(f"{os.fspath(root)}: {why}") from None
     except filelock.Timeout:
         if not wait:
             raise UserError(f"{root}: another process is making these records") from None

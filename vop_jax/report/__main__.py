@@ -44,6 +44,10 @@ def main() -> int:
             for run in reproduce.of_other_data(runs):
                 kind = run.config["data"]["kind"]
                 print(f"{run.workdir}: data.kind={kind}, in no table", file=sys.stderr)
+            for run in reproduce.of_benchmarks(runs):
+                why = reproduce.why_not(run)
+                told = f"listed, not filled in: {why}" if why else "filled in"
+                print(f"{run.workdir}: {told}", file=sys.stderr)
         for path, content in files.items():
             write_atomic(path, content)
             print(path)

@@ -73,6 +73,11 @@ def filled(path: str | os.PathLike, runs: Iterable[Run]) -> bytes:
     return text.encode()
 
 
+def of_benchmarks(runs: Iterable[Run]) -> list[Run]:
+    """The runs that belong to a benchmark, in a table or listed below it."""
+    return [run for run in runs if run.config["data"]["kind"] in TEST_SIZES]
+
+
 def of_other_data(runs: Iterable[Run]) -> list[Run]:
     """The runs that belong to no benchmark."""
     return [run for run in runs if run.config["data"]["kind"] not in TEST_SIZES]
