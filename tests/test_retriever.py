@@ -6,6 +6,8 @@ import pytest
 import vop_jax
 from tests import runs
 from tests.data import videos
+from vop_jax.data.frames import read_frames
+from vop_jax.data.sampling import sample_indices
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +34,22 @@ def test_rows_are_unit_and_float32(retriever, places):
     ):
         assert rows.dtype == np.float32 and rows.shape[1] == runs.CLIP.embed_dim
         np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "linspace"])
+def test_videos_are_read_as_in_training(places, monkeypatch, sampling):
+    """With stored_fps the F frames are taken of the stored ones, not of all."""
+    retriever = vop_jax.load(places[1], frames=3)
+    clip = videos.write(places[0] / "long.mp4", 53, rate=25, width=40, height=24)
+    video = {"frames": 3, "short_side": 32, "stored_fps": 5.0, "sampling": sampling}
+    monkeypatch.setattr(retriever, "_video", video)
+    stored = read_frames(clip, 3, fps=5.0, short_side=32).pixels
+    taken = np.stack([stored[i] for i in sample_indices(len(stored), 3, sampling)])
+    np.testing.assert_array_equal(
+        retriever.embed_videos([clip]), retriever.embed_frames(taken[None])
+    )
+    of_all = np.stack(read_frames(clip, 3, short_side=32, sampling=sampling).pixels)
+    assert (retriever.embed_videos([clip]) != retriever.embed_frames(of_all[None])).any()
 
 
 def test_nothing_in_nothing_out(retriever):
