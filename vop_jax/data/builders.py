@@ -265,26 +265,29 @@ def staging_of(root: epath.Path, name: str) -> epath.Path:
 
 def reopen(records: epath.Path, staging: epath.Path) -> Dataset:
     """Makes a finished dataset shards again, for more to be made of it; returns its clips."""
-    dataset: Dataset = {}
-    for made in json.loads((records / SHARDS).read_text())["shards"]:
+    layout = json.loads((records / SHARDS).read_text())
+    names = dict.fromkeys(made["split"] for made in layout["shards"])
+    rows = {split: read_index(records, split) for split in names}
+    begin = dict.fromkeys(rows, 0)
+    for made in layout["shards"]:
         split = made["split"]
-        clips = dataset.setdefault(split, [])
-        rows = read_index(records, split)[len(clips) : len(clips) + made["clips"]]
-        per_shard = json.loads((records / SHARDS).read_text())["clips_per_shard"]
-        path = staging / shards.file_name(split, len(clips) // per_shard)
-        keys = ("fingerprint", "bytes", "size", "sha256")
-        staged = shards.Shard(split, os.fspath(path), (), made["fingerprint"])
-        if staged.read_note() is None:  # else an attempt that was cut off has been here
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.unlink(missing_ok=True)
-            if made["file"]:
-                _link(os.fspath(records / made["file"]), path)
-            write_json(f"{path}.json", {key: made[key] for key in keys} | {"clips": rows})
-        clips += [
+        first, begin[split] = begin[split], begin[split] + made["clips"]
+        path = staging / shards.file_name(split, first // layout["clips_per_shard"])
+        if shards.Shard(split, os.fspath(path), (), made["fingerprint"]).read_note() is not None:
+            continue  # an attempt that was cut off has been here
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        if made["file"]:
+            _link(os.fspath(records / made["file"]), path)
+        note = {key: made[key] for key in ("fingerprint", "bytes", "size", "sha256")}
+        write_json(f"{path}.json", note | {"clips": rows[split][first : begin[split]]})
+    return {
+        split: [
             Clip(row["id"], row["path"], tuple(row["captions"]), row["start"], row["end"])
-            for row in rows
+            for row in own
         ]
-    return dataset
+        for split, own in rows.items()
+    }
 
 
 def read_index(records: epath.Path, split: str) -> list[dict[str, Any]]:
