@@ -1,0 +1,65 @@
+"""Which parameters are the result, with scores that are set rather than trained."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from etils import epath
+
+from vop_jax import selection
+from vop_jax.config import base_config
+from vop_jax.selection import BEST_FILE, BEST_NOTE, Selection
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A run at step 9 whose parameters are numbers."""
+
+    def save(run, trainable, name):
+        (run.workdir / name).write_text(json.dumps(trainable))
+
+    def load(path):
+        return SimpleNamespace(params=json.loads(path.read_text()))
+
+    monkeypatch.setattr(selection, "save_result", save)
+    monkeypatch.setattr(selection, "load_prompts", load)
+    config = base_config()
+    config.train.update(select="best", eval_every=1)
+    state = SimpleNamespace(step=9, trainable="the last")
+    return SimpleNamespace(workdir=epath.Path(tmp_path), config=config, state=state)
+
+
+def results(t2v, v2t):
+    return {"t2v": {"R@1": t2v}, "v2t": {"R@1": v2t}}
+
+
+def test_the_best_is_kept_and_of_equals_the_first(run):
+    chosen = Selection(run)
+    assert chosen.chosen() is None and chosen.trainable() == "the last"
+    for step, (t2v, v2t) in enumerate([(10, 20), (40, 20), (20, 40), (30, 29)], 1):
+        chosen.consider(f"of step {step}", step, results(t2v, v2t))
+    assert chosen.chosen() == {"split": "val", "step": 2, "score": 30.0}
+    assert chosen.trainable() == "of step 2"
+
+
+def test_a_step_that_is_seen_again_after_a_kill_replaces_itself(run):
+    chosen = Selection(run)
+    chosen.consider("of step 1", 1, results(10, 10))
+    chosen.consider("of step 2", 2, results(50, 50))
+    for step in (1, 2):  # continued from a checkpoint before both
+        chosen.consider(f"of step {step}, again", step, results(10 if step == 1 else 50, step))
+    assert chosen.trainable() == "of step 2, again"
+
+
+def test_what_an_abandoned_attempt_left_is_not_the_result(run):
+    Selection(run).consider("abandoned", 5, results(90, 90))
+    run.state.step = 0  # no checkpoint was reached, or init.prompts are looked at
+    assert Selection(run).chosen() is None and Selection(run).trainable() == "the last"
+    Selection(run).reset()
+    assert not (run.workdir / BEST_NOTE).exists() and not (run.workdir / BEST_FILE).exists()
+
+
+def test_without_being_asked_nothing_is_chosen(run):
+    Selection(run).consider("of step 1", 1, results(90, 90))
+    run.config.train.select = "last"
+    assert Selection(run).trainable() == "the last"
