@@ -18,7 +18,7 @@ from etils import epath
 
 from tests.data import calls, videos
 from tests.data.annotations.official import write_official
-from vop_jax.data import builders, packed, packing, prepare, shards
+from vop_jax.data import builders, layout, packed, packing, prepare, shards
 from vop_jax.data.builders import Making
 from vop_jax.data.encode import Preprocessing
 from vop_jax.data.packing import locked, pack
@@ -124,7 +124,7 @@ def test_ten_kills_change_nothing(msvd, tmp_path):
             process.send_signal(signal.SIGKILL)
             kills += 1
         process.wait()
-        finished = list(builders.staging_of(tmp_path / "killed", "msvd").glob("*.json"))
+        finished = list(layout.staging_of(tmp_path / "killed", "msvd").glob("*.json"))
         done = packed.find_records(tmp_path / "killed") is not None
         assert done or len(finished) >= kept
         kept = len(finished)
@@ -151,7 +151,7 @@ def test_finished_shards_are_not_made_again(msvd, tmp_path, monkeypatch):
     dataset, _ = builders.Msvd.read(annotations, films, official_sizes=False)
     with pytest.raises(KeyboardInterrupt):
         pack(dataset, tmp_path, Preprocessing(4), name="msvd", making=making)
-    staging = builders.staging_of(tmp_path, "msvd")
+    staging = layout.staging_of(tmp_path, "msvd")
     finished = sorted(p.name for p in staging.glob("*.json"))
     assert finished
     assert packed.find_records(tmp_path) is None
@@ -201,7 +201,7 @@ def test_a_full_disk_loses_nothing(msvd, tmp_path, monkeypatch, capsys):
         patched.setattr(shards, "_record_file", full)
         assert prepare.main(command(msvd, tmp_path / "full")) == 1
     assert "the disk is full; make room and run the same command" in capsys.readouterr().err
-    assert len(list(builders.staging_of(tmp_path / "full", "msvd").glob("*.json"))) == 2
+    assert len(list(layout.staging_of(tmp_path / "full", "msvd").glob("*.json"))) == 2
     assert prepare.main(command(msvd, tmp_path / "full")) == 0
     assert digest(tmp_path / "full") == digest(whole)
 
@@ -225,7 +225,7 @@ def test_videos_that_came_later_are_taken_up(msvd, tmp_path, monkeypatch):
     late = tmp_path / "late.avi"
     clips = {"test": [Clip("late", str(late), ("x",)), *dataset["test"]]}
     making = Making(1, isolated=False, progress=False, clips_per_shard=3)
-    staged = builders.staging_of(tmp_path / "out", "folder")
+    staged = layout.staging_of(tmp_path / "out", "folder")
     planned = shards.plan(clips, staged, Preprocessing(4), 3)
     encode = functools.partial(builders.encode_clip, preprocessing=Preprocessing(4))
     results = builders.in_threads(encode, planned[0].clips, 1)
@@ -311,7 +311,7 @@ def test_finished_records_outlive_whatever_happens_to_the_videos(msvd, tmp_path,
     assert prepare.main(command(msvd, tmp_path / "whole")) == 0
     records = {k: v for k, v in digest(out).items() if "array_record" in k}
     assert records == {k: v for k, v in digest(tmp_path / "whole").items() if "array_record" in k}
-    assert [p.name for p in (out / "msvd").iterdir()] == [builders.VERSION]
+    assert [p.name for p in (out / "msvd").iterdir()] == [layout.VERSION]
 
 
 PACKING = """
@@ -418,7 +418,7 @@ def test_records_that_were_copied_in_part_are_refused(msvd, tmp_path):
     packed.open_records(tmp_path, STORED, ["test"], name="msvd")
     with pytest.raises(UserError, match=r"msvd-test.*damaged; copy the records again"):
         packed.check_content(made, "test")
-    index = made / builders.index_name("test")
+    index = made / layout.index_name("test")
     index.write_bytes(index.read_bytes()[:-9])
     with pytest.raises(UserError, match=r"clips-test\.jsonl: damaged"):
         packed.open_records(tmp_path, STORED, ["test"], name="msvd")

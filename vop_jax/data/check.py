@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from vop_jax import atomic, main
 from vop_jax.config import validate
-from vop_jax.data import builders, packed, shards
+from vop_jax.data import builders, layout, packed, shards
 from vop_jax.data.annotations.benchmarks import BENCHMARKS, check_sizes
 from vop_jax.data.encode import Preprocessing, encode_clip
 from vop_jax.data.sources import CaptionTokenizer
@@ -108,7 +108,7 @@ def _of_records(
             only=list(made["clips"]),
         )
         for split, clips in dataset.items():
-            if builders.fingerprint(clips) != made["clips"][split]:
+            if layout.fingerprint(clips) != made["clips"][split]:
                 problems.append(f"split {split!r}: the annotations have other clips or captions")
     rows = {}
     for split in made["clips"]:

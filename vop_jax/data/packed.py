@@ -9,16 +9,15 @@ from typing import Any
 import tensorflow_datasets as tfds
 from etils import epath
 
-from vop_jax.data.builders import (
+from vop_jax.data.builders import Folder, check_share
+from vop_jax.data.encode import Preprocessing
+from vop_jax.data.layout import (
     SHARDS,
     VERSION,
-    Folder,
-    check_share,
     index_name,
     read_index,
     staging_of,
 )
-from vop_jax.data.encode import Preprocessing
 from vop_jax.data.records import Clip
 from vop_jax.data.shards import digest
 from vop_jax.errors import UserError

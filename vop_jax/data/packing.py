@@ -11,18 +11,16 @@ import tensorflow_datasets as tfds
 from absl import logging
 from etils import epath
 
-from vop_jax.data.builders import (
-    BUILDERS,
+from vop_jax.data.builders import BUILDERS, Folder, Making
+from vop_jax.data.encode import Preprocessing
+from vop_jax.data.layout import (
     SHARDS,
     VERSION,
-    Folder,
-    Making,
     fingerprint,
     read_index,
     reopen,
     staging_of,
 )
-from vop_jax.data.encode import Preprocessing
 from vop_jax.data.packed import Packed, differences, find_records, open_records
 from vop_jax.data.records import Dataset
 from vop_jax.data.shards import has_changed
