@@ -104,7 +104,14 @@ def base_config() -> ConfigDict:
     c.eval.bank = 1000  # training clips in the query bank
 
     c.mesh = ConfigDict()
-    c.mesh.data = -1  # devices that share a batch; -1: all
+    # Devices on each axis, see docs/tpu.md and vop_jax/training/sharding.py. A batch is spread over
+    # data x fsdp; frozen weights and optimizer state are cut over fsdp, heads and MLP over model.
+    c.mesh.data = -1  # -1: all devices that fsdp and model leave
+    c.mesh.fsdp = 1
+    c.mesh.model = 1
+    # Where parameters live, before the built-in rules: (pattern over names, an axis or None of each
+    # dimension) pairs, such as ((r".*/c_fc/kernel", (None, "model")),)
+    c.mesh.placement = ()
 
     c.compute = ConfigDict()
     c.compute.dtype = "float32"  # of matmuls; bfloat16 on TPUs and GPUs
@@ -142,6 +149,8 @@ AT_LEAST_ONE = (
     "train.keep_checkpoints",
     "eval.batch_size",
     "eval.bank",
+    "mesh.fsdp",
+    "mesh.model",
     "pretrain.batch_size",
 )
 AT_LEAST_ZERO = (
@@ -180,6 +189,9 @@ RESUMABLE = (
     "eval.extra",
     "eval.bank",
     "mesh.data",
+    "mesh.fsdp",
+    "mesh.model",
+    "mesh.placement",
 )
 
 

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-import jax
 import numpy as np
 from absl import logging
 
@@ -16,6 +15,7 @@ from vop_jax.data.annotations.folder import hash_of
 from vop_jax.data.packed import Packed, Part
 from vop_jax.data.pipeline import eval_videos, train_batches
 from vop_jax.errors import UserError
+from vop_jax.training import sharding
 from vop_jax.training.evaluate import Bank, EvalSet
 
 
@@ -65,14 +65,13 @@ def load_data(run: start.Run, *, training: bool = True) -> Data:
         "image_size": clip.image_size,
         "frames": config.data.frames,
         "sampling": config.data.sampling,
-        "process_index": jax.process_index(),
-        "process_count": jax.process_count(),
         "threads": config.data.threads,
     }
+    in_evaluation = _batches_of(run, config.eval.batch_size) | shared
     data = Data(
         packed=packed,
         eval_set=EvalSet(
-            videos=partial(eval_videos, test, batch_size=config.eval.batch_size, **shared),
+            videos=partial(eval_videos, test, **in_evaluation),
             ids=ids,
             video_of_text=np.repeat(np.arange(len(test)), [len(c) for c in test.captions]),
             contrasts={
@@ -82,13 +81,12 @@ def load_data(run: start.Run, *, training: bool = True) -> Data:
             missed_texts=missed_texts,
             missed_videos=len(missed),
             extra=extra_rows(config),
-            bank=_bank(run, packed, tokenize, shared),
+            bank=_bank(run, packed, tokenize, in_evaluation),
         ),
-        val_set=_val_set(run, packed, tokenize, shared),
+        val_set=_val_set(run, packed, tokenize, in_evaluation),
         train_batches=lambda first: train_batches(
             packed.splits[config.data.train_split],
             tokenize,
-            batch_size=config.train.batch_size,
             augment=config.data.augment,
             scale=tuple(config.data.crop_scale),
             flip=config.data.flip,
@@ -96,6 +94,7 @@ def load_data(run: start.Run, *, training: bool = True) -> Data:
             start_step=first,
             workers=config.data.workers,
             cache_gb=config.data.cache_gb,
+            **_batches_of(run, config.train.batch_size),
             **shared,
         ),
         num_texts=len(ids) + missed_texts,
@@ -106,8 +105,14 @@ def load_data(run: start.Run, *, training: bool = True) -> Data:
     return data
 
 
+def _batches_of(run: start.Run, batch_size: int) -> dict[str, Any]:
+    """The size of a global batch and this process's rows of it."""
+    rows = sharding.process_rows(run.mesh, batch_size)
+    return {"batch_size": batch_size, "local_rows": rows.tolist()}
+
+
 def _val_set(
-    run: start.Run, packed: Packed, tokenize: sources.CaptionTokenizer, shared: dict[str, Any]
+    run: start.Run, packed: Packed, tokenize: sources.CaptionTokenizer, reading: dict[str, Any]
 ) -> EvalSet | None:
     """What a checkpoint is chosen on, if one is."""
     config = run.config
@@ -115,14 +120,14 @@ def _val_set(
         return None
     split = packed.splits[config.data.val_split]
     return EvalSet(
-        videos=partial(eval_videos, split, batch_size=config.eval.batch_size, **shared),
+        videos=partial(eval_videos, split, **reading),
         ids=tokenize([caption for captions in split.captions for caption in captions]),
         video_of_text=np.repeat(np.arange(len(split)), [len(c) for c in split.captions]),
     )
 
 
 def _bank(
-    run: start.Run, packed: Packed, tokenize: sources.CaptionTokenizer, shared: dict[str, Any]
+    run: start.Run, packed: Packed, tokenize: sources.CaptionTokenizer, reading: dict[str, Any]
 ) -> Bank | None:
     """`eval.bank` clips of the training split and the first caption of each, if asked for.
 
@@ -146,7 +151,7 @@ def _bank(
     part = Part(train_split, "bank", members[: config.eval.bank])
     logging.info("query bank: %d clips of %r", len(part), config.data.train_split)
     return Bank(
-        videos=partial(eval_videos, part, batch_size=config.eval.batch_size, **shared),
+        videos=partial(eval_videos, part, **reading),
         ids=tokenize([captions[0] for captions in part.captions]),
     )
 

@@ -92,7 +92,7 @@ def opened(
         checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
         try:
             _claim(root, config, checkpoints)
-            mesh = sharding.make_mesh(config.mesh.data)
+            mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.model)
             _check_kernel(config, mesh)
             sharding.check_batch(mesh, "train.batch_size", config.train.batch_size)
             sharding.check_batch(mesh, "eval.batch_size", config.eval.batch_size)
@@ -100,6 +100,8 @@ def opened(
                 pretrain(config, root)
             clip = load_backbone(config, root)
             method.check_fits(clip.config)
+            heads = {"visual": clip.config.vision_heads, "text": clip.config.text_heads}
+            sharding.check_heads(mesh, heads)
             logging.info("CLIP %s; method %s", clip.name, method.name)
             yield _prepare(config, root, mesh, method, clip, checkpoints)
         finally:
@@ -213,8 +215,10 @@ def _prepare(
     trainable, frozen = partition.split(params, method.trainable_patterns(clip.config))
     if config.init.prompts:
         trainable = _given_prompts(config, clip, method, trainable)
-    state = TrainState.create(sharding.place(mesh, trainable), make_optimizer(config.train))
-    state = jax.device_put(state, sharding.replicated(mesh))
+    rules = sharding.rules_of(config.mesh.placement)
+    sharding.check_rules(rules, list(tensorfile.flatten(params)))
+    state = TrainState.create(trainable, make_optimizer(config.train))
+    state = sharding.place(mesh, state, rules)
     if checkpoints.latest_step() is not None:
         made_over = checkpoints.meta()
         if made_over["clip_fingerprint"] != clip.fingerprint:
@@ -224,9 +228,8 @@ def _prepare(
             )
         state = checkpoints.restore(state)
         logging.info("continuing %s from step %d", root, int(state.step))
-    return Run(
-        config, root, mesh, method, clip, model, state, sharding.place(mesh, frozen), checkpoints
-    )
+    frozen = sharding.place(mesh, frozen, rules)
+    return Run(config, root, mesh, method, clip, model, state, frozen, checkpoints)
 
 
 def _fresh(model: TextVideoModel, seed: int) -> dict[str, Any]:

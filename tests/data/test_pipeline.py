@@ -68,15 +68,12 @@ def test_any_start_continues_the_same_stream(split):
     assert any((a["ids"] != b["ids"]).any() for a, b in zip(whole, other, strict=True))
 
 
-def test_processes_share_out_each_global_batch(split):
-    whole = batches(split, 4)
-    parts = [batches(split, 4, process_index=p, process_count=2) for p in range(2)]
-    for k, batch in enumerate(whole):
-        ids = np.concatenate([part[k]["ids"] for part in parts])
-        frames = np.concatenate([part[k]["frames"] for part in parts])
-        order, wanted = np.argsort(ids[:, 0]), np.argsort(batch["ids"][:, 0])
-        np.testing.assert_array_equal(ids[order], batch["ids"][wanted])
-        np.testing.assert_array_equal(frames[order], batch["frames"][wanted])
+@pytest.mark.parametrize("rows", [[0, 1], [2, 3], [1], [0, 3], [0, 1, 2, 3]])
+def test_processes_read_their_rows_of_each_global_batch(split, rows):
+    parts = batches(split, 4, local_rows=np.array(rows))
+    for whole, part in zip(batches(split, 4), parts, strict=True):
+        assert_same([{key: value[rows] for key, value in whole.items()}], [part])
+    assert_same(parts[2:], batches(split, 2, local_rows=rows, start_step=2))
 
 
 @pytest.mark.slow
@@ -126,6 +123,7 @@ def test_evaluation_sees_every_clip_once_in_order(split):
         masks.append(batch["mask"])
     np.testing.assert_array_equal(np.concatenate(rows), one_by_one)
     assert np.concatenate(masks).tolist() == [True] * CLIPS + [False]
-    for p in range(2):
-        part = list(eval_videos(split, batch_size=4, process_index=p, process_count=2, **options))
-        np.testing.assert_array_equal(part[0]["frames"], one_by_one[2 * p : 2 * p + 2])
+    for part in ([0, 1], [2, 3], [1, 3]):
+        first, second = eval_videos(split, batch_size=4, local_rows=part, **options)
+        np.testing.assert_array_equal(first["frames"], [one_by_one[i] for i in part])
+        assert second["mask"].tolist() == [4 + i < CLIPS for i in part]

@@ -21,6 +21,7 @@ Batch = dict[str, np.ndarray]
 Tokenize = Callable[[Sequence[str]], np.ndarray]  # N captions -> int32 [N, T]
 PREFETCH = 4  # batches
 RANDOM = ("rand", "segments")  # samplings that draw
+_ENDLESS = 2**62  # rows
 
 
 class _Decoder:
@@ -88,6 +89,19 @@ class _EvalItem:
         return {"frames": eval_crop(pixels, self.image_size), "mask": np.array(True)}
 
 
+@dataclasses.dataclass(frozen=True)
+class _Pick:
+    """Row i of this process -> that element of the stream of all rows of all batches."""
+
+    stream: Any
+    batch_size: int
+    rows: tuple[int, ...]
+
+    def __call__(self, index: int) -> Batch:
+        batch, row = divmod(index, len(self.rows))
+        return self.stream[batch * self.batch_size + self.rows[row]]
+
+
 def train_batches(
     split: Split,
     tokenize: Tokenize,
@@ -101,8 +115,7 @@ def train_batches(
     augment: bool = True,
     seed: int = 0,
     start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    local_rows: Sequence[int] | None = None,
     threads: int = 16,
     workers: int = 0,
     cache_gb: float = 0.0,
@@ -112,7 +125,8 @@ def train_batches(
     Every clip is seen once an epoch, in a new order each time, with one of its captions drawn.
 
     Args:
-        batch_size: global; each process yields its `batch_size / process_count` rows.
+        batch_size: global.
+        local_rows: b positions in a global batch, those of the rows that are wanted; None: all.
         image_size: S.
         frames: F.
         sampling: of the stored frames, see `sampling.sample_indices`.
@@ -134,10 +148,12 @@ def train_batches(
         )
     decode = _Decoder(split, frames, sampling, cache_gb * 1e9)
     item = _TrainItem(split, tokenize, decode, image_size, scale, flip, augment)
-    rows = grain.MapDataset.source(range(len(split))).seed(seed).shuffle().repeat()
+    stream = grain.MapDataset.source(range(len(split))).seed(seed).shuffle().repeat()
     # Randomness is bound to the global position before the processes share the rows out.
-    rows = rows.random_map(item)[process_index::process_count]
-    return _read(rows, batch_size // process_count, start_step, threads, workers)
+    stream = stream.random_map(item)
+    local = range(batch_size) if local_rows is None else local_rows
+    rows = grain.MapDataset.range(_ENDLESS).map(_Pick(stream, batch_size, tuple(local)))
+    return _read(rows, len(local), start_step, threads, workers)
 
 
 def eval_videos(
@@ -147,25 +163,23 @@ def eval_videos(
     image_size: int,
     frames: int,
     sampling: str = "uniform",
-    process_index: int = 0,
-    process_count: int = 1,
+    local_rows: Sequence[int] | None = None,
     threads: int = 16,
 ) -> Iterator[Batch]:
     """This process's rows of one pass over a split, in its order, all batches of one size.
+
+    Args: as of `train_batches`.
 
     Yields:
         {"frames": uint8 [b, F, S, S, 3], "mask": bool [b], False in rows that only fill up}.
     """
     import grain
 
-    local = batch_size // process_count
+    local = range(batch_size) if local_rows is None else local_rows
     batches = -(-len(split) // batch_size)
-    # Process p holds rows p * b … of each batch, so that gathered rows are in the split's order.
-    rows = [
-        k * batch_size + process_index * local + row for k in range(batches) for row in range(local)
-    ]
+    rows = [k * batch_size + int(row) for k in range(batches) for row in local]
     items = grain.MapDataset.source(rows).map(_EvalItem(split, image_size, frames, sampling))
-    return _read(items, local, 0, threads, 0)
+    return _read(items, len(local), 0, threads, 0)
 
 
 def _read(rows: Any, batch_size: int, start: int, threads: int, workers: int) -> Iterator[Batch]:

@@ -107,7 +107,8 @@ def embed_texts(
     for start in range(0, len(ids), batch_size):
         block = ids[start : start + batch_size]
         padded = np.concatenate([block, np.repeat(block[-1:], batch_size - len(block), axis=0)])
-        placed: jax.Array = jax.device_put(padded, sharding.batch_sharding(mesh))
+        local = padded[sharding.process_rows(mesh, batch_size)]
+        placed = sharding.to_global(mesh, {"ids": local})["ids"]
         rows.append(np.asarray(encode(params, placed))[: len(block)])
     return np.concatenate(rows)
 

@@ -1,7 +1,15 @@
-"""Where arrays live on the mesh. The only file that names mesh axes."""
+"""Where arrays live on the mesh. The only file that names mesh axes.
 
+    data    rows of a batch; parameters are whole on each of its devices
+    fsdp    rows of a batch too; large parameters and their optimizer state are cut over it
+    model   attention heads and the MLP's inner width; its devices share one set of rows
+
+The order is the order of distance: neighbours on `model` talk most and lie closest.
+"""
+
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,64 +18,202 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vop_jax.errors import UserError
-from vop_jax.tensorfile import Tree, flatten, unflatten
 
-# The first pattern that matches a parameter's name places it. More axes are more entries.
+AXES = ("data", "fsdp", "model")
+ROWS = ("data", "fsdp")  # the axes that rows of a batch are spread over
+
+# The first pattern that matches a parameter's name places it, one entry a dimension. A config's
+# `mesh.placement` goes before these. An axis that does not divide its dimension is left out.
 PARAMETER_RULES: list[tuple[str, P]] = [
-    (r".*", P()),  # replicated on every device
+    (r".*/attn/(query|key|value)/kernel", P("fsdp", "model", None)),  # [D, H, D/H]
+    (r".*/attn/(query|key|value)/bias", P("model", None)),  # [H, D/H]
+    (r".*/attn/out/kernel", P("model", None, "fsdp")),  # [H, D/H, D]
+    (r".*/mlp/c_fc/kernel", P("fsdp", "model")),  # [D, 4 D]
+    (r".*/mlp/c_fc/bias", P("model")),
+    (r".*/mlp/c_proj/kernel", P("model", "fsdp")),  # [4 D, D]
+    (r".*/token_embedding/embedding", P(None, "fsdp")),  # [vocabulary, D]
+    (r".*/(proj|text_projection)/kernel", P(None, "fsdp")),  # [D, E]
+    (r".*/conv1/kernel", P(None, None, None, "fsdp")),  # [patch, patch, 3, D]
+    (r".*/context/lstm/(input|hidden)_kernel", P(None, None, "fsdp")),  # [K, D, 4 D]
+    (r".*/context/stretch/kernel", P(None, "fsdp")),  # [K D, P D]
+    (r".*", P()),  # on every device whole
 ]
 
 
-def make_mesh(data: int = -1) -> Mesh:
-    """A mesh with the axis `data` over that many devices (-1: all).
+def make_mesh(data: int = -1, fsdp: int = 1, model: int = 1) -> Mesh:
+    """A mesh over that many devices; `data` -1 takes all that the others leave.
 
     Raises:
-        UserError: more devices asked for than there are.
+        UserError: more devices asked for than there are, or not a whole number of them left.
     """
-    devices = jax.devices()
-    count = len(devices) if data == -1 else data
+    devices, inner = jax.devices(), fsdp * model
+    if data == -1 and len(devices) % inner:
+        raise UserError(
+            f"config.mesh.fsdp={fsdp}, mesh.model={model}: {inner} does not divide the "
+            f"{len(devices)} devices; {_listed(_divisors(len(devices)))} would"
+        )
+    count = len(devices) if data == -1 else data * inner
     if count > len(devices):
-        raise UserError(f"config.mesh.data={data}: there are {len(devices)} devices")
-    return jax.make_mesh((count,), ("data",), (AxisType.Auto,), devices=devices[:count])
+        given = f"config.mesh.data={data}"
+        given += f", mesh.fsdp={fsdp}, mesh.model={model}: {count} devices," if inner > 1 else ":"
+        raise UserError(f"{given} there are {len(devices)} devices")
+    if count < len(devices) and jax.process_count() > 1:
+        raise UserError(
+            f"config.mesh.data={data}: {count} of the {len(devices)} devices of "
+            f"{jax.process_count()} processes; a run of several takes all of them, use -1"
+        )
+    shape, kinds = (count // inner, fsdp, model), (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(shape, AXES, kinds, devices=devices[:count])
 
 
 def check_batch(mesh: Mesh, key: str, batch_size: int) -> None:
     """Raises UserError when the mesh does not divide a global batch."""
-    ways = mesh.shape["data"]
+    ways = row_shards(mesh)
     if batch_size % ways:
         near = max(ways, batch_size // ways * ways)
         raise UserError(
-            f"config.{key}={batch_size}: not a multiple of the {ways} devices of the data axis; "
+            f"config.{key}={batch_size}: not a multiple of the {ways} devices of the data axis"
+            f"{' and fsdp' if mesh.shape['fsdp'] > 1 else ''}; "
             f"{near} or {near + ways} would be, or set mesh.data"
         )
 
 
+def check_heads(mesh: Mesh, heads: Mapping[str, int]) -> None:
+    """Raises UserError when the axis `model` does not divide the heads {tower: H}."""
+    ways = mesh.shape["model"]
+    for tower, count in heads.items():
+        if count % ways:
+            allowed = _divisors(math.gcd(*heads.values()))
+            raise UserError(
+                f"config.mesh.model={ways}: does not divide the {count} attention heads of the "
+                f"{tower} tower; {_listed(allowed)} would"
+            )
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def row_shards(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are cut."""
+    return math.prod(mesh.shape[axis] for axis in ROWS)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over the data axis."""
-    return NamedSharding(mesh, P("data"))
+    """Rows over the data and fsdp axes."""
+    return NamedSharding(mesh, P(ROWS))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def parameter_shardings(mesh: Mesh, tree: Tree) -> dict[str, Any]:
-    """The tree with every parameter replaced by its placement under PARAMETER_RULES."""
-    placed = {}
-    for name in flatten(tree):
-        spec = next(spec for pattern, spec in PARAMETER_RULES if re.fullmatch(pattern, name))
-        placed[name] = NamedSharding(mesh, spec)
-    return unflatten(placed)
+def rules_of(placement: Sequence[tuple[str, Sequence[str | None]]]) -> list[tuple[str, P]]:
+    """The config's `mesh.placement`, then the built-in rules.
+
+    Raises:
+        UserError: an entry that is not (pattern, axes), with what is wrong about it.
+    """
+    rules = []
+    for entry in placement:
+        try:
+            pattern, axes = entry
+            regex, spec = re.compile(pattern), P(*axes)
+        except (TypeError, ValueError, re.error) as error:
+            raise UserError(
+                f"config.mesh.placement: {entry!r} is not (pattern, axes): {error}"
+            ) from None
+        for axis in axes:
+            if axis not in (*AXES, None):
+                raise UserError(
+                    f"config.mesh.placement: {axis!r} in {entry!r}: axes are "
+                    f"{', '.join(AXES)}, or None for a dimension that is whole"
+                )
+        rules.append((regex.pattern, spec))
+    return [*rules, *PARAMETER_RULES]
 
 
-def place(mesh: Mesh, tree: Tree) -> dict[str, Any]:
-    """A parameter tree as global arrays on the mesh."""
-    return jax.device_put(dict(tree), parameter_shardings(mesh, tree))
+def parameter_shardings(mesh: Mesh, tree: Any, rules: Sequence[tuple[str, P]] | None = None) -> Any:
+    """The tree with every leaf replaced by its placement.
+
+    A leaf's name is the keys of the dicts that lead to it: a parameter's is its own, and so is
+    that of its moments in an optimizer's state; what has none, as a count, is replicated.
+    """
+    rules = PARAMETER_RULES if rules is None else rules
+
+    def placement(path: Any, leaf: Any) -> NamedSharding:
+        name = "/".join(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+        spec = next(spec for pattern, spec in rules if re.fullmatch(pattern, name))
+        return NamedSharding(mesh, _fitting(mesh, spec, np.shape(leaf)))
+
+    return jax.tree_util.tree_map_with_path(placement, tree)
+
+
+def _fitting(mesh: Mesh, spec: P, shape: Sequence[int]) -> P:
+    """The spec without axes that do not divide their dimension."""
+    axes = list(spec)[: len(shape)]
+    return P(
+        *(a if a and n % mesh.shape[a] == 0 else None for a, n in zip(axes, shape, strict=False))
+    )
+
+
+def check_rules(rules: Sequence[tuple[str, P]], names: Sequence[str]) -> None:
+    """Raises UserError for a pattern of `mesh.placement` that matches none of these names."""
+    for pattern, _ in rules[: len(rules) - len(PARAMETER_RULES)]:
+        if not any(re.fullmatch(pattern, name) for name in names):
+            raise UserError(
+                f"config.mesh.placement: {pattern!r} matches no parameter; they are named like "
+                f"{names[0]}"
+            )
+
+
+def place(mesh: Mesh, tree: Any, rules: Sequence[tuple[str, P]] | None = None) -> Any:
+    """A tree of this process's whole arrays as global arrays on the mesh."""
+
+    def placed(leaf: Any, sharding: NamedSharding) -> jax.Array:
+        whole = np.asarray(leaf)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+    return jax.tree.map(placed, tree, parameter_shardings(mesh, tree, rules))
+
+
+def to_host(tree: Any) -> Any:
+    """A tree of global arrays as NumPy arrays; every process of the run has to ask for it."""
+
+    def whole(leaf: Any) -> np.ndarray:
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_replicated:
+            gather = jax.jit(lambda x: x, out_shardings=replicated(leaf.sharding.mesh))
+            leaf = gather(leaf)
+        return np.asarray(leaf)
+
+    return jax.tree.map(whole, tree)
+
+
+def process_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """int [b], ascending: the rows of a global batch that this process's devices hold."""
+    held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in held]))
 
 
 def to_global(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """This process's rows of a batch -> arrays of the global batch."""
+    """This process's rows of a batch, see `process_rows` -> arrays of the global batch."""
     sharding = batch_sharding(mesh)
-    return {
-        key: jax.make_array_from_process_local_data(sharding, rows) for key, rows in batch.items()
-    }
+    shards = row_shards(mesh)
+    share = len(process_rows(mesh, shards))  # how many of the shards are here
+
+    def placed(local: np.ndarray) -> jax.Array:
+        size = len(local) * shards // share
+        rows = process_rows(mesh, size)
+
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(size)
+            at = int(np.searchsorted(rows, start))
+            return local[at : at + stop - start]
+
+        return jax.make_array_from_callback((size, *local.shape[1:]), sharding, shard)
+
+    return {key: placed(rows) for key, rows in batch.items()}
