@@ -1,5 +1,6 @@
 """A config becomes a run: train, evaluate, export and params, each read top to bottom."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,10 +13,10 @@ from vop_jax.clip.weights import save_clip
 from vop_jax.errors import UserError
 from vop_jax.selection import Selection, save_result
 from vop_jax.training import evaluate as evaluation
-from vop_jax.training import loop
+from vop_jax.training import hosts, loop
 from vop_jax.training.optimizer import learning_rate, make_optimizer
 from vop_jax.training.step import make_train_step
-from vop_jax.training.writer import MetricWriter
+from vop_jax.training.writer import MetricWriter, NoWriter
 from vop_jax.tuning import partition
 from vop_jax.tuning.prompts_file import load_prompts
 
@@ -38,7 +39,10 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         if not first:
             selection.reset()
 
-        with MetricWriter(workdir, first) as writer:
+        with MetricWriter(workdir, first) if hosts.is_first() else NoWriter() as writer:
+
+            def logged(step: int, prefix: str = "") -> results.Results | None:
+                return hosts.on_first(lambda: results.logged_results(workdir, step, prefix))
 
             def evaluate_at(trainable: Any, step: int, prefix: str = "") -> evaluation.Evaluation:
                 split = data.val_set if prefix else data.eval_set
@@ -46,20 +50,20 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
                 found = _evaluate(run, split, partition.merge(trainable, run.frozen))
                 if prefix:
                     selection.consider(trainable, step, found.results)
-                if results.logged_results(workdir, step, prefix) is None:
+                if logged(step, prefix) is None:
                     writer.write_scalars(step, results.to_scalars(found.results, prefix))
                 shown = results.format_results(found.results)
                 logging.info("step %d%s\n%s", step, prefix and f", {prefix[:-1]} split", shown)
                 return found
 
             during = results.VALIDATION if selection.active else ""
-            found, before = None, results.logged_results(workdir, 0)
+            found, before = None, logged(0)
             if before is None:
                 found = evaluate_at(run.state.trainable, 0)
                 before = found.results
             if first < steps:
                 due = config.train.eval_every and first and first % config.train.eval_every == 0
-                if due and results.logged_results(workdir, first, during) is None:
+                if due and logged(first, during) is None:
                     evaluate_at(run.state.trainable, first, during)  # before the run was stopped
                 logging.info("training %s, steps %d to %d", run.method.name, first + 1, steps)
                 optimizer = make_optimizer(config.train)
@@ -76,12 +80,13 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
                     schedule=learning_rate(config.train),
                     evaluate=lambda state, step: evaluate_at(state.trainable, step, during),
                 )
-            if steps and during and results.logged_results(workdir, steps, during) is None:
+            if steps and during and logged(steps, during) is None:
                 evaluate_at(run.state.trainable, steps, during)
             if steps or found is None:
                 found = evaluate_at(selection.trainable(), steps)
         save_result(run, selection.trainable(), PROMPTS_FILE)
-        return results.write_summary(run, data, before, found, selection.chosen())
+        chosen = selection.chosen()
+        return hosts.on_first(lambda: results.write_summary(run, data, before, found, chosen))
 
 
 def evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
@@ -97,8 +102,8 @@ def evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
         params = partition.merge(selection.trainable(), run.frozen)
         found = _evaluate(run, data.eval_set, params)
         logging.info("step %d\n%s", int(run.state.step), results.format_results(found.results))
-        before = results.logged_results(workdir, 0)
-        return results.write_summary(run, data, before, found, selection.chosen())
+        before, chosen = results.logged_results(workdir, 0), selection.chosen()
+        return hosts.on_first(lambda: results.write_summary(run, data, before, found, chosen))
 
 
 def export(config: ConfigDict, workdir: str) -> str:
@@ -118,13 +123,15 @@ def _pretrain(config: ConfigDict, root: epath.Path) -> None:
     logging.info("pre-training a CLIP (%s) on still frames", config.clip.arch)
     train(inner, str(workdir))
     trained = load_prompts(workdir / PROMPTS_FILE)  # all of CLIP: the method is `full`
-    save_clip(
+    save = partial(
+        save_clip,
         root / start.CLIP_FILE,
         trained.params["clip"],
         trained.clip_config,
         source=f"{config.pretrain.steps} steps on rendered stills",
         source_sha256="",
     )
+    hosts.on_first(save)
 
 
 def pretrain_config(config: ConfigDict) -> ConfigDict:

@@ -26,6 +26,11 @@ def define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "FILE or FILE:METHOD, see configs/")
     flags.DEFINE_string("workdir", None, "folder of the run; taken up where it stands")
     flags.DEFINE_enum("mode", "train", MODES, "what to do")
+    # Of runs of several processes where no TPU slice, Slurm or Open MPI says it, docs/tpu.md.
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of the first process, the same for all")
+    flags.DEFINE_integer("processes", None, "how many processes the run has")
+    flags.DEFINE_integer("process", None, "which of them this is, from 0")
+    flags.DEFINE_integer("timeout", 100, "seconds without an answer: a process is given up")
     flags.DEFINE_string("json", None, "with --mode=params: also write the table to this file")
 
 
@@ -95,6 +100,7 @@ def main(argv: Sequence[str]) -> int:
     interrupt.install()
     try:
         given = flags.FLAGS
+        join(given.coordinator, given.processes, given.process, given.timeout, given.mode)
         return run(given.config, given.workdir or "", given.mode, given.json)
     except UserError as error:
         fail(str(error))
@@ -109,10 +115,24 @@ def main(argv: Sequence[str]) -> int:
         raise
 
 
+def join(
+    coordinator: str | None, processes: int | None, process: int | None, timeout: int, mode: str
+) -> None:
+    """Finds the run's other processes, if it has any; only the first reports progress."""
+    if mode == "params":
+        return
+    from vop_jax.training import hosts
+
+    hosts.start(coordinator, processes, process, timeout)
+    if not hosts.is_first():
+        logging.set_verbosity(logging.WARNING)
+
+
 def run(config: ConfigDict, workdir: str, mode: str, json_path: str | None) -> int:
     """Runs one mode and prints its result."""
     # Imported here so that a wrong call is answered at once.
     from vop_jax import atomic, experiment, parameters, results
+    from vop_jax.training import hosts
     from vop_jax.training.loop import NonFiniteLoss
 
     if mode == "params":
@@ -122,7 +142,9 @@ def run(config: ConfigDict, workdir: str, mode: str, json_path: str | None) -> i
             atomic.write_json(json_path, counts)
         return 0
     if mode == "export":
-        print(experiment.export(config, workdir))
+        path = experiment.export(config, workdir)
+        if hosts.is_first():
+            print(path)
         return 0
     try:
         modes = {"train": experiment.train, "eval": experiment.evaluate}
@@ -130,7 +152,8 @@ def run(config: ConfigDict, workdir: str, mode: str, json_path: str | None) -> i
     except NonFiniteLoss as error:
         print(f"error: {error}; {workdir}/checkpoints keeps the last good state", file=sys.stderr)
         return 1
-    print(results.format_summary(summary, workdir))
+    if hosts.is_first():
+        print(results.format_summary(summary, workdir))
     return 0
 
 

@@ -1,6 +1,7 @@
 """The two splits of a run: records as batches, captions as ids."""
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -12,10 +13,10 @@ from vop_jax import start
 from vop_jax.config import extra_rows
 from vop_jax.data import sources
 from vop_jax.data.annotations.folder import hash_of
-from vop_jax.data.packed import Packed, Part
+from vop_jax.data.packed import Packed, Part, Split
 from vop_jax.data.pipeline import eval_videos, train_batches
 from vop_jax.errors import UserError
-from vop_jax.training import sharding
+from vop_jax.training import hosts, sharding
 from vop_jax.training.evaluate import Bank, EvalSet
 
 
@@ -46,12 +47,17 @@ def load_data(run: start.Run, *, training: bool = True) -> Data:
         training: whether the training split is needed; evaluation does without it.
     """
     config, clip = run.config, run.clip.config
-    packed = sources.load(
+    load = partial(
+        sources.load,
         config.data,
         str(run.workdir),
         select=config.train.select,
         training=training or "query_bank" in extra_rows(config),
     )
+    first: list[Packed] = []
+    hosts.on_first(lambda: first.append(load()))  # the others open what it has packed
+    packed = first[0] if first else load()
+    hosts.agree({f"split {name!r}": _content(split) for name, split in packed.splits.items()})
     train_split = packed.splits.get(config.data.train_split)
     test = packed.splits[config.data.eval_split]
     tokenize = sources.CaptionTokenizer(run.method.text_slots(clip))
@@ -103,6 +109,10 @@ def load_data(run: start.Run, *, training: bool = True) -> Data:
     )
     _report_data(run, data)
     return data
+
+
+def _content(split: Split) -> str:
+    return json.dumps([split.ids, split.captions])
 
 
 def _batches_of(run: start.Run, batch_size: int) -> dict[str, Any]:

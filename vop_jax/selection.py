@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+from functools import partial
 from typing import Any
 
 from absl import logging
 
 from vop_jax import atomic, start
+from vop_jax.training import hosts, sharding
 from vop_jax.tuning.prompts_file import load_prompts, save_prompts
 
 BEST_FILE, BEST_NOTE = "best.safetensors", "best.json"
@@ -28,8 +30,12 @@ class Selection:
 
     def reset(self) -> None:
         """Forgets what an attempt that was started over has left."""
-        for name in (BEST_NOTE, BEST_FILE):
-            (self.run.workdir / name).unlink(missing_ok=True)
+
+        def forget() -> None:
+            for name in (BEST_NOTE, BEST_FILE):
+                (self.run.workdir / name).unlink(missing_ok=True)
+
+        hosts.on_first(forget)
 
     def consider(self, trainable: Any, step: int, results: Results) -> None:
         """Keeps these parameters if they are better than all before; of equals, the first."""
@@ -40,7 +46,7 @@ class Selection:
             return
         save_result(self.run, trainable, BEST_FILE)
         note = {"split": self.run.config.data.val_split, "step": step, "score": score}
-        atomic.write_json(self.run.workdir / BEST_NOTE, note)
+        hosts.on_first(lambda: atomic.write_json(self.run.workdir / BEST_NOTE, note))
         logging.info("best on %s so far: step %d, mean R@1 %.1f", note["split"], step, score)
 
     def chosen(self) -> dict[str, Any] | None:
@@ -50,9 +56,9 @@ class Selection:
 
     def _kept(self) -> dict[str, Any] | None:
         path = self.run.workdir / BEST_NOTE
-        if not self.active or not path.exists():
+        if not self.active:
             return None
-        return json.loads(path.read_text())
+        return hosts.on_first(lambda: json.loads(path.read_text()) if path.exists() else None)
 
     def trainable(self) -> Any:
         """The chosen parameters, or those of the newest step."""
@@ -65,17 +71,17 @@ def save_result(run: start.Run, trainable: Any, name: str) -> str:
     """Writes trained parameters with all that is needed to use them; returns the path."""
     path = run.workdir / name
     data = run.config.data
-    save_prompts(
+    whole = sharding.to_host(trainable)
+    save = partial(
+        save_prompts,
         path,
-        trainable,
+        whole,
         method=run.method,
         clip_fingerprint=run.clip.fingerprint,
         clip_name=run.clip.name,
         clip_config=run.clip.config,
-        video={
-            key: data[key]
-            for key in ("frames", "sampling", "short_side", "stored_fps", "folder_fps")
-        },
+        video={key: data[key] for key in HOW_VIDEOS_ARE_READ},
     )
+    hosts.on_first(save)
     logging.info("wrote %s", path)
     return str(path)

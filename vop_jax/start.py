@@ -1,10 +1,13 @@
 """Where a run starts: its workdir claimed, its CLIP loaded, its state fresh or restored."""
 
+import contextlib
 import dataclasses
 import functools
 import json
+import pathlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from typing import Any
 
 import filelock
@@ -23,7 +26,7 @@ from vop_jax.clip.model import Clip
 from vop_jax.clip.weights import ClipWeights, check_shapes, load_clip
 from vop_jax.errors import UserError
 from vop_jax.model import TextVideoModel
-from vop_jax.training import sharding
+from vop_jax.training import hosts, sharding
 from vop_jax.training.checkpoint import Checkpoints
 from vop_jax.training.evaluate import Encode, make_encoders
 from vop_jax.training.optimizer import make_optimizer
@@ -88,17 +91,20 @@ def opened(
     configs.validate(config)
     method = method_of(config)
     root = epath.Path(workdir)
-    with _locked(root):
+    with contextlib.ExitStack() as stack:
+        hosts.on_first(lambda: stack.enter_context(_locked(root)))
+        hosts.agree(_facts(config))
         checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
         try:
-            _claim(root, config, checkpoints)
+            hosts.on_first(lambda: _claim(root, config, checkpoints))
             mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.model)
             _check_kernel(config, mesh)
             sharding.check_batch(mesh, "train.batch_size", config.train.batch_size)
             sharding.check_batch(mesh, "eval.batch_size", config.eval.batch_size)
-            if _pretrains(config) and not (root / CLIP_FILE).exists():
+            if _pretrains(config) and hosts.on_first(lambda: not (root / CLIP_FILE).exists()):
                 pretrain(config, root)
             clip = load_backbone(config, root)
+            hosts.agree({"init.clip": clip.fingerprint})
             method.check_fits(clip.config)
             heads = {"visual": clip.config.vision_heads, "text": clip.config.text_heads}
             sharding.check_heads(mesh, heads)
@@ -106,6 +112,18 @@ def opened(
             yield _prepare(config, root, mesh, method, clip, checkpoints)
         finally:
             checkpoints.close()
+
+
+def _facts(config: ConfigDict) -> dict[str, str]:
+    """What processes must have in common: all that may change what is learnt, and the code."""
+    package = pathlib.Path(__file__).parent
+    code = "".join(file.read_text() for file in sorted(package.rglob("*.py")))
+    packages = " ".join(f"{name} {version(name)}" for name in ("jax", "jaxlib", "flax", "optax"))
+    return {
+        "config": json.dumps(config.to_dict(), sort_keys=True, default=str),
+        "version of the code": code,
+        "version of jax, flax or optax": packages,
+    }
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from vop_jax.training import hosts
 from vop_jax.training.step import TrainState
 
 
@@ -21,10 +22,14 @@ class Checkpoints:
     def __init__(self, workdir: str | os.PathLike, keep: int):
         root = os.fspath(workdir) if "://" in str(workdir) else os.path.abspath(workdir)
         folder = epath.Path(root) / "checkpoints"
-        # What a kill left behind: an unfinished save is not a checkpoint. (orbax's own option
-        # does this in a thread, which a process that ends at once cuts off with a traceback.)
-        for unfinished in folder.glob("*.orbax-checkpoint-tmp*"):
-            unfinished.rmtree()
+
+        def clean() -> None:
+            # What a kill left behind: an unfinished save is not a checkpoint. (orbax's own option
+            # does this in a thread, which a process that ends at once cuts off with a traceback.)
+            for unfinished in folder.glob("*.orbax-checkpoint-tmp*"):
+                unfinished.rmtree()
+
+        hosts.on_first(clean)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep)
         self._manager = ocp.CheckpointManager(folder, options=options)
 

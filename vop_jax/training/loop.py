@@ -12,10 +12,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vop_jax import interrupt
-from vop_jax.training import sharding
+from vop_jax.training import hosts, sharding
 from vop_jax.training.checkpoint import Checkpoints
 from vop_jax.training.step import Batch, Metrics, TrainState
-from vop_jax.training.writer import MetricWriter
+from vop_jax.training.writer import NoWriter
 
 Step = Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]
 
@@ -48,7 +48,7 @@ def fit(
     config: ConfigDict,
     checkpoints: Checkpoints,
     meta: dict[str, Any],
-    writer: MetricWriter,
+    writer: NoWriter,
     schedule: Callable[[int], Any],
     evaluate: Callable[[TrainState, int], object],
 ) -> TrainState:
@@ -79,7 +79,8 @@ def fit(
             step += 1
             clock.videos += config.batch_size
             unread.append((step, metrics))
-            stop = interrupt.requested()
+            preempted = hosts.preempted(step)
+            stop = preempted or interrupt.requested()
             last = step == config.steps
             if step == first + 1 or step % config.log_every == 0 or last:
                 _log(unread, step, config, clock, writer, schedule, compiling=step == first + 1)
@@ -90,6 +91,8 @@ def fit(
             if stop:
                 checkpoints.wait()
                 logging.info("stopped by a signal after step %d; the state is saved", step)
+                if preempted:
+                    hosts.stop()
                 break
             if config.eval_every and step % config.eval_every == 0 and not last:
                 evaluate(state, step)
@@ -103,7 +106,7 @@ def _log(
     step: int,
     config: ConfigDict,
     clock: Clock,
-    writer: MetricWriter,
+    writer: NoWriter,
     schedule: Callable[[int], Any],
     *,
     compiling: bool,

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -185,9 +186,8 @@ def to_host(tree: Any) -> Any:
     """A tree of global arrays as NumPy arrays; every process of the run has to ask for it."""
 
     def whole(leaf: Any) -> np.ndarray:
-        if isinstance(leaf, jax.Array) and not leaf.is_fully_replicated:
-            gather = jax.jit(lambda x: x, out_shardings=replicated(leaf.sharding.mesh))
-            leaf = gather(leaf)
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            leaf = multihost_utils.process_allgather(leaf, tiled=True)
         return np.asarray(leaf)
 
     return jax.tree.map(whole, tree)
@@ -209,7 +209,7 @@ def to_global(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Arra
         size = len(local) * shards // share
         rows = process_rows(mesh, size)
 
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
+        def shard(index: Any) -> np.ndarray:
             start, stop, _ = index[0].indices(size)
             at = int(np.searchsorted(rows, start))
             return local[at : at + stop - start]

@@ -12,7 +12,26 @@ from vop_jax.atomic import write_atomic
 METRICS_FILE = "metrics.jsonl"
 
 
-class MetricWriter:
+class NoWriter:
+    """The writer of the processes that leave writing to the first."""
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def flush(self) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+    def __enter__(self) -> "NoWriter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+
+class MetricWriter(NoWriter):
     """Appends one JSON object a line, `step` and scalars, and the same to TensorBoard."""
 
     def __init__(self, workdir: str | os.PathLike, resume_step: int = 0):
@@ -40,9 +59,6 @@ class MetricWriter:
     def close(self) -> None:
         self._file.close()
         self._events.close()
-
-    def __enter__(self) -> "MetricWriter":
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
