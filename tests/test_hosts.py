@@ -1,0 +1,167 @@
+"""Runs of several processes: two of them with four devices each, and what becomes of them."""
+
+import dataclasses
+import json
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests import runs
+from vop_jax import tensorfile
+from vop_jax.training.writer import read_metrics
+
+PROMPTS = "prompts.safetensors"
+STEPS = 60
+SETTINGS = ("--config.train.log_every=1", "--config.train.eval_every=40")
+
+
+@dataclasses.dataclass
+class Hosts:
+    """The processes of a run, and where each one's stderr goes."""
+
+    processes: list[subprocess.Popen]
+    logs: list[Path]
+
+    def wait(self, timeout: float = 60) -> list[int]:
+        """Their exit statuses."""
+        try:
+            return [process.wait(timeout) for process in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()
+                process.wait()
+
+    def said(self, process: int) -> str:
+        return self.logs[process].read_text()
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    root = tmp_path_factory.mktemp("hosts")
+    runs.write_folder(root)
+    runs.write_clip(root / "clip.safetensors")
+    (root / "workdirs").mkdir()
+    return root
+
+
+def start(root, name, *overrides, processes=2, devices=4, timeout=10, own=None):
+    """`own`: what is added to the command line of each process, and of no other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    hosts = Hosts([], [])
+    for i in range(processes):
+        given = runs.arguments(root, root / "clip.safetensors", root / "workdirs" / name)
+        argv, env = runs.command([*given, *SETTINGS, *overrides, *(own[i] if own else ())])
+        env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+        if processes > 1:
+            argv += [f"--coordinator=127.0.0.1:{port}", f"--processes={processes}"]
+            argv += [f"--process={i}", f"--timeout={timeout}"]
+        hosts.logs.append(root / f"{name}.{i}.log")
+        with hosts.logs[-1].open("w") as log:
+            process = subprocess.Popen(argv, env=env, stdout=subprocess.DEVNULL, stderr=log)
+        hosts.processes.append(process)
+    return hosts
+
+
+def until(hosts, workdir, step):
+    """Waits for a step to be logged."""
+    deadline = time.monotonic() + 90
+    while not any(line["step"] >= step for line in read_metrics(workdir)):
+        assert all(process.poll() is None for process in hosts.processes), hosts.said(0)
+        assert time.monotonic() < deadline, "no progress"
+        time.sleep(0.01)
+
+
+def losses(workdir):
+    return {line["step"]: line["loss"] for line in read_metrics(workdir) if "loss" in line}
+
+
+def assert_same_run(left, right):
+    """Losses and prompts equal, up to the order of sums."""
+    assert losses(left).keys() == losses(right).keys()
+    for step, loss in losses(left).items():
+        assert abs(loss - losses(right)[step]) <= 1e-5, step
+    a, b = (tensorfile.flatten(tensorfile.load(w / PROMPTS)[0]) for w in (left, right))
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_allclose(a[name], b[name], atol=1e-5, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def alone(places):
+    """One process with eight devices."""
+    hosts = start(places, "alone", f"--config.train.steps={STEPS}", processes=1, devices=8)
+    assert hosts.wait() == [0], hosts.said(0)
+    return places / "workdirs/alone"
+
+
+def test_two_processes_train_as_one(places, alone):
+    hosts = start(places, "two", f"--config.train.steps={STEPS}")
+    assert hosts.wait() == [0, 0], hosts.said(0) + hosts.said(1)
+    two = places / "workdirs/two"
+    assert_same_run(alone, two)
+    # One writer: every line once; and nothing is dropped or repeated in evaluation.
+    assert [x["step"] for x in read_metrics(two)] == [x["step"] for x in read_metrics(alone)]
+    summaries = [json.loads((w / "summary.json").read_text()) for w in (alone, two)]
+    for key in ("t2v", "v2t", "before", "num_texts", "num_videos", "steps"):
+        assert summaries[0][key] == summaries[1][key], key
+    assert "step 60/60" in hosts.said(0) and "step 60/60" not in hosts.said(1)
+
+
+def test_sigterm_to_one_stops_both_and_another_machine_continues(places, alone):
+    steps = f"--config.train.steps={STEPS}"
+    hosts = start(places, "cut", steps, "--config.train.checkpoint_every=100")
+    cut = places / "workdirs/cut"
+    until(hosts, cut, 3)
+    hosts.processes[1].send_signal(signal.SIGTERM)
+    assert hosts.wait() == [143, 143], hosts.said(0) + hosts.said(1)
+    assert "stopped by SIGTERM; the same command continues" in hosts.said(0)
+    saved = [int(p.name) for p in (cut / "checkpoints").iterdir() if p.name.isdigit()]
+    assert saved and max(losses(cut)) == max(saved) < STEPS
+    # Saved by 2 processes x 4 devices, continued by one with 4.
+    hosts = start(places, "cut", steps, processes=1, devices=4)
+    assert hosts.wait() == [0], hosts.said(0)
+    assert_same_run(alone, cut)
+
+
+@pytest.mark.parametrize("dies", [0, 1])
+def test_when_one_is_killed_the_other_ends_and_says_so(places, dies):
+    name = f"killed{dies}"
+    hosts = start(places, name, "--config.train.steps=1000000")
+    until(hosts, places / "workdirs" / name, 4)
+    hosts.processes[dies].kill()
+    begin = time.monotonic()
+    statuses = hosts.wait(60)  # given up after 10 s
+    assert statuses[dies] == -signal.SIGKILL and statuses[1 - dies] not in (0, None)
+    assert time.monotonic() - begin < 60
+    time.sleep(0.5)  # the last words come after the end
+    assert "ended before the run did" in hosts.said(1 - dies)
+    assert "the same command on all processes continues" in hosts.said(1 - dies)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("--config.seed=1", "process 1 has another config than process 0"),
+        ("--config.train.batch_size=12", "process 1 has another config than process 0"),
+    ],
+)
+def test_processes_that_differ_are_told(places, setting, message):
+    hosts = start(places, "differ", own=[[], [setting]])
+    assert hosts.wait() == [2, 2], hosts.said(0) + hosts.said(1)
+    for process in range(2):
+        assert message in hosts.said(process)
+        assert "Traceback" not in hosts.said(process)
+
+
+def test_a_mistake_is_told_by_all(places):
+    hosts = start(places, "wrong", "--config.train.batch_size=12")
+    assert hosts.wait() == [2, 2], hosts.said(0) + hosts.said(1)
+    for process in range(2):
+        assert "config.train.batch_size=12: not a multiple of the 8 devices" in hosts.said(process)
