@@ -1,6 +1,6 @@
 """What a compiled program sends between devices, read out of its text.
 
-    collectives(jax.jit(step).lower(...).compile().as_text())
+collectives(jax.jit(step).lower(...).compile().as_text())
 """
 
 import dataclasses
@@ -103,8 +103,8 @@ def collectives(text: str) -> list[Collective]:
 
 def _computations(text: str) -> tuple[str, dict[str, list[str]]]:
     """(name of the entry, {name of a computation: its lines})."""
-    entry, bodies = "", {}
-    lines: list[str] = []
+    entry, lines = "", list[str]()
+    bodies: dict[str, list[str]] = {}
     for line in text.splitlines():
         if not line.startswith(" ") and (match := _COMPUTATION.match(line)):
             lines = bodies[match[2]] = []
