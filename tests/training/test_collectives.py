@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from tests import tiny
 from vop_jax.config import base_config
 from vop_jax.model import TextVideoModel
-from vop_jax.tensorfile import flatten, unflatten
+from vop_jax.tensorfile import unflatten
 from vop_jax.training import sharding, step
 from vop_jax.training.collectives import Collective, collectives
 from vop_jax.training.optimizer import make_optimizer
@@ -174,9 +174,7 @@ def step_of(name, per_device=2):
         placed(state, whole), placed(frozen, whole), placed(rows, sharding.batch_sharding(mesh))
     )
     found = collectives(lowered.compile().as_text())
-    # The gradient of the class embedding is that of the first position: it is sent once.
-    trained = {k: x for k, x in flatten(trainable).items() if not k.endswith("/class_embedding")}
-    return found, list(trained.values()), count
+    return found, jax.tree.leaves(trainable), count
 
 
 def assert_only_what_it_must(found: list[Collective], trainable, count):
@@ -198,10 +196,19 @@ QUICK = ("vop", "vop_f", "vop_c")
 
 @pytest.mark.parametrize(
     "name",
-    [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in TRAINED],
+    [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in TRAINED if n != "full"],
 )
 def test_a_step_sends_embeddings_and_the_gradient_and_nothing_else(name):
     assert_only_what_it_must(*step_of(name))
+
+
+@pytest.mark.slow
+def test_full_tuning_sends_its_gradient_and_little_else():
+    """The compiler sends that of the class embedding before it is summed over a device's frames."""
+    found, trainable, count = step_of("full")
+    embeddings = 3 * 4 * count * tiny.CLIP.embed_dim
+    needed = 7 / 8 * (embeddings + 2 * sum(4 * x.size for x in trainable))
+    assert 0.98 * needed <= sum(c.sent for c in found) <= 1.02 * needed
 
 
 def test_left_to_the_compiler_a_step_of_context_sends_more(monkeypatch):

@@ -37,7 +37,10 @@ def pair_ranks(
     # Videos of many texts first: a tile costs as much as its video with the most.
     count = np.bincount(video_of_text, minlength=len(videos))
     by_count = np.argsort(-count, kind="stable")
-    columns = jnp.asarray(_whole(np.asarray(videos, np.float32)[by_count], wide))
+    whole = np.zeros((math.ceil(len(videos) / wide) * wide, videos.shape[1]), np.float32)
+    np.take(videos, by_count, axis=0, out=whole[: len(videos)])
+    columns = jnp.asarray(whole)
+    del whole
     place = np.empty(len(videos), np.int32)
     place[by_count] = np.arange(len(videos), dtype=np.int32)
     own = place[video_of_text]  # [N], each text's column
@@ -64,18 +67,21 @@ def pair_ranks(
     all_targets = jnp.concatenate(targets)
     of_rows = []
     of_columns = jnp.zeros(len(all_targets), jnp.int32)  # [N], of each text in its video's column
+    before: bool | jax.Array = True
     for start, target in zip(starts, targets, strict=True):
         rows, mine = rows_of(start)
-        above, finite = jnp.zeros(high, jnp.int32), jnp.ones((), bool)
+        above = jnp.zeros(high, jnp.int32)
         for left in range(0, len(columns), wide):
             above, of_columns, finite = _count(
                 _tile(rows, columns, np.int32(left), wide),
                 (mine, target, np.int32(left), np.int32(len(videos))),
                 (placed_count, first, all_targets),
-                (above, of_columns, finite),
+                (above, of_columns),
             )
-        check(finite)  # once a row of tiles: the device is that far ahead, no farther
+            check(before)  # of the tile before, so that two are held, not all of a row
+            before = finite
         of_rows.append(above)
+    check(before)
     found = np.empty((2, len(texts)))
     found[:, order] = 1 + np.stack([jnp.concatenate(of_rows), of_columns])[:, : len(texts)] / 2
     return found[0], found[1]
@@ -111,13 +117,13 @@ def _count(
     similar: jax.Array,
     of_rows: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
     of_columns: tuple[jax.Array, jax.Array, jax.Array],
-    found: tuple[jax.Array, jax.Array, jax.Array],
+    found: tuple[jax.Array, jax.Array],
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Adds a tile to `found`: twice the rank less one of its rows, of all pairs; all finite."""
+    """Adds a tile to twice the ranks less one: ([high] of its rows, [N] in columns, all finite)."""
     own, target, left, videos = of_rows
-    above, above_in_column, finite = found
+    above, above_in_column = found
     wide = similar.shape[1]
-    finite &= jnp.isfinite(similar).all()
+    finite = jnp.isfinite(similar).all()
     at = left + jnp.arange(wide, dtype=jnp.int32)
     others = (own[:, None] != at[None, :]) & (own >= 0)[:, None] & (at < videos)[None, :]
     similar = jnp.where(others, similar, -jnp.inf)  # neither better nor tied

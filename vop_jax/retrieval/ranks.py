@@ -133,7 +133,7 @@ def padded(rows: np.ndarray, size: int) -> np.ndarray:
     return np.pad(rows, [(0, size - len(rows)), *[(0, 0)] * (rows.ndim - 1)])
 
 
-def check(finite: jax.Array) -> None:
+def check(finite: jax.Array | bool) -> None:
     if not finite:
         raise FloatingPointError("a similarity is not finite: the embeddings hold NaN or inf")
 
