@@ -2,6 +2,7 @@
 
     python -m benchmarks.ranks
     python -m benchmarks.ranks --sizes 27763x670 --dense
+    python -m benchmarks.ranks --sizes 1000000x1000000    # for an accelerator
 
 The rows are random unit vectors, captions shared out evenly. --dense adds NumPy with the whole
 matrix of similarities, for comparison.
@@ -19,7 +20,7 @@ from typing import Any
 SIZES = ("1000x1000", "27763x670", "59800x2990")  # MSR-VTT 1k-A, MSVD, MSR-VTT's full test split
 
 
-def measure(texts: int, videos: int, width: int, what: str) -> dict[str, float]:
+def measure(texts: int, videos: int, width: int, what: str) -> dict[str, Any]:
     """Seconds and peak bytes of this process, which should have done nothing before."""
     import numpy as np
 
@@ -27,7 +28,8 @@ def measure(texts: int, videos: int, width: int, what: str) -> dict[str, float]:
 
     def unit(rows: int) -> np.ndarray:
         drawn = rng.standard_normal((rows, width), np.float32)
-        return drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
+        drawn /= np.linalg.norm(drawn, axis=1, keepdims=True)
+        return drawn
 
     text_rows, video_rows = unit(texts), unit(videos)
     owner = np.arange(texts) * videos // texts
@@ -44,7 +46,17 @@ def measure(texts: int, videos: int, width: int, what: str) -> dict[str, float]:
         twice = (similar > own).sum(1) + (similar >= own).sum(1) - 1
         mean = float(1 + twice.mean() / 2)
     seconds = time.perf_counter() - begin
-    return {"seconds": seconds, "before": started, "peak": bytes_so_far(), "MnR": mean}
+    found = {"seconds": seconds, "before": started, "peak": bytes_so_far(), "MnR": mean}
+    return found | (on_device() if what == "blocks" else {})
+
+
+def on_device() -> dict[str, Any]:
+    """The default device's kind, and its peak bytes where it counts them."""
+    import jax
+
+    device = jax.devices()[0]
+    stats = device.memory_stats() or {}
+    return {"device": device.device_kind, "device_peak": stats.get("peak_bytes_in_use")}
 
 
 def bytes_so_far() -> int:
@@ -61,18 +73,24 @@ def in_a_fresh_process(size: str, width: int, what: str) -> dict[str, Any]:
     )
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return {"size": size, "what": what, **json.loads(done.stdout.splitlines()[-1])}
+    flops = 2.0 * texts * videos * width  # of the similarities, each once
+    return {"size": size, "what": what, "flops": flops, **json.loads(done.stdout.splitlines()[-1])}
+
+
+def megabytes(count: int | None) -> str:
+    return "" if count is None else f"{count / 1e6:,.0f}"
 
 
 def format_table(rows: list[dict[str, Any]]) -> str:
     """The rows in Markdown."""
     lines = [
-        "| captions x videos | how | seconds | RSS before, MB | peak RSS, MB |",
-        "| --- | --- | ---: | ---: | ---: |",
+        "| captions x videos | how | seconds | TFLOP/s | RSS before, MB | peak, MB | device, MB |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     lines += [
         f"| {row['size'].replace('x', ' x ')} | {row['what']} | {row['seconds']:.1f} "
-        f"| {row['before'] / 1e6:,.0f} | {row['peak'] / 1e6:,.0f} |"
+        f"| {row['flops'] / row['seconds'] / 1e12:.2f} | {row['before'] / 1e6:,.0f} "
+        f"| {row['peak'] / 1e6:,.0f} | {megabytes(row.get('device_peak'))} |"
         for row in rows
     ]
     return "\n".join(lines)
@@ -86,7 +104,8 @@ def main() -> None:
     args = parser.parse_args()
     ways = ("blocks", "dense") if args.dense else ("blocks",)
     rows = [in_a_fresh_process(size, args.width, what) for size in args.sizes for what in ways]
-    print(f"E={args.width}, {platform.machine()}\n")
+    device = next((row["device"] for row in rows if "device" in row), "")
+    print(f"E={args.width}, {platform.machine()}, {device}\n")
     print(format_table(rows))
 
 

@@ -68,7 +68,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
                 logging.info("training %s, steps %d to %d", run.method.name, first + 1, steps)
                 optimizer = make_optimizer(config.train)
                 run.state = loop.fit(
-                    jax.jit(make_train_step(run.model, optimizer), donate_argnums=0),
+                    jax.jit(make_train_step(run.model, optimizer, run.mesh), donate_argnums=0),
                     run.state,
                     run.frozen,
                     data.train_batches(first),

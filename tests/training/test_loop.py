@@ -50,7 +50,7 @@ class Run:
         optimizer = make_optimizer(self.config)
         state = TrainState.create(sharding.place(self.mesh, trainable), optimizer)
         self.state = jax.device_put(state, sharding.replicated(self.mesh))
-        self.step = jax.jit(make_train_step(self.model, optimizer), donate_argnums=0)
+        self.step = jax.jit(make_train_step(self.model, optimizer, self.mesh), donate_argnums=0)
         self.workdir = str(workdir)
         self.checkpoints = Checkpoints(self.workdir, keep=2)
         if self.checkpoints.latest_step() is not None:

@@ -9,7 +9,8 @@ import dataclasses
 
 import numpy as np
 
-from vop_jax.retrieval.ranks import ELEMENTS, PLAIN, Score, best_candidates, own_ranks
+from vop_jax.retrieval.pairs import pair_ranks
+from vop_jax.retrieval.ranks import PLAIN, Score, best_candidates, own_ranks
 
 RECALLS = (1, 5, 10)
 
@@ -35,16 +36,16 @@ def rank_pairs(
     video_of_text: np.ndarray,
     *,
     scores: tuple[Score, Score] = (PLAIN, PLAIN),
-    elements: int = ELEMENTS,
+    elements: int | None = None,
 ) -> Ranks:
-    """Ranks all texts against all videos and back, a block of rows at a time.
+    """Ranks all texts against all videos and back, a part of the similarities at a time.
 
     Args:
         texts: unit rows [N, E].
         videos: unit rows [M, E].
         video_of_text: int [N], the row of each text's video; every video has a text.
         scores: what is ranked by, text to video and video to text; see `rescoring`.
-        elements: bound on the similarities held at once.
+        elements: bound on the similarities held at once, see `ranks.bound`.
 
     Raises:
         FloatingPointError: a similarity that is not finite; it would silently rank.
@@ -53,18 +54,21 @@ def rank_pairs(
     owner, every = np.asarray(video_of_text), np.arange(len(videos))
     if not np.array_equal(np.unique(owner), every):
         raise ValueError("video_of_text must name every video at least once, and no other")
-    t2v, per_caption = np.empty(len(texts)), np.empty(len(texts))
-    text, _, rank = own_ranks(texts, videos, owner, every, score=scores[0], elements=elements)
-    t2v[text] = rank
-    _, text, rank = own_ranks(videos, texts, every, owner, score=scores[1], elements=elements)
-    per_caption[text] = rank
+    if scores == (PLAIN, PLAIN):
+        t2v, per_caption = pair_ranks(texts, videos, owner, elements=elements)
+    else:  # each side by scores of its own, and those of a query by its whole row
+        t2v, per_caption = np.empty(len(texts)), np.empty(len(texts))
+        text, _, rank = own_ranks(texts, videos, owner, every, score=scores[0], elements=elements)
+        t2v[text] = rank
+        _, text, rank = own_ranks(videos, texts, every, owner, score=scores[1], elements=elements)
+        per_caption[text] = rank
     v2t = np.full(len(videos), np.inf)
     np.minimum.at(v2t, owner, per_caption)
     return Ranks(t2v, v2t, per_caption)
 
 
 def top_videos(
-    texts: np.ndarray, videos: np.ndarray, count: int, *, elements: int = ELEMENTS
+    texts: np.ndarray, videos: np.ndarray, count: int, *, elements: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """The best videos of each text, best first: (rows int [N, K], similarities [N, K]).
 

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-ELEMENTS = 2**22  # similarities in memory at once, 16 MB each time they are held
+# Similarities in memory at once: 16 MB each time they are held, elsewhere 256 MB.
+ON_CPU, ON_ACCELERATOR = 2**22, 2**26
 
 # Similarities [B, C] of queries with all candidates -> scores [B, C], made of the similarities
 # by a function that is strictly increasing along each row, or by a re-scoring. A pytree, so that
@@ -26,6 +27,13 @@ def _same(similar: jax.Array) -> jax.Array:
 PLAIN: Score = jax.tree_util.Partial(_same)
 
 
+def bound(elements: int | None) -> int:
+    """Similarities to hold at once: as asked, or as suits the default device."""
+    if elements is not None:
+        return elements
+    return ON_CPU if jax.default_backend() == "cpu" else ON_ACCELERATOR
+
+
 def own_ranks(
     queries: np.ndarray,
     candidates: np.ndarray,
@@ -33,7 +41,7 @@ def own_ranks(
     group_of_candidate: np.ndarray,
     *,
     score: Score = PLAIN,
-    elements: int = ELEMENTS,
+    elements: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The rank of every candidate of each query's own group among those of all other groups.
 
@@ -44,7 +52,7 @@ def own_ranks(
         candidates: float32 [C, E].
         group_of_query, group_of_candidate: int [Q], [C].
         score: what similarities are ranked by.
-        elements: bound on the similarities held at once; a block has one query at least.
+        elements: bound on the similarities held at once, see `bound`; one query at least.
 
     Returns:
         (query int [P], candidate int [P], rank float64 [P]) of all P pairs of one group.
@@ -68,13 +76,13 @@ def own_ranks(
         twice, finite = _rank_block(
             block,
             placed,
-            _padded(of_query[rows], len(block)),
+            padded(of_query[rows], len(block)),
             groups,
-            _padded(at.astype(np.int32), len(block)),
+            padded(at.astype(np.int32), len(block)),
             int(count[rows[0]]),
             score,
         )
-        _check(finite)
+        check(finite)
         query = np.broadcast_to(rows[:, None], own.shape)
         found.append((query[own], at[own], 1 + np.asarray(twice)[: len(rows)][own] / 2))
     query, candidate, rank = (np.concatenate(parts) for parts in zip(*found, strict=True))
@@ -82,7 +90,7 @@ def own_ranks(
 
 
 def best_candidates(
-    queries: np.ndarray, candidates: np.ndarray, count: int, *, elements: int = ELEMENTS
+    queries: np.ndarray, candidates: np.ndarray, count: int, *, elements: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """The best candidates of each query, best first: (rows int [Q, K], similarities [Q, K]).
 
@@ -92,40 +100,40 @@ def best_candidates(
     at, similarities = [], []
     for rows, block in _blocks(queries, len(candidates), elements):
         similar, best, finite = _top_block(block, placed, min(count, len(candidates)))
-        _check(finite)
+        check(finite)
         at.append(np.asarray(best)[: len(rows)])
         similarities.append(np.asarray(similar)[: len(rows)])
     return np.concatenate(at), np.concatenate(similarities)
 
 
 def log_sums(
-    queries: np.ndarray, candidates: np.ndarray, scale: float, *, elements: int = ELEMENTS
+    queries: np.ndarray, candidates: np.ndarray, scale: float, *, elements: int | None = None
 ) -> jax.Array:
     """Of each candidate: log of the sum over all queries of exp(scale * similarity); [C]."""
     placed = jnp.asarray(candidates, jnp.float32)
     total = jnp.full(len(candidates), -jnp.inf, jnp.float32)
     for rows, block in _blocks(queries, len(candidates), elements):
         total, finite = _log_sum_block(block, placed, len(rows), np.float32(scale), total)
-        _check(finite)
+        check(finite)
     return total
 
 
 def _blocks(
-    queries: np.ndarray, candidates: int, elements: int, order: np.ndarray | None = None
+    queries: np.ndarray, candidates: int, elements: int | None, order: np.ndarray | None = None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(indices [b], rows [B, E]): all blocks of one shape, the last filled up with zeros."""
-    size = min(max(elements // max(candidates, 1), 1), len(queries))
+    size = min(max(bound(elements) // max(candidates, 1), 1), len(queries))
     for start in range(0, len(queries), size):
         rows = np.arange(start, min(start + size, len(queries)))
         rows = rows if order is None else order[rows]
-        yield rows, _padded(np.asarray(queries[rows], np.float32), size)
+        yield rows, padded(np.asarray(queries[rows], np.float32), size)
 
 
-def _padded(rows: np.ndarray, size: int) -> np.ndarray:
+def padded(rows: np.ndarray, size: int) -> np.ndarray:
     return np.pad(rows, [(0, size - len(rows)), *[(0, 0)] * (rows.ndim - 1)])
 
 
-def _check(finite: jax.Array) -> None:
+def check(finite: jax.Array | bool) -> None:
     if not finite:
         raise FloatingPointError("a similarity is not finite: the embeddings hold NaN or inf")
 

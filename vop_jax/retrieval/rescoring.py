@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vop_jax.retrieval.ranks import ELEMENTS, Score, best_candidates, log_sums
+from vop_jax.retrieval.ranks import Score, best_candidates, log_sums
 
 BETA = 20.0  # QB-Norm's inverse temperature, as its authors set it
 ROOT = 8
 
 
 def dual_softmax(
-    queries: np.ndarray, candidates: np.ndarray, scale: float, *, elements: int = ELEMENTS
+    queries: np.ndarray, candidates: np.ndarray, scale: float, *, elements: int | None = None
 ) -> Score:
     """CAMoE's dual softmax (arXiv 2109.04290) at test time: s times its softmax over queries.
 
@@ -36,7 +36,7 @@ def _dual_softmax(sums: jax.Array, scale: jax.Array, similar: jax.Array) -> jax.
     return jnp.sign(similar) * jnp.abs(similar) ** (1 / ROOT) * jnp.exp(log_share / ROOT)
 
 
-def query_bank(bank: np.ndarray, candidates: np.ndarray, *, elements: int = ELEMENTS) -> Score:
+def query_bank(bank: np.ndarray, candidates: np.ndarray, *, elements: int | None = None) -> Score:
     """QB-Norm (CVPR 2022, arXiv 2112.12777) with the dynamic inverted softmax.
 
     score[q, c] = exp(beta * s[q, c]) / sum over bank queries b of exp(beta * s[b, c])

@@ -41,13 +41,15 @@ PARAMETER_RULES: list[tuple[str, P]] = [
 ]
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, model: int = 1) -> Mesh:
-    """A mesh over that many devices; `data` -1 takes all that the others leave.
+def make_mesh(
+    data: int = -1, fsdp: int = 1, model: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A mesh over that many devices, of all by default; `data` -1 takes all the others leave.
 
     Raises:
         UserError: more devices asked for than there are, or not a whole number of them left.
     """
-    devices, inner = jax.devices(), fsdp * model
+    devices, inner = devices or jax.devices(), fsdp * model
     if data == -1 and len(devices) % inner:
         raise UserError(
             f"config.mesh.fsdp={fsdp}, mesh.model={model}: {inner} does not divide the "

@@ -7,9 +7,11 @@ import flax
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from vop_jax.model import TextVideoModel
 from vop_jax.retrieval.losses import symmetric_cross_entropy
+from vop_jax.training.local import each_on_its_own
 from vop_jax.tuning.partition import merge
 
 Batch = dict[str, jax.Array]  # "frames" uint8 [B, F, S, S, 3], "ids" int32 [B, T]
@@ -29,23 +31,41 @@ class TrainState:
         return cls(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
 
 
+def embed(model: TextVideoModel, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Unit rows of captions and clips, float32 [B, E] each."""
+    variables = {"params": params}
+    video: Any = model.apply(variables, batch["frames"], method="encode_video")
+    text: Any = model.apply(variables, batch["ids"], method="encode_text")
+    return text, video
+
+
 def batch_loss(model: TextVideoModel, params: Any, batch: Batch) -> jax.Array:
     """The contrastive loss of a global batch of (caption, clip) pairs, a scalar."""
-    variables = {"params": params}
-    video: Any = model.apply(variables, batch["frames"], method="encode_video")  # [B, E]
-    text: Any = model.apply(variables, batch["ids"], method="encode_text")  # [B, E]
-    temperature: Any = model.apply(variables, method="temperature")
+    return _loss(model, params, *embed(model, params, batch))
+
+
+def _loss(model: TextVideoModel, params: Any, text: jax.Array, video: jax.Array) -> jax.Array:
+    temperature: Any = model.apply({"params": params}, method="temperature")
     return symmetric_cross_entropy(text, video, temperature)
 
 
 def make_train_step(
-    model: TextVideoModel, optimizer: optax.GradientTransformation
+    model: TextVideoModel, optimizer: optax.GradientTransformation, mesh: Mesh | None = None
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
-    """The step `(state, frozen, batch) -> (state, metrics)`, to be jitted by the caller."""
+    """The step `(state, frozen, batch) -> (state, metrics)`, to be jitted by the caller.
+
+    Args:
+        mesh: what the batch is spread over, if over more than one device.
+    """
 
     def train_step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
+        def embed_rows(trainable, rows):
+            return embed(model, merge(trainable, frozen), rows)
+
+        embed_all = each_on_its_own(mesh, embed_rows) if mesh else embed_rows
+
         def loss_of(trainable):
-            return batch_loss(model, merge(trainable, frozen), batch)
+            return _loss(model, merge(trainable, frozen), *embed_all(trainable, batch))
 
         loss, gradient = jax.value_and_grad(loss_of)(state.trainable)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.trainable)

@@ -1,0 +1,220 @@
+"""What compiled programs send between the eight fake devices; above all the training step."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from tests import tiny
+from vop_jax.config import base_config
+from vop_jax.model import TextVideoModel
+from vop_jax.tensorfile import unflatten
+from vop_jax.training import sharding, step
+from vop_jax.training.collectives import Collective, collectives
+from vop_jax.training.optimizer import make_optimizer
+from vop_jax.tuning.methods import METHODS, MethodConfig
+from vop_jax.tuning.partition import split
+
+MESH = jax.make_mesh((2, 4), ("x", "y"), (jax.sharding.AxisType.Auto,) * 2)
+
+
+def of_local(function, x, out, varying=True):
+    """The collectives of `function`, run by each device on its part of [8, …] rows."""
+    mapped = jax.shard_map(
+        function, mesh=MESH, in_specs=P(("x", "y")), out_specs=out, check_vma=varying
+    )
+    return collectives(jax.jit(mapped).lower(x).compile().as_text())
+
+
+def test_a_sum_over_devices():
+    x = jnp.ones((8, 3, 5))
+    (found,) = of_local(lambda x: jax.lax.psum(x, ("x", "y")), x, P())
+    assert (found.kind, found.dtype, found.shape) == ("all-reduce", "f32", (1, 3, 5))
+    assert found.group == 8 and found.times == 1 and "psum" in found.where
+    assert found.bytes == 60 and found.sent == 2 * 7 / 8 * 60
+
+
+@pytest.mark.parametrize(("axis", "group"), [("x", 2), ("y", 4)])
+def test_a_sum_over_some_devices(axis, group):
+    rest = "y" if axis == "x" else "x"
+    (found,) = of_local(lambda x: jax.lax.psum(x, axis), jnp.ones((8, 6)), P(rest))
+    assert found.group == group and found.sent == 2 * (group - 1) / group * 24
+
+
+def test_a_gather_is_as_large_as_its_result():
+    x = jnp.ones((8, 6), jnp.bfloat16)
+
+    def gather(x):
+        return jax.lax.all_gather(x, "y", tiled=True)
+
+    (found,) = of_local(gather, x, P("x"), varying=False)
+    assert found.kind == "all-gather" and found.group == 4
+    # A CPU widens bfloat16, or not.
+    assert (found.shape, found.bytes) in [((4, 6), 2 * 24), ((4, 6), 4 * 24)]
+    assert found.sent == 3 / 4 * found.bytes
+
+
+def test_a_reduce_scatter_is_as_large_as_its_operand():
+    x = jnp.ones((8, 16, 3))
+
+    def scatter(x):
+        return jax.lax.psum_scatter(x[0], "y", tiled=True)
+
+    (found,) = of_local(scatter, x, P(("x", "y")))
+    assert found.kind == "reduce-scatter" and found.group == 4
+    assert found.bytes == 4 * 16 * 3 and found.sent == 3 / 4 * found.bytes
+
+
+def test_a_permutation_sends_all():
+    ring = [(i, (i + 1) % 4) for i in range(4)]
+    (found,) = of_local(lambda x: jax.lax.ppermute(x, "y", ring), jnp.ones((8, 6)), P(("x", "y")))
+    assert found.kind == "collective-permute" and found.sent == found.bytes == 24
+
+
+def test_an_exchange():
+    def exchange(x):
+        return jax.lax.all_to_all(x, "y", 1, 0, tiled=True)
+
+    found = of_local(exchange, jnp.ones((8, 16)), P(("x", "y")))
+    assert {c.kind for c in found} == {"all-to-all"} and {c.group for c in found} == {4}
+    assert sum(c.sent for c in found) == 3 / 4 * 64
+
+
+def test_sums_that_the_compiler_joined_are_several():
+    def sums(x):
+        return jax.lax.psum((x, x[:, :2] * 3), ("x", "y"))
+
+    found = of_local(sums, jnp.ones((8, 6)), P())
+    assert sorted(c.shape for c in found) == [(1, 2), (1, 6)]
+
+
+def test_in_a_loop_it_counts_every_turn():
+    def loop(x):
+        def turn(carry, _):
+            return jax.lax.psum(carry, "y") / 4, None
+
+        return jax.lax.scan(turn, x, length=5)[0]
+
+    (found,) = of_local(loop, jnp.ones((8, 6)), P(("x", "y")), varying=False)
+    assert found.times == 5 and found.sent == 5 * 2 * 3 / 4 * 24
+
+
+def test_in_a_loop_of_unknown_length_it_cannot_be_counted():
+    def loop(x):
+        return jax.lax.while_loop(lambda x: x.sum() < 9, lambda x: jax.lax.psum(x, "y"), x)
+
+    found = of_local(loop, jnp.ones((8, 6)), P(("x", "y")), varying=False)
+    assert {c.times for c in found} == {None}
+    with pytest.raises(ValueError, match="unknown length"):
+        _ = found[0].sent
+
+
+def test_a_program_of_one_device_sends_nothing():
+    assert collectives(jax.jit(lambda x: x @ x.T).lower(jnp.ones((3, 3))).compile().as_text()) == []
+
+
+STARTED = """HloModule m, is_scheduled=true, num_partitions=16
+
+%part (p: f32[2,8]) -> f32[32,8] {
+  %p = f32[2,8]{1,0} parameter(0)
+  ROOT %g.1 = f32[32,8]{1,0:T(8,128)S(1)} all-gather(%p), channel_id=1, replica_groups={}
+}
+
+ENTRY %main (a: f32[2,8]) -> f32[] {
+  %a = f32[2,8]{1,0} parameter(0)
+  %s = (f32[2,8]{1,0}, f32[32,8]{1,0}) all-gather-start(%a), channel_id=1, replica_groups={}
+  %d = f32[32,8]{1,0} all-gather-done(%s)
+  %t = ((f32[2]{0}, bf16[3]{0}), (f32[8]{0}, bf16[12]{0})) all-gather-start(%b, %c), \
+channel_id=2, replica_groups=[4,4]<=[16], metadata={op_name="jit(f)/two"}
+  %r = (f32[5]{0}, f32[]) all-reduce-start(%x, %y), channel_id=3, \
+replica_groups=mesh['axis_0'=2,'axis_1'=8] {'axis_1':(2)4}, to_apply=%add
+  %c.1 = (f32[7]{0}, f32[7]{0}, u32[], u32[]) collective-permute-start(%x), channel_id=4, \
+source_target_pairs={{0,1},{1,0}}
+  %f = f32[32,8]{1,0} fusion(%a), kind=kCustom, calls=%part
+}
+"""
+
+
+def test_started_collectives_as_gpus_and_tpus_write_them():
+    """Not compiled here, for want of their compilers; shapes as in their modules."""
+    found = [(c.kind, c.dtype, c.shape, c.group) for c in collectives(STARTED)]
+    assert found == [
+        ("all-gather", "f32", (32, 8), 16),  # once, though %part writes it again
+        ("all-gather", "f32", (8,), 4),
+        ("all-gather", "bf16", (12,), 4),
+        ("all-reduce", "f32", (5,), 4),
+        ("all-reduce", "f32", (), 4),
+        ("collective-permute", "f32", (7,), 16),
+    ]
+    assert collectives(STARTED)[1].where == "jit(f)/two"
+
+
+def step_of(name, per_device=2):
+    """(the collectives of a method's compiled step, its trainable shapes, its global batch)."""
+    mesh = sharding.make_mesh()
+    small = dict(visual_prompts=4, specific_prompts=2, text_prefix=1, text_suffix=1)
+    method = dataclasses.replace(MethodConfig(name, frames=tiny.FRAMES), **small)
+    model = TextVideoModel(tiny.CLIP, method)
+    count = per_device * mesh.size
+    rows = {
+        "frames": tiny.frames(count),
+        "ids": tiny.captions(count, method.text_slots(tiny.CLIP)),
+    }
+    trainable, frozen = split(unflatten(model.shapes()), method.trainable_patterns(tiny.CLIP))
+    optimizer = make_optimizer(base_config().train)
+    state = jax.eval_shape(lambda tree: step.TrainState.create(tree, optimizer), trainable)
+
+    def placed(tree, over):
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=over), tree)
+
+    whole = sharding.replicated(mesh)
+    lowered = jax.jit(step.make_train_step(model, optimizer, mesh)).lower(
+        placed(state, whole), placed(frozen, whole), placed(rows, sharding.batch_sharding(mesh))
+    )
+    found = collectives(lowered.compile().as_text())
+    return found, jax.tree.leaves(trainable), count
+
+
+def assert_only_what_it_must(found: list[Collective], trainable, count):
+    """Embeddings once forth and once back, each trained parameter's gradient once, and rows [B]."""
+    embeddings = count * tiny.CLIP.embed_dim
+    large = sorted(c.bytes for c in found if c.bytes > 4 * count)
+    of_trainable = sorted(4 * x.size for x in trainable if 4 * x.size > 4 * count)
+    assert large == sorted([4 * embeddings, 4 * embeddings, *of_trainable])
+    assert {c.times for c in found} == {1} and {c.group for c in found} == {8}
+    kinds = [c.kind for c in found if c.bytes == 4 * embeddings and "dot_general" in c.where]
+    assert kinds.count("all-gather") == 1 and {*kinds} <= {"all-gather", "all-reduce"}
+    small = sum(c.bytes for c in found if c.bytes <= 4 * count)
+    assert small <= 4 * (3 * count + sum(x.size for x in trainable if x.size <= count) + 2)
+
+
+TRAINED = [name for name, method in METHODS.items() if method.trainable]
+QUICK = ("vop", "vop_f", "vop_c")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in TRAINED if n != "full"],
+)
+def test_a_step_sends_embeddings_and_the_gradient_and_nothing_else(name):
+    assert_only_what_it_must(*step_of(name))
+
+
+@pytest.mark.slow
+def test_full_tuning_sends_its_gradient_and_little_else():
+    """The compiler sends that of the class embedding before it is summed over a device's frames."""
+    found, trainable, count = step_of("full")
+    embeddings = 3 * 4 * count * tiny.CLIP.embed_dim
+    needed = 7 / 8 * (embeddings + 2 * sum(4 * x.size for x in trainable))
+    assert 0.98 * needed <= sum(c.sent for c in found) <= 1.02 * needed
+
+
+def test_left_to_the_compiler_a_step_of_context_sends_more(monkeypatch):
+    """Else the test above could not fail, and `each_on_its_own` would be of no use."""
+    monkeypatch.setattr(step, "each_on_its_own", lambda mesh, function: function)
+    found, trainable, count = step_of("vop_c")
+    assert max(c.times for c in found) > 1  # in the recurrence, at every frame
+    with pytest.raises(AssertionError):
+        assert_only_what_it_must(found, trainable, count)
