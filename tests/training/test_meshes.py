@@ -42,7 +42,7 @@ class Trained:
         trainable, frozen = partition.split(params, method.trainable_patterns(tiny.CLIP))
         self.frozen = sharding.place(self.mesh, frozen, rules)
         self.state = sharding.place(self.mesh, TrainState.create(trainable, optimizer), rules)
-        step = jax.jit(make_train_step(model, optimizer))
+        step = jax.jit(make_train_step(model, optimizer, self.mesh))
         self.losses = []
         slots = method.text_slots(tiny.CLIP)
         for k in range(STEPS):
