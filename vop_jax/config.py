@@ -115,6 +115,9 @@ def base_config() -> ConfigDict:
 
     c.compute = ConfigDict()
     c.compute.dtype = "float32"  # of matmuls; bfloat16 on TPUs and GPUs
+    # Where compiled programs are kept for the next start. "": on GPUs and TPUs in the workdir,
+    # unless JAX_COMPILATION_CACHE_DIR says elsewhere; off: nowhere.
+    c.compute.cache = ""
     c.compute.attention = "xla"  # across frames (vop_f…); cudnn: fused, NVIDIA, bfloat16
 
     # The demo's own CLIP, trained from nothing on still frames when steps > 0.
@@ -188,6 +191,7 @@ RESUMABLE = (
     "eval.batch_size",
     "eval.extra",
     "eval.bank",
+    "compute.cache",
     "mesh.data",
     "mesh.fsdp",
     "mesh.model",

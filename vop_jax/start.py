@@ -99,6 +99,7 @@ def opened(
             hosts.on_first(lambda: _claim(root, config, checkpoints))
             mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.model)
             _check_kernel(config, mesh)
+            _keep_compiled(config.compute.cache, root, mesh)
             sharding.check_batch(mesh, "train.batch_size", config.train.batch_size)
             sharding.check_batch(mesh, "eval.batch_size", config.eval.batch_size)
             if _pretrains(config) and hosts.on_first(lambda: not (root / CLIP_FILE).exists()):
@@ -148,9 +149,23 @@ def _locked(root: epath.Path) -> Iterator[None]:
 
 
 def _check_kernel(config: ConfigDict, mesh: Mesh) -> None:
-    platform = mesh.devices.flat[0].platform
-    if config.compute.attention == "cudnn" and platform != "gpu":
+    if config.compute.attention == "cudnn" and (platform := _platform(mesh)) != "gpu":
         raise UserError(f"config.compute.attention='cudnn': needs an NVIDIA GPU, not {platform}")
+
+
+def _platform(mesh: Mesh) -> str:
+    return mesh.devices.flat[0].platform
+
+
+def _keep_compiled(cache: str, root: epath.Path, mesh: Mesh) -> None:
+    """Programs that took a second or more to compile are found again at the next start."""
+    if cache == "off":
+        jax.config.update("jax_compilation_cache_dir", None)
+    elif cache:
+        jax.config.update("jax_compilation_cache_dir", cache)
+    # A CPU's programs may use instructions that the next machine does not have.
+    elif not jax.config.values["jax_compilation_cache_dir"] and _platform(mesh) != "cpu":
+        jax.config.update("jax_compilation_cache_dir", str(root / "compiled"))
 
 
 def _claim(root: epath.Path, config: ConfigDict, checkpoints: Checkpoints) -> None:

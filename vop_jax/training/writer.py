@@ -38,8 +38,10 @@ class MetricWriter(NoWriter):
         """Opens the workdir's metrics; lines after `resume_step` are about to be redone."""
         self._path = epath.Path(workdir) / METRICS_FILE
         kept = [line for line in read_metrics(workdir) if line["step"] <= resume_step]
-        write_atomic(self._path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-        self._file = self._path.open("a")
+        self._lines = [json.dumps(line) + "\n" for line in kept]
+        self._rewrite()
+        # Objects in a bucket cannot grow; there the file, which is small, is written anew.
+        self._file = None if "://" in os.fspath(workdir) else self._path.open("a")
         self._events = SummaryWriter(
             str(workdir), purge_step=resume_step + 1 if resume_step else None
         )
@@ -47,18 +49,25 @@ class MetricWriter(NoWriter):
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """One line; the values are Python or 0-d numbers."""
         line = {"step": step, **{key: float(value) for key, value in scalars.items()}}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        self._lines.append(json.dumps(line) + "\n")
+        if self._file is None:
+            self._rewrite()
+        else:
+            self._file.write(self._lines[-1])
+            self._file.flush()
         for key, value in scalars.items():
             self._events.add_scalar(key, float(value), step)
 
     def flush(self) -> None:
-        self._file.flush()
         self._events.flush()
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         self._events.close()
+
+    def _rewrite(self) -> None:
+        write_atomic(self._path, "".join(self._lines).encode())
 
     def __exit__(self, *exception: object) -> None:
         self.close()
