@@ -137,6 +137,8 @@ def _locked(root: epath.Path) -> Iterator[None]:
             lock.acquire()
     except filelock.Timeout:
         raise UserError(f"--workdir={root}: another run is using it") from None
+    except ImportError as error:
+        raise UserError(f"--workdir={root}: {error}; pip install -e '.[gcs]'") from None
     except OSError as error:
         raise UserError(f"--workdir={root}: not a folder to write in ({error.strerror})") from None
     if "://" in str(root):  # object stores have no locks

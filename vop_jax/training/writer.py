@@ -8,6 +8,7 @@ from etils import epath
 from tensorboardX import SummaryWriter
 
 from vop_jax.atomic import write_atomic
+from vop_jax.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -40,11 +41,13 @@ class MetricWriter(NoWriter):
         kept = [line for line in read_metrics(workdir) if line["step"] <= resume_step]
         self._lines = [json.dumps(line) + "\n" for line in kept]
         self._rewrite()
+        purged = resume_step + 1 if resume_step else None
+        try:
+            self._events = SummaryWriter(str(workdir), purge_step=purged)
+        except ImportError as error:
+            raise UserError(f"workdir {workdir}: {error}; pip install -e '.[gcs]'") from None
         # Objects in a bucket cannot grow; there the file, which is small, is written anew.
         self._file = None if "://" in os.fspath(workdir) else self._path.open("a")
-        self._events = SummaryWriter(
-            str(workdir), purge_step=resume_step + 1 if resume_step else None
-        )
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """One line; the values are Python or 0-d numbers."""

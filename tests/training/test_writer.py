@@ -1,0 +1,76 @@
+"""Metrics on this machine's disk and in a bucket, whose objects cannot be appended to."""
+
+import fsspec
+import pytest
+from etils import epath
+from fsspec.implementations.memory import MemoryFileSystem
+
+from vop_jax.errors import UserError
+from vop_jax.training import writer
+from vop_jax.training.writer import MetricWriter, NoWriter, read_metrics
+
+
+class Bucket(MemoryFileSystem):
+    protocol = ("gs", "gcs")
+    store: dict = {}  # noqa: RUF012  one for all instances, as the base class has it
+    pseudo_dirs = [""]  # noqa: RUF012
+
+    def _open(self, path, mode="rb", **options):
+        if "a" in mode:
+            raise ValueError("objects cannot be appended to")
+        return super()._open(path, mode, **options)
+
+
+class NoEvents:
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def add_scalar(self, *args):
+        pass
+
+    def close(self):
+        pass
+
+
+@pytest.fixture(params=["disk", "bucket"])
+def workdir(request, tmp_path, monkeypatch):
+    if request.param == "disk":
+        return str(tmp_path)
+    for name in Bucket.protocol:
+        fsspec.register_implementation(name, Bucket, clobber=True)
+    monkeypatch.setattr(writer, "SummaryWriter", NoEvents)
+    epath.Path(f"gs://bucket/{tmp_path.name}").mkdir(parents=True)
+    return f"gs://bucket/{tmp_path.name}"
+
+
+def test_every_line_is_there_at_once(workdir):
+    with MetricWriter(workdir) as metrics:
+        metrics.write_scalars(1, {"loss": 2.0})
+        assert read_metrics(workdir) == [{"step": 1, "loss": 2.0}]
+        metrics.write_scalars(2, {"loss": 1.0})
+        assert [line["step"] for line in read_metrics(workdir)] == [1, 2]
+
+
+def test_lines_that_are_about_to_be_redone_go(workdir):
+    with MetricWriter(workdir) as metrics:
+        for step in (1, 2, 3):
+            metrics.write_scalars(step, {"loss": step})
+    with MetricWriter(workdir, resume_step=2) as metrics:
+        metrics.write_scalars(3, {"loss": 30})
+    assert [line["loss"] for line in read_metrics(workdir)] == [1, 2, 30]
+
+
+def test_processes_but_the_first_write_nothing(tmp_path):
+    with NoWriter() as metrics:
+        metrics.write_scalars(1, {"loss": 1.0})
+        metrics.flush()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bucket_without_the_package_for_its_events(monkeypatch, tmp_path):
+    def missing(*args, **kwargs):
+        raise ImportError("`google-cloud-storage` must be installed")
+
+    monkeypatch.setattr(writer, "SummaryWriter", missing)
+    with pytest.raises(UserError, match=r"workdir.*google-cloud-storage.*\.\[gcs\]"):
+        MetricWriter(tmp_path)
