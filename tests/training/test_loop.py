@@ -165,17 +165,20 @@ def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):
 
 
 def test_sigterm_saves_the_step_under_way(tmp_path):
-    def source(start):
-        for k, batch in zip(itertools.count(start), batches(start), strict=False):
-            if k == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
-            yield batch
+    run = Run(tmp_path)
+    step = run.step
 
+    def signalled(state, frozen, batch):
+        if int(state.step) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(state, frozen, batch)
+
+    run.step = signalled
     before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     interrupt.install()
     try:
         with pytest.raises(interrupt.Interrupted) as caught:
-            Run(tmp_path).fit(source)
+            run.fit()
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)

@@ -1,5 +1,6 @@
 """From a split to ranks: embed every clip and caption once, then compare."""
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from vop_jax.clip.model import MAX_LOGIT_SCALE
 from vop_jax.model import TextVideoModel
 from vop_jax.retrieval import metrics, rescoring
 from vop_jax.retrieval.ranks import Score
-from vop_jax.training import sharding
+from vop_jax.training import prefetch, sharding
 
 TOP = 5  # videos kept of each text's ranking
 
@@ -92,10 +93,10 @@ def embed_videos(
     """float32 [M, E], padding rows dropped."""
     gather = jax.jit(lambda x: x, out_shardings=sharding.replicated(mesh))
     rows = []
-    for local in batches:
-        batch = sharding.to_global(mesh, local)
-        embedded = np.asarray(encode(params, batch["frames"]))
-        rows.append(embedded[np.asarray(gather(batch["mask"]))])
+    with contextlib.closing(prefetch.placed(mesh, batches)) as placed:
+        for batch in placed:
+            embedded = np.asarray(encode(params, batch["frames"]))
+            rows.append(embedded[np.asarray(gather(batch["mask"]))])
     return np.concatenate(rows)
 
 

@@ -1,6 +1,8 @@
 """The loop: batches in, steps, and at their times metrics, evaluations and checkpoints."""
 
+import contextlib
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,7 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vop_jax import interrupt
-from vop_jax.training import hosts, sharding
+from vop_jax.training import hosts, prefetch
 from vop_jax.training.checkpoint import Checkpoints
 from vop_jax.training.step import Batch, Metrics, TrainState
 from vop_jax.training.writer import NoWriter
@@ -29,7 +31,7 @@ class Clock:
     """What a stretch of steps spent its time on."""
 
     videos: int = 0
-    waiting: float = 0.0  # seconds until the next batch was there
+    waiting: float = 0.0  # seconds until the next batch was on the devices
     started: float = dataclasses.field(default_factory=time.perf_counter)
 
     def rates(self) -> dict[str, float]:
@@ -70,12 +72,16 @@ def fit(
     first = step = int(state.step)
     unread: list[tuple[int, Metrics]] = []  # not fetched yet, so that the device runs ahead
     clock = Clock()
-    with interrupt.deferred():
+    left = itertools.islice(batches, config.steps - first)  # none is read that is not needed
+    with (
+        interrupt.deferred(),
+        contextlib.closing(prefetch.placed(mesh, left)) as placed,
+    ):
         while step < config.steps:
             waiting_since = time.perf_counter()
-            batch = next(batches)
+            batch = next(placed)
             clock.waiting += time.perf_counter() - waiting_since
-            state, metrics = step_fn(state, frozen, sharding.to_global(mesh, batch))
+            state, metrics = step_fn(state, frozen, batch)
             step += 1
             clock.videos += config.batch_size
             unread.append((step, metrics))
