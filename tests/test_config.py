@@ -119,6 +119,17 @@ def test_shares_end_at_one(key):
     configs.validate(with_raw(key, 1.0))
 
 
+@pytest.mark.parametrize("given", [32, "32", (1,), (32.0,), (True,), ("32",), None])
+def test_text_buckets_that_cannot_be(given):
+    with pytest.raises(UserError, match=r"config.data.text_buckets=.*whole numbers, 2 or more"):
+        configs.validate(with_raw("data.text_buckets", given))
+
+
+@pytest.mark.parametrize("given", [(), (32,), (48, 16), [2]])
+def test_text_buckets_that_can_be(given):
+    configs.validate(with_raw("data.text_buckets", given))
+
+
 @pytest.mark.parametrize(
     "scale", [(0.0, 1.0), (0.6, 0.5), (0.5, 1.5), (0.5,), (math.nan, 1.0), (0.5, math.nan)]
 )

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests import tiny
+from vop_jax import buckets
 from vop_jax.clip.model import Clip
 from vop_jax.clip.weights import parameter_shapes
 from vop_jax.model import TextVideoModel
@@ -131,6 +132,42 @@ def test_tokens_after_eot_do_not_matter(method):
     np.testing.assert_array_equal(
         encode(model, params, "text", ids), encode(model, params, "text", other)
     )
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        VOP,
+        PLAIN,
+        dataclasses.replace(VOP, first_layer=2),
+        dataclasses.replace(VOP, last_layer=1),
+        dataclasses.replace(VOP, suffix="released", branches="visual"),
+        MethodConfig("adapter_attn", adapter_width=4),
+        MethodConfig("adapter_ffn", adapter_width=4),
+    ],
+    ids=lambda method: f"{method.name}-{method.suffix}-{method.first_layer}-{method.last_layer}",
+)
+def test_fewer_slots_give_the_same_features(method):
+    model, params = tiny.model_and_params(method)
+    ids = tiny.captions(BATCH, 10)
+    whole = np.pad(ids, ((0, 0), (0, method.text_slots(tiny.CLIP) - 10)))
+    held = buckets.longest(ids)
+    assert held <= 10 < whole.shape[1]
+    expected = encode(model, params, "text", whole)
+    for fewer in {held, 10}:
+        found = encode(model, params, "text", whole[:, :fewer])
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+    # One slot less cuts the EOT of the longest caption off.
+    assert abs(encode(model, params, "text", whole[:, : held - 1]) - expected).max() > 1e-3
+
+
+def test_slots_that_the_method_does_not_take_are_an_error():
+    for suffix, change in (("eot", 1), ("released", 1), ("released", -1)):
+        method = dataclasses.replace(VOP, suffix=suffix)
+        model, params = tiny.model_and_params(method)
+        ids = tiny.captions(BATCH, method.text_slots(tiny.CLIP) + change)
+        with pytest.raises(ValueError, match="slot"):
+            model.apply({"params": params}, ids, method="encode_text")
 
 
 def test_every_token_before_eot_matters():

@@ -78,6 +78,9 @@ def base_config() -> ConfigDict:
     c.data.max_skipped = 0.05  # share of unreadable videos per split above which a run stops
     c.data.threads = 16  # reading and decoding records
     c.data.workers = 0  # reader processes; 0: threads of this one
+    # Captions are padded to the smallest of these widths that holds a batch, else to all slots;
+    # each is compiled once. (): always all slots, as with method.suffix=released.
+    c.data.text_buckets = (32,)
     c.data.cache_gb = 1.0  # decoded frames stay in memory if the whole split's take no more
 
     c.train = ConfigDict()
@@ -183,6 +186,7 @@ RESUMABLE = (
     "data.threads",
     "data.workers",
     "data.cache_gb",
+    "data.text_buckets",  # the same numbers in other shapes
     "data.max_skipped",
     "train.log_every",
     "train.eval_every",
@@ -284,6 +288,7 @@ def validate(config: ConfigDict) -> None:
         raise UserError(
             f"config.data.crop_scale={scale}: must be (low, high), 0 < low <= high <= 1"
         )
+    _check_buckets(values["data.text_buckets"])
     if values["data.sampling"] == "rand" and not values["data.stored_fps"]:
         raise UserError(
             "config.data.sampling='rand' needs frames to choose from: set data.stored_fps > 0"
@@ -305,6 +310,15 @@ def validate(config: ConfigDict) -> None:
     extra_rows(config)
     if values["mesh.data"] == 0 or values["mesh.data"] < -1:
         raise UserError(f"config.mesh.data={values['mesh.data']}: a number of devices, or -1")
+
+
+def _check_buckets(buckets: Any) -> None:
+    listed = isinstance(buckets, tuple | list)
+    if not listed or not all(type(width) is int and width >= 2 for width in buckets):
+        raise UserError(
+            f"config.data.text_buckets={buckets!r}: must be a tuple of whole numbers, 2 or more, "
+            "such as (32,), or ()"
+        )
 
 
 def first_difference(

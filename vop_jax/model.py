@@ -80,11 +80,16 @@ class TextVideoModel(nn.Module):
         return self.adapters.at(tower, layer) if self.method.parts.adapter else {}
 
     def encode_text(self, ids: jax.Array) -> jax.Array:
-        """int32 [N, T] -> unit rows [N, E], float32; T is `method.text_slots`."""
+        """int32 [N, T] -> unit rows [N, E], float32; T is at most `method.text_slots`.
+
+        Fewer slots give the same rows if they hold each caption's EOT.
+        """
         tower = self.clip.text
         slots = self.method.text_slots(self.clip_config)
-        if ids.shape[1] != slots:
+        if ids.shape[1] > slots:
             raise ValueError(f"captions have {ids.shape[1]} token slots, the method {slots}")
+        if ids.shape[1] < slots and not self.method.takes_fewer_slots:
+            raise ValueError(f"suffix='released' stands before slot {slots}, not {ids.shape[1]}")
         layout = TextLayout.of(ids, self.method)
         eot = ids.argmax(axis=-1)  # EOT is the largest id
         x = tower.embed(ids)  # [N, T, D]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from vop_jax import start
+from vop_jax import buckets, start
 from vop_jax.config import extra_rows
 from vop_jax.data import sources
 from vop_jax.data.annotations.folder import hash_of
@@ -64,7 +64,7 @@ def load_data(run: start.Run, *, training: bool = True) -> Data:
     texts = [c for captions in test.captions for c in captions]
     ids, cut = tokenize.with_cuts(texts)
     in_train = train_split.captions if train_split else []
-    _, cut_in_train = tokenize.with_cuts([c for captions in in_train for c in captions])
+    train_ids, cut_in_train = tokenize.with_cuts([c for captions in in_train for c in captions])
     missed = test.skipped if config.eval.missing == "miss" else []
     missed_texts = sum(len(clip.captions) for clip in missed)
     shared = {
@@ -88,6 +88,7 @@ def load_data(run: start.Run, *, training: bool = True) -> Data:
             missed_videos=len(missed),
             extra=extra_rows(config),
             bank=_bank(run, packed, tokenize, in_evaluation),
+            text_buckets=_buckets(run),
         ),
         val_set=_val_set(run, packed, tokenize, in_evaluation),
         train_batches=lambda first: train_batches(
@@ -100,6 +101,7 @@ def load_data(run: start.Run, *, training: bool = True) -> Data:
             start_step=first,
             workers=config.data.workers,
             cache_gb=config.data.cache_gb,
+            text_buckets=_train_buckets(run, train_ids),
             **_batches_of(run, config.train.batch_size),
             **shared,
         ),
@@ -133,7 +135,21 @@ def _val_set(
         videos=partial(eval_videos, split, **reading),
         ids=tokenize([caption for captions in split.captions for caption in captions]),
         video_of_text=np.repeat(np.arange(len(split)), [len(c) for c in split.captions]),
+        text_buckets=_buckets(run),
     )
+
+
+def _buckets(run: start.Run) -> tuple[int, ...]:
+    """Widths that captions may be cut to; none where the last slot has a meaning."""
+    return tuple(run.config.data.text_buckets) if run.method.takes_fewer_slots else ()
+
+
+def _train_buckets(run: start.Run, ids: np.ndarray) -> tuple[int, ...]:
+    """The same; of several processes, which know their own rows alone, one for all batches."""
+    widths, batch_size = _buckets(run), run.config.train.batch_size
+    if len(sharding.process_rows(run.mesh, batch_size)) == batch_size:
+        return widths
+    return (buckets.cut(ids, widths).shape[1],)
 
 
 def _bank(

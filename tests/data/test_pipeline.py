@@ -76,6 +76,29 @@ def test_processes_read_their_rows_of_each_global_batch(split, rows):
     assert_same(parts[2:], batches(split, 2, local_rows=rows, start_step=2))
 
 
+def test_captions_are_cut_to_the_bucket_that_holds_the_batch(split):
+    def words(captions):
+        """The caption's number, its EOT at slot 2, 5 or 8."""
+        ids = np.zeros((len(captions), 12), np.int32)
+        for row, caption in zip(ids, captions, strict=True):
+            number = int(caption.split()[-1])
+            row[0], row[2 + 3 * (number % 10)] = number, 1000
+        return ids
+
+    def read(**options):
+        options = {"batch_size": 2, "image_size": SIZE, "frames": F, "threads": 2, **options}
+        return list(itertools.islice(train_batches(split, words, **options), 14))
+
+    widths = set()
+    for whole, cut in zip(read(), read(text_buckets=(9, 3)), strict=True):
+        needed = whole["ids"].argmax(axis=1).max() + 1
+        assert cut["ids"].shape[1] == (3 if needed <= 3 else 9)
+        np.testing.assert_array_equal(cut["ids"], whole["ids"][:, : cut["ids"].shape[1]])
+        widths.add(cut["ids"].shape[1])
+    assert widths == {3, 9}
+    assert {b["ids"].shape[1] for b in read(text_buckets=(6,))} == {6, 12}
+
+
 @pytest.mark.slow
 def test_worker_processes_change_nothing(split):
     if not flags.FLAGS.is_parsed():

@@ -63,6 +63,22 @@ def test_one_caption_per_video_reports_two_sides():
     assert found.results["v2t"] == metrics.summarize(ranks.v2t)
 
 
+def test_texts_are_embedded_in_the_narrowest_bucket_of_each_block():
+    ids = np.zeros((10, 20), np.int32)
+    lengths = np.array([2, 3, 4, 5, 5, 8, 2, 2, 9, 2])  # slots
+    ids[np.arange(10), lengths - 1] = 7 + np.arange(10)
+    seen = []
+
+    def encode(params, rows):
+        seen.append(rows.shape)
+        return np.asarray(rows).max(axis=1, keepdims=True)
+
+    mesh = sharding.make_mesh(1)
+    found = evaluate.embed_texts(encode, {}, mesh, ids, BATCH, text_buckets=(5, 8))
+    assert found[:, 0].tolist() == list(range(7, 17))
+    assert seen == [(BATCH, 5), (BATCH, 8), (BATCH, 20)]
+
+
 def test_several_captions_report_both_protocols():
     texts, videos, owner = random_pairs(17, 7, similar=0.3)
     found = evaluated(texts, videos, owner).results

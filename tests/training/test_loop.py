@@ -10,7 +10,7 @@ import pytest
 from absl import logging
 
 from tests import tiny
-from vop_jax import interrupt
+from vop_jax import buckets, interrupt
 from vop_jax.config import base_config
 from vop_jax.tensorfile import flatten
 from vop_jax.training import loop, sharding
@@ -202,6 +202,25 @@ def test_no_recompilation_after_the_first_step(tmp_path, caplog):
     run = Run(tmp_path)
     run.fit()
     assert run.step._cache_size() == 1
+
+
+def test_captions_in_buckets_teach_the_same_with_a_program_for_each_width(tmp_path):
+    widths = []
+
+    def source(start):
+        slots = METHOD.text_slots(tiny.CLIP)
+        for k, batch in zip(itertools.count(start), batches(start), strict=False):
+            ids = tiny.captions(BATCH, (6, 12, slots)[k % 3], seed=k)
+            ids = np.pad(ids, ((0, 0), (0, slots - ids.shape[1])))
+            yield batch | {"ids": buckets.cut(ids, widths)}
+
+    whole = Run(tmp_path / "whole").fit(source)
+    widths[:] = 6, 12
+    run = Run(tmp_path / "cut")
+    assert_same(whole.trainable, run.fit(source).trainable, atol=1e-5, rtol=0)
+    assert run.step._cache_size() == 3
+    losses = [[line["loss"] for line in read_metrics(tmp_path / d)] for d in ("whole", "cut")]
+    np.testing.assert_allclose(*losses, atol=1e-5)
 
 
 def test_progress_is_logged(tmp_path, caplog):

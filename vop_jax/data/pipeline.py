@@ -13,6 +13,7 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
+from vop_jax import buckets
 from vop_jax.data.packed import Split
 from vop_jax.data.pixels import eval_crop, train_crop
 from vop_jax.data.sampling import sample_indices
@@ -119,6 +120,7 @@ def train_batches(
     threads: int = 16,
     workers: int = 0,
     cache_gb: float = 0.0,
+    text_buckets: Sequence[int] = (),
 ) -> Iterator[Batch]:
     """This process's rows of the global batches `start_step`, `start_step + 1`, …, without end.
 
@@ -134,9 +136,12 @@ def train_batches(
         threads: reading and decoding, in this process or in each worker.
         workers: reader processes; 0: none.
         cache_gb: decoded frames are kept if those of the whole split take no more.
+        text_buckets: widths that the captions of a batch are cut to if they fit, see
+            `buckets.cut`. Processes that read different rows need the same width: give them one
+            that holds all captions of the split.
 
     Yields:
-        {"frames": uint8 [b, F, S, S, 3], "ids": int32 [b, T]}.
+        {"frames": uint8 [b, F, S, S, 3], "ids": int32 [b, T]}, T a bucket or all slots.
     """
     import grain  # slow to import, and it brings jax
 
@@ -153,7 +158,8 @@ def train_batches(
     stream = stream.random_map(item)
     local = range(batch_size) if local_rows is None else local_rows
     rows = grain.MapDataset.range(_ENDLESS).map(_Pick(stream, batch_size, tuple(local)))
-    return _read(rows, len(local), start_step, threads, workers)
+    batches = _read(rows, len(local), start_step, threads, workers)
+    return (batch | {"ids": buckets.cut(batch["ids"], text_buckets)} for batch in batches)
 
 
 def eval_videos(

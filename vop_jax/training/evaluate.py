@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from vop_jax import buckets
 from vop_jax.clip.model import MAX_LOGIT_SCALE
 from vop_jax.model import TextVideoModel
 from vop_jax.retrieval import metrics, rescoring
@@ -46,6 +47,7 @@ class EvalSet:
         missed_texts, missed_videos: what unreadable videos leave as misses.
         extra: "dual_softmax", "query_bank": what else is ranked by, in rows of their own.
         bank: of training clips, needed for "query_bank" alone.
+        text_buckets: widths that captions are cut to where they fit, see `buckets.cut`.
     """
 
     videos: Callable[[], Iterator[dict[str, np.ndarray]]]
@@ -56,6 +58,7 @@ class EvalSet:
     missed_videos: int = 0
     extra: Sequence[str] = ()
     bank: Bank | None = None
+    text_buckets: Sequence[int] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,12 +104,17 @@ def embed_videos(
 
 
 def embed_texts(
-    encode: Encode, params: Any, mesh: Mesh, ids: np.ndarray, batch_size: int
+    encode: Encode,
+    params: Any,
+    mesh: Mesh,
+    ids: np.ndarray,
+    batch_size: int,
+    text_buckets: Sequence[int] = (),
 ) -> np.ndarray:
-    """int32 [N, T] -> float32 [N, E], in batches of one shape."""
+    """int32 [N, T] -> float32 [N, E], in batches of one size, each as wide as it has to be."""
     rows = []
     for start in range(0, len(ids), batch_size):
-        block = ids[start : start + batch_size]
+        block = buckets.cut(ids[start : start + batch_size], text_buckets)
         padded = np.concatenate([block, np.repeat(block[-1:], batch_size - len(block), axis=0)])
         local = padded[sharding.process_rows(mesh, batch_size)]
         placed = sharding.to_global(mesh, {"ids": local})["ids"]
@@ -120,7 +128,8 @@ def evaluate(
     """Embeds a split with these parameters and compares all of it."""
     encode_video, encode_text = encoders
     videos = embed_videos(encode_video, params, mesh, data.videos())
-    texts = embed_texts(encode_text, params, mesh, data.ids, batch_size)
+    reading = batch_size, data.text_buckets
+    texts = embed_texts(encode_text, params, mesh, data.ids, *reading)
     misses = data.missed_texts, data.missed_videos
     ranks = metrics.rank_pairs(texts, videos, data.video_of_text)
     results = _sides(metrics.with_misses(ranks, *misses))
@@ -135,7 +144,7 @@ def evaluate(
     if data.contrasts:
         results["accuracy"] = {}
     for name, ids in data.contrasts.items():
-        turned = embed_texts(encode_text, params, mesh, ids, batch_size)
+        turned = embed_texts(encode_text, params, mesh, ids, *reading)
         accuracy = metrics.contrast_accuracy(texts, turned, videos, data.video_of_text)
         results["accuracy"][name] = accuracy
     return Evaluation(results, ranks, metrics.top_videos(texts, videos, TOP))
@@ -170,5 +179,6 @@ def _query_bank(
     if data.bank is None:
         raise ValueError("query_bank needs a bank of training clips")
     of_videos = embed_videos(encoders[0], params, mesh, data.bank.videos())
-    of_texts = embed_texts(encoders[1], params, mesh, data.bank.ids, batch_size)
+    reading = batch_size, data.text_buckets
+    of_texts = embed_texts(encoders[1], params, mesh, data.bank.ids, *reading)
     return rescoring.query_bank(of_texts, videos), rescoring.query_bank(of_videos, texts)

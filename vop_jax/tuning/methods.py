@@ -206,6 +206,11 @@ class MethodConfig:
         """T, the token slots a caption has: the context less the prompts."""
         return clip.context_length - self.text_tokens
 
+    @property
+    def takes_fewer_slots(self) -> bool:
+        """Whether captions may come without slots that are empty in all of them."""
+        return self.suffix == "eot" or not self.text_tokens
+
     def check_fits(self, clip: ClipConfig) -> None:
         """Raises UserError when these prompts do not fit a CLIP of these sizes."""
         depth = {"visual": clip.vision_layers, "text": clip.text_layers}

@@ -1,0 +1,20 @@
+"""Captions in the shortest of a few widths that holds them.
+
+What stands behind a caption's EOT is never seen by it under the causal mask, so that fewer
+slots give the same features, up to the rounding of other shapes. Each width is compiled once.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def longest(ids: np.ndarray) -> int:
+    """Slots that the longest of the captions [N, T] takes, its EOT, the largest id, included."""
+    return int(ids.argmax(axis=-1).max(initial=-1)) + 1
+
+
+def cut(ids: np.ndarray, buckets: Sequence[int]) -> np.ndarray:
+    """int32 [N, T] -> [N, T'], the smallest bucket that holds all of them, or T itself."""
+    needed = longest(ids)
+    return ids[:, : min((width for width in buckets if width >= needed), default=ids.shape[1])]
