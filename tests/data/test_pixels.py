@@ -6,7 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vop_jax.data.pixels import _draw_crop, eval_crop, resize_short_side, train_crop
+from vop_jax.data.pixels import (
+    _draw_box,
+    centre_cut,
+    cut_out,
+    draw_cut,
+    eval_crop,
+    resize_short_side,
+    train_crop,
+)
 
 SIZE = 24
 
@@ -25,7 +33,9 @@ def clip_preprocess(frame: np.ndarray, size: int) -> np.ndarray:
         new_width, new_height = size, int(size * height / width)
     else:
         new_width, new_height = int(size * width / height), size
-    image = Image.fromarray(frame).resize((new_width, new_height), Image.Resampling.BICUBIC)
+    image = Image.fromarray(frame)
+    for sides in ((new_width, height), (new_width, new_height)):  # as one call before Pillow 13
+        image = image.resize(sides, Image.Resampling.BICUBIC)
     left, top = round((new_width - size) / 2.0), round((new_height - size) / 2.0)
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
@@ -65,6 +75,16 @@ def test_all_frames_of_a_clip_get_one_crop():
             np.testing.assert_array_equal(frame, cropped[0])
 
 
+def test_a_crop_is_drawn_first_and_then_cut_out():
+    frames = [picture(60, 80, seed) for seed in range(2)]
+    for seed in range(5):
+        cut = draw_cut((60, 80), SIZE, np.random.default_rng(seed))
+        cropped = train_crop(frames, SIZE, np.random.default_rng(seed))
+        np.testing.assert_array_equal(cut_out(frames, SIZE, cut), cropped)
+    centre = cut_out(frames, SIZE, centre_cut((60, 80), SIZE))
+    np.testing.assert_array_equal(centre, eval_crop(frames, SIZE))
+
+
 def test_flip_mirrors_half_of_the_clips():
     frames = [picture(SIZE, SIZE)]
     whole = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
@@ -85,7 +105,7 @@ def test_flip_mirrors_half_of_the_clips():
 )
 def test_crops_are_inside_and_as_large_as_asked(h, w, seed, low):
     scale, ratio = (low, 1.0), (3 / 4, 4 / 3)
-    top, left, height, width = _draw_crop((h, w), np.random.default_rng(seed), scale, ratio)
+    top, left, height, width = _draw_box((h, w), np.random.default_rng(seed), scale, ratio)
     assert 0 <= top <= h - height and 0 <= left <= w - width and height > 0 and width > 0
     # Whole pixels, so a little beyond the ranges; the fallback for long frames may be smaller.
     assert (width - 1) / (height + 1) <= ratio[1] and (width + 1) / (height - 0.99) >= ratio[0]

@@ -1,9 +1,11 @@
 """CLIP's preprocessing up to, not including, normalisation: frames stay uint8.
 
 Resizing is Pillow's bicubic, which antialiases when it shrinks and is what CLIP was trained
-with. All frames of a clip get one and the same crop.
+with. All frames of a clip get one and the same crop. Where a crop lies is one thing and to cut
+it out another: frames that are on the devices are cut out there, see `data/resampling.py`.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -11,33 +13,97 @@ import numpy as np
 from PIL import Image
 
 CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
+Range = tuple[float, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """How a picture [S, S] comes out of a frame: a box of it, resized, and a window of that.
+
+    Attributes:
+        top, left, height, width: the box, in pixels of the frame.
+        rows, columns: what it is resized to.
+        down, right: where the window begins.
+        mirrored: left to right.
+    """
+
+    top: int
+    left: int
+    height: int
+    width: int
+    rows: int
+    columns: int
+    down: int = 0
+    right: int = 0
+    mirrored: bool = False
 
 
 def _resize(frame: np.ndarray, width: int, height: int) -> np.ndarray:
+    """In two calls: since version 13 Pillow resizes some pictures the other way round."""
     if frame.shape[:2] == (height, width):
         return frame
-    resized = Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC)
-    return np.asarray(resized)
+    image = Image.fromarray(frame)
+    for size in ((width, image.height), (width, height)):
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    return np.asarray(image)
+
+
+def _short_side(shape: Sequence[int], size: int) -> tuple[int, int]:
+    """(height, width) with the shorter side `size`, aspect kept (torchvision's rounding)."""
+    short = min(shape)
+    height, width = (size if s == short else int(size * s / short) for s in shape)
+    return height, width
 
 
 def resize_short_side(frame: np.ndarray, size: int, *, enlarge: bool = True) -> np.ndarray:
     """uint8 [h, w, 3] -> its shorter side `size`, aspect kept (torchvision's rounding)."""
-    height, width = frame.shape[:2]
-    short = min(height, width)
-    if short <= size and not enlarge:
+    if min(frame.shape[:2]) <= size and not enlarge:
         return frame
-    return _resize(frame, *(size if s == short else int(size * s / short) for s in (width, height)))
+    height, width = _short_side(frame.shape[:2], size)
+    return _resize(frame, width, height)
+
+
+def cut_out(frames: Sequence[np.ndarray] | np.ndarray, size: int, cut: Cut) -> np.ndarray:
+    """F x [h, w, 3] -> [F, size, size, 3]."""
+    pictures = []
+    for frame in frames:
+        box = frame[cut.top : cut.top + cut.height, cut.left : cut.left + cut.width]
+        resized = _resize(box, cut.columns, cut.rows)
+        pictures.append(resized[cut.down : cut.down + size, cut.right : cut.right + size])
+    stacked = np.stack(pictures)
+    return np.ascontiguousarray(stacked[:, :, ::-1]) if cut.mirrored else stacked
+
+
+def centre_cut(shape: Sequence[int], size: int) -> Cut:
+    """The short side of [h, w] resized to `size`, and the centre of that."""
+    rows, columns = _short_side(shape, size)
+    down, right = round((rows - size) / 2), round((columns - size) / 2)
+    return Cut(0, 0, shape[0], shape[1], rows, columns, down, right)
+
+
+def draw_cut(
+    shape: Sequence[int],
+    size: int,
+    rng: np.random.Generator,
+    *,
+    scale: Range = (0.5, 1.0),
+    ratio: Range = (3 / 4, 4 / 3),
+    flip: bool = True,
+) -> Cut:
+    """Random-resized crop and flip of [h, w].
+
+    Args:
+        scale: range of the crop's area, as a share of the frame's.
+        ratio: range of the crop's width / height.
+        flip: mirror every second clip left to right.
+    """
+    box = _draw_box(shape, rng, scale, ratio)
+    return Cut(*box, size, size, mirrored=bool(flip and rng.random() < 0.5))
 
 
 def eval_crop(frames: Sequence[np.ndarray] | np.ndarray, size: int) -> np.ndarray:
     """Resize the short side to `size`, cut out the centre: F x [h, w, 3] -> [F, size, size, 3]."""
-    cropped = []
-    for frame in frames:
-        frame = resize_short_side(frame, size)
-        top = round((frame.shape[0] - size) / 2)
-        left = round((frame.shape[1] - size) / 2)
-        cropped.append(frame[top : top + size, left : left + size])
-    return np.stack(cropped)
+    return np.concatenate([cut_out([f], size, centre_cut(f.shape[:2], size)) for f in frames])
 
 
 def train_crop(
@@ -45,29 +111,17 @@ def train_crop(
     size: int,
     rng: np.random.Generator,
     *,
-    scale: tuple[float, float] = (0.5, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    scale: Range = (0.5, 1.0),
+    ratio: Range = (3 / 4, 4 / 3),
     flip: bool = True,
 ) -> np.ndarray:
-    """Random-resized crop and flip, the same for all frames: F x [h, w, 3] -> [F, size, size, 3].
-
-    Args:
-        scale: range of the crop's area, as a share of the frame's.
-        ratio: range of the crop's width / height.
-        flip: mirror every second clip left to right.
-    """
-    top, left, height, width = _draw_crop(frames[0].shape[:2], rng, scale, ratio)
-    mirrored = flip and rng.random() < 0.5
-    cropped = [_resize(f[top : top + height, left : left + width], size, size) for f in frames]
-    stacked = np.stack(cropped)
-    return np.ascontiguousarray(stacked[:, :, ::-1]) if mirrored else stacked
+    """`draw_cut`, the same for all frames: F x [h, w, 3] -> [F, size, size, 3]."""
+    shape = frames[0].shape[:2]
+    return cut_out(frames, size, draw_cut(shape, size, rng, scale=scale, ratio=ratio, flip=flip))
 
 
-def _draw_crop(
-    shape: tuple[int, ...],
-    rng: np.random.Generator,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
+def _draw_box(
+    shape: Sequence[int], rng: np.random.Generator, scale: Range, ratio: Range
 ) -> tuple[int, int, int, int]:
     """(top, left, height, width) inside [h, w]; the ratio is uniform in its logarithm."""
     h, w = shape
