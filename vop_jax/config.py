@@ -78,6 +78,9 @@ def base_config() -> ConfigDict:
     c.data.max_skipped = 0.05  # share of unreadable videos per split above which a run stops
     c.data.threads = 16  # reading and decoding records
     c.data.workers = 0  # reader processes; 0: threads of this one
+    # Above 0: the training split's decoded frames live on the devices, if they take no more than
+    # this of each, in GB, and pictures are cut out there: the same pixels. For one process.
+    c.data.device_cache_gb = 0.0
     # Captions are padded to the smallest of these widths that holds a batch, else to all slots;
     # each is compiled once. (): always all slots, as with method.suffix=released.
     c.data.text_buckets = (32,)
@@ -166,6 +169,7 @@ AT_LEAST_ZERO = (
     "data.folder_fps",
     "data.workers",
     "data.cache_gb",
+    "data.device_cache_gb",
     "train.steps",
     "train.learning_rate",
     "train.weight_decay",
@@ -186,6 +190,7 @@ RESUMABLE = (
     "data.threads",
     "data.workers",
     "data.cache_gb",
+    "data.device_cache_gb",  # the pixels are the same to the bit
     "data.text_buckets",  # the same numbers in other shapes
     "data.max_skipped",
     "train.log_every",

@@ -8,7 +8,7 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from vop_jax import results, run_data, start
+from vop_jax import results, run_cache, run_data, start
 from vop_jax.clip.weights import save_clip
 from vop_jax.errors import UserError
 from vop_jax.selection import Selection, save_result
@@ -67,8 +67,11 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
                     evaluate_at(run.state.trainable, first, during)  # before the run was stopped
                 logging.info("training %s, steps %d to %d", run.method.name, first + 1, steps)
                 optimizer = make_optimizer(config.train)
+                step_fn = jax.jit(make_train_step(run.model, optimizer, run.mesh), donate_argnums=0)
+                if data.cache:
+                    step_fn = run_cache.filled(run, data.cache).before(step_fn)
                 run.state = loop.fit(
-                    jax.jit(make_train_step(run.model, optimizer, run.mesh), donate_argnums=0),
+                    step_fn,
                     run.state,
                     run.frozen,
                     data.train_batches(first),

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from vop_jax import buckets, start
+from vop_jax import buckets, run_cache, start
 from vop_jax.config import extra_rows
 from vop_jax.data import sources
 from vop_jax.data.annotations.folder import hash_of
@@ -26,6 +26,7 @@ class Data:
 
     Attributes:
         train_batches: start step -> this process's rows of that batch and all after it.
+        cache: what `train_batches` are cut out of, where frames live on the devices.
         val_set: what a checkpoint is chosen on, if one is.
         num_texts, num_videos: both sides of the evaluation, misses included.
         cut_captions: captions, of the splits that are read, that were longer than the slots.
@@ -38,6 +39,7 @@ class Data:
     num_texts: int
     num_videos: int
     cut_captions: int
+    cache: run_cache.Plan | None
 
 
 def load_data(run: start.Run, *, training: bool = True) -> Data:
@@ -73,6 +75,7 @@ def load_data(run: start.Run, *, training: bool = True) -> Data:
         "sampling": config.data.sampling,
         "threads": config.data.threads,
     }
+    cache = run_cache.plan(run, train_split) if training and train_split else None
     in_evaluation = _batches_of(run, config.eval.batch_size) | shared
     data = Data(
         packed=packed,
@@ -102,12 +105,14 @@ def load_data(run: start.Run, *, training: bool = True) -> Data:
             workers=config.data.workers,
             cache_gb=config.data.cache_gb,
             text_buckets=_train_buckets(run, train_ids),
+            drawn=cache.drawn if cache else None,
             **_batches_of(run, config.train.batch_size),
             **shared,
         ),
         num_texts=len(ids) + missed_texts,
         num_videos=len(test) + len(missed),
         cut_captions=int(cut.sum() + cut_in_train.sum()),
+        cache=cache,
     )
     _report_data(run, data)
     return data

@@ -123,8 +123,8 @@ def test_kept_frames_change_nothing(split, options):
 
 def test_frames_are_kept_only_where_the_whole_split_fits(split, monkeypatch):
     decoded = []
-    decode = pipeline._decode
-    monkeypatch.setattr(pipeline, "_decode", lambda *a: decoded.append(1) or decode(*a))
+    decode = pipeline.decode
+    monkeypatch.setattr(pipeline, "decode", lambda *a: decoded.append(1) or decode(*a))
     clip = F * 32 * 48 * 3 / 1e9
     for cache_gb, times in ((CLIPS * clip * 1.01, CLIPS), (CLIPS * clip * 0.99, 28)):
         decoded.clear()

@@ -5,23 +5,20 @@ start at batch k, with any number of threads, workers or hosts.
 """
 
 import dataclasses
-import io
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from absl import logging
-from PIL import Image
 
 from vop_jax import buckets
+from vop_jax.data.decoded import Drawn, decode, draws_frames
 from vop_jax.data.packed import Split
-from vop_jax.data.pixels import eval_crop, train_crop
-from vop_jax.data.sampling import sample_indices
+from vop_jax.data.pixels import Cut, centre_cut, cut_out, draw_cut, eval_crop
 
 Batch = dict[str, np.ndarray]
 Tokenize = Callable[[Sequence[str]], np.ndarray]  # N captions -> int32 [N, T]
 PREFETCH = 4  # batches
-RANDOM = ("rand", "segments")  # samplings that draw
 _ENDLESS = 2**62  # rows
 
 
@@ -33,10 +30,7 @@ class _Decoder:
 
     def __init__(self, split: Split, frames: int, sampling: str, cache_bytes: float):
         self._split, self._frames, self._sampling = split, frames, sampling
-        # Where more than F are stored, each epoch draws others.
-        self._random = sampling in RANDOM and any(
-            "stored" in r and r["stored"] > frames for r in split.rows
-        )
+        self._random = draws_frames(split, frames, sampling)
         self._cache_bytes = 0 if self._random else cache_bytes
         self._kept: dict[int, list[np.ndarray]] = {}
 
@@ -44,33 +38,63 @@ class _Decoder:
         if index in self._kept:
             return self._kept[index]
         draw = rng if self._random else None
-        pixels = _decode(self._split[index], self._frames, self._sampling, draw)
+        pixels = decode(self._split[index], self._frames, self._sampling, draw)
         if sum(frame.nbytes for frame in pixels) * len(self._split) <= self._cache_bytes:
             self._kept[index] = pixels
         return pixels
 
 
 @dataclasses.dataclass(frozen=True)
-class _TrainItem:
-    """Clip i of a split -> its frames and one of its captions."""
+class _Draw:
+    """What is drawn for a clip: one of its captions, then a crop."""
 
-    split: Split
+    captions: Sequence[Sequence[str]]
     tokenize: Tokenize
-    decode: _Decoder
     image_size: int
     scale: tuple[float, float]
     flip: bool
     augment: bool
 
-    def __call__(self, index: int, rng: np.random.Generator) -> Batch:
-        captions = self.split.captions[index]
-        ids = self.tokenize([captions[rng.integers(len(captions))]])[0]
-        pixels = self.decode(index, rng)
+    def caption(self, index: int, rng: np.random.Generator) -> np.ndarray:
+        """int32 [T]."""
+        captions = self.captions[index]
+        return self.tokenize([captions[rng.integers(len(captions))]])[0]
+
+    def cut(self, shape: Sequence[int], rng: np.random.Generator) -> Cut:
+        """Of frames [h, w]."""
         if self.augment:
-            frames = train_crop(pixels, self.image_size, rng, scale=self.scale, flip=self.flip)
-        else:
-            frames = eval_crop(pixels, self.image_size)
-        return {"frames": frames, "ids": ids}
+            return draw_cut(shape, self.image_size, rng, scale=self.scale, flip=self.flip)
+        return centre_cut(shape, self.image_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class _TrainItem:
+    """Clip i of a split -> its frames and one of its captions."""
+
+    draw: _Draw
+    decode: _Decoder
+
+    def __call__(self, index: int, rng: np.random.Generator) -> Batch:
+        ids = self.draw.caption(index, rng)
+        pixels = self.decode(index, rng)
+        size = self.draw.image_size
+        if not self.draw.augment:
+            return {"frames": eval_crop(pixels, size), "ids": ids}
+        cut = self.draw.cut(pixels[0].shape[:2], rng)
+        return {"frames": cut_out(pixels, size, cut), "ids": ids}
+
+
+@dataclasses.dataclass(frozen=True)
+class _DrawnItem:
+    """The same draws for frames that are on the devices, in `decoded.Drawn`'s numbers."""
+
+    draw: _Draw
+    drawn: Drawn
+
+    def __call__(self, index: int, rng: np.random.Generator) -> Batch:
+        ids = self.draw.caption(index, rng)
+        cut = self.draw.cut(self.drawn.shapes[index], rng)
+        return self.drawn.numbers(index, cut) | {"ids": ids}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +110,7 @@ class _EvalItem:
         if index >= len(self.split):
             shape = (self.frames, self.image_size, self.image_size, 3)
             return {"frames": np.zeros(shape, np.uint8), "mask": np.array(False)}
-        pixels = _decode(self.split[index], self.frames, self.sampling, None)
+        pixels = decode(self.split[index], self.frames, self.sampling, None)
         return {"frames": eval_crop(pixels, self.image_size), "mask": np.array(True)}
 
 
@@ -121,6 +145,7 @@ def train_batches(
     workers: int = 0,
     cache_gb: float = 0.0,
     text_buckets: Sequence[int] = (),
+    drawn: Drawn | None = None,
 ) -> Iterator[Batch]:
     """This process's rows of the global batches `start_step`, `start_step + 1`, …, without end.
 
@@ -139,9 +164,11 @@ def train_batches(
         text_buckets: widths that the captions of a batch are cut to if they fit, see
             `buckets.cut`. Processes that read different rows need the same width: give them one
             that holds all captions of the split.
+        drawn: of frames that are on the devices already: batches tell what to cut out of them.
 
     Yields:
-        {"frames": uint8 [b, F, S, S, 3], "ids": int32 [b, T]}, T a bucket or all slots.
+        {"frames": uint8 [b, F, S, S, 3], "ids": int32 [b, T]}, T a bucket or all slots; or,
+        instead of frames, what `drawn.numbers` tells of each row.
     """
     import grain  # slow to import, and it brings jax
 
@@ -151,8 +178,9 @@ def train_batches(
             batch_size,
             len(split),
         )
-    decode = _Decoder(split, frames, sampling, cache_gb * 1e9)
-    item = _TrainItem(split, tokenize, decode, image_size, scale, flip, augment)
+    draw = _Draw(split.captions, tokenize, image_size, scale, flip, augment)
+    item: Any = _DrawnItem(draw, drawn) if drawn else None
+    item = item or _TrainItem(draw, _Decoder(split, frames, sampling, cache_gb * 1e9))
     stream = grain.MapDataset.source(range(len(split))).seed(seed).shuffle().repeat()
     # Randomness is bound to the global position before the processes share the rows out.
     stream = stream.random_map(item)
@@ -200,15 +228,3 @@ def _read(rows: Any, batch_size: int, start: int, threads: int, workers: int) ->
         num_threads=threads, prefetch_buffer_size=max(threads, PREFETCH * batch_size)
     )
     return iter(rows[start * batch_size :].to_iter_dataset(options).batch(batch_size))
-
-
-def _decode(
-    stored: list[bytes], frames: int, sampling: str, rng: np.random.Generator | None
-) -> list[np.ndarray]:
-    """F of the stored JPEGs: uint8 [h, w, 3] each."""
-    if len(stored) == frames:  # they were sampled when they were stored
-        chosen = np.arange(frames)
-    else:
-        chosen = sample_indices(len(stored), frames, sampling, rng)
-    pictures = {int(i): np.asarray(Image.open(io.BytesIO(stored[i]))) for i in set(chosen)}
-    return [pictures[int(i)] for i in chosen]

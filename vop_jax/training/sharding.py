@@ -9,7 +9,7 @@ The order is the order of distance: neighbours on `model` talk most and lie clos
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -193,6 +193,26 @@ def to_host(tree: Any) -> Any:
         return np.asarray(leaf)
 
     return jax.tree.map(whole, tree)
+
+
+def on_row_shards(mesh: Mesh, compute: Callable[..., Any]) -> Callable[..., Any]:
+    """Runs `compute(own, whole)` once for each part of the rows.
+
+    `own` is cut as a batch is, `whole` is not; what it returns is a share of a global batch.
+    """
+    specs = (P(ROWS), P())
+    # Devices on the axis `model` do the same with the same numbers.
+    return jax.shard_map(compute, mesh=mesh, in_specs=specs, out_specs=P(ROWS), check_vma=False)
+
+
+def row_shard() -> jax.Array:
+    """Inside `on_row_shards`: which part this is."""
+    return jax.lax.axis_index(ROWS)
+
+
+def add_up_rows(rows: jax.Array) -> jax.Array:
+    """Inside `on_row_shards`: the sum of all parts' [B, ...] -> this part's share of its rows."""
+    return jax.lax.psum_scatter(rows, ROWS, tiled=True)
 
 
 def process_rows(mesh: Mesh, batch_size: int) -> np.ndarray:

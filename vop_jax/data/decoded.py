@@ -1,0 +1,108 @@
+"""Frames of a split, decoded; and what to cut out of them where the devices keep them.
+
+Kept on the devices are the F frames of each clip, all of one size, padded at the bottom and the
+right. What a batch needs of them is told in a few numbers a row.
+"""
+
+import dataclasses
+import io
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from vop_jax.data.packed import Split
+from vop_jax.data.pixels import Cut, centre_cut
+from vop_jax.data.resampling import Sides, sides_of
+from vop_jax.data.sampling import sample_indices
+from vop_jax.data.workers import in_threads
+from vop_jax.errors import UserError
+
+RANDOM = ("rand", "segments")  # samplings that draw
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """How crops of clips [M, F, H, W, 3] are told.
+
+    Attributes:
+        shapes: (h, w) of each clip's frames, without the padding.
+        sides: all ways in which crops are resized.
+    """
+
+    shapes: Sequence[tuple[int, int]]
+    sides: Sides
+
+    @classmethod
+    def of(cls, shapes: Sequence[tuple[int, int]], size: int, augment: bool) -> "Drawn":
+        """For pictures of `size` pixels; without augmentation the centre crops alone."""
+        if augment:  # any box there may be
+            longest = max(max(shape) for shape in shapes)
+            return cls(shapes, Sides(((n, size, 0) for n in range(1, longest + 1)), size))
+        found = (sides_of(centre_cut(shape, size)) for shape in set(shapes))
+        return cls(shapes, Sides((side for pair in found for side in pair), size))
+
+    def numbers(self, clip: int, cut: Cut) -> dict[str, np.ndarray]:
+        """Of a row: its clip; the box's corner, top and left; the numbers of its sides."""
+        return {
+            "clip": np.array(clip, np.int32),
+            "corner": np.array([cut.top, cut.left], np.int32),
+            "sides": np.array(self.sides.numbers(cut), np.int32),
+            "mirrored": np.array(cut.mirrored),
+        }
+
+
+def frame_shapes(split: Split, frames: int, sampling: str, threads: int) -> list[tuple[int, int]]:
+    """(h, w) of each clip; reads all records, decodes none.
+
+    Raises:
+        UserError: the frames of a clip are of several sizes.
+    """
+
+    def shape(index: int) -> tuple[int, int]:
+        stored = split[index]
+        found = {Image.open(io.BytesIO(stored[i])).size for i in _chosen(stored, frames, sampling)}
+        if len(found) > 1:
+            raise UserError(
+                f"config.data.device_cache_gb: the frames of {split.ids[index]!r} are of several "
+                "sizes; set it to 0 to read from the records"
+            )
+        width, height = found.pop()
+        return height, width
+
+    shapes = in_threads(shape, range(len(split)), threads)
+    return list(tqdm(shapes, "sizes of frames", len(split), unit="clip"))
+
+
+def every_clip(split: Split, frames: int, sampling: str, threads: int) -> Iterator[np.ndarray]:
+    """uint8 [F, h, w, 3] of each clip, in order."""
+
+    def pixels(index: int) -> np.ndarray:
+        return np.stack(decode(split[index], frames, sampling))
+
+    clips = in_threads(pixels, range(len(split)), threads)
+    yield from tqdm(clips, "frames to the devices", len(split), unit="clip")
+
+
+def draws_frames(split: Split, frames: int, sampling: str) -> bool:
+    """Whether each epoch takes other frames: where more than F are stored, and drawn."""
+    stored = (row["stored"] for row in split.rows if "stored" in row)
+    return sampling in RANDOM and any(count > frames for count in stored)
+
+
+def decode(
+    stored: list[bytes], frames: int, sampling: str, rng: np.random.Generator | None = None
+) -> list[np.ndarray]:
+    """F of the stored JPEGs: uint8 [h, w, 3] each."""
+    chosen = _chosen(stored, frames, sampling, rng)
+    pictures = {int(i): np.asarray(Image.open(io.BytesIO(stored[i]))) for i in set(chosen)}
+    return [pictures[int(i)] for i in chosen]
+
+
+def _chosen(
+    stored: list[bytes], frames: int, sampling: str, rng: np.random.Generator | None = None
+) -> np.ndarray:
+    if len(stored) == frames:  # they were sampled when they were stored
+        return np.arange(frames)
+    return sample_indices(len(stored), frames, sampling, rng)
