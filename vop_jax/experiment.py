@@ -67,7 +67,9 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
                     evaluate_at(run.state.trainable, first, during)  # before the run was stopped
                 logging.info("training %s, steps %d to %d", run.method.name, first + 1, steps)
                 optimizer = make_optimizer(config.train)
-                step_fn = jax.jit(make_train_step(run.model, optimizer, run.mesh), donate_argnums=0)
+                step_fn: loop.Step = jax.jit(
+                    make_train_step(run.model, optimizer, run.mesh), donate_argnums=0
+                )
                 if data.cache:
                     step_fn = run_cache.filled(run, data.cache).before(step_fn)
                 run.state = loop.fit(

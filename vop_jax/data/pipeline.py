@@ -58,7 +58,7 @@ class _Draw:
     def caption(self, index: int, rng: np.random.Generator) -> np.ndarray:
         """int32 [T]."""
         captions = self.captions[index]
-        return self.tokenize([captions[rng.integers(len(captions))]])[0]
+        return self.tokenize([captions[int(rng.integers(len(captions)))]])[0]
 
     def cut(self, shape: Sequence[int], rng: np.random.Generator) -> Cut:
         """Of frames [h, w]."""

@@ -80,6 +80,7 @@ def fill(layout: Layout, clips: Iterable[np.ndarray]) -> jax.Array:
     placement = sharding.batch_sharding(layout.mesh)
     holders: dict[int, list[jax.Device]] = {}  # of the clips from each number on
     for device, index in placement.addressable_devices_indices_map(whole).items():
+        assert index is not None  # those of devices elsewhere
         holders.setdefault(index[0].indices(whole[0])[0], []).append(device)
     source, shards = iter(clips), []
     for first in sorted(holders):
@@ -150,12 +151,10 @@ def _own_rows(frames: jax.Array, whole: tuple[Batch, Batch], *, bits: int) -> ja
     def row(draw: Batch) -> jax.Array:
         clip = draw["clip"] - first_clip
         here = (clip >= 0) & (clip < frames.shape[0])
-        sides = {name: table[draw["sides"]] for name, table in tables.items()}
-        cut = functools.partial(pictures_of, **sides, bits=bits)
+        how = {name: table[draw["sides"]] for name, table in tables.items()}
+        how |= {name: draw[name] for name in ("corner", "mirrored")}
         return jax.lax.cond(
-            here,
-            lambda: cut(frames[clip], corner=draw["corner"], mirrored=draw["mirrored"]),
-            lambda: nothing,
+            here, lambda: pictures_of(frames[clip], **how, bits=bits), lambda: nothing
         )
 
     return sharding.add_up_rows(jax.lax.map(row, drawn))  # one by one: others' rows cost nothing
