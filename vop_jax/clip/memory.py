@@ -7,7 +7,7 @@ they are; parameters and their names stay the same.
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -72,7 +72,7 @@ def _pure(
 ) -> tuple[Callable[..., jax.Array], dict]:
     """(function, params): function(params, x) is what the block with its branches does."""
     modules: dict[str, nn.Module] = {"block": block, **branches}
-    free = {name: module.clone(parent=None) for name, module in modules.items()}
+    free: dict[str, Any] = {name: module.clone(parent=None) for name, module in modules.items()}
 
     def function(params, x):
         beside = {name: partial(free[name].apply, params[name]) for name in branches}

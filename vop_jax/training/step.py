@@ -89,7 +89,8 @@ def loss_and_gradient(
             return embed(model, params, rows)
         return embed_in_parts(model, params, rows, microbatches)
 
-    embed_all = each_on_its_own(mesh, embed_rows) if mesh else embed_rows
+    loops = microbatches > 1 or model.memory.frame_chunk > 0
+    embed_all = each_on_its_own(mesh, embed_rows, loops) if mesh else embed_rows
 
     def loss_of(trainable):
         return _loss(model, merge(trainable, frozen), *embed_all(trainable, batch))
