@@ -9,6 +9,7 @@ about twice a forward pass, full tuning about three times.
 
 import argparse
 import dataclasses
+import functools
 import json
 import time
 from typing import Any
@@ -19,6 +20,8 @@ import numpy as np
 
 from vop_jax import tensorfile
 from vop_jax.clip.config import PRESETS, ClipConfig
+from vop_jax.clip.memory import Memory
+from vop_jax.clip.precision import held
 from vop_jax.config import base_config
 from vop_jax.model import TextVideoModel
 from vop_jax.training.optimizer import make_optimizer
@@ -27,10 +30,17 @@ from vop_jax.tuning.methods import METHODS, MethodConfig
 from vop_jax.tuning.partition import merge, split
 
 Row = dict[str, Any]
+PLAIN = Memory()
 
 
 class Programs:
-    """A method's forward pass and training step, compiled for shapes alone."""
+    """A method's forward pass and training step, each compiled on first use, for shapes alone.
+
+    Args:
+        kernel: of attention across frames.
+        memory, microbatches: what is saved for time, see docs/memory.md.
+        device: to compile for, which need not be there; the first of this machine by default.
+    """
 
     def __init__(
         self,
@@ -40,9 +50,12 @@ class Programs:
         batch: int,
         dtype: str = "float32",
         kernel: Any = "xla",
+        memory: Memory = PLAIN,
+        microbatches: int = 1,
+        device: Any = None,
     ):
         method = dataclasses.replace(method, frames=frames)
-        model = TextVideoModel(clip, method, jnp.dtype(dtype), long_kernel=kernel)
+        model = TextVideoModel(clip, method, jnp.dtype(dtype), kernel, memory)
         pixels = (batch, frames, clip.image_size, clip.image_size, 3)
         rows = {
             "frames": jax.ShapeDtypeStruct(pixels, np.uint8),
@@ -52,30 +65,45 @@ class Programs:
         trainable, frozen = split(params, method.trainable_patterns(clip))
         optimizer = make_optimizer(base_config().train)
         state = jax.eval_shape(lambda tree: TrainState.create(tree, optimizer), trainable)
-        self._shapes = (state, frozen, rows)
+        place = jax.sharding.SingleDeviceSharding(device or jax.devices()[0])
+        self.shapes = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            (state, held(frozen, dtype), rows),
+        )
+        self._model = model
+        self.train_step = make_train_step(model, optimizer, microbatches=microbatches)
+
+    @functools.cached_property
+    def forward(self) -> Any:
+        """The loss alone."""
 
         def forward(trainable, frozen, rows):
-            return batch_loss(model, merge(trainable, frozen), rows)
+            return batch_loss(self._model, merge(trainable, frozen), rows)
 
-        self.forward = jax.jit(forward).lower(trainable, frozen, rows).compile()
-        step = jax.jit(make_train_step(model, optimizer))
-        self.step = step.lower(state, frozen, rows).compile()
+        state, frozen, rows = self.shapes
+        return jax.jit(forward).lower(state.trainable, frozen, rows).compile()
+
+    @functools.cached_property
+    def step(self) -> Any:
+        """The loss, its gradient and the optimizer's update."""
+        return jax.jit(self.train_step, donate_argnums=0).lower(*self.shapes).compile()
 
     def seconds(self, repeats: int) -> float:
         """Of a step on arbitrary values, the best of some."""
         rng = np.random.default_rng(0)
 
         def fill(shape: jax.ShapeDtypeStruct) -> jax.Array:
-            if shape.dtype == np.float32:
-                return jnp.asarray(rng.standard_normal(shape.shape, np.float32) * 0.02)
+            if jnp.issubdtype(shape.dtype, jnp.floating):
+                drawn = rng.standard_normal(shape.shape, np.float32) * 0.02
+                return jnp.asarray(drawn, shape.dtype)
             return jnp.ones(shape.shape, shape.dtype)
 
-        arguments = jax.tree.map(fill, self._shapes)
-        jax.block_until_ready(self.step(*arguments))
+        state, *others = jax.tree.map(fill, self.shapes)
+        state, _ = jax.block_until_ready(self.step(state, *others))
         taken = []
         for _ in range(repeats):
             begin = time.perf_counter()
-            jax.block_until_ready(self.step(*arguments))
+            state, _ = jax.block_until_ready(self.step(state, *others))
             taken.append(time.perf_counter() - begin)
         return min(taken)
 

@@ -89,6 +89,7 @@ def base_config() -> ConfigDict:
     c.train = ConfigDict()
     c.train.steps = 1000  # optimizer steps; 0: only evaluate
     c.train.batch_size = 32  # global: all devices of all hosts together
+    c.train.microbatches = 1  # parts of it that a device embeds one by one; same loss and gradient
     c.train.learning_rate = 5e-3  # peak; the paper searches [1e-6, 1e-2] per method
     c.train.warmup = 0.1  # share of the steps with linear warm-up, then cosine to 0
     c.train.weight_decay = 0.2  # not on norms and biases
@@ -124,7 +125,12 @@ def base_config() -> ConfigDict:
     # Where compiled programs are kept for the next start. "": on GPUs and TPUs in the workdir,
     # unless JAX_COMPILATION_CACHE_DIR says elsewhere; off: nowhere.
     c.compute.cache = ""
-    c.compute.attention = "xla"  # across frames (vop_f…); cudnn: fused, NVIDIA, bfloat16
+    # Across frames (vop_f…). cudnn: fused, NVIDIA, bfloat16; blocks: anywhere, as little memory
+    c.compute.attention = "xla"
+    # What follows and train.microbatches save memory for time, see docs/memory.md; same results.
+    # Computed again in the backward pass: none; dots: all but products with weights; full: blocks
+    c.compute.remat = "none"
+    c.compute.frame_chunk = 0  # so many frames of a device in a vision block at a time; 0: all
 
     # The demo's own CLIP, trained from nothing on still frames when steps > 0.
     c.pretrain = ConfigDict()
@@ -146,13 +152,15 @@ ALLOWED = {
     "data.short_clips": ("skip", "repeat"),
     "eval.missing": ("miss", "drop"),
     "compute.dtype": ("float32", "bfloat16"),
-    "compute.attention": ("xla", "cudnn"),
+    "compute.attention": ("xla", "cudnn", "blocks"),
+    "compute.remat": ("none", "dots", "full"),
 }
 AT_LEAST_ONE = (
     "data.frames",
     "data.short_side",
     "data.threads",
     "train.batch_size",
+    "train.microbatches",
     "train.log_every",
     "train.checkpoint_every",
     "train.keep_checkpoints",
@@ -174,6 +182,7 @@ AT_LEAST_ZERO = (
     "train.learning_rate",
     "train.weight_decay",
     "train.eval_every",
+    "compute.frame_chunk",
     "pretrain.steps",
     "pretrain.learning_rate",
 )
@@ -193,6 +202,7 @@ RESUMABLE = (
     "data.device_cache_gb",  # the pixels are the same to the bit
     "data.text_buckets",  # the same numbers in other shapes
     "data.max_skipped",
+    "train.microbatches",
     "train.log_every",
     "train.eval_every",
     "train.checkpoint_every",
@@ -205,6 +215,9 @@ RESUMABLE = (
     "mesh.fsdp",
     "mesh.model",
     "mesh.placement",
+    "compute.attention",
+    "compute.remat",
+    "compute.frame_chunk",
 )
 
 

@@ -3,7 +3,6 @@
 from functools import partial
 from typing import Any
 
-import jax
 from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
@@ -14,6 +13,7 @@ from vop_jax.errors import UserError
 from vop_jax.selection import Selection, save_result
 from vop_jax.training import evaluate as evaluation
 from vop_jax.training import hosts, loop
+from vop_jax.training.compiled import CompiledStep
 from vop_jax.training.optimizer import learning_rate, make_optimizer
 from vop_jax.training.step import make_train_step
 from vop_jax.training.writer import MetricWriter, NoWriter
@@ -66,10 +66,9 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
                 if due and logged(first, during) is None:
                     evaluate_at(run.state.trainable, first, during)  # before the run was stopped
                 logging.info("training %s, steps %d to %d", run.method.name, first + 1, steps)
-                optimizer = make_optimizer(config.train)
-                step_fn: loop.Step = jax.jit(
-                    make_train_step(run.model, optimizer, run.mesh), donate_argnums=0
-                )
+                optimizer, parts = make_optimizer(config.train), config.train.microbatches
+                train_step = make_train_step(run.model, optimizer, run.mesh, parts)
+                step_fn: loop.Step = CompiledStep(train_step, run.mesh)
                 if data.cache:
                     step_fn = run_cache.filled(run, data.cache).before(step_fn)
                 run.state = loop.fit(
@@ -144,7 +143,7 @@ def pretrain_config(config: ConfigDict) -> ConfigDict:
     inner = config.copy_and_resolve_references()
     with inner.unlocked():
         inner.train.update(config.pretrain)
-        inner.train.update(eval_every=0, select="last")
+        inner.train.update(eval_every=0, select="last", microbatches=1)
         inner.eval.extra = ()
         inner.method.name = "full"
         inner.data.update(kind="stills", frames=1, stored_fps=0.0, sampling="uniform")

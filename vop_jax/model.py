@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from vop_jax.clip.config import ClipConfig
 from vop_jax.clip.layers import Kernel
+from vop_jax.clip.memory import Memory
 from vop_jax.clip.model import Clip, unit
 from vop_jax.tensorfile import flatten
 from vop_jax.tuning.adapters import Adapters
@@ -21,13 +22,15 @@ class TextVideoModel(nn.Module):
     Attributes:
         dtype: of matmuls.
         long_kernel: of attention across frames, whose sequences are F times as long: "xla", or
-            "cudnn", which never holds the [F * G, F * G] weights.
+            "cudnn" or "blocks", which never hold the [F * G, F * G] weights.
+        memory: what is computed again in the backward pass instead of being kept.
     """
 
     clip_config: ClipConfig
     method: MethodConfig
     dtype: jnp.dtype = jnp.float32
     long_kernel: Kernel = "xla"
+    memory: Memory = Memory()
 
     def setup(self):
         self.clip = Clip(self.clip_config, self.dtype)
@@ -72,7 +75,8 @@ class TextVideoModel(nn.Module):
             if layer == 0:
                 x = tower.ln_pre(x)  # the first prompts pass through it, as in the released code
             kernel: Kernel = self.long_kernel if layer >= split else "xla"
-            x = block(x, **self._branches("visual", layer), kernel=kernel)
+            branches = self._branches("visual", layer)
+            x = self.memory.run(block, x, branches, kernel, frames=layer < split)
         cls = x[:, :heads].reshape(batch, count, -1)  # [B, F, D]
         return unit(tower.project(cls))
 
@@ -103,7 +107,7 @@ class TextVideoModel(nn.Module):
             prompted = prompts is not None
             if layer == 0:
                 x = x + tower.positions(x.shape[1])  # only the first prompts receive positions
-            x = block(x, **self._branches("text", layer))  # [N, T + P, D]
+            x = self.memory.run(block, x, self._branches("text", layer))  # [N, T + P, D]
         read = eot + (layout.tokens if prompted else 0)
         return unit(tower.project(x[jnp.arange(x.shape[0]), read]))
 

@@ -22,7 +22,9 @@ from ml_collections import ConfigDict
 from vop_jax import atomic, tensorfile
 from vop_jax import config as configs
 from vop_jax.clip.config import PRESETS, ClipConfig
+from vop_jax.clip.memory import Memory
 from vop_jax.clip.model import Clip
+from vop_jax.clip.precision import held
 from vop_jax.clip.weights import ClipWeights, check_shapes, load_clip
 from vop_jax.errors import UserError
 from vop_jax.model import TextVideoModel
@@ -63,7 +65,8 @@ class Run:
     @functools.cached_property
     def encoders(self) -> tuple[Encode, Encode]:
         """Jitted (encode_video, encode_text), compiled once."""
-        return make_encoders(self.model, self.mesh)
+        # Without a backward pass there is nothing to compute again.
+        return make_encoders(self.model.clone(memory=Memory()), self.mesh)
 
     def params(self) -> dict[str, Any]:
         """The whole tree."""
@@ -102,6 +105,7 @@ def opened(
             _keep_compiled(config.compute.cache, root, mesh)
             sharding.check_batch(mesh, "train.batch_size", config.train.batch_size)
             sharding.check_batch(mesh, "eval.batch_size", config.eval.batch_size)
+            sharding.check_microbatches(mesh, config.train.batch_size, config.train.microbatches)
             if _pretrains(config) and hosts.on_first(lambda: not (root / CLIP_FILE).exists()):
                 pretrain(config, root)
             clip = load_backbone(config, root)
@@ -244,7 +248,8 @@ def _prepare(
 ) -> Run:
     """The newest state: the workdir's, else `init.prompts`, else fresh prompts."""
     dtype, kernel = jnp.dtype(config.compute.dtype), config.compute.attention
-    model = TextVideoModel(clip.config, method, dtype, long_kernel=kernel)
+    memory = Memory(config.compute.remat, config.compute.frame_chunk)
+    model = TextVideoModel(clip.config, method, dtype, kernel, memory)
     params = {"clip": clip.params}
     params |= _fresh(model, config.seed)
     trainable, frozen = partition.split(params, method.trainable_patterns(clip.config))
@@ -263,7 +268,7 @@ def _prepare(
             )
         state = checkpoints.restore(state)
         logging.info("continuing %s from step %d", root, int(state.step))
-    frozen = sharding.place(mesh, frozen, rules)
+    frozen = sharding.place(mesh, held(frozen, dtype), rules)
     return Run(config, root, mesh, method, clip, model, state, frozen, checkpoints)
 
 

@@ -11,9 +11,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vop_jax.clip.attention import attention_in_blocks
+
 LAYER_NORM_EPS = 1e-5
 
-Kernel = Literal["xla", "cudnn"]  # of attention
+Kernel = Literal["xla", "cudnn", "blocks"]  # of attention
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
@@ -55,6 +57,10 @@ class Attention(nn.Module):
 
     def __call__(self, x: jax.Array, kernel: Kernel = "xla") -> jax.Array:
         q, k, v = self.query(x), self.key(x), self.value(x)  # [N, T, H, D/H]
+        if kernel == "blocks":
+            if self.causal:
+                raise ValueError("attention in blocks has no causal mask")
+            return self.out(attention_in_blocks(q, k, v))
         attended = jax.nn.dot_product_attention(
             q, k, v, is_causal=self.causal, implementation=kernel
         )
@@ -84,7 +90,7 @@ class Block(nn.Module):
 
     `attn_branch` and `mlp_branch` read the same normalised input as the attention and the
     MLP, and what they return is added beside theirs (a parallel adapter). `kernel` is an
-    implementation of `jax.nn.dot_product_attention`.
+    implementation of `jax.nn.dot_product_attention`, or "blocks", see `clip.attention`.
     """
 
     width: int

@@ -11,13 +11,19 @@ from vop_jax.tensorfile import Tree, flatten, unflatten
 from vop_jax.training import sharding
 
 
-def each_on_its_own(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+def each_on_its_own(
+    mesh: Mesh, function: Callable[..., Any], loops: bool = False
+) -> Callable[..., Any]:
     """`function(trainable, rows) -> rows`, run by every device on its rows and its own prompts.
 
     The same values; but the gradient of what is added to CLIP is summed over a device's rows
     first and then over devices, once a step. Left to itself the compiler sums over devices
     wherever a parameter is used: at every layer that shares it, at every turn of a recurrence.
     CLIP's own parameters are used once each, and not copied.
+
+    Args:
+        loops: whether `function` takes its rows in parts. A parameter of CLIP is then used once a
+            part, and copied as well, unless the mesh cuts it.
     """
     ways = sharding.row_shards(mesh)
     if ways == 1:
@@ -29,7 +35,8 @@ def each_on_its_own(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., A
 
     def run(trainable: Tree, rows: Any) -> Any:
         flat = flatten(trainable)
-        axes = {name: None if name.startswith("clip/") else 0 for name in flat}
+        once = not loops or sharding.cuts_parameters(mesh)
+        axes = {name: None if once and name.startswith("clip/") else 0 for name in flat}
         for name, axis in axes.items():
             if axis == 0:
                 flat[name] = placed(jnp.broadcast_to(flat[name], (ways, *flat[name].shape)))

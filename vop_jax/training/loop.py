@@ -57,7 +57,7 @@ def fit(
     """Trains from `state.step` to `config.steps` and returns the last state, saved.
 
     Args:
-        step_fn: the jitted step; it may consume `state`.
+        step_fn: the jitted or compiled step; it may consume `state`.
         frozen: the frozen parameters on the mesh.
         batches: this process's rows of batches `state.step`, `state.step + 1`, …
         config: the config's section `train`.

@@ -81,6 +81,16 @@ def check_batch(mesh: Mesh, key: str, batch_size: int) -> None:
         )
 
 
+def check_microbatches(mesh: Mesh, batch_size: int, microbatches: int) -> None:
+    """Raises UserError when the rows of a device cannot be cut into so many equal parts."""
+    own = batch_size // row_shards(mesh)
+    if own % microbatches:
+        raise UserError(
+            f"config.train.microbatches={microbatches}: does not divide the {own} of "
+            f"train.batch_size={batch_size} that each device has; {_listed(_divisors(own))} would"
+        )
+
+
 def check_heads(mesh: Mesh, heads: Mapping[str, int]) -> None:
     """Raises UserError when the axis `model` does not divide the heads {tower: H}."""
     ways = mesh.shape["model"]
@@ -104,6 +114,11 @@ def _listed(numbers: Sequence[int]) -> str:
 def row_shards(mesh: Mesh) -> int:
     """Into how many parts the rows of a batch are cut."""
     return math.prod(mesh.shape[axis] for axis in ROWS)
+
+
+def cuts_parameters(mesh: Mesh) -> bool:
+    """Whether some parameters are not whole on every device."""
+    return row_shards(mesh) != mesh.shape["data"] or mesh.shape["model"] > 1
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

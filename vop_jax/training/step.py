@@ -1,6 +1,7 @@
 """One step: pure functions of (state, frozen parameters, batch)."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from vop_jax.clip.memory import join_rows, split_rows
 from vop_jax.model import TextVideoModel
 from vop_jax.retrieval.losses import symmetric_cross_entropy
 from vop_jax.training.local import each_on_its_own
@@ -39,6 +41,24 @@ def embed(model: TextVideoModel, params: Any, batch: Batch) -> tuple[jax.Array, 
     return text, video
 
 
+def embed_in_parts(
+    model: TextVideoModel, params: Any, batch: Batch, parts: int
+) -> tuple[jax.Array, jax.Array]:
+    """`embed` of one part of the rows after the other, kept are the embeddings alone.
+
+    The backward pass embeds each part again, to carry back to the parameters how the loss, which
+    has seen all embeddings, wants those of the part to move (GradCache, arXiv 2101.06983). The
+    sum of the parts' gradients has the parameters' precision.
+    """
+
+    @partial(jax.checkpoint, prevent_cse=False)  # a loop has nothing to merge with
+    def embed_part(rows):
+        return embed(model, params, rows)
+
+    rows = jax.tree.map(partial(split_rows, parts=parts), batch)
+    return jax.tree.map(join_rows, jax.lax.map(embed_part, rows))
+
+
 def batch_loss(model: TextVideoModel, params: Any, batch: Batch) -> jax.Array:
     """The contrastive loss of a global batch of (caption, clip) pairs, a scalar."""
     return _loss(model, params, *embed(model, params, batch))
@@ -49,25 +69,53 @@ def _loss(model: TextVideoModel, params: Any, text: jax.Array, video: jax.Array)
     return symmetric_cross_entropy(text, video, temperature)
 
 
+def loss_and_gradient(
+    model: TextVideoModel,
+    trainable: Any,
+    frozen: Any,
+    batch: Batch,
+    mesh: Mesh | None = None,
+    microbatches: int = 1,
+) -> tuple[jax.Array, Any]:
+    """The loss of a batch and its gradient with respect to the trainable parameters.
+
+    Args:
+        mesh, microbatches: as in `make_train_step`.
+    """
+
+    def embed_rows(trainable, rows):
+        params = merge(trainable, frozen)
+        if microbatches == 1:
+            return embed(model, params, rows)
+        return embed_in_parts(model, params, rows, microbatches)
+
+    loops = microbatches > 1 or model.memory.frame_chunk > 0
+    embed_all = each_on_its_own(mesh, embed_rows, loops) if mesh else embed_rows
+
+    def loss_of(trainable):
+        return _loss(model, merge(trainable, frozen), *embed_all(trainable, batch))
+
+    return jax.value_and_grad(loss_of)(trainable)
+
+
 def make_train_step(
-    model: TextVideoModel, optimizer: optax.GradientTransformation, mesh: Mesh | None = None
+    model: TextVideoModel,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh | None = None,
+    microbatches: int = 1,
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]:
     """The step `(state, frozen, batch) -> (state, metrics)`, to be jitted by the caller.
 
     Args:
         mesh: what the batch is spread over, if over more than one device.
+        microbatches: in how many parts a device's rows go through the encoders, one after the
+            other; each pair meets all others of the batch all the same.
     """
 
     def train_step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
-        def embed_rows(trainable, rows):
-            return embed(model, merge(trainable, frozen), rows)
-
-        embed_all = each_on_its_own(mesh, embed_rows) if mesh else embed_rows
-
-        def loss_of(trainable):
-            return _loss(model, merge(trainable, frozen), *embed_all(trainable, batch))
-
-        loss, gradient = jax.value_and_grad(loss_of)(state.trainable)
+        loss, gradient = loss_and_gradient(
+            model, state.trainable, frozen, batch, mesh, microbatches
+        )
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradient)}

@@ -1,0 +1,56 @@
+"""Attention over blocks of queries is attention."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vop_jax.clip.attention import attention_in_blocks
+from vop_jax.clip.layers import Attention
+
+
+def qkv(dtype=jnp.float32, length=13):
+    rows = np.random.default_rng(0).normal(0, 2, (3, 2, length, 2, 4))
+    return tuple(jnp.asarray(x, dtype) for x in rows)
+
+
+@pytest.mark.parametrize("queries", [1, 4, 13, 128])
+def test_values_and_gradients_are_those_of_the_whole(queries):
+    def value(attend, q, k, v):
+        out = attend(q, k, v)
+        return (out * jnp.arange(4.0)[None, None, None]).sum(), out
+
+    def both(attend):
+        return jax.jit(jax.grad(lambda *x: value(attend, *x), argnums=(0, 1, 2), has_aux=True))(
+            *qkv()
+        )
+
+    blocks = both(lambda *x: attention_in_blocks(*x, queries=queries))
+    whole = both(jax.nn.dot_product_attention)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), blocks, whole)
+
+
+def test_gradients_of_bfloat16_keys_are_summed_in_float32():
+    q, k, v = qkv(jnp.bfloat16, length=256)
+
+    def gradient(attend, *x):
+        return np.asarray(jax.grad(lambda v: attend(x[0], x[1], v).sum())(x[2]), np.float64)
+
+    exact = gradient(jax.nn.dot_product_attention, *(x.astype(jnp.float32) for x in (q, k, v)))
+    found = gradient(lambda *x: attention_in_blocks(*x, queries=1), q, k, v)
+    # Two roundings to 8 bits; 256 of a running sum would be far off.
+    np.testing.assert_allclose(found, exact, rtol=2**-6, atol=1e-2)
+
+
+def test_the_weights_of_all_queries_never_exist():
+    q, k, v = qkv(length=64)
+    grad = jax.grad(lambda *x: attention_in_blocks(*x, queries=8).sum(), argnums=(0, 1, 2))
+    text = jax.jit(grad).lower(q, k, v).compile().as_text()
+    assert "64,64]" not in text
+    whole = jax.grad(lambda *x: jax.nn.dot_product_attention(*x).sum(), argnums=(0, 1, 2))
+    assert "64,64]" in jax.jit(whole).lower(q, k, v).compile().as_text()
+
+
+def test_a_causal_layer_has_no_blocks():
+    with pytest.raises(ValueError, match="no causal mask"):
+        Attention(8, 2, causal=True).init(jax.random.key(0), jnp.zeros((1, 3, 8)), "blocks")

@@ -1,0 +1,94 @@
+"""What blocks keep for the backward pass: less, for computing it again.
+
+A block as a function of its own parameters, so that `jax.checkpoint` and `lax.map` apply to it as
+they are; parameters and their names stay the same.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+
+from vop_jax.clip.layers import Block, Kernel
+
+Remat = Literal["none", "dots", "full"]
+
+# What of a block is kept beside its input. The products with weights are those without batch
+# dimensions; attention's, which are large and cheap, are not among them.
+POLICIES: dict[str, Callable[..., bool]] = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """How much memory blocks may take.
+
+    Attributes:
+        remat: what is computed again in the backward pass: nothing ("none"), all but products
+            with weights ("dots"), all but what enters a block ("full").
+        frame_chunk: at most so many frames are in a vision block at a time, and each such chunk
+            is computed again in the backward pass; 0: all frames at once.
+    """
+
+    remat: Remat = "none"
+    frame_chunk: int = 0
+
+    def run(
+        self,
+        block: Block,
+        x: jax.Array,
+        branches: Mapping[str, nn.Module],
+        kernel: Kernel = "xla",
+        frames: bool = False,
+    ) -> jax.Array:
+        """`block(x, **branches, kernel=kernel)`, [N, T, D] -> [N, T, D].
+
+        Args:
+            frames: whether the N sequences are frames, which `frame_chunk` is about.
+        """
+        chunks = self.chunks(len(x)) if frames else 1
+        if block.is_initializing() or (chunks == 1 and self.remat == "none"):
+            return block(x, **branches, kernel=kernel)
+        function, params = _pure(block, branches, kernel)
+        if chunks == 1:
+            return jax.checkpoint(function, policy=POLICIES[self.remat])(params, x)
+        # Within a loop nothing is merged with the forward pass, so nothing needs preventing.
+        again = jax.checkpoint(function, prevent_cse=False)
+        return join_rows(jax.lax.map(partial(again, params), split_rows(x, chunks)))
+
+    def chunks(self, count: int) -> int:
+        """Into how many equal parts `count` frames are cut: as few as `frame_chunk` allows."""
+        limit = self.frame_chunk or count
+        return next(k for k in range(1, count + 1) if count % k == 0 and count // k <= limit)
+
+
+def _pure(
+    block: Block, branches: Mapping[str, nn.Module], kernel: Kernel
+) -> tuple[Callable[..., jax.Array], dict]:
+    """(function, params): function(params, x) is what the block with its branches does."""
+    modules: dict[str, nn.Module] = {"block": block, **branches}
+    free: dict[str, Any] = {name: module.clone(parent=None) for name, module in modules.items()}
+
+    def function(params, x):
+        beside = {name: partial(free[name].apply, params[name]) for name in branches}
+        return free["block"].apply(params["block"], x, **beside, kernel=kernel)
+
+    return function, {name: module.variables for name, module in modules.items()}
+
+
+def split_rows(x: jax.Array, parts: int) -> jax.Array:
+    """[N, ...] -> [parts, N / parts, ...]; part i is rows i, i + parts, i + 2 parts, …
+
+    So each device, which holds a run of rows, has its share of every part and none moves.
+    """
+    return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+
+
+def join_rows(x: jax.Array) -> jax.Array:
+    """[parts, N / parts, ...] -> [N, ...], the inverse of `split_rows`."""
+    return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])

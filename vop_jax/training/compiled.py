@@ -1,0 +1,111 @@
+"""The step compiled ahead of its first run: how long that took, and whether it fits the device."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from absl import logging
+from jax.sharding import Mesh
+
+from vop_jax.errors import UserError
+from vop_jax.training import sharding
+from vop_jax.training.step import Batch, Metrics, TrainState
+
+HELP = (
+    "config.compute.remat='full', compute.frame_chunk, train.microbatches, compute.dtype="
+    "'bfloat16', mesh.fsdp or a smaller train.batch_size (docs/memory.md says which first)"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Bytes of one device that a program takes, by the compiler's account.
+
+    Attributes:
+        held: what goes in and comes out: parameters, state and a batch.
+        between: what exists only while it runs: activations.
+        others: of arrays that have nothing to do with the program.
+        limit: what the device has; None where it does not say.
+    """
+
+    held: int
+    between: int
+    others: int = 0
+    limit: int | None = None
+
+    @classmethod
+    def of(cls, program: Any, device: jax.Device | None = None) -> "Estimate | None":
+        """Of a compiled program, and what its device says; None where the compiler is silent."""
+        memory = program.memory_analysis()
+        if memory is None:
+            return None
+        results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        held, between = memory.argument_size_in_bytes + results, memory.temp_size_in_bytes
+        stats = (device.memory_stats() if device else None) or {}
+        others = max(0, stats.get("bytes_in_use", 0) - memory.argument_size_in_bytes)
+        return cls(held, between, others, stats.get("bytes_limit"))
+
+    @property
+    def total(self) -> int:
+        return self.held + self.between + self.others
+
+    def __str__(self) -> str:
+        parts = f"{_gb(self.held)} parameters, state and batch, {_gb(self.between)} activations"
+        beside = f", {_gb(self.others)} other arrays" if self.others else ""
+        return f"{_gb(self.total)} GB of a device: {parts}{beside}"
+
+    def check(self) -> None:
+        """Raises UserError when the device has less."""
+        if self.limit is not None and self.total > self.limit:
+            has, missing = _gb(self.limit), _gb(self.total - self.limit)
+            raise UserError(
+                f"a step needs {self}; it has {has}, {missing} GB are missing: set {HELP}"
+            )
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.1f}" if size >= 1e8 else f"{size / 1e9:.3f}"
+
+
+class CompiledStep:
+    """A train step that is compiled once for each shape of a batch, and says what it takes.
+
+    Attributes:
+        programs: the compiled ones, by the shapes of their batch.
+    """
+
+    def __init__(self, step: Callable[..., tuple[TrainState, Metrics]], mesh: Mesh):
+        self._step, self._mesh = step, mesh
+        self.programs: dict[Any, Any] = {}
+
+    def __call__(self, state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
+        """The step; consumes `state`.
+
+        Raises:
+            UserError: it does not fit the device.
+        """
+        shapes = tuple((name, x.shape, x.dtype) for name, x in sorted(batch.items()))
+        if shapes not in self.programs:
+            self.programs[shapes] = self._compile(state, frozen, batch)
+        return self.programs[shapes](state, frozen, batch)
+
+    def _compile(self, state: TrainState, frozen: Any, batch: Batch) -> Any:
+        # The state comes out where it went in, so that the same program takes it again.
+        places = jax.tree.map(lambda x: x.sharding, state), sharding.replicated(self._mesh)
+        jitted = jax.jit(self._step, donate_argnums=0, out_shardings=places)
+        since = time.perf_counter()
+        try:
+            program = jitted.lower(state, frozen, batch).compile()
+        except jax.errors.JaxRuntimeError as error:  # a TPU's compiler knows the limit itself
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            line = " ".join(str(error).split())[:300]
+            raise UserError(f"a step does not fit a device ({line}): set {HELP}") from None
+        taken = time.perf_counter() - since
+        estimate = Estimate.of(program, self._mesh.local_devices[0])
+        logging.info("step compiled in %.1f s; %s", taken, estimate or "its memory is not known")
+        if estimate:
+            estimate.check()
+        return program
