@@ -1,0 +1,168 @@
+"""What feeds the chip: how fast batches come, what waiting for them costs, what a cache takes.
+
+    python -m benchmarks.input
+
+Clips as in `benchmarks.prepare`, packed as records of 12 frames of 240 x 320 pixels. The supply
+is counted in clips a second that the host gets ready, without a model. Waiting is that of a
+loop with a small model: batches read between the steps, read ahead, and cut out of frames that
+are on the device. FLOPs are XLA's.
+"""
+
+import argparse
+import itertools
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.prepare import make_clip
+from benchmarks.step_cost import Programs, flops
+from vop_jax.clip.config import PRESETS, ClipConfig
+from vop_jax.config import base_config
+from vop_jax.data.builders import Making
+from vop_jax.data.decoded import Drawn, every_clip, frame_shapes
+from vop_jax.data.encode import Preprocessing
+from vop_jax.data.packed import Split
+from vop_jax.data.packing import pack
+from vop_jax.data.pipeline import train_batches
+from vop_jax.data.records import Clip
+from vop_jax.data.resampling import BITS, Sides
+from vop_jax.data.sources import CaptionTokenizer
+from vop_jax.model import TextVideoModel
+from vop_jax.training import device_cache, prefetch, sharding
+from vop_jax.training.optimizer import make_optimizer
+from vop_jax.training.step import TrainState, make_train_step
+from vop_jax.tuning import partition
+from vop_jax.tuning.methods import MethodConfig
+
+FRAMES, SIZE, BATCH, STEPS = 12, 224, 8, 24
+SMALL = ClipConfig(SIZE, 32, 256, 4, 4, 256, 4, 4, 128)
+METHOD = MethodConfig(frames=FRAMES)
+Batches = Iterator[Any]
+
+
+def records(folder: str, count: int) -> Split:
+    clips = []
+    for i in range(count):
+        path = os.path.join(folder, f"{i}.mp4")
+        make_clip(path, i)
+        clips.append(Clip(str(i), path, (f"a texture, number {i}, drifts over the screen",)))
+    making = Making(isolated=False, progress=False)
+    return pack({"train": clips}, f"{folder}/records", Preprocessing(), making=making).splits[
+        "train"
+    ]
+
+
+def reader(split: Split, threads: int, **options: Any) -> Batches:
+    tokenize = CaptionTokenizer(METHOD.text_slots(SMALL))
+    sizes: dict[str, Any] = {"batch_size": BATCH, "image_size": SIZE, "frames": FRAMES}
+    return train_batches(split, tokenize, **sizes, threads=threads, **options)
+
+
+def supply(batches: Batches, count: int) -> float:
+    """Clips a second."""
+    for _ in range(4):  # what was read ahead, and the first epoch of a cache
+        next(batches)
+    begin = time.perf_counter()
+    for _ in range(count):
+        next(batches)
+    return count * BATCH / (time.perf_counter() - begin)
+
+
+class Loop:
+    """A training loop of a small model that tells how long it waited."""
+
+    def __init__(self) -> None:
+        model = TextVideoModel(SMALL, METHOD)
+        params = model.init(jax.random.key(0), *model.example())["params"]
+        self.mesh = sharding.make_mesh(1)
+        optimizer = make_optimizer(base_config().train)
+        trainable, frozen = partition.split(params, METHOD.trainable_patterns(SMALL))
+        self.frozen = sharding.place(self.mesh, frozen)
+        self.state = sharding.place(self.mesh, TrainState.create(trainable, optimizer))
+        self.step = jax.jit(make_train_step(model, optimizer))
+
+    def run(self, batches: Batches, cut: Callable[[Any], Any]) -> tuple[float, float]:
+        """(clips a second, share of the time spent waiting); metrics are read every eighth step."""
+        state, waiting, begin = self.state, 0.0, 0.0
+        for k in range(-2, STEPS):
+            if not k:  # compiled, and what was read ahead meanwhile is used up
+                waiting, begin = 0.0, time.perf_counter()
+            since = time.perf_counter()
+            batch = next(batches)
+            waiting += time.perf_counter() - since
+            state, metrics = self.step(state, self.frozen, cut(batch))
+            if k % 8 == 7 or k < 0:
+                jax.block_until_ready(metrics)
+        elapsed = time.perf_counter() - begin
+        return STEPS * BATCH / elapsed, waiting / elapsed
+
+
+def cutting_flops(height: int, width: int) -> float:
+    """Of one clip."""
+    sides = Sides(((n, SIZE, 0) for n in range(1, max(height, width) + 1)), SIZE)
+    shapes = {
+        "first": jax.ShapeDtypeStruct((2, SIZE), jnp.int32),
+        "weights": jax.ShapeDtypeStruct((2, SIZE, sides.weights.shape[2]), jnp.int32),
+        "corner": jax.ShapeDtypeStruct((2,), jnp.int32),
+        "mirrored": jax.ShapeDtypeStruct((), jnp.bool_),
+    }
+    frames = jax.ShapeDtypeStruct((FRAMES, height, width, 3), jnp.uint8)
+    cut = jax.jit(lambda frames, how: device_cache.pictures_of(frames, **how, bits=BITS))
+    return flops(cut.lower(frames, shapes).compile())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--clips", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        split = records(folder, args.clips)
+        shapes = frame_shapes(split, FRAMES, "uniform", args.threads)
+        drawn = Drawn.of(shapes, SIZE, augment=True)
+        print("\n| batches | clips/s |\n|---|---:|")
+        ways: tuple[tuple[str, int, dict[str, Any]], ...] = (
+            ("from records", 12, {}),
+            ("from frames kept in memory, `data.cache_gb`", 24, {"cache_gb": 1.0}),
+            ("draws alone, for frames on the devices", 200, {"drawn": drawn}),
+        )
+        for name, count, options in ways:
+            print(f"| {name} | {supply(reader(split, args.threads, **options), count):,.0f} |")
+
+        loop = Loop()
+        layout = device_cache.Layout(loop.mesh, len(split), (FRAMES, *shapes[0], 3))
+        frames = device_cache.fill(layout, every_clip(split, FRAMES, "uniform", args.threads))
+        sides = drawn.sides
+        cache = device_cache.DeviceCache(loop.mesh, frames, sides.first, sides.weights, BITS)
+
+        def placed(**options: Any) -> Batches:
+            total = itertools.islice(reader(split, args.threads, **options), STEPS + 2)
+            return prefetch.placed(loop.mesh, total)
+
+        between = (sharding.to_global(loop.mesh, batch) for batch in reader(split, args.threads))
+        print("\n| loop | clips/s | waiting |\n|---|---:|---:|")
+        for name, batches, cut in (
+            ("read between steps", between, lambda batch: batch),
+            ("read ahead", placed(), lambda batch: batch),
+            ("`data.device_cache_gb`", placed(drawn=drawn), cache.pictures),
+        ):
+            rate, share = loop.run(batches, cut)
+            print(f"| {name} | {rate:.1f} | {100 * share:.1f} % |")
+
+    cutting = cutting_flops(240, 320)
+    step = flops(Programs(PRESETS["ViT-B/32"], METHOD, FRAMES, 2).step) / 2
+    print(f"\ncutting a clip out of 240 x 320: {cutting / 1e9:.2f} GFLOP, its step (vop, ViT-B/32)")
+    print(f"{step / 1e9:.1f}: {100 * cutting / step:.2f} %")
+    for short, long in ((240, 320), (256, 342)):
+        layout = device_cache.Layout(loop.mesh, 9000, (FRAMES, short, long, 3))
+        size = layout.bytes_per_device / 1e9
+        print(f"9,000 clips of {FRAMES} frames, short side {short}: {size:.1f} GB over all devices")
+
+
+if __name__ == "__main__":
+    main()
