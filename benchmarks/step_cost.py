@@ -30,7 +30,15 @@ Row = dict[str, Any]
 
 
 class Programs:
-    """A method's forward pass and training step, compiled for shapes alone."""
+    """A method's forward pass and training step, compiled for shapes alone.
+
+    Attributes:
+        model: what they compute.
+        shapes: what `step` takes, (state, frozen, rows); `forward` takes (trainable, frozen, rows).
+        forward, step: the compiled programs; `step` overwrites its state with `donate`.
+        counted, compile_seconds: of either by name, FLOPs before the compiler's rewriting, which
+            hides some of them in a GPU's library calls, and how long it took.
+    """
 
     def __init__(
         self,
@@ -40,9 +48,10 @@ class Programs:
         batch: int,
         dtype: str = "float32",
         kernel: Any = "xla",
+        donate: bool = False,
     ):
         method = dataclasses.replace(method, frames=frames)
-        model = TextVideoModel(clip, method, jnp.dtype(dtype), long_kernel=kernel)
+        model = self.model = TextVideoModel(clip, method, jnp.dtype(dtype), long_kernel=kernel)
         pixels = (batch, frames, clip.image_size, clip.image_size, 3)
         rows = {
             "frames": jax.ShapeDtypeStruct(pixels, np.uint8),
@@ -52,14 +61,24 @@ class Programs:
         trainable, frozen = split(params, method.trainable_patterns(clip))
         optimizer = make_optimizer(base_config().train)
         state = jax.eval_shape(lambda tree: TrainState.create(tree, optimizer), trainable)
-        self._shapes = (state, frozen, rows)
+        self.shapes = (state, frozen, rows)
+        self.counted: dict[str, float] = {}
+        self.compile_seconds: dict[str, float] = {}
 
         def forward(trainable, frozen, rows):
             return batch_loss(model, merge(trainable, frozen), rows)
 
-        self.forward = jax.jit(forward).lower(trainable, frozen, rows).compile()
-        step = jax.jit(make_train_step(model, optimizer))
-        self.step = step.lower(state, frozen, rows).compile()
+        self.forward = self._compiled("forward", jax.jit(forward), trainable, frozen, rows)
+        step = jax.jit(make_train_step(model, optimizer), donate_argnums=0 if donate else ())
+        self.step = self._compiled("step", step, *self.shapes)
+
+    def _compiled(self, name: str, function: Any, *shapes: Any) -> Any:
+        begin = time.perf_counter()
+        lowered = function.lower(*shapes)
+        program = lowered.compile()
+        self.compile_seconds[name] = time.perf_counter() - begin
+        self.counted[name] = flops(lowered)
+        return program
 
     def seconds(self, repeats: int) -> float:
         """Of a step on arbitrary values, the best of some."""
@@ -70,7 +89,7 @@ class Programs:
                 return jnp.asarray(rng.standard_normal(shape.shape, np.float32) * 0.02)
             return jnp.ones(shape.shape, shape.dtype)
 
-        arguments = jax.tree.map(fill, self._shapes)
+        arguments = jax.tree.map(fill, self.shapes)
         jax.block_until_ready(self.step(*arguments))
         taken = []
         for _ in range(repeats):
