@@ -40,6 +40,13 @@ class Programs:
         kernel: of attention across frames.
         memory, microbatches: what is saved for time, see docs/memory.md.
         device: to compile for, which need not be there; the first of this machine by default.
+
+    Attributes:
+        model: what they compute.
+        shapes: what `step` takes, (state, frozen, rows); `forward` takes (trainable, frozen, rows).
+        counted, compile_seconds: of either by name, once it is compiled: FLOPs before the
+            compiler's rewriting, which hides some of them in a GPU's library calls, and how long
+            that took.
     """
 
     def __init__(
@@ -55,7 +62,7 @@ class Programs:
         device: Any = None,
     ):
         method = dataclasses.replace(method, frames=frames)
-        model = TextVideoModel(clip, method, jnp.dtype(dtype), kernel, memory)
+        model = self.model = TextVideoModel(clip, method, jnp.dtype(dtype), kernel, memory)
         pixels = (batch, frames, clip.image_size, clip.image_size, 3)
         rows = {
             "frames": jax.ShapeDtypeStruct(pixels, np.uint8),
@@ -70,7 +77,8 @@ class Programs:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
             (state, held(frozen, dtype), rows),
         )
-        self._model = model
+        self.counted: dict[str, float] = {}
+        self.compile_seconds: dict[str, float] = {}
         self.train_step = make_train_step(model, optimizer, microbatches=microbatches)
 
     @functools.cached_property
@@ -78,15 +86,28 @@ class Programs:
         """The loss alone."""
 
         def forward(trainable, frozen, rows):
-            return batch_loss(self._model, merge(trainable, frozen), rows)
+            return batch_loss(self.model, merge(trainable, frozen), rows)
 
         state, frozen, rows = self.shapes
-        return jax.jit(forward).lower(state.trainable, frozen, rows).compile()
+        return self._compiled("forward", jax.jit(forward), state.trainable, frozen, rows)
 
     @functools.cached_property
     def step(self) -> Any:
-        """The loss, its gradient and the optimizer's update."""
-        return jax.jit(self.train_step, donate_argnums=0).lower(*self.shapes).compile()
+        """The loss, its gradient and the optimizer's update; it consumes its state."""
+        return self._compiled("step", jax.jit(self.train_step, donate_argnums=0), *self.shapes)
+
+    def _compiled(self, name: str, function: Any, *shapes: Any) -> Any:
+        begin = time.perf_counter()
+        lowered = function.lower(*shapes)
+        program = lowered.compile()
+        self.compile_seconds[name] = time.perf_counter() - begin
+        self.counted[name] = flops(lowered)
+        return program
+
+    def flops_of(self, name: str) -> float:
+        """Of `forward` or `step`, as `counted`."""
+        getattr(self, name)
+        return self.counted[name]
 
     def seconds(self, repeats: int) -> float:
         """Of a step on arbitrary values, the best of some."""
