@@ -40,6 +40,7 @@ from vop_jax.tuning import partition
 from vop_jax.tuning.methods import MethodConfig
 
 FRAMES, SIZE, BATCH, STEPS = 12, 224, 8, 24
+PAUSE = 3.0  # seconds, after which an earlier reader has read all it reads ahead
 SMALL = ClipConfig(SIZE, 32, 256, 4, 4, 256, 4, 4, 128)
 METHOD = MethodConfig(frames=FRAMES)
 Batches = Iterator[Any]
@@ -129,9 +130,10 @@ def main() -> None:
         ways: tuple[tuple[str, int, dict[str, Any]], ...] = (
             ("from records", 12, {}),
             ("from frames kept in memory, `data.cache_gb`", 24, {"cache_gb": 1.0}),
-            ("draws alone, for frames on the devices", 200, {"drawn": drawn}),
+            ("draws alone, for frames on the devices", 400, {"drawn": drawn}),
         )
         for name, count, options in ways:
+            time.sleep(PAUSE)
             print(f"| {name} | {supply(reader(split, args.threads, **options), count):,.0f} |")
 
         loop = Loop()
@@ -151,6 +153,7 @@ def main() -> None:
             ("read ahead", placed(), lambda batch: batch),
             ("`data.device_cache_gb`", placed(drawn=drawn), cache.pictures),
         ):
+            time.sleep(PAUSE)
             rate, share = loop.run(batches, cut)
             print(f"| {name} | {rate:.1f} | {100 * share:.1f} % |")
 

@@ -186,6 +186,8 @@ def train_batches(
     stream = stream.random_map(item)
     local = range(batch_size) if local_rows is None else local_rows
     rows = grain.MapDataset.range(_ENDLESS).map(_Pick(stream, batch_size, tuple(local)))
+    if drawn:
+        threads = 1  # draws are a few microseconds of Python, that more would only wait for
     batches = _read(rows, len(local), start_step, threads, workers)
     return (batch | {"ids": buckets.cut(batch["ids"], text_buckets)} for batch in batches)
 
