@@ -6,6 +6,7 @@ import os
 import shutil
 
 import filelock
+import jax
 import numpy as np
 import pytest
 
@@ -98,6 +99,20 @@ def test_a_run_leaves_what_the_contract_says(finished, clip):
     assert np.mean([r["rank"] for r in rankings]) == summary["t2v"]["MnR"]
     metadata = read_metadata(finished / "prompts.safetensors")
     assert metadata["clip_fingerprint"] == load_clip(clip).fingerprint
+
+
+def test_a_run_that_saves_memory_and_goes_on_without(call, clip, tmp_path):
+    """bfloat16 with every knob; what is frozen is held in it, what is written is float32."""
+    half = ("--config.compute.dtype=bfloat16", "--config.mesh.data=4", "--config.train.steps=4")
+    knobs = ("compute.remat=full", "compute.frame_chunk=2", "train.microbatches=2")
+    knobs = (*(f"--config.{knob}" for knob in knobs), "--config.eval.extra=dual_softmax")
+    assert call(*half, *knobs, workdir=tmp_path / "run")[0] == 0
+    assert "t2v_dual_softmax" in summary_of(tmp_path / "run")
+    prompts = load_prompts(tmp_path / "run/prompts.safetensors")
+    assert prompts.clip_fingerprint == load_clip(clip).fingerprint
+    assert {leaf.dtype for leaf in jax.tree.leaves(prompts.params)} == {np.dtype(np.float32)}
+    # None of the knobs is part of what a run learns: the same workdir goes on without them.
+    assert call(*half, workdir=tmp_path / "run")[0] == 0
 
 
 def test_the_same_call_again_changes_nothing(finished, call):

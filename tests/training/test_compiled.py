@@ -1,0 +1,154 @@
+"""The step compiled ahead: once for each shape of a batch, and only where it fits."""
+
+import jax
+import numpy as np
+import pytest
+from absl import logging
+
+from tests import tiny
+from vop_jax.config import base_config
+from vop_jax.errors import UserError
+from vop_jax.training import compiled, sharding
+from vop_jax.training.compiled import CompiledStep, Estimate
+from vop_jax.training.optimizer import make_optimizer
+from vop_jax.training.step import TrainState, make_train_step
+from vop_jax.tuning import partition
+from vop_jax.tuning.methods import MethodConfig
+
+METHOD = MethodConfig("vop", frames=tiny.FRAMES, visual_prompts=2)
+GB = 10**9
+
+
+class Compilations:
+    """How many programs were compiled, or taken from a cache, since it was made."""
+
+    def __init__(self):
+        self.count, self.on = 0, True
+        jax.monitoring.register_event_duration_secs_listener(self.heard)
+
+    def heard(self, event, *_, **__):
+        self.count += self.on and event == "/jax/core/compile/backend_compile_duration"
+
+
+@pytest.fixture
+def compilations():
+    heard = Compilations()
+    yield heard
+    heard.on = False  # jax keeps its listeners
+
+
+def placed(shape):
+    """(mesh, step, state, frozen) on a mesh of eight devices."""
+    mesh = sharding.make_mesh(*shape)
+    model, params = tiny.model_and_params(METHOD)
+    trainable, frozen = partition.split(params, METHOD.trainable_patterns(tiny.CLIP))
+    optimizer = make_optimizer(base_config().train)
+    state = sharding.place(mesh, TrainState.create(trainable, optimizer))
+    step = make_train_step(model, optimizer, mesh)
+    return mesh, step, state, sharding.place(mesh, frozen)
+
+
+def batch_of(mesh, size, seed=0):
+    slots = METHOD.text_slots(tiny.CLIP)
+    rows = {"frames": tiny.frames(size, seed), "ids": tiny.captions(size, slots, seed)}
+    return sharding.to_global(mesh, rows)
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 2, 2), pytest.param((8, 1, 1), marks=pytest.mark.slow)], ids=str
+)
+def test_once_for_each_shape_of_a_batch(shape, compilations):
+    mesh, step, state, frozen = placed(shape)
+    run = CompiledStep(step, mesh)
+    batches = [batch_of(mesh, 8, seed) for seed in range(3)]
+    larger = [batch_of(mesh, 16, seed) for seed in range(2)]
+    places = jax.tree.map(lambda x: x.sharding, state)
+    compilations.count = 0
+    seen = []
+    for batch in (*batches, *larger, batches[0]):
+        state, metrics = run(state, frozen, batch)
+        seen.append((len(run.programs), compilations.count))
+    assert seen == [(1, 1)] * 3 + [(2, 2)] * 3
+    assert int(state.step) == 6 and np.isfinite(float(metrics["loss"]))
+    assert jax.tree.map(lambda x: x.sharding, state) == places
+
+
+def test_what_it_takes_is_said(caplog):
+    logging.set_verbosity(logging.INFO)
+    mesh, step, state, frozen = placed((1, 1, 1))
+    size = sum(x.nbytes for x in jax.tree.leaves((state, frozen)))
+    run = CompiledStep(step, mesh)
+    with caplog.at_level("INFO", logger="absl"):
+        run(state, frozen, batch_of(mesh, 8))
+    (line,) = [m for m in caplog.messages if m.startswith("step compiled in")]
+    assert "GB of a device" in line and "activations" in line
+    (program,) = run.programs.values()
+    estimate = Estimate.of(program)
+    assert estimate is not None and estimate.limit is None
+    assert size < estimate.held < 1.5 * size + 1e5  # besides: the batch and metrics
+    assert estimate.between > 0 and str(estimate) in line
+
+
+class Device:
+    """One that says what it has."""
+
+    def __init__(self, **stats):
+        self.stats = stats
+
+    def memory_stats(self):
+        return self.stats or None
+
+
+class Program:
+    """One whose compiler says what it takes."""
+
+    def memory_analysis(self):
+        sizes = {"argument": 3 * GB, "output": 2 * GB, "alias": 1 * GB, "temp": 10 * GB}
+        names = {f"{name}_size_in_bytes": size for name, size in sizes.items()}
+        return type("Memory", (), names)
+
+
+def test_a_step_that_does_not_fit():
+    estimate = Estimate.of(Program(), Device(bytes_limit=16 * GB, bytes_in_use=6 * GB))
+    assert estimate == Estimate(held=4 * GB, between=10 * GB, others=3 * GB, limit=16 * GB)
+    message = (
+        "a step needs 17.0 GB of a device: 4.0 parameters, state and batch, 10.0 activations, 3.0 "
+        "other arrays; it has 16.0, 1.0 GB are missing: set config.compute.remat='full', "
+    )
+    with pytest.raises(UserError) as caught:
+        estimate.check()
+    assert str(caught.value).startswith(message)
+    for key in ("frame_chunk", "train.microbatches", "compute.dtype", "mesh.fsdp", "memory.md"):
+        assert key in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "device", [None, Device(), Device(bytes_in_use=GB), Device(bytes_limit=14 * GB)]
+)
+def test_a_step_that_fits_or_a_device_that_does_not_say(device):
+    estimate = Estimate.of(Program(), device)
+    assert estimate is not None and estimate.total == 14 * GB and estimate.others == 0
+    estimate.check()
+
+
+def test_it_is_refused_before_it_runs(monkeypatch):
+    mesh, step, state, frozen = placed((1, 1, 1))
+    too_much = Estimate(held=GB, between=GB, limit=GB)
+    monkeypatch.setattr(compiled.Estimate, "of", lambda *_: too_much)
+    with pytest.raises(UserError, match=r"1\.0 GB are missing"):
+        CompiledStep(step, mesh)(state, frozen, batch_of(mesh, 8))
+    assert int(state.step) == 0  # not consumed
+
+
+def test_a_compiler_that_refuses_is_translated_and_others_are_not():
+    def refused_with(message):
+        def step(state, frozen, batch):
+            raise jax.errors.JaxRuntimeError(message)
+
+        mesh, _, state, frozen = placed((1, 1, 1))
+        CompiledStep(step, mesh)(state, frozen, batch_of(mesh, 8))
+
+    with pytest.raises(UserError, match=r"does not fit a device .*Used 20G of 16G.*remat='full'"):
+        refused_with("RESOURCE_EXHAUSTED: Ran out of memory.\nUsed 20G of 16G hbm.")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        refused_with("INTERNAL: something else")
