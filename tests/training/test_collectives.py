@@ -191,7 +191,7 @@ def assert_only_what_it_must(found: list[Collective], trainable, count):
 
 
 TRAINED = [name for name, method in METHODS.items() if method.trainable]
-QUICK = ("vop", "vop_f", "vop_c")
+QUICK = ("vop", "vop_c")
 
 
 @pytest.mark.parametrize(
