@@ -77,7 +77,7 @@ def test_eot_moves_by_the_number_of_prompts(suffix):
     assert placed.argmax(axis=1).tolist() == expected
 
 
-@pytest.mark.parametrize("present", [0, 2])
+@pytest.mark.parametrize("present", [0, 2, 5])  # at 5 the new ones are as many
 def test_visual_prompts_stand_between_cls_and_patches(present):
     frames, patches = 3, 4
     x = jnp.arange(1.0 * frames * (1 + present + patches) * WIDTH).reshape(frames, -1, WIDTH)
