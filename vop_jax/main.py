@@ -99,6 +99,17 @@ def main(argv: Sequence[str]) -> int:
     set_up_logging()
     interrupt.install()
     try:
+        status = answer()
+    except SystemExit as exit:  # told by `fail`
+        status = int(exit.code or 0)
+    if (hosts := sys.modules.get("vop_jax.training.hosts")) is not None:
+        hosts.finish()
+    return status
+
+
+def answer() -> int:
+    """Does what the flags ask for; the exit status. What nobody expected is raised."""
+    try:
         given = flags.FLAGS
         join(given.coordinator, given.processes, given.process, given.timeout, given.mode)
         return run(given.config, given.workdir or "", given.mode, given.json)

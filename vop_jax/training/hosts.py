@@ -3,7 +3,6 @@
 Without a cluster all of this does nothing: the one process is the first.
 """
 
-import atexit
 import glob
 import hashlib
 import importlib.util
@@ -112,24 +111,35 @@ def _one_a_node(environment: Mapping[str, str]) -> bool:
     )
 
 
+_last_words: subprocess.Popen | None = None
+
+
 def _leave_last_words() -> None:
-    """What is said if this process is killed.
+    """What is said if this process ends without `finish`.
 
     When a process of the run dies, jax's C++ runtime aborts the others and Python has no say
     any more; so a shell waits behind a pipe for the end of this one.
     """
+    global _last_words
     message = (
         f"error: process {jax.process_index()} of {jax.process_count()} ended before the run did, "
         "because it was killed or because another one died (its own log says why); what was "
         "saved is kept, the same command on all processes continues"
     )
-    last_words = subprocess.Popen(
+    _last_words = subprocess.Popen(
         ["sh", "-c", 'read -r done || echo "$0" >&2', message],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         start_new_session=True,  # a Ctrl-C at the terminal is not for it
     )
-    atexit.register(last_words.communicate, b"done\n")
+
+
+def finish() -> None:
+    """This process has said how it ends: nothing needs to be said for it."""
+    global _last_words
+    if _last_words is not None:
+        _last_words.communicate(b"done\n")
+        _last_words = None
 
 
 def is_first() -> bool:
