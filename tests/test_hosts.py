@@ -27,7 +27,7 @@ class Hosts:
     processes: list[subprocess.Popen]
     logs: list[Path]
 
-    def wait(self, timeout: float = 60) -> list[int]:
+    def wait(self, timeout: float = 120) -> list[int]:
         """Their exit statuses."""
         try:
             return [process.wait(timeout) for process in self.processes]
