@@ -10,6 +10,7 @@ import pytest
 
 from tests import tiny
 from tests.reference_methods import Reference
+from vop_jax.clip.attention import attention
 from vop_jax.errors import UserError
 from vop_jax.model import TextVideoModel
 from vop_jax.tensorfile import flatten, unflatten
@@ -214,16 +215,14 @@ def test_bfloat16_stays_close(name):
 def test_only_layers_across_frames_get_the_kernel_for_long_sequences(monkeypatch, name, layers):
     """Which is asked for, that is; cuDNN's runs on a GPU only."""
     asked = []
-    attention = jax.nn.dot_product_attention
 
-    def spy(*qkv, implementation, **options):
+    def spy(query, key, value, implementation):
         asked.append(implementation)
-        return attention(*qkv, **options)
+        return attention(query, key, value)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", spy)
     method = MethodConfig(name, frames=3)
     model = TextVideoModel(tiny.CLIP, method, long_kernel="cudnn")
     frames, _ = model.example()
     jax.eval_shape(lambda key: model.init(key, frames, method="encode_video"), jax.random.key(0))
-    deep = tiny.CLIP.vision_layers
-    assert asked == ["xla"] * (deep - layers) + ["cudnn"] * layers
+    assert asked == ["cudnn"] * layers

@@ -76,9 +76,9 @@ class TextVideoModel(nn.Module):
                 x = tower.ln_pre(x)  # the first prompts pass through it, as in the released code
             kernel: Kernel = self.long_kernel if layer >= split else "xla"
             branches = self._branches("visual", layer)
-            x = self.memory.run(block, x, branches, kernel, frames=layer < split)
-        cls = x[:, :heads].reshape(batch, count, -1)  # [B, F, D]
-        return unit(tower.project(cls))
+            reads = heads if block is tower.blocks[-1] else None
+            x = self.memory.run(block, x, branches, kernel, frames=layer < split, reads=reads)
+        return unit(tower.project(x.reshape(batch, count, -1)))
 
     def _branches(self, tower: str, layer: int) -> dict[str, Any]:
         return self.adapters.at(tower, layer) if self.method.parts.adapter else {}
@@ -107,9 +107,11 @@ class TextVideoModel(nn.Module):
             prompted = prompts is not None
             if layer == 0:
                 x = x + tower.positions(x.shape[1])  # only the first prompts receive positions
-            x = self.memory.run(block, x, self._branches("text", layer))  # [N, T + P, D]
-        read = eot + (layout.tokens if prompted else 0)
-        return unit(tower.project(x[jnp.arange(x.shape[0]), read]))
+            branches, reads = self._branches("text", layer), None
+            if block is tower.blocks[-1]:
+                reads = eot + (layout.tokens if prompted else 0)
+            x = self.memory.run(block, x, branches, reads=reads)  # [N, T + P, D]
+        return unit(tower.project(x[:, 0]))
 
     def temperature(self) -> jax.Array:
         """The factor on similarities, see `Clip.temperature`."""

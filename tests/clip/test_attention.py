@@ -1,17 +1,59 @@
-"""Attention over blocks of queries is attention."""
+"""Attention is that of jax.nn, at once and over blocks of queries."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vop_jax.clip.attention import attention_in_blocks
-from vop_jax.clip.layers import Attention
+from vop_jax.clip.attention import attention, attention_in_blocks
+from vop_jax.clip.layers import Attention, Block, read
 
 
 def qkv(dtype=jnp.float32, length=13):
     rows = np.random.default_rng(0).normal(0, 2, (3, 2, length, 2, 4))
     return tuple(jnp.asarray(x, dtype) for x in rows)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("dtype", "atol"), [(jnp.float32, 1e-5), (jnp.bfloat16, 6e-2)])
+def test_values_and_gradients_are_those_of_jax(causal, dtype, atol):
+    q, k, v = qkv(dtype)
+    mask = jnp.tril(jnp.ones((13, 13), bool)) if causal else None
+
+    def gradients(attend):
+        def value(*x):
+            out = attend(*x)
+            assert out.dtype == dtype
+            return (out.astype(jnp.float32) * jnp.arange(4.0)[None, None, None]).sum(), out
+
+        return jax.tree.map(
+            lambda x: np.asarray(x, np.float32),
+            jax.jit(jax.grad(value, argnums=(0, 1, 2), has_aux=True))(q, k, v),
+        )
+
+    ours = gradients(lambda *x: attention(*x, mask))
+    theirs = gradients(lambda *x: jax.nn.dot_product_attention(*x, is_causal=causal))
+    scale = max(1.0, *(np.abs(x).max() for x in jax.tree.leaves(theirs)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol * scale), ours, theirs)
+
+
+def test_large_scores_stay_finite():
+    q, k, v = (100 * x for x in qkv())
+    np.testing.assert_allclose(
+        attention(q, k, v), jax.nn.dot_product_attention(q, k, v), rtol=1e-4, atol=1e-3
+    )
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("reads", [1, 3, jnp.array([4, 0, 8])])
+def test_a_block_makes_only_what_is_read(causal, reads):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 9, 8)), jnp.float32)
+    block = Block(8, 2, "gelu", causal)
+    params = block.init(jax.random.key(0), x)
+    branches = {"attn_branch": lambda h: 0.5 * h, "mlp_branch": lambda h: -h}
+    found = block.apply(params, x, **branches, reads=reads)
+    assert found.shape == (3, reads if isinstance(reads, int) else 1, 8)
+    np.testing.assert_allclose(found, read(block.apply(params, x, **branches), reads), atol=1e-6)
 
 
 @pytest.mark.parametrize("queries", [1, 4, 13, 128])

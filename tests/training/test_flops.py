@@ -33,9 +33,13 @@ def test_forward_flops_are_those_of_the_matrix_products():
     """By hand for plain CLIP; attention, norms and activations add a little."""
     c, frames, batch = SMALL, 4, 2
 
+    def block(width, tokens, read):
+        # Keys and values of all tokens; of those that are read query and out, 2 D^2, and the MLP.
+        dense = 2 * width**2 * tokens + 10 * width**2 * read
+        return 2 * (dense + 2 * width * tokens * read)
+
     def blocks(layers, width, tokens):
-        dense = 12 * width**2 * tokens  # query, key, value, out: 4 D^2, the MLP: 8 D^2
-        return 2 * layers * (dense + 2 * width * tokens**2)
+        return (layers - 1) * block(width, tokens, tokens) + block(width, tokens, 1)
 
     patches = 2 * c.patches * 3 * c.patch_size**2 * c.vision_width
     frame = patches + blocks(c.vision_layers, c.vision_width, 1 + c.patches)

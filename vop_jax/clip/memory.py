@@ -12,7 +12,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 
-from vop_jax.clip.layers import Block, Kernel
+from vop_jax.clip.layers import Block, Kernel, Reads
 
 Remat = Literal["none", "dots", "full"]
 
@@ -45,16 +45,17 @@ class Memory:
         branches: Mapping[str, nn.Module],
         kernel: Kernel = "xla",
         frames: bool = False,
+        reads: Reads = None,
     ) -> jax.Array:
-        """`block(x, **branches, kernel=kernel)`, [N, T, D] -> [N, T, D].
+        """`block(x, **branches, kernel=kernel, reads=reads)`, [N, T, D] -> [N, R, D].
 
         Args:
             frames: whether the N sequences are frames, which `frame_chunk` is about.
         """
         chunks = self.chunks(len(x)) if frames else 1
         if block.is_initializing() or (chunks == 1 and self.remat == "none"):
-            return block(x, **branches, kernel=kernel)
-        function, params = _pure(block, branches, kernel)
+            return block(x, **branches, kernel=kernel, reads=reads)
+        function, params = _pure(block, branches, kernel, reads)
         if chunks == 1:
             return jax.checkpoint(function, policy=POLICIES[self.remat])(params, x)
         # Within a loop nothing is merged with the forward pass, so nothing needs preventing.
@@ -68,7 +69,7 @@ class Memory:
 
 
 def _pure(
-    block: Block, branches: Mapping[str, nn.Module], kernel: Kernel
+    block: Block, branches: Mapping[str, nn.Module], kernel: Kernel, reads: Reads
 ) -> tuple[Callable[..., jax.Array], dict]:
     """(function, params): function(params, x) is what the block with its branches does."""
     modules: dict[str, nn.Module] = {"block": block, **branches}
@@ -76,7 +77,7 @@ def _pure(
 
     def function(params, x):
         beside = {name: partial(free[name].apply, params[name]) for name in branches}
-        return free["block"].apply(params["block"], x, **beside, kernel=kernel)
+        return free["block"].apply(params["block"], x, **beside, kernel=kernel, reads=reads)
 
     return function, {name: module.variables for name, module in modules.items()}
 

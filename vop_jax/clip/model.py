@@ -31,17 +31,20 @@ class Clip(nn.Module):
     def encode_image(self, frames: jax.Array) -> jax.Array:
         """uint8 [N, S, S, 3] -> unit rows [N, E]."""
         x = self.visual.ln_pre(self.visual.embed(frames))
-        for block in self.visual.blocks:
+        *blocks, last = self.visual.blocks
+        for block in blocks:
             x = block(x)
+        x = last(x, reads=1)  # CLS
         return unit(self.visual.project(x[:, 0]))
 
     def encode_text(self, ids: jax.Array) -> jax.Array:
         """int32 [N, T] -> unit rows [N, E]; read at EOT, the largest id."""
         x = self.text.embed(ids) + self.text.positions(ids.shape[1])
-        for block in self.text.blocks:
+        *blocks, last = self.text.blocks
+        for block in blocks:
             x = block(x)
-        eot = ids.argmax(axis=-1)
-        return unit(self.text.project(x[jnp.arange(x.shape[0]), eot]))
+        x = last(x, reads=ids.argmax(axis=-1))
+        return unit(self.text.project(x[:, 0]))
 
     def temperature(self) -> jax.Array:
         """The factor on similarities: exp(logit_scale), at most 100."""
