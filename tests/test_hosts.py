@@ -130,7 +130,7 @@ def test_sigterm_to_one_stops_both_and_another_machine_continues(places, alone):
     assert_same_run(alone, cut)
 
 
-@pytest.mark.parametrize("dies", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.parametrize("dies", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_when_one_is_killed_the_other_ends_and_says_so(places, dies):
     name = f"killed{dies}"
     hosts = start(places, name, "--config.train.steps=1000000")

@@ -45,6 +45,7 @@ def run_study(tmp_path_factory):
     patch.undo()
 
 
+@pytest.mark.slow
 def test_methods_share_a_clip_and_finished_runs_are_read(run_study, monkeypatch):
     rows = run_study("methods", [0, 1], only=["zero_shot", "vop"])
     assert [(row["label"], row["seeds"]) for row in rows] == [("zero_shot", 1), ("vop", 2)]

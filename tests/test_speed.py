@@ -28,6 +28,7 @@ def call(monkeypatch, tmp_path, capsys):
 
 
 # The tiny CLIP has 20 positions, 8 of them prompts.
+@pytest.mark.slow
 def test_both_frameworks_have_a_row_of_everything(call):
     found, printed = call("--methods", "vop_f")
     rows = found["rows"]

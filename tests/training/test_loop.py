@@ -116,7 +116,9 @@ def test_resume_is_bit_identical(tmp_path):
     assert steps == sorted(set(steps)) and steps[-1] == 6
 
 
-@pytest.mark.parametrize("name", ["vop", "proj", "bias", "partial"])
+@pytest.mark.parametrize(
+    "name", ["vop", "proj", *(pytest.param(m, marks=pytest.mark.slow) for m in ("bias", "partial"))]
+)
 def test_frozen_parameters_are_untouched_and_the_rest_learns(tmp_path, name):
     run = Run(tmp_path, MethodConfig(name, visual_prompts=2, text_prefix=1, text_suffix=2))
     slots = run.model.method.text_slots(tiny.CLIP)
