@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import gc
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -120,11 +121,18 @@ class Competition:
         found += [self._of_torch(mode, what) for mode in (None, *self.args.compile_modes)]
         race(found, self.args.repeats, self.args.calls)
         videos = self.args.eval_videos if what == "evaluation" else self.args.batch
-        # Of an evaluation those of its forward passes.
-        flops = self.programs["xla"].flops_of("step" if what == "step" else "forward")
-        flops *= videos / self.args.batch
+        flops = self._flops(what)
+        if flops is not None:
+            flops *= videos / self.args.batch
         given = {"method": self.name, "what": what, "videos": videos, "flops": flops}
         return [{**given, "variant": c.name, **c.found} for c in found]
+
+    def _flops(self, what: str) -> float | None:
+        """Of a batch, of an evaluation those of its forward pass; None if that won't compile."""
+        try:
+            return self.programs["xla"].flops_of("step" if what == "step" else "forward")
+        except Exception:  # its own row says why; the peer's has its time
+            return None
 
     def _of_jax(self, kernel: str, what: str) -> Contender:
         def make() -> Made:
@@ -189,8 +197,8 @@ def format_table(rows: list[Row], peak: float) -> str:
         else:
             best = min(row["seconds"])
             jax_best = first.setdefault((row["method"], row["what"]), best)
-            rate = row["flops"] / best
             line += [f"{1e3 * best:,.1f}", f"{best / jax_best:.2f}", f"{row['videos'] / best:,.2f}"]
+            rate = (row["flops"] or math.nan) / best
             line += [f"{rate / 1e9:,.1f}", f"{100 * rate / peak:.0f} %"]
             held, compiled = row.get("peak_bytes"), row.get("compile")
             line += ["" if held is None else f"{held / 1e9:.2f}"]

@@ -19,7 +19,7 @@ LEVELS = {
     "model": 3,
     "training": 4,
     **dict.fromkeys(("start", "run_data", "run_cache", "parameters", "results", "selection"), 5),
-    **dict.fromkeys(("experiment", "retriever", "report", "main"), 5),
+    **dict.fromkeys(("experiment", "backbone", "retriever", "report", "main"), 5),
 }
 PROGRAMS = ("check", "prepare")  # under data/ for the sake of their names: they use what a run uses
 FILES = sorted(PACKAGE.rglob("*.py"))

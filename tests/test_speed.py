@@ -59,6 +59,16 @@ def test_a_variant_that_fails_says_so_and_the_others_go_on(call, monkeypatch):
     assert "RuntimeError: no / compiler here" in printed
 
 
+def test_a_program_that_does_not_compile_leaves_the_peers_time(call, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(speed.Programs, "_compiled", broken)
+    ours, theirs = call("--methods", "vop", "--what", "step")[0]["rows"]
+    assert ours["error"] == "RuntimeError: out of memory"
+    assert len(theirs["seconds"]) == 2 and theirs["flops"] is None
+
+
 def test_without_torch_the_table_is_of_jax(call, monkeypatch):
     monkeypatch.setattr(speed, "torch", None)
     ours, theirs = call("--methods", "vop", "--what", "step")[0]["rows"]

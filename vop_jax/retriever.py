@@ -3,20 +3,19 @@
 import dataclasses
 import os
 from collections.abc import Sequence
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from vop_jax import tensorfile
+from vop_jax.backbone import Backbone
 from vop_jax.clip.weights import check_shapes, load_clip
-from vop_jax.data.frames import read_frames
+from vop_jax.data.frames import Frames, read_frames
 from vop_jax.data.pixels import eval_crop
 from vop_jax.data.sampling import sample_indices
 from vop_jax.data.sources import CaptionTokenizer
+from vop_jax.data.workers import in_threads
 from vop_jax.errors import UserError, VideoError
-from vop_jax.model import TextVideoModel
 from vop_jax.tuning.frame_tables import interpolate_frames
 from vop_jax.tuning.methods import MethodConfig
 from vop_jax.tuning.prompts_file import check_same_clip, load_prompts
@@ -25,50 +24,78 @@ from vop_jax.tuning.prompts_file import check_same_clip, load_prompts
 DEFAULT_VIDEO = {"frames": 12, "short_side": 256, "stored_fps": 0.0}
 
 DTYPES = ("float32", "bfloat16")
+Path = str | os.PathLike
 
 
 class Retriever:
-    """A CLIP with one set of prompts; made by `load`.
+    """A CLIP with one set of prompts; made by `load`. Threads may share it.
 
     Attributes:
         clip_name: the CLIP, for people to read.
+        clip_fingerprint: of its parameters.
+        prompts_fingerprint: equal exactly when the vectors over one CLIP are; "" without prompts.
         method: what the prompts are.
         frames: F, frames sampled of a video file.
+        embed_dim: E.
     """
 
-    def __init__(self, model: TextVideoModel, params: dict, clip_name: str, video: dict):
-        self.clip_name = clip_name
-        self.method = model.method
-        self.frames = video["frames"]
-        self._image_size = model.clip_config.image_size
-        self._embed_dim = model.clip_config.embed_dim
-        self._video = video
-        self._params = jax.device_put(params)
-        self._tokenize = CaptionTokenizer(model.method.text_slots(model.clip_config))
+    def __init__(
+        self,
+        backbone: Backbone,
+        method: MethodConfig,
+        params: dict[str, Any],
+        video: dict[str, Any],
+        fingerprint: str,
+    ):
+        self.clip_name, self.clip_fingerprint = backbone.name, backbone.fingerprint
+        self.prompts_fingerprint, self.method = fingerprint, method
+        self.frames, self.embed_dim = video["frames"], backbone.config.embed_dim
+        self._backbone, self._video = backbone, video
+        self._params = params
+        self._tokenize = CaptionTokenizer(method.text_slots(backbone.config))
 
-        def jitted(method: str):
-            return jax.jit(lambda p, rows: model.apply({"params": p}, rows, method=method))
+    def with_prompts(self, prompts: Path | None, *, frames: int | None = None) -> "Retriever":
+        """Another set of prompts over the same CLIP: only the prompts take memory of their own.
 
-        self._encode_text = jitted("encode_text")
-        self._encode_video = jitted("encode_video")
+        Programs are shared too by sets of one method and size. Arguments and errors as `load`.
+        """
+        return _over(self._backbone, prompts, frames)
 
     def embed_text(self, texts: Sequence[str]) -> np.ndarray:
         """Captions or queries -> float32 [N, E], unit rows.
 
         A text longer than the slots is cut, its EOT kept, and a warning logged.
         """
-        if isinstance(texts, str):
-            raise TypeError("texts is a list of strings, not one string")
-        ids, cut = self._tokenize.with_cuts(texts)
+        ids, cut = self._ids(texts)
         if cut.any():
             logging.warning("%d of %d texts cut to %d tokens", cut.sum(), len(ids), ids.shape[1])
-        return np.asarray(self._encode_text(self._params, ids))
+        return self._run("encode_text", ids)
+
+    def count_cut(self, texts: Sequence[str]) -> int:
+        """How many of the texts are longer than the slots."""
+        return int(self._ids(texts)[1].sum())
+
+    def _ids(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        if isinstance(texts, str):
+            raise TypeError("texts is a list of strings, not one string")
+        return self._tokenize.with_cuts(texts)
 
     def embed_frames(self, frames: np.ndarray) -> np.ndarray:
         """Sampled frames uint8 [B, F, H, W, 3] RGB -> float32 [B, E], unit rows.
 
         Each frame is resized (bicubic, short side) and centre-cropped as CLIP does.
         """
+        return self._run("encode_video", self._cropped(frames))
+
+    def embed_each_frame(self, frames: np.ndarray) -> np.ndarray:
+        """uint8 [B, F, H, W, 3] -> each frame within its clip, float32 [B, F, E], unit rows."""
+        cropped = self._cropped(frames)
+        if not len(cropped):
+            return np.zeros((*cropped.shape[:2], self.embed_dim), np.float32)
+        return self._run("encode_frames", cropped)
+
+    def _cropped(self, frames: np.ndarray) -> np.ndarray:
+        """[B, F, H, W, 3] -> [B, F, S, S, 3]."""
         frames = np.asarray(frames)
         if frames.ndim != 5 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
             raise ValueError(
@@ -76,12 +103,18 @@ class Retriever:
             )
         if not all(frames.shape[1:]):
             raise ValueError(f"clips without frames or pixels: {list(frames.shape)}")
-        if not len(frames):
-            return np.zeros((0, self._embed_dim), np.float32)
-        cropped = np.stack([eval_crop(clip, self._image_size) for clip in frames])
-        return np.asarray(self._encode_video(self._params, cropped))
+        size = self._backbone.config.image_size
+        clips = [eval_crop(clip, size) for clip in frames]
+        return np.stack(clips) if clips else np.zeros((0, frames.shape[1], size, size, 3), np.uint8)
 
-    def embed_videos(self, paths: Sequence[str | os.PathLike]) -> np.ndarray:
+    def embed_images(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """Pictures uint8 [H, W, 3] RGB, of any sizes -> float32 [N, E]; as still clips."""
+        clips = [self._cropped(np.asarray(image)[None, None]) for image in images]
+        if not clips:
+            return self._run("encode_video", np.zeros(0))
+        return self._run("encode_video", np.concatenate(clips).repeat(self.frames, axis=1))
+
+    def embed_videos(self, paths: Sequence[Path]) -> np.ndarray:
         """Video files -> float32 [B, E], unit rows; sampled as in training.
 
         Raises:
@@ -89,34 +122,61 @@ class Retriever:
         """
         if isinstance(paths, str | os.PathLike):
             raise TypeError("paths is a list of files, not one file")
-        rows = [np.zeros((0, self._embed_dim), np.float32)]
-        sampling = self._video.get("sampling", "uniform")
-        for path in paths:
-            try:
-                clip = read_frames(
-                    path,
-                    self.frames,
-                    short_side=self._video["short_side"],
-                    sampling=sampling,
-                    fps=self._video.get("stored_fps", 0.0),
-                    folder_fps=self._video.get("folder_fps", 0.0),
-                )
-            except VideoError as error:
-                raise UserError(f"{os.fspath(path)}: {error}") from None
-            # With stored_fps these are more, of which training takes F.
-            taken = np.arange(self.frames)
-            if len(clip.pixels) != self.frames:
-                taken = sample_indices(len(clip.pixels), self.frames, sampling)
-            rows.append(self.embed_frames(np.stack([clip.pixels[i] for i in taken])[None]))
+
+        def read(path: Path) -> np.ndarray:
+            return self._cropped(np.stack(self.sample(path).pixels)[None])
+
+        rows, clips = [self._run("encode_video", np.zeros(0))], []
+        read_ahead = in_threads(read, paths, os.cpu_count() or 1)
+        for path, clip in zip(paths, read_ahead, strict=True):
+            if isinstance(clip, VideoError):
+                raise UserError(f"{os.fspath(path)}: {clip}") from None
+            clips.append(clip)
+            if len(clips) == 16:  # so that memory does not grow with the number of files
+                rows.append(self._run("encode_video", np.concatenate(clips)))
+                clips = []
+        if clips:
+            rows.append(self._run("encode_video", np.concatenate(clips)))
         return np.concatenate(rows)
+
+    def sample(self, path: Path, start: float | None = None, end: float | None = None) -> Frames:
+        """The F frames of a file, or of a stretch of it in seconds, as in training.
+
+        Raises:
+            VideoError: the file cannot be read.
+        """
+        video, sampling = self._video, self._video.get("sampling", "uniform")
+        clip = read_frames(
+            path,
+            self.frames,
+            start=start,
+            end=end,
+            short_side=video["short_side"],
+            sampling=sampling,
+            fps=video.get("stored_fps", 0.0),
+            folder_fps=video.get("folder_fps", 0.0),
+        )
+        if len(clip.pixels) == self.frames:
+            return clip
+        # With stored_fps these are more, of which training takes F.
+        taken = sample_indices(len(clip.pixels), self.frames, sampling)
+        parts = (clip.pixels, clip.indices, clip.timestamps)
+        pixels, indices, timestamps = ([part[i] for i in taken] for part in parts)
+        return Frames(pixels, indices, timestamps, clip.count)
+
+    def _run(self, what: str, rows: np.ndarray) -> np.ndarray:
+        if not len(rows):
+            return np.zeros((0, self.embed_dim), np.float32)
+        return self._backbone.run(what, self.method, self._params, rows)
 
 
 def load(
-    clip: str | os.PathLike,
-    prompts: str | os.PathLike | None = None,
+    clip: Path,
+    prompts: Path | None = None,
     *,
     frames: int | None = None,
     dtype: str = "float32",
+    devices: int | None = None,
 ) -> Retriever:
     """Opens a converted CLIP and, over it, a set of prompts.
 
@@ -126,6 +186,7 @@ def load(
         frames: F, where it shall not be the prompts' own: what they know of frame positions is
             resampled to as many, and videos are sampled so.
         dtype: of matmuls, float32 or bfloat16; the vectors are float32.
+        devices: how many the rows of a batch are spread over; all if not said.
 
     Raises:
         UserError: a file is missing or not what it should be, or the prompts were trained over
@@ -133,21 +194,22 @@ def load(
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r}: allowed are {', '.join(DTYPES)}")
-    weights = load_clip(clip)
-    params, method, video = {"clip": weights.params}, MethodConfig("zero_shot"), DEFAULT_VIDEO
+    return _over(Backbone(load_clip(clip), dtype, devices), prompts, frames)
+
+
+def _over(backbone: Backbone, prompts: Path | None, frames: int | None) -> Retriever:
+    method, video, fingerprint = MethodConfig("zero_shot"), DEFAULT_VIDEO, ""
+    trained: dict[str, Any] = {}
     if prompts is not None:
         given = load_prompts(prompts)
-        check_same_clip(prompts, given, weights.fingerprint, weights.name)
-        given.method.check_fits(weights.config)
+        check_same_clip(prompts, given, backbone.fingerprint, backbone.name)
+        given.method.check_fits(backbone.config)
         method, video = given.method, {**DEFAULT_VIDEO, **given.video}
-        trained = given.params
+        trained, fingerprint = given.params, given.fingerprint
         if frames is not None:
             trained = interpolate_frames(trained, frames)
-        flat = {**tensorfile.flatten(params), **tensorfile.flatten(trained)}
-        params = tensorfile.unflatten(flat)
     if frames is not None:
         method, video = dataclasses.replace(method, frames=frames), {**video, "frames": frames}
-    model = TextVideoModel(weights.config, method, jnp.dtype(dtype))
-    shapes = {name: leaf.shape for name, leaf in model.shapes().items()}
-    check_shapes(prompts or clip, params, shapes)
-    return Retriever(model, params, weights.name, video)
+    params = backbone.with_trained(trained)
+    check_shapes(prompts or "clip", params, backbone.shapes(method))
+    return Retriever(backbone, method, params, video, fingerprint)

@@ -1,6 +1,7 @@
 """A trained set of prompts on disk: small, and bound to the CLIP it was trained over."""
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -35,6 +36,12 @@ class PromptSet:
     clip_name: str
     clip_config: ClipConfig
     video: dict[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256: equal exactly when parameters, method and the way clips are read are."""
+        facts = [dataclasses.asdict(self.method), self.video, tensorfile.fingerprint(self.params)]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def save_prompts(
