@@ -74,9 +74,10 @@ def open_store(uri: str | os.PathLike, dim: int, *, write: bool) -> VectorStore:
             database that does not answer.
     """
     uri = os.fspath(uri)
+    local, _, _ = uri.partition("#")
     if not uri:
         raise UserError("store: its name is empty; give a folder, FILE.db or http://HOST:PORT")
-    if uri.startswith(("milvus-lite:", "http://", "https://")) or uri.endswith(".db"):
+    if uri.startswith(("milvus-lite:", "http://", "https://")) or local.endswith(".db"):
         from vop_jax.search.milvus import MilvusStore
 
         return MilvusStore(uri, dim, write=write)
