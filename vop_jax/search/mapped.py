@@ -88,7 +88,12 @@ class Folder:
             self.close()
             raise
         self.vectors = self._map(longer)
-        self._sync_names()
+        try:
+            self._sync_names()
+        except OSError as error:
+            self.close()
+            why = f"{_reason(error)}; open it again to see whether the last change was stored"
+            raise UserError(f"store {self.path}: {why}") from None
 
     def compact(self, ids: np.ndarray, rows: np.ndarray) -> None:
         """Keeps the given rows alone, in this order, in new files.
@@ -133,16 +138,17 @@ class Folder:
         path = self._file("head.json")
         try:
             found = json.loads(path.read_bytes())
-            version, width = found["version"], found["dim"]
+            version = found["version"]
+            head = Head(**found) if version == VERSION else None
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"store {self.path}: no vector store") from None
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{path}: not the head of a vector store; damaged") from None
-        if version != VERSION:
+        if head is None:
             raise UserError(f"{path}: version {version}; this program reads version {VERSION}")
-        if width != dim:
-            raise UserError(f"store {self.path}: holds vectors of {width} numbers, not of {dim}")
-        return Head(**found)
+        if head.dim != dim:
+            raise UserError(f"store {self.path}: holds vectors of {head.dim} numbers, not of {dim}")
+        return head
 
     def _map(self, head: Head) -> np.ndarray:
         if not head.rows:

@@ -210,7 +210,7 @@ class MilvusStore:
 
         try:
             yield
-        except (MilvusException, RpcError) as error:
+        except (MilvusException, RpcError, ValueError) as error:
             reason = getattr(error, "message", "") or str(error)
             raise UserError(f"store {self._name}: {' '.join(reason.split())[:300]}") from None
 
