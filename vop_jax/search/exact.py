@@ -10,7 +10,14 @@ from absl import logging
 
 from vop_jax.errors import UserError
 from vop_jax.search.mapped import CHANGE, DELETED, VECTOR, Folder
-from vop_jax.search.store import NO_ID, checked_ids, checked_k, checked_pairs, checked_vectors
+from vop_jax.search.store import (
+    NO_ID,
+    checked_ids,
+    checked_k,
+    checked_pairs,
+    checked_vectors,
+    distinct,
+)
 
 if TYPE_CHECKING:
     import jax
@@ -70,7 +77,7 @@ class View:
         scores = np.full((len(queries), k), -np.inf, np.float32)
         positions = None
         if allowed is not None:
-            at, there = self.positions(np.unique(allowed))
+            at, there = self.positions(distinct(allowed))
             positions = at[there]
         found = min(k, len(self.ids) if positions is None else len(positions))
         if not found or not len(queries):
@@ -131,7 +138,7 @@ class ExactStore:
 
     def delete(self, ids: np.ndarray) -> None:
         """Forgets ids; those that are not there are passed over."""
-        ids = np.unique(checked_ids(ids))
+        ids = distinct(checked_ids(ids))
         ids = ids[self._view.positions(ids)[1]]
         self._change(ids, np.full(len(ids), DELETED), np.empty((0, self._dim), np.float32))
 

@@ -18,7 +18,14 @@ import numpy as np
 
 from vop_jax.errors import UserError
 from vop_jax.search import lite
-from vop_jax.search.store import NO_ID, checked_ids, checked_k, checked_pairs, checked_vectors
+from vop_jax.search.store import (
+    NO_ID,
+    checked_ids,
+    checked_k,
+    checked_pairs,
+    checked_vectors,
+    distinct,
+)
 
 COLLECTION = "vop_jax"
 CONNECT, ANSWER, LOAD = 5.0, 20.0, 120.0  # seconds to wait for a server
@@ -92,20 +99,17 @@ class MilvusStore:
         queries, k = checked_vectors(queries, self._dim, "queries"), checked_k(k)
         filters = [""]
         if allowed is not None:
-            listed = np.unique(checked_ids(allowed)).tolist()
+            listed = distinct(checked_ids(allowed)).tolist()
             starts = range(0, len(listed), LISTED)
             filters = [f"id in {listed[start : start + LISTED]}" for start in starts]
         ids = np.full((len(queries), k), NO_ID, np.int64)
         scores = np.full((len(queries), k), -np.inf, np.float32)
-        there = len(self)
-        if k > MOST and there > MOST:
+        if k > MOST and len(self) > MOST:
             raise UserError(f"store {self._name}: k={k}; Milvus finds {MOST} at most")
-        if not there:
-            return ids, scores
         for start in range(0, len(queries), ROWS):
             block = queries[start : start + ROWS]
-            lists = [self._find(block, min(k, there), f) for f in filters]
-            for i, of_query in enumerate(zip(*lists, strict=True), start):
+            lists = [self._find(block, min(k, MOST), f) for f in filters]
+            for i, of_query in enumerate(zip(*lists, strict=True), start):  # none: no ids allowed
                 hits = sorted(hit for part in of_query for hit in part)[:k]
                 ids[i, : len(hits)] = [id for _, id in hits]
                 scores[i, : len(hits)] = [-negative for negative, _ in hits]
@@ -124,7 +128,7 @@ class MilvusStore:
 
     def delete(self, ids: np.ndarray) -> None:
         """Forgets ids; those that are not there are passed over."""
-        ids = np.unique(checked_ids(ids))
+        ids = distinct(checked_ids(ids))
         self._must_write()
         for start in range(0, len(ids), LISTED):
             part = ids[start : start + LISTED].tolist()
