@@ -137,7 +137,7 @@ def test_eval_and_export_agree_with_training(finished, call):
 
 
 def test_exported_prompts_give_the_features_of_training(finished, folder, clip):
-    """Bit for bit, on the device the run was on."""
+    """Up to the rounding of batches of other sizes."""
     config = base_config().copy_and_resolve_references()
     with config.unlocked():
         config.update(json.loads((finished / "config.json").read_text()))
@@ -151,8 +151,8 @@ def test_exported_prompts_give_the_features_of_training(finished, folder, clip):
         texts = np.asarray(encode_text(run.params(), data.eval_set.ids))
         captions = [c for own in data.packed.splits["test"].captions for c in own]
     retriever = vop_jax.load(clip, finished / "prompts.safetensors")
-    np.testing.assert_array_equal(retriever.embed_frames(frames), ours)
-    np.testing.assert_array_equal(retriever.embed_text(captions), texts)
+    np.testing.assert_allclose(retriever.embed_frames(frames), ours, atol=1e-6)
+    np.testing.assert_allclose(retriever.embed_text(captions), texts, atol=1e-6)
     # From the files the only difference is that of JPEG records.
     paths = [folder / "videos" / f"{i}.mp4" for i in range(runs.TRAIN, runs.TRAIN + runs.TEST)]
     assert (retriever.embed_videos(paths) * ours).sum(axis=1).min() > 0.99

@@ -1,0 +1,1 @@
+"""Finds videos, moments and captions by what they show."""
