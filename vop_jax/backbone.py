@@ -11,6 +11,7 @@ import numpy as np
 from vop_jax import tensorfile
 from vop_jax.clip.precision import held
 from vop_jax.clip.weights import ClipWeights
+from vop_jax.data.sources import CaptionTokenizer
 from vop_jax.errors import UserError
 from vop_jax.model import TextVideoModel
 from vop_jax.training import sharding
@@ -44,6 +45,7 @@ class Backbone:
         self._flat = tensorfile.flatten(sharding.place(self._mesh, params))
         self._lock = threading.Lock()
         self._shapes: dict[MethodConfig, dict[str, tuple[int, ...]]] = {}
+        self._tokenizers: dict[int, CaptionTokenizer] = {}
         self._programs: dict[tuple, Callable] = {}
 
     def model(self, method: MethodConfig) -> TextVideoModel:
@@ -57,6 +59,14 @@ class Backbone:
                 shapes = self.model(method).shapes()
                 self._shapes[method] = {name: leaf.shape for name, leaf in shapes.items()}
             return self._shapes[method]
+
+    def tokenizer(self, method: MethodConfig) -> CaptionTokenizer:
+        """Of the method's token slots."""
+        slots = method.text_slots(self.config)
+        with self._lock:
+            if slots not in self._tokenizers:
+                self._tokenizers[slots] = CaptionTokenizer(slots)
+            return self._tokenizers[slots]
 
     def with_trained(self, trained: tensorfile.Tree) -> dict[str, Any]:
         """All parameters, on the devices: these, and what they leave of the shared CLIP."""

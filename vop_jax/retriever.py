@@ -13,7 +13,6 @@ from vop_jax.clip.weights import check_shapes, load_clip
 from vop_jax.data.frames import Frames, read_frames
 from vop_jax.data.pixels import eval_crop
 from vop_jax.data.sampling import sample_indices
-from vop_jax.data.sources import CaptionTokenizer
 from vop_jax.data.workers import in_threads
 from vop_jax.errors import UserError, VideoError
 from vop_jax.tuning.frame_tables import interpolate_frames
@@ -52,7 +51,7 @@ class Retriever:
         self.frames, self.embed_dim = video["frames"], backbone.config.embed_dim
         self._backbone, self._video = backbone, video
         self._params = params
-        self._tokenize = CaptionTokenizer(method.text_slots(backbone.config))
+        self._tokenize = backbone.tokenizer(method)
 
     def with_prompts(self, prompts: Path | None, *, frames: int | None = None) -> "Retriever":
         """Another set of prompts over the same CLIP: only the prompts take memory of their own.

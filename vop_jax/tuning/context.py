@@ -72,18 +72,78 @@ class Lstm(nn.Module):
         from_input = jnp.einsum("kbfd,kdg->fkbg", directed, input_kernel).astype(jnp.float32)
         from_input = from_input + bias[None, :, None]  # [F, K, B, 4 D]
 
-        def step(state, gates):
-            hidden, cell = state  # [K, B, D], float32
-            gates = gates + jnp.einsum("kbd,kdg->kbg", hidden.astype(self.dtype), hidden_kernel)
-            i, f, g, o = jnp.split(gates, 4, axis=-1)
-            cell = nn.sigmoid(f) * cell + nn.sigmoid(i) * jnp.tanh(g)
-            hidden = nn.sigmoid(o) * jnp.tanh(cell)
-            return (hidden, cell), hidden
-
-        start = jnp.zeros((k, x.shape[0], d), jnp.float32)
-        _, states = jax.lax.scan(step, (start, start), from_input)  # [F, K, B, D]
+        states = recurrence(from_input, hidden_kernel)  # [F, K, B, D]
         both = [states[:, 0], states[::-1, 1]] if k == 2 else [states[:, 0]]
         return jnp.concatenate(both, axis=-1).swapaxes(0, 1).astype(self.dtype)
+
+
+@jax.custom_vjp
+def recurrence(from_input: jax.Array, hidden_kernel: jax.Array) -> jax.Array:
+    """What an LSTM that starts at zero puts out.
+
+    The derivative is written out so that the kernel's gradient is one product over all frames;
+    left to `scan` it is a sum of products, read and written anew at each frame.
+
+    Args:
+        from_input: float32 [F, K, B, 4 D], the gates' part that is not recurrent.
+        hidden_kernel: [K, D, 4 D], in the dtype of products.
+
+    Returns:
+        float32 [F, K, B, D].
+    """
+    return _advance(from_input, hidden_kernel)[0]
+
+
+def _advance(from_input: jax.Array, kernel: jax.Array) -> tuple[jax.Array, ...]:
+    """(hidden, cell, gates after their activations) of each frame."""
+
+    def step(state, gates):
+        hidden, cell = state  # [K, B, D], float32
+        gates = gates + jnp.einsum("kbd,kdg->kbg", hidden.astype(kernel.dtype), kernel)
+        i, f, g, o = jnp.split(gates, 4, axis=-1)
+        i, f, g, o = nn.sigmoid(i), nn.sigmoid(f), jnp.tanh(g), nn.sigmoid(o)
+        cell = f * cell + i * g
+        hidden = o * jnp.tanh(cell)
+        return (hidden, cell), (hidden, cell, jnp.stack([i, f, g, o]))
+
+    zero = jnp.zeros_like(from_input[0, :, :, : kernel.shape[1]])
+    return jax.lax.scan(step, (zero, zero), from_input)[1]
+
+
+def _recurrence(from_input: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple]:
+    hidden, cell, gates = _advance(from_input, kernel)
+    return hidden, (hidden, cell, gates, kernel)
+
+
+def _recurrence_transposed(kept: tuple, given: jax.Array) -> tuple[jax.Array, jax.Array]:
+    hidden, cell, gates, kernel = kept
+
+    def before(states: jax.Array) -> jax.Array:  # those that enter each frame
+        return jnp.concatenate([jnp.zeros_like(states[:1]), states[:-1]])
+
+    def step(state, frame):
+        to_hidden, to_cell = state
+        given, cell, entering, (i, f, g, o) = frame
+        to_hidden, bent = to_hidden + given, jnp.tanh(cell)
+        to_cell = to_cell + to_hidden * o * (1 - bent**2)
+        to_gates = [
+            to_cell * g * i * (1 - i),
+            to_cell * entering * f * (1 - f),
+            to_cell * i * (1 - g**2),
+            to_hidden * bent * o * (1 - o),
+        ]
+        to_gates = jnp.concatenate(to_gates, axis=-1)
+        back = jnp.einsum("kbg,kdg->kbd", to_gates.astype(kernel.dtype), kernel)
+        return (back.astype(jnp.float32), to_cell * f), to_gates
+
+    zero = jnp.zeros_like(given[0])
+    frames = given, cell, before(cell), gates
+    _, to_gates = jax.lax.scan(step, (zero, zero), frames, reverse=True)
+    left, right = (x.astype(kernel.dtype) for x in (before(hidden), to_gates))
+    return to_gates, jnp.einsum("fkbd,fkbg->kdg", left, right)
+
+
+recurrence.defvjp(_recurrence, _recurrence_transposed)
 
 
 class FrameTransformer(nn.Module):
