@@ -19,7 +19,7 @@ def each_on_its_own(
 
     The same values; but the gradient of what is added to CLIP is summed over a device's rows
     first and then over devices, once a step. Left to itself the compiler sums over devices
-    wherever a parameter is used: at every layer that shares it, at every turn of a recurrence.
+    wherever a parameter is used: at every layer that shares it.
     CLIP's own parameters are used once each, and not copied.
 
     Args:
