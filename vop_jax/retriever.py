@@ -11,6 +11,7 @@ from absl import logging
 from vop_jax.backbone import Backbone
 from vop_jax.clip.weights import check_shapes, load_clip
 from vop_jax.data.frames import Frames, read_frames
+from vop_jax.data.moments import Reading
 from vop_jax.data.pixels import eval_crop
 from vop_jax.data.sampling import sample_indices
 from vop_jax.data.workers import in_threads
@@ -162,6 +163,17 @@ class Retriever:
         parts = (clip.pixels, clip.indices, clip.timestamps)
         pixels, indices, timestamps = ([part[i] for i in taken] for part in parts)
         return Frames(pixels, indices, timestamps, clip.count)
+
+    @property
+    def reading(self) -> Reading:
+        """How `sample` reads and `embed_frames` crops, for processes that have no jax."""
+        return Reading(
+            self.frames,
+            self._backbone.config.image_size,
+            self._video["short_side"],
+            self._video.get("sampling", "uniform"),
+            self._video.get("stored_fps", 0.0),
+        )
 
     def _run(self, what: str, rows: np.ndarray) -> np.ndarray:
         if not len(rows):

@@ -74,13 +74,13 @@ def read_frames(
     """
     if epath.Path(path).is_dir():
         return _read_folder(path, frames, start, end, fps, short_side, sampling, folder_fps)
-    clip = _Stretch(os.fspath(path), start or 0.0, float("inf") if end is None else end, short_side)
+    clip = Stretch(os.fspath(path), start or 0.0, float("inf") if end is None else end, short_side)
     if fps:
-        taken = clip.decode(_ticks(clip.start, 1 / fps))
+        taken = clip.decode(ticks(clip.start, 1 / fps))
     else:
         # Sequential decoding beats seeking, but which frames to keep depends on how many there
         # are. The number of packets is a cheap guess, nearly always right; if not, again.
-        count = clip.count_packets()
+        count = len(clip.packet_times())
         taken = clip.decode(_chosen(count, frames, sampling)) if count else {}
         if clip.decoded != count and clip.decoded:
             taken = clip.decode(_chosen(clip.decoded, frames, sampling))
@@ -113,7 +113,7 @@ def _read_folder(
     if not shown:
         raise VideoError(f"no frame{_between(start, end)}")
     if fps:
-        keep = _ticks(first, 1 / fps)
+        keep = ticks(first, 1 / fps)
         indices = [k for k, i in enumerate(shown) if keep(k, times[i])]
     else:
         indices = sample_indices(len(shown), frames, sampling).tolist()
@@ -134,7 +134,7 @@ def _chosen(count: int, frames: int, sampling: str) -> Keep:
     return lambda index, time: index in wanted
 
 
-def _ticks(start: float, interval: float) -> Keep:
+def ticks(start: float, interval: float) -> Keep:
     """Keeps the first frame at or after each multiple of `interval`."""
     due = itertools.count()
     tick = next(due)
@@ -150,7 +150,7 @@ def _ticks(start: float, interval: float) -> Keep:
     return keep
 
 
-class _Stretch:
+class Stretch:
     """The part of a file between two times.
 
     Attributes:
@@ -162,16 +162,20 @@ class _Stretch:
         self.decoded = 0
         self.times: list[float] = []
 
-    def count_packets(self) -> int:
+    def packet_times(self) -> list[float]:
+        """When the frames are shown, ascending, as the packets say without being decoded."""
+        found = []
         with self._opened() as (container, stream):
             try:
-                return sum(
-                    self.start <= self._time(stream, packet) < self.end
-                    for packet in container.demux(stream)
-                    if packet.size
-                )
+                for packet in container.demux(stream):
+                    time = self._time(stream, packet)
+                    if packet.size and self.start <= time < self.end:
+                        found.append(time)
+                    if packet.dts is not None and self._since(stream, packet.dts) >= self.end:
+                        break  # nothing is shown before it is decoded
             except av.error.FFmpegError:
-                return 0  # decoding will find the reason
+                pass  # decoding will find the reason
+        return sorted(found)
 
     def decode(self, keep: Keep) -> dict[int, np.ndarray]:
         """Pixels of the frames that `keep` chooses, by index in the stretch."""
@@ -254,7 +258,10 @@ class _Stretch:
         pts = shown.dts if shown.pts is None else shown.pts
         if pts is None:
             return self.times[-1] if self.times else 0.0
-        return _seconds(pts - (stream.start_time or 0), _tick(stream))
+        return self._since(stream, pts)
+
+    def _since(self, stream: av.VideoStream, units: int) -> float:
+        return _seconds(units - (stream.start_time or 0), _tick(stream))
 
 
 def _seconds(units: int, tick: Fraction) -> float:

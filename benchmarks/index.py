@@ -1,0 +1,178 @@
+"""What an index costs beside its vectors: its catalog when searched, and decoding when made.
+
+    python -m benchmarks.index catalog --index=/tmp/index
+    python -m benchmarks.index decoding VIDEOS --workers=1,2
+
+The catalog is synthetic: as many moments as are asked for, over files in folders and on days;
+its vectors are narrow, so that a search of them is quick, and the time of `Index.search` is told
+beside that of the store alone. Opening is that of a fresh process, without its imports.
+
+Decoding is timed in processes, which survive a decoder that crashes or hangs, and in threads.
+"""
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from vop_jax.data.moments import Reading, read_pictures, spans_of, survey, tasks_of
+from vop_jax.data.workers import in_processes, in_threads
+from vop_jax.search.catalog import Catalog, IndexInfo
+from vop_jax.search.files import find_videos
+from vop_jax.search.index import Index
+from vop_jax.search.store import open_store
+
+DIM = 8
+DAY = 86_400
+BATCH = 1000  # files at once
+
+OPEN = """
+import time
+from vop_jax.search.index import Index
+begin = time.perf_counter()
+index = Index.open({directory!r})
+index.open_vectors()
+opened = time.perf_counter() - begin
+import numpy as np, jax
+query = np.eye(1, index.info.dim, dtype=np.float32)
+begin = time.perf_counter()
+index.search(query, 10)
+print(opened, time.perf_counter() - begin)
+"""
+
+
+def fill(directory: pathlib.Path, moments: int, per_file: int) -> None:
+    """A catalog of files that are not there, each in one of 100 folders and on its own day."""
+    directory.mkdir(parents=True)
+    info = IndexInfo(1, "", "c", "CLIP", "", "", "zero_shot", 12, DIM, 10.0, 5.0, "/films", "")
+    catalog = Catalog.open(directory, info)
+    store = open_store(directory / "vectors", DIM, write=True)
+    rng = np.random.default_rng(0)
+    files = moments // per_file
+    spans = [(5.0 * i, 5.0 * i + 10) for i in range(per_file)]
+    for first in range(0, files, BATCH):
+        ids: list[int] = []
+        with catalog.transaction():
+            for i in range(first, min(first + BATCH, files)):
+                path = f"{i % 100:02}/{i}.mp4"
+                ids += catalog.add(path, 1, i * DAY * 10**9 * 10_000 // files, str(i), spans)
+            rows = rng.standard_normal((len(ids), DIM)).astype(np.float32)
+            store.put(np.array(ids), rows / np.linalg.norm(rows, axis=1, keepdims=True))
+    catalog.close()
+    store.close()
+
+
+def best(call: Callable, times: int = 7) -> float:
+    """Milliseconds, of the middle one of several calls."""
+    found = []
+    for _ in range(times):
+        begin = time.perf_counter()
+        call()
+        found.append(1e3 * (time.perf_counter() - begin))
+    return sorted(found)[times // 2]
+
+
+def measure_catalog(args: argparse.Namespace) -> None:
+    directory = pathlib.Path(args.index)
+    if not directory.exists():
+        fill(directory, args.moments, args.per_file)
+    code = OPEN.format(directory=str(directory))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    opened, first = map(float, done.stdout.split())
+    print(json.dumps({"open_ms": round(1e3 * opened, 1), "first_search_ms": round(1e3 * first)}))
+    index = Index.open(directory)
+    print(json.dumps({**index.counts(), "catalog_mb": _megabytes(directory / "catalog.sqlite")}))
+    store = open_store(directory / "vectors", DIM, write=False)
+    rng = np.random.default_rng(1)
+    query = rng.standard_normal((1, DIM)).astype(np.float32)
+    query /= np.linalg.norm(query)
+    alone = best(lambda: store.search(query, 224))
+    asked = {
+        "no filter": {},
+        "1 % by folder": {"folder": "07"},
+        "1 % by date": {"since": 9_900 * DAY},
+        "half by date": {"since": 5_000 * DAY},
+        "99 % by date": {"since": 100 * DAY},
+        "both": {"folder": "07", "since": 5_000 * DAY},
+    }
+    for what, filters in asked.items():
+        for per_file in (True, False):
+            took = best(lambda f=filters, p=per_file: index.search(query, 10, per_file=p, **f))
+            row = {"filter": what, "per_file": per_file, "search_ms": round(took, 1)}
+            print(json.dumps({**row, "store_alone_ms": round(alone, 1)}), flush=True)
+
+
+def _megabytes(path: pathlib.Path) -> float:
+    return round(path.stat().st_size / 1e6, 1)
+
+
+def measure_decoding(args: argparse.Namespace) -> None:
+    reading = Reading(12, 224)
+    folder = args.videos
+    surveys = [
+        (f"{folder}/{f.path}", survey(f"{folder}/{f.path}", reading)) for f in find_videos(folder)
+    ]
+    tasks = [
+        task
+        for path, seen in surveys
+        for task in tasks_of(
+            path, seen, spans_of(seen.duration, args.window, args.window / 2), reading
+        )
+    ] * args.repeat
+    seconds = sum(seen.duration for _, seen in surveys) * args.repeat
+    clips = sum(len(task.spans) or 1 for task in tasks)
+
+    def run(how: str, workers: int) -> float:
+        begin = time.perf_counter()
+        if how == "processes":
+            results = in_processes(read_pictures, tasks, workers, seconds=600)
+        else:
+            results = in_threads(read_pictures, tasks, workers)
+        for _ in results:
+            pass
+        return time.perf_counter() - begin
+
+    one_each = sum(1 for _ in ThreadPoolExecutor(1).map(read_pictures, tasks[:1]))
+    assert one_each == 1  # files are in the cache, libraries loaded
+    for round in range(args.rounds):
+        for workers in map(int, args.workers.split(",")):
+            for how in ("processes", "threads"):
+                took = run(how, workers)
+                row = {"round": round, "how": how, "workers": workers, "seconds": round_(took)}
+                row |= {"video_seconds_per_s": round_(seconds / took)}
+                print(
+                    json.dumps({**row, "clips_and_moments_per_s": round_(clips / took)}), flush=True
+                )
+
+
+def round_(number: float) -> float:
+    return float(f"{number:.3g}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    catalog = commands.add_parser("catalog")
+    catalog.add_argument("--index", required=True, help="made if it is not there")
+    catalog.add_argument("--moments", type=int, default=1_000_000)
+    catalog.add_argument("--per_file", type=int, default=20)
+    decoding = commands.add_parser("decoding")
+    decoding.add_argument("videos")
+    decoding.add_argument("--window", type=float, default=4.0)
+    decoding.add_argument("--workers", default="1,2")
+    decoding.add_argument("--repeat", type=int, default=8)
+    decoding.add_argument("--rounds", type=int, default=2)
+    args = parser.parse_args()
+    {"catalog": measure_catalog, "decoding": measure_decoding}[args.command](args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""A folder of small films and indexes of it."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+
+from tests import runs
+from tests.data import videos
+from vop_jax.search.index import Index
+from vop_jax.search.indexing import Making
+from vop_jax.search.make import Request, make_index
+
+DATE = 1_700_000_000  # files' own, so that changes are seen
+
+
+def write_films(folder, count=4, seconds=3):
+    """`a.mp4`, `sub/b.mp4`, …: each of its own length."""
+    (folder / "sub").mkdir(parents=True)
+    paths = []
+    for i in range(count):
+        name = f"{'sub/' if i % 2 else ''}{chr(ord('a') + i)}.mp4"
+        videos.write(folder / name, 10 * seconds + i, rate=10, width=32, height=32)
+        os.utime(folder / name, (DATE + 86400 * i,) * 2)
+        paths.append(name)
+    return paths
+
+
+def make(directory, folder, retriever, captions="", retry=False, **asked):
+    """An index of a folder; what became of its files."""
+    request = Request(str(folder), captions=str(captions), **asked)
+    return make_index(directory, request, Making(workers=1, batch=4, retry=retry), retriever)
+
+
+def content(directory):
+    """{(path, start, end): vector} of an index."""
+    from vop_jax.search import catalog
+    from vop_jax.search.store import open_store
+
+    index = Index.open(directory)
+    with catalog.reading(directory) as db:
+        rows = list(
+            db.execute(
+                'SELECT moments.id, path, start, "end" FROM moments JOIN files ON file = files.id'
+            )
+        )
+    store = open_store(os.path.join(directory, "vectors"), index.info.dim, write=False)
+    assert sorted(store.ids().tolist()) == sorted(row[0] for row in rows)  # nor any other
+    vectors = store.get(np.array([row[0] for row in rows], np.int64))
+    return {row[1:]: vector for row, vector in zip(rows, vectors, strict=True)}
+
+
+def assert_same(one, other):
+    """Two contents, but for the rounding of batches."""
+    assert one.keys() == other.keys()
+    for key in one:
+        np.testing.assert_allclose(one[key], other[key], atol=1e-5)
+
+
+def start(*argv):
+    """The command line in a process of its own."""
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    env |= {"PYTHONPATH": str(runs.ROOT), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "vop_jax.search", *map(str, argv)]
+    return subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def copy(source, target):
+    """A folder with its dates."""
+    return shutil.copytree(source, target, copy_function=shutil.copy2)

@@ -1,0 +1,284 @@
+"""What a search finds, among what, while others write."""
+
+import concurrent.futures
+import datetime
+import os
+import pathlib
+import sqlite3
+
+import numpy as np
+import pytest
+
+import vop_jax.search
+from tests.search import library
+from vop_jax import UserError
+from vop_jax.search import index as indexes
+from vop_jax.search.catalog import Catalog, IndexInfo
+from vop_jax.search.index import Index
+from vop_jax.search.store import open_store
+
+DIM = 8
+FOLDERS = ("", "cats/", "cats/black/", "cats2/", "dogs/")
+
+
+def unit(count, seed=0):
+    rows = np.random.default_rng(seed).standard_normal((count, DIM)).astype(np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def synthetic(directory, files=60, moments=7):
+    """An index of files that are not there: (vectors [files, moments, E], their paths)."""
+    directory.mkdir()
+    info = IndexInfo(1, "", "c", "CLIP", "", "", "zero_shot", 3, DIM, 2.0, 1.0, "/films", "")
+    catalog = Catalog.open(directory, info)
+    store = open_store(directory / "vectors", DIM, write=True)
+    vectors = unit(files * moments).reshape(files, moments, DIM)
+    paths = [f"{FOLDERS[i % len(FOLDERS)]}{i}.mp4" for i in range(files)]
+    with catalog.transaction():
+        for i, path in enumerate(paths):
+            spans = [(float(j), j + 2.0) for j in range(moments)]
+            ids = catalog.add(path, 1, (library.DATE + 86400 * i) * 10**9, f"{i}", spans)
+            store.put(np.array(ids), vectors[i])
+    catalog.close()
+    store.close()
+    return vectors, paths
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("synthetic") / "index"
+    return (*synthetic(directory), Index.open(directory))
+
+
+def brute(vectors, paths, query, allowed, per_file=True):
+    """[(path, start, score)], best first."""
+    scores = vectors @ query
+    rows = [
+        (paths[i], float(j), float(scores[i, j]))
+        for i in range(len(paths))
+        if allowed(i)
+        for j in ([int(scores[i].argmax())] if per_file else range(vectors.shape[1]))
+    ]
+    return sorted(rows, key=lambda row: -row[2])
+
+
+def assert_found(hits, rows):
+    assert [(hit.path, hit.start) for hit in hits] == [row[:2] for row in rows]
+    np.testing.assert_allclose([hit.score for hit in hits], [row[2] for row in rows], atol=1e-6)
+
+
+def day(i):
+    return datetime.datetime.fromtimestamp(library.DATE + 86400 * i)
+
+
+FILTERS = {
+    "all": ({}, lambda i, path: True),
+    "folder": ({"folder": "cats"}, lambda i, path: path.startswith("cats/")),
+    "deeper": ({"folder": "./cats/black/"}, lambda i, path: path.startswith("cats/black/")),
+    "the whole": ({"folder": "."}, lambda i, path: True),
+    "nowhere": ({"folder": "c"}, lambda i, path: False),
+    "since": ({"since": day(40)}, lambda i, path: i >= 40),
+    "until a day": ({"until": day(40).date().isoformat()}, lambda i, path: i <= 40),
+    "both": (
+        {"folder": "dogs", "since": day(10).timestamp(), "until": day(30)},
+        lambda i, path: path.startswith("dogs/") and 10 <= i < 30,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FILTERS)
+@pytest.mark.parametrize("few", [0, 20_000])
+@pytest.mark.parametrize("per_file", [True, False])
+def test_it_finds_what_looking_at_all_finds(made, name, few, per_file, monkeypatch):
+    """By ids where few pass the filter, and by filtering the nearest where many do."""
+    monkeypatch.setattr(indexes, "FEW", few)
+    monkeypatch.setattr(indexes, "FIRST", 3)
+    monkeypatch.setattr(indexes, "EACH", 1)
+    vectors, paths, index = made
+    asked, allowed = FILTERS[name]
+    queries = unit(3, seed=1)
+    for k in (1, 5, 1000):
+        found = index.search(queries, k, per_file=per_file, **asked)
+        for query, hits in zip(queries, found, strict=True):
+            rows = brute(vectors, paths, query, lambda i: allowed(i, paths[i]), per_file)
+            assert_found(hits, rows[:k])
+
+
+@pytest.mark.parametrize("asked", [{}, {"folder": "cats"}])
+def test_thousands_of_moments_of_one_file_hide_no_other(made, monkeypatch, asked):
+    """As if a store found no more than ten at once."""
+    for name, value in (("MOST", 10), ("FIRST", 3), ("EACH", 1), ("FEW", 0)):
+        monkeypatch.setattr(indexes, name, value)
+    vectors, paths, index = made
+    query = unit(1, seed=2)
+    allowed = FILTERS["folder" if asked else "all"][1]
+    rows = brute(vectors, paths, query[0], lambda i: allowed(i, paths[i]))
+    assert_found(index.search(query, 9, **asked)[0], rows[:9])
+
+
+def test_what_the_catalog_does_not_know_is_not_found(tmp_path):
+    vectors, paths = synthetic(tmp_path / "index", files=4, moments=2)
+    store = open_store(tmp_path / "index/vectors", DIM, write=True)
+    query = unit(1, seed=3)
+    store.put(np.arange(100, 400), np.repeat(query, 300, axis=0))  # of a run that was killed
+    store.close()
+    hits = Index.open(tmp_path / "index").search(query, 3)[0]
+    assert_found(hits, brute(vectors, paths, query[0], lambda i: True)[:3])
+
+
+def test_filters_are_answered_by_sql_indexes(made):
+    from vop_jax.search import catalog
+    from vop_jax.search.filters import make_filter
+
+    index = made[2]
+    with catalog.reading(index.directory) as db:
+        for asked in ({"folder": "cats"}, {"since": "2026-01-01"}):
+            where = make_filter(**asked)
+            plan = db.execute(
+                "EXPLAIN QUERY PLAN SELECT moments.id FROM moments JOIN files "
+                f"ON files.id = moments.file WHERE 1 {where.sql}",
+                where.values,
+            ).fetchall()
+            text = " ".join(row[-1] for row in plan)
+            assert "SCAN" not in text and "SEARCH files USING" in text, text
+            assert "SEARCH moments USING COVERING INDEX moments_file" in text, text
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"k": 0}, "k=0: must be 1 to"),
+        ({"to": "sounds"}, "to='sounds': allowed are videos, captions"),
+        ({"folder": "/etc"}, "must be inside the indexed folder"),
+        ({"folder": "cats/../../x"}, "must be inside the indexed folder"),
+        ({"since": "yesterday"}, "since='yesterday': must be a date such as 2026-11-25"),
+        ({"until": "2026-02-30"}, "until='2026-02-30': must be a date"),
+    ],
+)
+def test_wrong_questions(made, asked, message):
+    with pytest.raises(UserError, match=message):
+        made[2].search(unit(1), asked.pop("k", 1), **asked)
+
+
+def test_a_reader_sees_whole_states(tmp_path):
+    """Threads search while a writer adds files: what it has not finished is not there."""
+    synthetic(tmp_path / "index", files=4, moments=2)
+    index = Index.open(tmp_path / "index")
+    query = unit(1)
+    info = index.info
+    catalog = Catalog.open(tmp_path / "index", info)
+    store = open_store(tmp_path / "index/vectors", DIM, write=True)
+
+    def look(_):
+        return len(index.search(query, 1000, per_file=False)[0])
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for round in range(5):
+            with catalog.transaction():
+                spans = [(0.0, 1.0)] * 3
+                ids = [n for name in "ab" for n in catalog.add(f"{round}{name}", 1, 1, "", spans)]
+                store.put(np.array(ids), unit(6, seed=round))
+                inside = list(pool.map(look, range(16)))
+            after = list(pool.map(look, range(16)))
+            assert set(inside) == {8 + 6 * round} and set(after) == {14 + 6 * round}
+    catalog.close()
+
+
+def test_where_files_are(shared):
+    folder, directory = shared
+    index = Index.open(directory)
+    hit = index.search(unit_of(index), 1)[0][0]
+    assert index.path_of(hit.file_id) == pathlib.Path(folder, hit.path)
+    with pytest.raises(UserError, match="file 99: not in the index"):
+        index.path_of(99)
+
+
+def unit_of(index):
+    return np.eye(1, index.info.dim, dtype=np.float32)
+
+
+def test_what_is_no_index(tmp_path, shared):
+    with pytest.raises(UserError, match="no index; make one with"):
+        Index.open(tmp_path)
+    (tmp_path / "catalog.sqlite").write_bytes(b"something else" * 1000)
+    with pytest.raises(UserError, match="not a readable catalog"):
+        Index.open(tmp_path)
+    newer = library.copy(shared[1], tmp_path / "newer")
+    with sqlite3.connect(newer / "catalog.sqlite") as db:
+        db.execute("PRAGMA user_version = 7")
+    db.close()
+    with pytest.raises(UserError, match=r"an index of version 7, this program knows up to 1"):
+        Index.open(newer)
+
+
+def test_an_index_where_nothing_can_be_written(tmp_path, shared, monkeypatch):
+    own = library.copy(shared[1], tmp_path / "own")
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may, whatever the mode
+    before = sorted(path.name for path in own.iterdir())
+    index = Index.open(own)
+    assert index.counts()["files"] == 4 and len(index.search(unit_of(index), 9)[0]) == 4
+    assert sorted(path.name for path in own.iterdir()) == before  # SQLite made no files
+
+
+def test_the_searcher(shared, retriever, tmp_path):
+    folder, directory = shared
+    searcher = vop_jax.search.open(directory, retriever=retriever)
+    for path in ("a.mp4", "sub/d.mp4"):
+        hit = searcher.video(folder / path, k=4)[0]
+        assert (hit.path, hit.start) == (path, 0.0) and hit.score == pytest.approx(1, abs=1e-5)
+    captions = searcher.video(folder / "a.mp4", to="captions")
+    assert {(hit.caption, hit.path) for hit in captions} == {
+        ("grey becomes white", "a.mp4"),
+        ("another film", "sub/b.mp4"),
+    }
+    assert searcher.index.path_of(captions[0].file_id).exists()
+    query = "grey becomes white"
+    hits = searcher.text(query, k=3, folder="sub", per_file=False)
+    assert len(hits) == 3 and all(hit.path.startswith("sub/") for hit in hits)
+    seconds, scores = searcher.explain(query, hits[0])
+    assert len(seconds) == len(scores) == 3
+    assert hits[0].start <= seconds[0] < seconds[-1] < hits[0].end
+    vector = searcher.vector(query)
+    frames = np.stack(retriever.sample(folder / hits[0].path, hits[0].start, hits[0].end).pixels)
+    each = retriever.embed_each_frame(frames[None])[0]
+    np.testing.assert_allclose(scores, each @ vector, atol=1e-5)
+    with pytest.raises(UserError, match="the query is empty"):
+        searcher.text("  ")
+    (tmp_path / "text.png").write_text("no picture")
+    for path, message in (("text.png", "not a readable picture"), ("none.png", "no such file")):
+        with pytest.raises(UserError, match=message):
+            searcher.image(tmp_path / path)
+
+
+def test_a_picture_finds_its_film(shared, retriever, tmp_path):
+    from PIL import Image
+
+    searcher = vop_jax.search.open(shared[1], retriever=retriever)
+    frame = retriever.sample(shared[0] / "a.mp4", 1.0, 1.3).pixels[1]
+    Image.fromarray(frame).save(tmp_path / "frame.png")
+    hits = searcher.image(tmp_path / "frame.png", k=50, per_file=False)
+    vector = retriever.embed_images([frame])[0]
+    assert hits == searcher.nearest(vector, 50, per_file=False) and len(hits) == 27
+
+
+def test_threads_share_a_searcher(shared, retriever):
+    searcher = vop_jax.search.open(shared[1], retriever=retriever)
+    queries = [f"query {i}" for i in range(12)]
+    alone = [searcher.text(query, 3) for query in queries]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda query: searcher.text(query, 3), queries)) == alone
+
+
+def test_an_index_and_its_model(shared, retriever, tmp_path):
+    import vop_jax
+    from tests import runs
+
+    runs.write_clip(tmp_path / "other.safetensors", seed=1)
+    with pytest.raises(UserError, match=r"made with .* seed 0 .*, not with .* seed 1"):
+        vop_jax.search.open(
+            shared[1], retriever=vop_jax.load(tmp_path / "other.safetensors", devices=1)
+        )
+    with pytest.raises(UserError, match=r"3 frames, not with .* 4 frames"):
+        vop_jax.search.open(shared[1], retriever=retriever.with_prompts(None, frames=4))
+    with pytest.raises(UserError, match=r"gone since .* was made; say --clip=FILE"):
+        vop_jax.search.open(shared[1], clip=tmp_path / "gone.safetensors")

@@ -1,0 +1,201 @@
+"""A video as a clip and as moments of it: where they are, and many of them in one pass.
+
+Worker processes import this file: it stays light.
+"""
+
+import bisect
+import dataclasses
+import hashlib
+import math
+import os
+from collections.abc import Sequence
+
+import numpy as np
+
+from vop_jax.data.frames import Keep, Stretch, ticks
+from vop_jax.data.pixels import eval_crop
+from vop_jax.data.sampling import sample_indices
+from vop_jax.errors import VideoError
+
+Span = tuple[float, float]  # seconds [start, end)
+WHOLE: Span = (0.0, math.inf)
+
+# A longer file is not decoded from end to end for the few frames of its clip.
+LONG = 120.0
+# Pictures that one task brings, and seconds that it decodes: so much is in memory per worker.
+PICTURES, SECONDS = 192, 300.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How a stretch of video becomes F pictures, as in training.
+
+    Attributes:
+        frames: F.
+        image_size: S, the pictures' side.
+        short_side, sampling: see `frames.read_frames`.
+        fps: the F are taken of so many frames a second; 0: of all.
+    """
+
+    frames: int
+    image_size: int
+    short_side: int = 256
+    sampling: str = "uniform"
+    fps: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """What a file holds, told without decoding.
+
+    Attributes:
+        digest: of its bytes.
+        duration: seconds, to the end of its last frame.
+        times: seconds of the F frames of its clip; [] where only decoding tells.
+    """
+
+    digest: str
+    duration: float
+    times: list[float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What a worker decodes: stretches in one pass, or frames at some times by seeking."""
+
+    path: str
+    reading: Reading
+    spans: tuple[Span, ...] = ()
+    times: tuple[float, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """What it brings.
+
+    Attributes:
+        pixels: uint8 [N, S, S, 3], each picture once.
+        clips: for each span the F rows of `pixels`, or None where no frame is shown in it.
+    """
+
+    pixels: np.ndarray
+    clips: list[list[int] | None]
+
+    def clip(self, number: int) -> np.ndarray | None:
+        """uint8 [F, S, S, 3] of a span."""
+        rows = self.clips[number]
+        return None if rows is None else self.pixels[rows]
+
+
+def spans_of(duration: float, window: float, stride: float) -> list[Span]:
+    """Moments of `window` seconds, `stride` apart; the last one reaches the end.
+
+    None where a single one would be the whole clip.
+    """
+    if not window or duration <= window:
+        return []
+    count = math.ceil((duration - window) / stride - 1e-9)
+    starts = [i * stride for i in range(count)] + [duration - window]
+    return [(round(start, 3), round(start + window, 3)) for start in starts]
+
+
+def survey(path: str | os.PathLike, reading: Reading) -> Survey:
+    """Reads a file without decoding it.
+
+    Raises:
+        VideoError: it is not there or no video.
+    """
+    stretch = Stretch(os.fspath(path), *WHOLE, None)
+    times = stretch.packet_times()
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if not times:
+        return Survey(digest, 0.0, [])
+    gap = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 0.04
+    duration = math.ceil(1e3 * (times[-1] + gap) - 1e-3) / 1e3  # no less: the end is not shown
+    return Survey(digest, duration, [times[i] for i in _chosen(times, 0.0, reading)])
+
+
+def tasks_of(path: str, found: Survey, spans: Sequence[Span], reading: Reading) -> list[Task]:
+    """The work of a file: its clip first, then `spans`, each frame decoded once or nearly so."""
+    per_task = max(1, PICTURES // reading.frames)
+    if found.duration <= LONG and len(spans) < per_task:
+        return [Task(path, reading, (WHOLE, *spans))]
+    groups: list[list[Span]] = []
+    for span in spans:
+        group = groups[-1] if groups else []
+        if not group or len(group) == per_task or span[1] - group[0][0] > SECONDS:
+            groups.append([span])
+        else:
+            group.append(span)
+    return [
+        Task(path, reading, times=tuple(found.times)),
+        *(Task(path, reading, tuple(group)) for group in groups),
+    ]
+
+
+def read_pictures(task: Task) -> Pictures:
+    """Decodes a task: the same frames as `frames.read_frames` gives of each span.
+
+    Raises:
+        VideoError: the file cannot be used, and why.
+    """
+    if not task.times:
+        return _read_spans(task)
+    kept: dict[float, np.ndarray] = {}
+    for time in dict.fromkeys(task.times):
+        at = Stretch(task.path, time, time + 1e-6, task.reading.short_side)
+        pixels = next(iter(at.decode(lambda index, _: index == 0).values()), None)
+        if pixels is None:  # its index is wrong, or its packets are no frames: all in their order
+            return _read_spans(dataclasses.replace(task, times=(), spans=(WHOLE,)))
+        kept[time] = pixels
+    rows = {time: row for row, time in enumerate(kept)}
+    return _cropped(list(kept.values()), [[rows[t] for t in task.times]], task.reading)
+
+
+def _read_spans(task: Task) -> Pictures:
+    """Decodes from the beginning of the first span to the end of the last."""
+    reading = task.reading
+    first, last = min(s for s, _ in task.spans), max(e for _, e in task.spans)
+    stretch = Stretch(task.path, first, last, reading.short_side)
+    # Packets tell nearly always what decoding will give; if not, what it gave.
+    expected = stretch.packet_times()
+    for _ in range(2):
+        plan = [_within(expected, span, reading) for span in task.spans]
+        wanted = sorted({i for indices in plan for i in indices or ()})
+        kept = stretch.decode(_among(frozenset(wanted)))
+        if len(stretch.times) == len(expected):
+            break
+        expected = sorted(stretch.times)
+    if not expected and WHOLE in task.spans:
+        raise VideoError("no frame decodes")
+    rows = {index: row for row, index in enumerate(wanted)}
+    clips = [None if indices is None else [rows[i] for i in indices] for indices in plan]
+    return _cropped([kept[i] for i in wanted], clips, reading)
+
+
+def _among(wanted: frozenset[int]) -> Keep:
+    return lambda index, _: index in wanted
+
+
+def _within(times: Sequence[float], span: Span, reading: Reading) -> list[int] | None:
+    """Which of the frames shown at `times` are the F of a span."""
+    low, high = (bisect.bisect_left(times, edge) for edge in span)
+    if low == high:
+        return None
+    return [low + i for i in _chosen(times[low:high], span[0], reading)]
+
+
+def _chosen(times: Sequence[float], start: float, reading: Reading) -> list[int]:
+    candidates = list(range(len(times)))
+    if reading.fps:
+        keep = ticks(start, 1 / reading.fps)
+        candidates = [i for i in candidates if keep(i, times[i])]
+    indices = sample_indices(len(candidates), reading.frames, reading.sampling)
+    return [candidates[i] for i in indices]
+
+
+def _cropped(frames: list[np.ndarray], clips: list[list[int] | None], reading: Reading) -> Pictures:
+    size = reading.image_size
+    pixels = eval_crop(frames, size) if frames else np.zeros((0, size, size, 3), np.uint8)
+    return Pictures(pixels, clips)

@@ -1,0 +1,181 @@
+"""Finds videos, and moments of them, by what they show.
+
+python -m vop_jax.search index FOLDER --clip clip.safetensors --prompts FILE --index DIR
+python -m vop_jax.search query "a dog catches a frisbee" --index DIR -k 10
+python -m vop_jax.search info --index DIR
+
+Kill `index` whenever you like: the same command goes on.
+"""
+
+import argparse
+import errno
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from absl import flags, logging
+
+from vop_jax import interrupt
+from vop_jax.errors import UserError
+from vop_jax.search import show
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, not the whole usage."""
+        raise UserError(f"{message}; --help tells all")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        "python -m vop_jax.search",
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    shared = _Parser(add_help=False)
+    shared.add_argument("--index", required=True, metavar="DIR", help="the folder of the index")
+    model = _Parser(add_help=False)
+    model.add_argument("--clip", default="", metavar="FILE", help="converted weights")
+    model.add_argument("--prompts", default="", metavar="FILE", help="of a run; none: plain CLIP")
+    given: dict[str, Any] = {"parents": [shared, model], "allow_abbrev": False}
+
+    index = commands.add_parser("index", help="make an index, or bring it up to date", **given)
+    index.add_argument("folder", nargs="?", default="", metavar="FOLDER", help="of videos")
+    index.add_argument("--window", type=_seconds, help="also index moments of so many seconds")
+    index.add_argument("--stride", type=_seconds, help="seconds between them; half the window")
+    index.add_argument(
+        "--captions", default="", metavar="FILE", help="texts to find: csv, jsonl, txt"
+    )
+    index.add_argument(
+        "--store", default="", metavar="URI", help="FILE.db or http://HOST:PORT: Milvus"
+    )
+    index.add_argument("--workers", type=_count, default=0, help="decoding processes; one a core")
+    index.add_argument("--batch", type=_count, default=16, help="clips embedded at once")
+    index.add_argument(
+        "--seconds", type=_seconds, default=300.0, help="to decode one file, or part"
+    )
+    index.add_argument("--retry", action="store_true", help="files that could not be read")
+
+    query = commands.add_parser("query", help="search", **given)
+    query.add_argument("text", nargs="?", metavar="TEXT", help="what to look for")
+    query.add_argument("--video", metavar="FILE", help="look for what is like a video")
+    query.add_argument("--image", metavar="FILE", help="look for what is like a picture")
+    query.add_argument("-k", type=_count, default=10, help="how many")
+    query.add_argument("--to", choices=("videos", "captions"), default="videos")
+    query.add_argument("--folder", metavar="SUB", help="only in this part of the indexed folder")
+    query.add_argument("--since", metavar="DATE", help="files changed on this day or later")
+    query.add_argument("--until", metavar="DATE", help="files changed on this day or before")
+    query.add_argument("--all-moments", action="store_true", help="not only the best of each file")
+    query.add_argument("--explain", action="store_true", help="the score of each frame")
+    query.add_argument("--json", action="store_true", help="a list of objects")
+
+    info = commands.add_parser("info", help="what an index holds", parents=[shared])
+    info.add_argument("--json", action="store_true", help="an object")
+    return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: a number, 1 or more")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0.001 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r}: seconds, more than 0")
+    return number
+
+
+def _index(args: argparse.Namespace) -> None:
+    from vop_jax.main import set_up_logging
+    from vop_jax.search.indexing import Making
+    from vop_jax.search.make import Request, make_index
+
+    set_up_logging()
+    asked = Request(
+        args.folder, args.clip, args.prompts, args.window, args.stride, args.captions, args.store
+    )
+    making = Making(args.workers, args.batch, args.seconds, args.retry)
+    done = make_index(args.index, asked, making)
+    print(show.done(args.index, done))
+
+
+def _query(args: argparse.Namespace) -> None:
+    from vop_jax.search.searcher import open_searcher, read_image
+
+    given = [what for what in (args.text, args.video, args.image) if what is not None]
+    if len(given) != 1:
+        raise UserError("give one of: a text, --video=FILE, --image=FILE")
+    if args.text is not None and not args.text.strip():
+        raise UserError("the query is empty; say what to look for")
+    if args.explain and args.to == "captions":
+        raise UserError("--explain: is of videos' frames, not --to=captions")
+    logging.set_verbosity(logging.ERROR)  # what is warned of is said below
+    searcher = open_searcher(args.index, args.clip or None, args.prompts or None)
+    retriever = searcher.retriever
+    if args.text is not None:
+        if retriever.count_cut([args.text]):
+            print("the query is longer than the model reads: its end is cut off", file=sys.stderr)
+        vector = searcher.vector(args.text)
+    elif args.video is not None:
+        vector = retriever.embed_videos([args.video])[0]
+    else:
+        vector = retriever.embed_images([read_image(args.image)])[0]
+    filters = {name: getattr(args, name) for name in ("to", "folder", "since", "until")}
+    hits = searcher.nearest(vector, args.k, per_file=not args.all_moments, **filters)
+    rows = [show.row_of(searcher, hit, vector if args.explain else None) for hit in hits]
+    print(json.dumps(rows, indent=2) if args.json else show.table(rows))
+
+
+def _info(args: argparse.Namespace) -> None:
+    from vop_jax.search.index import Index
+
+    index = Index.open(args.index)
+    print(json.dumps(show.about(index), indent=2) if args.json else show.about_text(index))
+
+
+COMMANDS: dict[str, Any] = {"index": _index, "query": _query, "info": _info}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    try:
+        args = _parser().parse_args(argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # absl would warn that it logs before that
+    logging.use_absl_handler()
+    interrupt.install()
+    try:
+        COMMANDS[args.command](args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = error.filename or args.index
+        print(
+            f"error: {where}: the disk is full; make room and run the same command, what is done "
+            "is kept",
+            file=sys.stderr,
+        )
+        return 1
+    except interrupt.Interrupted as signal:
+        also = "; what is done is kept, the same command goes on" if args.command == "index" else ""
+        print(f"\nstopped by {signal}{also}", file=sys.stderr)
+        return signal.exit_status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""Which files a query is about: those of a folder, those of some dates."""
+
+import dataclasses
+import datetime
+import posixpath
+from typing import Any
+
+from vop_jax.errors import UserError
+
+Moment = str | datetime.date | datetime.datetime | float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Filter:
+    """A condition on rows of `files`, as SQL.
+
+    Attributes:
+        sql: "" where there is none, else it begins with AND.
+        values: of its question marks.
+    """
+
+    sql: str = ""
+    values: tuple[Any, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.sql)
+
+
+def make_filter(
+    folder: str | None = None,
+    since: Moment = None,
+    until: Moment = None,
+    path: str = "files.path",
+) -> Filter:
+    """What restricts a search.
+
+    Args:
+        folder: relative to the indexed folder; files in it and below.
+        since, until: when files were last changed: seconds since 1970, datetimes, or days as dates
+            or "2026-11-25", local time; `until` a day is to its end.
+        path: the column that `folder` is about.
+
+    Raises:
+        UserError: no date, or a folder outside of the indexed one.
+    """
+    conditions: list[str] = []
+    values: list[Any] = []
+    if folder is not None and (prefix := _prefix(folder)):
+        # A range, which an index answers: "0" comes after "/".
+        conditions.append(f"AND {path} >= ? AND {path} < ?")
+        values += [prefix + "/", prefix + "0"]
+    if since is not None:
+        conditions.append("AND files.mtime >= ?")
+        values.append(_nanoseconds("since", since))
+    if until is not None:
+        conditions.append("AND files.mtime < ?")
+        values.append(_nanoseconds("until", until))
+    return Filter(" ".join(conditions), tuple(values))
+
+
+def _prefix(folder: str) -> str:
+    """Its path without ./ and trailing /; "" for the indexed folder itself."""
+    inside = posixpath.normpath(folder)
+    if inside.startswith(("/", "../")) or inside == "..":
+        raise UserError(f"folder={folder!r}: must be inside the indexed folder, relative to it")
+    if "\0" in folder or not folder.isprintable():
+        raise UserError(f"folder={folder!r}: not a name of a folder")
+    return "" if inside == "." else inside
+
+
+def _nanoseconds(what: str, moment: Any) -> int:
+    """Since 1970; the end of a day for `until`."""
+    day_after = datetime.timedelta(days=what == "until")
+    try:
+        if isinstance(moment, str):
+            try:
+                moment = datetime.date.fromisoformat(moment)
+            except ValueError:
+                moment = datetime.datetime.fromisoformat(moment)
+        if isinstance(moment, datetime.date) and not isinstance(moment, datetime.datetime):
+            moment = datetime.datetime.combine(moment + day_after, datetime.time())
+        if isinstance(moment, datetime.datetime):
+            moment = moment.timestamp()
+        nanoseconds = int(moment * 10**9)
+    except (ValueError, OverflowError, OSError, TypeError):
+        raise UserError(f"{what}={moment!r}: must be a date such as 2026-11-25") from None
+    return max(min(nanoseconds, 2**63 - 1), -(2**63))

@@ -1,0 +1,148 @@
+"""An index with the model that made it: text, pictures and videos in, moments out."""
+
+import os
+import pathlib
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from vop_jax import retriever as retrievers
+from vop_jax.errors import UserError, VideoError
+from vop_jax.retriever import Retriever
+from vop_jax.search.index import Hit, Index
+
+
+class Searcher:
+    """An `Index` and its `Retriever`; made by `vop_jax.search.open`. Threads may share it.
+
+    Filters are those of `Index.search`: `folder`, `since`, `until`, `per_file`, and `to`.
+    """
+
+    def __init__(self, index: Index, retriever: Retriever):
+        check_same_model(index, retriever)
+        self.index, self.retriever = index, retriever
+
+    def text(self, query: str, k: int = 10, **filters) -> list[Hit]:
+        """What shows, or says, what the query says.
+
+        Raises:
+            UserError: an empty query, or a wrong filter.
+        """
+        return self.nearest(self.vector(query), k, **filters)
+
+    def video(
+        self, path: str | os.PathLike, k: int = 10, to: str = "videos", **filters
+    ) -> list[Hit]:
+        """What is like a video, or the captions that describe it.
+
+        Raises:
+            UserError: it cannot be read, with the reason.
+        """
+        return self.nearest(self.retriever.embed_videos([path])[0], k, to=to, **filters)
+
+    def image(self, path: str | os.PathLike, k: int = 10, **filters) -> list[Hit]:
+        """What is like a picture.
+
+        Raises:
+            UserError: it cannot be read, with the reason.
+        """
+        return self.nearest(self.retriever.embed_images([read_image(path)])[0], k, **filters)
+
+    def vector(self, query: str) -> np.ndarray:
+        """float32 [E] of a text.
+
+        Raises:
+            UserError: there is nothing in it.
+        """
+        if not query.strip():
+            raise UserError("the query is empty; say what to look for")
+        return self.retriever.embed_text([query])[0]
+
+    def nearest(self, vector: np.ndarray, k: int = 10, **filters) -> list[Hit]:
+        """What is near to a unit vector [E]."""
+        return self.index.search(vector[None], k, **filters)[0]
+
+    def explain(self, query: str | np.ndarray, hit: Hit) -> tuple[list[float], list[float]]:
+        """(seconds, score) of each frame of the hit's moment, or file: how near the query is.
+
+        Args:
+            query: a text, or a unit vector [E].
+
+        Raises:
+            UserError: the file is gone or cannot be read.
+        """
+        vector = self.vector(query) if isinstance(query, str) else query
+        path = self.index.path_of(hit.file_id)
+        try:
+            frames = self.retriever.sample(path, hit.start, hit.end)
+        except VideoError as error:
+            raise UserError(f"{path}: {error}") from None
+        each = self.retriever.embed_each_frame(np.stack(frames.pixels)[None])[0]
+        return [float(time) for time in frames.timestamps], [float(s) for s in each @ vector]
+
+
+def open_searcher(
+    directory: str | os.PathLike,
+    clip: str | os.PathLike | None = None,
+    prompts: str | os.PathLike | None = None,
+    retriever: Retriever | None = None,
+) -> Searcher:
+    """Opens an index and the model that made it.
+
+    Args:
+        clip, prompts: where the files are now, if they have moved.
+        retriever: the model itself, where it is there already.
+
+    Raises:
+        UserError: there is no such index; the files are gone, or are of another model.
+    """
+    index = Index.open(directory)
+    index.open_vectors()
+    if retriever is None:
+        info = index.info
+        where = os.fspath(clip or info.clip)
+        its_prompts = os.fspath(prompts or info.prompts) or None
+        for option, path in (("--clip", where), ("--prompts", its_prompts)):
+            if path is not None and not pathlib.Path(path).exists():
+                raise UserError(f"{path}: gone since {directory} was made; say {option}=FILE")
+        retriever = retrievers.load(where, its_prompts)
+        if retriever.frames != info.frames:
+            retriever = retriever.with_prompts(its_prompts, frames=info.frames)
+    return Searcher(index, retriever)
+
+
+def check_same_model(index: Index, retriever: Retriever) -> None:
+    """Raises UserError, naming both, where the vectors of an index are of another model."""
+    info = index.info
+    if info.clip_fingerprint != retriever.clip_fingerprint:
+        raise UserError(
+            f"{index.directory}: was made with {info.clip_name}, not with {retriever.clip_name}; "
+            "give that --clip, or another --index"
+        )
+    if (info.prompts_fingerprint, info.frames) != (retriever.prompts_fingerprint, retriever.frames):
+        made, given = (
+            f"{method} prompts {fingerprint[:12] or 'none'} and {frames} frames"
+            for method, fingerprint, frames in (
+                (info.method, info.prompts_fingerprint, info.frames),
+                (retriever.method.name, retriever.prompts_fingerprint, retriever.frames),
+            )
+        )
+        raise UserError(
+            f"{index.directory}: was made with {made}, not with {given}; give those --prompts, "
+            "or another --index"
+        )
+
+
+def read_image(path: str | os.PathLike) -> np.ndarray:
+    """uint8 [H, W, 3] of a picture, upright.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except FileNotFoundError:
+        raise UserError(f"{os.fspath(path)}: no such file") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{os.fspath(path)}: not a readable picture ({error})") from None
