@@ -200,6 +200,8 @@ class _Search:
         allowed = self._matching(FEW) if self._where else None
         total = len(self._store) if allowed is None else len(allowed)
         count = FIRST + (EACH if self._per_file else 1) * k
+        if self._where and allowed is None:
+            count *= WIDER  # most will not pass
         while True:
             count = min(count, total, MOST)
             if not count:

@@ -24,6 +24,7 @@ from vop_jax.search.index import vectors_uri
 from vop_jax.search.store import VectorStore, open_store
 
 AHEAD = 2  # batches that wait for the devices
+TABLES = {"videos": "moments", "captions": "captions"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,13 +100,14 @@ def update(
         OSError: the disk is full; what is done stays, and the next call goes on.
     """
     with contextlib.ExitStack() as stack:
-        catalog = Catalog.open(directory, info)
-        stack.callback(catalog.close)
-        stores = {}
-        for target, table in (("videos", "moments"), ("captions", "captions")):
+        stores = {}  # before there is a catalog, which would bind it to a store that is not there
+        for target in TABLES:
             uri = vectors_uri(directory, info.store, target)
             stores[target] = open_store(uri, info.dim, write=True)
             stack.callback(stores[target].close)
+        catalog = Catalog.open(directory, info)
+        stack.callback(catalog.close)
+        for target, table in TABLES.items():
             _mend(catalog, table, stores[target])
         done = Done()
         if captions is not None:
