@@ -4,8 +4,8 @@
     python -m benchmarks.index decoding VIDEOS --workers=1,2
 
 The catalog is synthetic: as many moments as are asked for, over files in folders and on days;
-its vectors are narrow (--dim), so that a search of them is quick, and the time of `Index.search` is told
-beside that of the store alone. Opening is that of a fresh process, without its imports.
+its vectors are narrow (--dim), so that a search of them is quick, and the time of `Index.search`
+is told beside that of the store alone. Opening is that of a fresh process, without its imports.
 
 Decoding is timed in processes, which survive a decoder that crashes or hangs, and in threads; and
 also each clip and moment by itself, not all of a file in one pass.
@@ -25,10 +25,11 @@ import numpy as np
 
 from vop_jax.data.moments import Reading, read_pictures, spans_of, survey, tasks_of
 from vop_jax.data.workers import in_processes, in_threads
-from vop_jax.search.catalog import Catalog, IndexInfo
+from vop_jax.search.catalog import IndexInfo
 from vop_jax.search.files import find_videos
 from vop_jax.search.index import Index
 from vop_jax.search.store import open_store
+from vop_jax.search.writing import Catalog
 
 DAY = 86_400
 BATCH = 1000  # files at once
