@@ -4,13 +4,15 @@
     python -m benchmarks.index decoding VIDEOS --workers=1,2
 
 The catalog is synthetic: as many moments as are asked for, over files in folders and on days;
-its vectors are narrow, so that a search of them is quick, and the time of `Index.search` is told
-beside that of the store alone. Opening is that of a fresh process, without its imports.
+its vectors are narrow (--dim), so that a search of them is quick, and the time of `Index.search`
+is told beside that of the store alone. Opening is that of a fresh process, without its imports.
 
-Decoding is timed in processes, which survive a decoder that crashes or hangs, and in threads.
+Decoding is timed in processes, which survive a decoder that crashes or hangs, and in threads; and
+also each clip and moment by itself, not all of a file in one pass.
 """
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import subprocess
@@ -23,12 +25,12 @@ import numpy as np
 
 from vop_jax.data.moments import Reading, read_pictures, spans_of, survey, tasks_of
 from vop_jax.data.workers import in_processes, in_threads
-from vop_jax.search.catalog import Catalog, IndexInfo
+from vop_jax.search.catalog import IndexInfo
 from vop_jax.search.files import find_videos
 from vop_jax.search.index import Index
 from vop_jax.search.store import open_store
+from vop_jax.search.writing import Catalog
 
-DIM = 8
 DAY = 86_400
 BATCH = 1000  # files at once
 
@@ -47,12 +49,12 @@ print(opened, time.perf_counter() - begin)
 """
 
 
-def fill(directory: pathlib.Path, moments: int, per_file: int) -> None:
+def fill(directory: pathlib.Path, moments: int, per_file: int, dim: int) -> None:
     """A catalog of files that are not there, each in one of 100 folders and on its own day."""
     directory.mkdir(parents=True)
-    info = IndexInfo(1, "", "c", "CLIP", "", "", "zero_shot", 12, DIM, 10.0, 5.0, "/films", "")
+    info = IndexInfo(1, "", "c", "CLIP", "", "", "zero_shot", 12, dim, 10.0, 5.0, "/films", "")
     catalog = Catalog.open(directory, info)
-    store = open_store(directory / "vectors", DIM, write=True)
+    store = open_store(directory / "vectors", dim, write=True)
     rng = np.random.default_rng(0)
     files = moments // per_file
     spans = [(5.0 * i, 5.0 * i + 10) for i in range(per_file)]
@@ -62,7 +64,7 @@ def fill(directory: pathlib.Path, moments: int, per_file: int) -> None:
             for i in range(first, min(first + BATCH, files)):
                 path = f"{i % 100:02}/{i}.mp4"
                 ids += catalog.add(path, 1, i * DAY * 10**9 * 10_000 // files, str(i), spans)
-            rows = rng.standard_normal((len(ids), DIM)).astype(np.float32)
+            rows = rng.standard_normal((len(ids), dim), np.float32)
             store.put(np.array(ids), rows / np.linalg.norm(rows, axis=1, keepdims=True))
     catalog.close()
     store.close()
@@ -81,22 +83,24 @@ def best(call: Callable, times: int = 7) -> float:
 def measure_catalog(args: argparse.Namespace) -> None:
     directory = pathlib.Path(args.index)
     if not directory.exists():
-        fill(directory, args.moments, args.per_file)
+        fill(directory, args.moments, args.per_file, args.dim)
     code = OPEN.format(directory=str(directory))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     opened, first = map(float, done.stdout.split())
     print(json.dumps({"open_ms": round(1e3 * opened, 1), "first_search_ms": round(1e3 * first)}))
     index = Index.open(directory)
     print(json.dumps({**index.counts(), "catalog_mb": _megabytes(directory / "catalog.sqlite")}))
-    store = open_store(directory / "vectors", DIM, write=False)
+    dim = index.info.dim
+    store = open_store(directory / "vectors", dim, write=False)
     rng = np.random.default_rng(1)
-    query = rng.standard_normal((1, DIM)).astype(np.float32)
+    query = rng.standard_normal((1, dim), np.float32)
     query /= np.linalg.norm(query)
     alone = best(lambda: store.search(query, 224))
     asked = {
         "no filter": {},
         "1 % by folder": {"folder": "07"},
         "1 % by date": {"since": 9_900 * DAY},
+        "5 % by date": {"since": 9_500 * DAY},
         "half by date": {"since": 5_000 * DAY},
         "99 % by date": {"since": 100 * DAY},
         "both": {"folder": "07", "since": 5_000 * DAY},
@@ -128,10 +132,15 @@ def measure_decoding(args: argparse.Namespace) -> None:
     seconds = sum(seen.duration for _, seen in surveys) * args.repeat
     clips = sum(len(task.spans) or 1 for task in tasks)
 
+    apart = [dataclasses.replace(task, spans=(span,)) for task in tasks for span in task.spans]
+    apart += [task for task in tasks if task.times]
+
     def run(how: str, workers: int) -> float:
         begin = time.perf_counter()
         if how == "processes":
             results = in_processes(read_pictures, tasks, workers, seconds=600)
+        elif how == "processes, one by one":
+            results = in_processes(read_pictures, apart, workers, seconds=600)
         else:
             results = in_threads(read_pictures, tasks, workers)
         for _ in results:
@@ -142,7 +151,7 @@ def measure_decoding(args: argparse.Namespace) -> None:
     assert one_each == 1  # files are in the cache, libraries loaded
     for round in range(args.rounds):
         for workers in map(int, args.workers.split(",")):
-            for how in ("processes", "threads"):
+            for how in ("processes", "threads", "processes, one by one"):
                 took = run(how, workers)
                 row = {"round": round, "how": how, "workers": workers, "seconds": round_(took)}
                 row |= {"video_seconds_per_s": round_(seconds / took)}
@@ -164,6 +173,7 @@ def main() -> None:
     catalog.add_argument("--index", required=True, help="made if it is not there")
     catalog.add_argument("--moments", type=int, default=1_000_000)
     catalog.add_argument("--per_file", type=int, default=20)
+    catalog.add_argument("--dim", type=int, default=8)
     decoding = commands.add_parser("decoding")
     decoding.add_argument("videos")
     decoding.add_argument("--window", type=float, default=4.0)

@@ -9,9 +9,10 @@ import numpy as np
 
 from tests import runs
 from tests.data import videos
+from vop_jax.search.asked import Request
 from vop_jax.search.index import Index
 from vop_jax.search.indexing import Making
-from vop_jax.search.make import Request, make_index
+from vop_jax.search.make import make_index
 
 DATE = 1_700_000_000  # files' own, so that changes are seen
 

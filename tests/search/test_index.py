@@ -12,10 +12,11 @@ import pytest
 import vop_jax.search
 from tests.search import library
 from vop_jax import UserError
-from vop_jax.search import index as indexes
-from vop_jax.search.catalog import Catalog, IndexInfo
+from vop_jax.search import query as queries
+from vop_jax.search.catalog import IndexInfo
 from vop_jax.search.index import Index
 from vop_jax.search.store import open_store
+from vop_jax.search.writing import Catalog
 
 DIM = 8
 FOLDERS = ("", "cats/", "cats/black/", "cats2/", "dogs/")
@@ -91,15 +92,15 @@ FILTERS = {
 @pytest.mark.parametrize("per_file", [True, False])
 def test_it_finds_what_looking_at_all_finds(made, name, few, per_file, monkeypatch):
     """By ids where few pass the filter, and by filtering the nearest where many do."""
-    monkeypatch.setattr(indexes, "FEW", few)
-    monkeypatch.setattr(indexes, "FIRST", 3)
-    monkeypatch.setattr(indexes, "EACH", 1)
+    monkeypatch.setattr(queries, "FEW", few)
+    monkeypatch.setattr(queries, "FIRST", 3)
+    monkeypatch.setattr(queries, "EACH", 1)
     vectors, paths, index = made
     asked, allowed = FILTERS[name]
-    queries = unit(3, seed=1)
+    asking = unit(3, seed=1)
     for k in (1, 5, 1000):
-        found = index.search(queries, k, per_file=per_file, **asked)
-        for query, hits in zip(queries, found, strict=True):
+        found = index.search(asking, k, per_file=per_file, **asked)
+        for query, hits in zip(asking, found, strict=True):
             rows = brute(vectors, paths, query, lambda i: allowed(i, paths[i]), per_file)
             assert_found(hits, rows[:k])
 
@@ -108,7 +109,7 @@ def test_it_finds_what_looking_at_all_finds(made, name, few, per_file, monkeypat
 def test_thousands_of_moments_of_one_file_hide_no_other(made, monkeypatch, asked):
     """As if a store found no more than ten at once."""
     for name, value in (("MOST", 10), ("FIRST", 3), ("EACH", 1), ("FEW", 0)):
-        monkeypatch.setattr(indexes, name, value)
+        monkeypatch.setattr(queries, name, value)
     vectors, paths, index = made
     query = unit(1, seed=2)
     allowed = FILTERS["folder" if asked else "all"][1]
@@ -263,10 +264,10 @@ def test_a_picture_finds_its_film(shared, retriever, tmp_path):
 
 def test_threads_share_a_searcher(shared, retriever):
     searcher = vop_jax.search.open(shared[1], retriever=retriever)
-    queries = [f"query {i}" for i in range(12)]
-    alone = [searcher.text(query, 3) for query in queries]
+    texts = [f"query {i}" for i in range(12)]
+    alone = [searcher.text(text, 3) for text in texts]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(lambda query: searcher.text(query, 3), queries)) == alone
+        assert list(pool.map(lambda text: searcher.text(text, 3), texts)) == alone
 
 
 def test_an_index_and_its_model(shared, retriever, tmp_path):

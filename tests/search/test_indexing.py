@@ -10,8 +10,9 @@ from tests.data import videos
 from tests.search import library
 from vop_jax import UserError
 from vop_jax.search import decoding, indexing
+from vop_jax.search.asked import Request
 from vop_jax.search.index import Index
-from vop_jax.search.indexing import locked
+from vop_jax.search.make import locked, make_index
 
 
 @pytest.fixture
@@ -262,7 +263,33 @@ def test_batches_do_not_matter(films, tmp_path, retriever, monkeypatch):
     library.make(tmp_path / "four", films, retriever, window=1.0)
     monkeypatch.setattr(indexing, "AHEAD", 0)
     request = indexing.Making(workers=2, batch=1)
-    from vop_jax.search.make import Request, make_index
-
     make_index(tmp_path / "one", Request(str(films), window=1.0), request, retriever)
     library.assert_same(library.content(tmp_path / "one"), library.content(tmp_path / "four"))
+
+
+@pytest.mark.slow
+def test_vectors_in_milvus_lite(films, tmp_path, retriever):
+    """The same hits as of an exact store; what is removed there is removed here."""
+    pytest.importorskip("pymilvus")
+    pytest.importorskip("milvus_lite")
+    (films / "bad.mp4").write_bytes(b"no video")
+    queries = retriever.embed_text(["one query", "another"])
+    for step in range(2):
+        found = []
+        for name, asked in (("exact", {}), ("lite", {"store": str(tmp_path / "vectors.db")})):
+            library.make(tmp_path / name, films, retriever, window=1.0, **asked)
+            index = Index.open(tmp_path / name)
+            found.append(index.search(queries, 50, per_file=False))
+            index.close()
+        for one, other in zip(*found, strict=True):
+            assert len(one) == (27, 21)[step]
+            assert {(hit.path, hit.start) for hit in one} == {(h.path, h.start) for h in other}
+            np.testing.assert_allclose([h.score for h in one], [h.score for h in other], atol=1e-5)
+        (films / "a.mp4").unlink(missing_ok=True)
+
+
+def test_a_database_that_is_down_binds_no_index(films, tmp_path, retriever):
+    pytest.importorskip("pymilvus")
+    with pytest.raises(UserError, match="http://localhost:1"):
+        library.make(tmp_path / "index", films, retriever, store="http://localhost:1")
+    assert library.make(tmp_path / "index", films, retriever).added == 4

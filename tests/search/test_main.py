@@ -171,7 +171,7 @@ def test_a_full_disk_is_told_in_one_line(place, call, monkeypatch, tmp_path):
         raise OSError(28, "No space left on device", "vectors.f32")
 
     index = library.copy(place[1], tmp_path / "index")
-    monkeypatch.setattr("vop_jax.search.make.update", full)
+    monkeypatch.setattr("vop_jax.search.make._update", full)
     status, _, err = call("index", "--index", index)
     assert (status, err) == (
         1,

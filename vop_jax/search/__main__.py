@@ -95,8 +95,9 @@ def _seconds(text: str) -> float:
 
 def _index(args: argparse.Namespace) -> None:
     from vop_jax.main import set_up_logging
+    from vop_jax.search.asked import Request
     from vop_jax.search.indexing import Making
-    from vop_jax.search.make import Request, make_index
+    from vop_jax.search.make import make_index
 
     set_up_logging()
     asked = Request(

@@ -1,27 +1,20 @@
-"""A folder becomes an index, or an index follows what has become of its folder."""
+"""Files are decoded, embedded and stored, all at the same time."""
 
 import collections
 import contextlib
 import dataclasses
-import errno
 import os
-import pathlib
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
-import filelock
 import numpy as np
-from absl import logging
 from tqdm import tqdm
 
-from vop_jax.errors import UserError
 from vop_jax.retriever import Retriever
-from vop_jax.search.captions import Row, update_captions
-from vop_jax.search.catalog import Catalog, File, IndexInfo
+from vop_jax.search.catalog import IndexInfo
 from vop_jax.search.decoding import Decoder, Work
 from vop_jax.search.files import Found
-from vop_jax.search.index import vectors_uri
-from vop_jax.search.store import VectorStore, open_store
+from vop_jax.search.store import VectorStore
+from vop_jax.search.writing import Catalog, File
 
 AHEAD = 2  # batches that wait for the devices
 
@@ -57,82 +50,8 @@ class Done:
     cut: int = 0
 
 
-@contextlib.contextmanager
-def locked(directory: pathlib.Path) -> Iterator[None]:
-    """One process at a time changes an index.
-
-    Raises:
-        UserError: another one does, or it cannot be written.
-    """
-    lock = filelock.FileLock(directory / ".lock")
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise UserError(f"{directory}: another process is writing this index") from None
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(f"{directory}: not a folder to write in ({error.strerror})") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def update(
-    directory: pathlib.Path,
-    info: IndexInfo,
-    retriever: Retriever,
-    files: list[Found],
-    making: Making,
-    captions: list[Row] | None = None,
-) -> Done:
-    """Makes an index of these files, or brings it up to date; inside of `locked`.
-
-    Args:
-        info: what it is, or shall be, made with.
-        files: all that there are.
-        captions: all that there shall be; None: those that there are.
-
-    Raises:
-        OSError: the disk is full; what is done stays, and the next call goes on.
-    """
-    with contextlib.ExitStack() as stack:
-        catalog = Catalog.open(directory, info)
-        stack.callback(catalog.close)
-        stores = {}
-        for target, table in (("videos", "moments"), ("captions", "captions")):
-            uri = vectors_uri(directory, info.store, target)
-            stores[target] = open_store(uri, info.dim, write=True)
-            stack.callback(stores[target].close)
-            _mend(catalog, table, stores[target])
-        done = Done()
-        if captions is not None:
-            done.captions, done.cut = update_captions(
-                captions, catalog, stores["captions"], retriever
-            )
-        _Update(catalog, stores["videos"], retriever, making, done).run(info, files)
-        return done
-
-
-def _mend(catalog: Catalog, table: str, store: VectorStore) -> None:
-    """Removes vectors of an earlier run that was cut off, and notices lost ones."""
-    known, there = catalog.ids(table), store.ids()
-    store.delete(np.setdiff1d(there, known, assume_unique=True))
-    lost = np.setdiff1d(known, there, assume_unique=True)
-    if not len(lost):
-        return
-    logging.warning("%d vectors of %s are lost; they are made again", len(lost), table)
-    with catalog.transaction():
-        if table == "moments":
-            catalog.doubt(lost)
-        else:
-            catalog.remove_captions(lost.tolist())
-
-
-class _Update:
-    """One run over the files."""
+class Update:
+    """One run over the files of a folder."""
 
     def __init__(
         self, catalog: Catalog, store: VectorStore, retriever: Retriever, making: Making, done: Done
@@ -147,6 +66,11 @@ class _Update:
         self._embedding = collections.deque()
 
     def run(self, info: IndexInfo, files: list[Found]) -> None:
+        """Has the index hold these files, as they are now, and no other.
+
+        Args:
+            info: what it is made with.
+        """
         self._folder = info.folder
         self._known = self._catalog.files()
         self._gone = self._known.keys() - {file.path for file in files}
