@@ -126,13 +126,13 @@ def _recurrence_transposed(kept: tuple, given: jax.Array) -> tuple[jax.Array, ja
         given, cell, entering, (i, f, g, o) = frame
         to_hidden, bent = to_hidden + given, jnp.tanh(cell)
         to_cell = to_cell + to_hidden * o * (1 - bent**2)
-        to_gates = [
+        parts = [
             to_cell * g * i * (1 - i),
             to_cell * entering * f * (1 - f),
             to_cell * i * (1 - g**2),
             to_hidden * bent * o * (1 - o),
         ]
-        to_gates = jnp.concatenate(to_gates, axis=-1)
+        to_gates = jnp.concatenate(parts, axis=-1)
         back = jnp.einsum("kbg,kdg->kbd", to_gates.astype(kernel.dtype), kernel)
         return (back.astype(jnp.float32), to_cell * f), to_gates
 
