@@ -1,7 +1,7 @@
-// Queries and uploads in, results out. What is opened: page.moment.js.
+// What is asked, by text or by file, and what is shown of the answer.
 
-import { ask, make, score, span, thumbnail } from "./page.ask.js";
-import { openMoment } from "./page.moment.js";
+import { ask, make, score } from "./page.ask.js";
+import { closeOpened, moveFocus, showHits } from "./page.results.js";
 
 const FIRST = 12; // results
 const MOST = 96;
@@ -11,7 +11,6 @@ const FIELDS = ["folder", "since", "until"];
 let indexes = [];
 let latest = new AbortController(); // the newest question: an older one's answer is thrown away
 let again = () => start(); // asks it once more
-let opened = null; // {card, close} of the result that is open
 
 const chosen = () => indexes.find((index) => index.name === $("index").value);
 
@@ -78,6 +77,7 @@ function searchFile(file, k = FIRST) {
 /** Asks, and shows the answer unless something else was asked meanwhile. */
 async function question(doing, k, more, answer) {
   const { signal } = begin(doing);
+  document.title = doing.replace(/^Looking (for|at) |…$/g, "");
   again = () => more(k);
   $("more").onclick = () => more(Math.min(2 * k, MOST));
   try {
@@ -101,10 +101,9 @@ function begin(doing) {
 }
 
 function end() {
-  close();
   document.body.classList.remove("busy");
   $("results").removeAttribute("aria-busy");
-  $("results").replaceChildren();
+  showHits($("results"), "", [], "");
   $("status").textContent = "";
   for (const id of ["cut", "captions", "more", "error", "empty"]) $(id).hidden = true;
 }
@@ -114,8 +113,7 @@ function end() {
 function show({ hits, captions = [], cut = false, query = "", title }) {
   end();
   $("cut").hidden = !cut;
-  const index = $("index").value;
-  $("results").append(...hits.map((hit) => card(index, hit, query)));
+  showHits($("results"), $("index").value, hits, query);
   $("captions").hidden = !captions.length;
   $("captions").querySelector("ol").replaceChildren(...captions.map(captionRow));
   const count = hits.length === 1 ? "1 result" : `${hits.length} results`;
@@ -126,27 +124,6 @@ function show({ hits, captions = [], cut = false, query = "", title }) {
   showEmpty(`No results ${title}`, why);
 }
 
-function card(index, hit, query) {
-  const missing = hit.missing ? make("span", { class: "missing" }, "file is gone") : null;
-  const picture = make("img", {
-    src: thumbnail(index, hit),
-    alt: "",
-    loading: "lazy",
-    onerror: () => picture.parentNode.replaceChildren(make("span", {}, "no preview")),
-  });
-  const button = make(
-    "button",
-    { type: "button", class: "card", "aria-expanded": "false", onclick: () => toggle(index, hit, query, item) },
-    make("span", { class: "picture" }, hit.missing ? "" : picture),
-    make("span", { class: "name", title: hit.name }, hit.name),
-    make("span", { class: "when" }, span(hit)),
-    make("span", { class: "score", title: "Cosine of the angle between query and video" }, score(hit.score)),
-    ...(missing ? [missing] : []),
-  );
-  const item = make("li", {}, button);
-  return item;
-}
-
 function captionRow(hit) {
   const look = () => {
     $("query").value = hit.caption;
@@ -154,28 +131,6 @@ function captionRow(hit) {
   };
   const text = make("button", { type: "button", title: "Search for this text", onclick: look }, hit.caption);
   return make("li", {}, text, make("span", { class: "score" }, score(hit.score)));
-}
-
-function toggle(index, hit, query, item) {
-  const same = opened?.item === item;
-  close();
-  if (same) return;
-  const panel = openMoment(index, hit, query, close);
-  const button = item.firstChild;
-  item.after(panel.node);
-  button.setAttribute("aria-expanded", "true");
-  opened = { item, panel };
-  panel.node.scrollIntoView({ block: "nearest" });
-}
-
-function close() {
-  if (!opened) return;
-  const { item, panel } = opened;
-  opened = null;
-  const inside = panel.node.contains(document.activeElement);
-  panel.close();
-  item.firstChild.setAttribute("aria-expanded", "false");
-  if (inside) item.firstChild.focus();
 }
 
 function showError(error) {
@@ -217,31 +172,17 @@ function showFilters() {
 
 // --- Keys, files, start ----------------------------------------------------------------------
 
-function move(key) {
-  const cards = [...document.querySelectorAll(".card")];
-  const at = cards.indexOf(document.activeElement);
-  if (at < 0 || !cards.length) return false;
-  const top = cards[0].offsetTop;
-  const columns = cards.findIndex((one) => one.offsetTop > top);
-  const row = columns < 0 ? cards.length : columns;
-  const to = at + { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -row, ArrowDown: row }[key];
-  if (to < 0 && key === "ArrowUp") $("query").focus();
-  else cards[Math.max(0, Math.min(to, cards.length - 1))].focus();
-  return true;
-}
-
 function onKey(event) {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
   const writing = event.target.closest?.("input, select, textarea");
   if (event.key === "/" && (!writing || writing.type === "range")) {
     $("query").select();
     event.preventDefault();
-  } else if (event.key === "Escape" && opened) {
-    close();
-  } else if (event.key.startsWith("Arrow") && event.target === $("query")) {
-    const first = document.querySelector(".card");
-    if (event.key === "ArrowDown" && first) first.focus();
-  } else if (event.key.startsWith("Arrow") && move(event.key)) {
+  } else if (event.key === "Escape") {
+    if (closeOpened()) event.preventDefault();
+  } else if (event.key === "ArrowDown" && event.target === $("query")) {
+    document.querySelector(".card")?.focus();
+  } else if (event.key.startsWith("Arrow") && moveFocus($("results"), event.key, $("query"))) {
     event.preventDefault();
   }
 }

@@ -11,18 +11,19 @@ export function openMoment(index, hit, query, leave) {
   const address = media(index, hit);
   const name = hit.name.split("/").pop();
   const screen = make("div", { class: "screen" });
-  const below = make("div", { class: "below" });
+  // Its height is kept free from the beginning: what is below it does not jump.
+  const below = make("div", { class: query ? "below scored" : "below" });
   const replay = make("button", { type: "button", class: "primary" }, "Play the moment");
   const download = make("a", { href: address, download: name }, "Download");
+  const shut = make("button", { type: "button", class: "close", "aria-label": "Close", onclick: leave }, "×");
   const about = make(
     "div",
     { class: "about" },
-    make("h2", {}, hit.name),
-    make("p", {}, `${span(hit)}, score ${score(hit.score)}`),
+    make("div", {}, make("h2", {}, hit.name), make("p", {}, `${span(hit)} · score ${score(hit.score)}`)),
     make("div", { class: "buttons" }, replay, download),
+    shut,
   );
-  const shut = make("button", { type: "button", class: "close", "aria-label": "Close", onclick: leave }, "×");
-  const node = make("li", { class: "moment", "aria-label": hit.name }, screen, below, about, shut);
+  const node = make("li", { class: "moment", "aria-label": hit.name }, about, screen, below);
   const panel = { hit, index, query, address, screen, below, replay, download, signal: gone.signal };
   if (hit.missing) {
     tell(panel, "This file was moved or deleted since it was indexed.", false);
@@ -120,12 +121,14 @@ async function drawScores(panel, video) {
   const now = make("output", {});
   const best = frames.reduce((a, b) => (b.score > a.score ? b : a));
   const toBest = make("button", { type: "button", disabled: !video, onclick: () => (video.currentTime = best.time) },
-    `best ${score(best.score)} at ${clock(best.time)}`);
+    `Best frame: ${score(best.score)} at ${clock(best.time)}`);
+  const lowest = Math.min(...frames.map((frame) => frame.score));
+  const range = make("span", {}, `Frames score ${score(lowest)} to ${score(best.score)}`);
   const chart = make("div", { class: "chart" }, bars(frames, best, hit, duration), slider);
-  below.replaceChildren(chart, make("p", { class: "reading" }, now, toBest));
+  below.replaceChildren(chart, make("p", { class: "reading" }, now, range, toBest));
   follow(video, slider, (time) => {
     const score_ = score(frameAt(frames, time).score);
-    now.textContent = `${clock(time)} score ${score_}`;
+    now.textContent = `${clock(time)} · score ${score_}`;
     slider.setAttribute("aria-valuetext", `${clock(time)}, score ${score_}`);
   }, signal);
 }
