@@ -121,9 +121,9 @@ async function drawScores(panel, video) {
   const now = make("output", {});
   const best = frames.reduce((a, b) => (b.score > a.score ? b : a));
   const toBest = make("button", { type: "button", disabled: !video, onclick: () => (video.currentTime = best.time) },
-    `Best frame: ${score(best.score)} at ${clock(best.time)}`);
+    `Best ${score(best.score)} at ${clock(best.time)}`);
   const lowest = Math.min(...frames.map((frame) => frame.score));
-  const range = make("span", {}, `Frames score ${score(lowest)} to ${score(best.score)}`);
+  const range = make("span", { class: "range" }, `Frames score ${score(lowest)} to ${score(best.score)}`);
   const chart = make("div", { class: "chart" }, bars(frames, best, hit, duration), slider);
   below.replaceChildren(chart, make("p", { class: "reading" }, now, range, toBest));
   follow(video, slider, (time) => {
