@@ -13,6 +13,7 @@ from PIL import Image
 from tests.data import videos
 from tests.search import library
 from tests.serve import browser as browsers
+from vop_jax.search.searcher import open_searcher
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("fastapi", reason="needs the extra serve")
@@ -20,6 +21,7 @@ pytest.importorskip("fastapi", reason="needs the extra serve")
 HTML = "<img src=x onerror=\"document.title='run'\">.mp4"
 CAPTION = "<b>grey</b> becomes white"
 OPENED = ".moment video"
+VIDEO = f"document.querySelector('{OPENED}')"
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,7 @@ def films(tmp_path_factory, retriever):
     root = tmp_path_factory.mktemp("page")
     folder = root / "films"
     library.write_films(folder, count=3, seconds=4)
-    videos.write(folder / HTML, 40, width=32, height=32)
+    videos.write(folder / HTML, 30, width=32, height=32)
     videos.write(folder / "old.avi", 40, codec="mpeg4", width=32, height=32)
     videos.write(folder / "gone.mp4", 40, width=32, height=32)
     (root / "captions.csv").write_text(f"video,caption\na.mp4,{CAPTION}\nsub/b.mp4,another\n")
@@ -39,12 +41,12 @@ def films(tmp_path_factory, retriever):
 
 
 @pytest.fixture(scope="module")
-def address(films):
+def address(films, retriever):
     from vop_jax.serve.app import Settings, make_app
-    from vop_jax.serve.library import open_library
 
-    indexes = open_library([str(films / "moments"), str(films / "whole")])
-    with browsers.served(make_app(indexes, Settings(workers=1))) as at:
+    names = ("moments", "whole")
+    searchers = {name: open_searcher(films / name, retriever=retriever) for name in names}
+    with browsers.served(make_app(searchers, Settings(workers=1))) as at:
         yield at
 
 
@@ -93,6 +95,15 @@ def search(page, query):
     page.wait_for_selector(f'#status:has-text("results for “{query}”")')
 
 
+def until(page, expression):
+    """Waits for it; playwright's own way is what the page's security policy forbids."""
+    for _ in range(600):
+        if page.evaluate(expression):
+            return
+        page.wait_for_timeout(50)
+    raise AssertionError(f"never: {expression}")
+
+
 def card(page, name):
     return page.locator(".card", has=page.locator(".name", has_text=re.compile(re.escape(name))))
 
@@ -109,9 +120,7 @@ def a_moment(address):
 
 
 def test_what_is_indexed_is_said_before_a_query(page):
-    assert page.inner_text("#empty-title") == "5 videos to search" or "6 videos" in page.inner_text(
-        "#empty-title"
-    )
+    assert page.inner_text("#empty-title") == "6 videos to search"
     assert "films" in page.inner_text("#facts")
     assert page.evaluate("document.activeElement.id") == "query"
     assert page.locator(".card").count() == 0
@@ -121,26 +130,22 @@ def test_type_click_play_and_seek(page, address):
     query, hit = a_moment(address)
     search(page, query)
     card(page, hit["name"]).click()
-    page.wait_for_function(
-        f"document.querySelector('{OPENED}')?.currentTime > {hit['start'] + 0.2}"
-    )
-    began, duration = page.evaluate(
-        f"(v => [v.played.start(0), v.duration])(document.querySelector('{OPENED}'))"
-    )
+    until(page, f"{VIDEO}?.currentTime > {hit['start'] + 0.2}")
+    began, duration = page.evaluate(f"[{VIDEO}.played.start(0), {VIDEO}.duration]")
     assert began == pytest.approx(hit["start"], abs=0.15)
     # The slider goes with the video, the video with the slider.
     page.wait_for_selector(".chart")
     assert page.locator(".chart .best").count() == 1
     assert page.locator(".chart .bar").count() >= 2
-    page.wait_for_function(f"document.querySelector('{OPENED}').paused")  # the moment's end
+    until(page, f"{VIDEO}.paused")  # the moment's end
     box = page.locator(".chart").bounding_box()
     page.mouse.click(box["x"] + 0.25 * box["width"], box["y"] + 10)
     expected = pytest.approx(duration / 4, abs=0.1)
-    assert page.evaluate(f"document.querySelector('{OPENED}').currentTime") == expected
+    assert page.evaluate(f"{VIDEO}.currentTime") == expected
     assert float(page.input_value(".chart input")) == expected
     assert "score" in page.get_attribute(".chart input", "aria-valuetext")
     page.keyboard.press("ArrowRight")
-    assert page.evaluate(f"document.querySelector('{OPENED}').currentTime") > duration / 4
+    assert page.evaluate(f"{VIDEO}.currentTime") > duration / 4
     # A second click closes it.
     card(page, hit["name"]).click()
     assert page.locator(".moment").count() == 0
@@ -181,7 +186,7 @@ def test_the_address_keeps_the_query(open_page):
     page = open_page()
     search(page, "a dog")
     page.select_option("#index", "whole")
-    page.wait_for_function("!document.body.classList.contains('busy')")
+    until(page, "!document.body.classList.contains('busy')")
     kept = page.evaluate("location.hash")
     search(page, "a cat")
     page.go_back()
@@ -200,13 +205,13 @@ def test_filters(page):
     page.click("summary")
     page.fill("#folder", "sub")
     page.press("#folder", "Enter")
-    page.wait_for_function("document.querySelectorAll('.card').length === 1")
+    until(page, "document.querySelectorAll('.card').length === 1")
     assert page.inner_text(".card .name") == "sub/b.mp4"
     page.fill("#until", "2001-01-01")
     page.wait_for_selector("#empty:visible")
     assert "clear them" in page.inner_text("#empty-text")
     page.click("#clear")
-    page.wait_for_function("document.querySelectorAll('.card').length === 6")
+    until(page, "document.querySelectorAll('.card').length === 6")
 
 
 def test_upload_of_a_clip(page, films):
@@ -295,9 +300,7 @@ def test_errors(page):
     assert page.locator(".card").count() == 0
     page.unroute("**/api/search?*")
     said = "the index <i>is</i> broken"
-    page.route(
-        "**/api/search?*", lambda route: route.fulfill(status=503, json={"error": said})
-    )
+    page.route("**/api/search?*", lambda route: route.fulfill(status=503, json={"error": said}))
     page.click("#retry")
     page.wait_for_selector(f'#reason:text-is("{said}")')
     page.unroute("**/api/search?*")

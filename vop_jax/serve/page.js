@@ -59,7 +59,7 @@ function searchFile(file, k = FIRST) {
   const send = (to, signal) => {
     const body = new FormData();
     body.append("file", file);
-    const parameters = { index: index.name, k, ...(picture ? {} : { to }) };
+    const parameters = { index: index.name, k, ...filters(), ...(picture ? {} : { to }) };
     const path = `/api/search/${picture ? "image" : "video"}`;
     return ask(path, parameters, { method: "POST", body, signal });
   };
