@@ -320,7 +320,7 @@ def test_a_query_that_is_cut_is_said(page):
 
 def test_an_older_answer_never_replaces_a_newer_one(page):
     held = []
-    page.route("**/api/search?q=slow*", held.append)
+    page.route("**/api/search?q=slow*", lambda route: held.append(route))
     page.fill("#query", "slow")
     page.press("#query", "Enter")
     page.wait_for_selector('#status:has-text("slow")')
