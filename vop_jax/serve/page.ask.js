@@ -33,6 +33,11 @@ export function make(tag, attributes = {}, ...children) {
   return node;
 }
 
+/** A file's name, which may break after its signs. */
+export function breakable(name) {
+  return name.split(/(?<=[/_-])(?=.)/).flatMap((part) => [make("wbr"), part]);
+}
+
 /** 75.25 -> "1:15.3"; a whole second has no fraction. */
 export function clock(seconds) {
   const tenths = Math.round(Math.max(0, seconds) * 10);

@@ -142,6 +142,7 @@ function showError(error) {
 function showEmpty(title, text) {
   $("empty-title").textContent = title;
   $("empty-text").textContent = text;
+  $("facts").replaceChildren();
   $("empty").hidden = false;
 }
 

@@ -1,6 +1,6 @@
 // One opened result: the video at the found moment and, under it, the score of each frame along time.
 
-import { ask, clock, make, media, score, span } from "./page.ask.js";
+import { ask, breakable, clock, make, media, score, span } from "./page.ask.js";
 
 const STEPS = 200; // of the slider, along the clip
 const calm = matchMedia("(prefers-reduced-motion: reduce)");
@@ -19,7 +19,7 @@ export function openMoment(index, hit, query, leave) {
   const about = make(
     "div",
     { class: "about" },
-    make("div", {}, make("h2", {}, hit.name), make("p", {}, `${span(hit)} · score ${score(hit.score)}`)),
+    make("div", {}, make("h2", {}, ...breakable(hit.name)), make("p", {}, `${span(hit)} · score ${score(hit.score)}`)),
     make("div", { class: "buttons" }, replay, download),
     shut,
   );

@@ -1,6 +1,6 @@
 // The grid of results, of which one at a time is open.
 
-import { make, score, span, thumbnail } from "./page.ask.js";
+import { breakable, make, score, span, thumbnail } from "./page.ask.js";
 import { openMoment } from "./page.moment.js";
 
 let opened = null; // {item, panel} of the result that is open
@@ -20,7 +20,7 @@ function card(list, index, hit, query, first) {
     "button",
     { type: "button", class: "card", "aria-expanded": "false", onclick: () => toggle(index, hit, query, item) },
     picture,
-    make("span", { class: "name", title: hit.name }, hit.name),
+    make("span", { class: "name", title: hit.name }, ...breakable(hit.name)),
     make("span", { class: "when" }, span(hit)),
     make("span", { class: "score", title: "Cosine of the angle between query and video" }, score(hit.score)),
   );
