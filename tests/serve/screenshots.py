@@ -9,7 +9,7 @@ from PIL import Image
 from tests.serve.browser import chromium
 
 VIEWS = {
-    "serve.png": {"color_scheme": "light", "viewport": {"width": 1280, "height": 960}},
+    "serve.png": {"color_scheme": "light", "viewport": {"width": 1280, "height": 976}},
     "serve_phone.png": {
         "color_scheme": "dark",
         "viewport": {"width": 390, "height": 844},
@@ -35,7 +35,7 @@ def main(address: str, query: str, folder: str) -> None:
             page.wait_for_load_state("networkidle")
             page.wait_for_timeout(4000)  # until the player's own controls have faded
             picture = Image.open(io.BytesIO(page.screenshot()))
-            picture.convert("RGB").quantize(256).save(pathlib.Path(folder, name), optimize=True)
+            picture.convert("RGB").save(pathlib.Path(folder, name), optimize=True)
 
 
 if __name__ == "__main__":
