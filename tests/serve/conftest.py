@@ -8,10 +8,10 @@ from tests.search.conftest import clip, retriever  # noqa: F401
 pytest.importorskip("fastapi", reason="needs the extra serve")
 pytest.importorskip("python_multipart", reason="needs the extra serve")
 
-from fastapi.testclient import TestClient  # noqa: E402
+from fastapi.testclient import TestClient
 
-from vop_jax.search.searcher import open_searcher  # noqa: E402
-from vop_jax.serve.app import Settings, make_app  # noqa: E402
+from vop_jax.search.searcher import open_searcher
+from vop_jax.serve.app import Settings, make_app
 
 
 @pytest.fixture(scope="session")
