@@ -9,7 +9,7 @@ from PIL import Image
 from tests.serve.browser import chromium
 
 VIEWS = {
-    "serve.png": {"color_scheme": "light", "viewport": {"width": 1280, "height": 976}},
+    "serve.png": {"color_scheme": "light", "viewport": {"width": 1140, "height": 960}},
     "serve_phone.png": {
         "color_scheme": "dark",
         "viewport": {"width": 390, "height": 844},

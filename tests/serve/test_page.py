@@ -126,6 +126,19 @@ def test_what_is_indexed_is_said_before_a_query(page):
     assert page.locator(".card").count() == 0
 
 
+def test_what_is_typed_before_the_page_is_ready_stays(page, address):
+    held = []
+    page.route("**/api/indexes*", lambda route: held.append(route))
+    page.goto(f"{address}/?again", wait_until="commit")
+    page.fill("#query", "a dog")
+    until(page, "document.body.classList.contains('busy')")
+    held[0].continue_()
+    page.wait_for_selector("#empty:visible")
+    assert page.input_value("#query") == "a dog"
+    page.press("#query", "Enter")
+    page.wait_for_selector(".card")
+
+
 def test_type_click_play_and_seek(page, address):
     query, hit = a_moment(address)
     search(page, query)

@@ -234,9 +234,13 @@ async function start() {
   }
   $("index").replaceChildren(...indexes.map((index) => make("option", { value: index.name }, label(index))));
   $("choose").hidden = indexes.length < 2;
-  readHash();
-  searchText();
-  if (!$("query").value) $("query").focus({ preventScroll: true });
+  if (location.hash) {
+    readHash();
+    searchText();
+  } else {
+    showStart(); // and what has been typed meanwhile stays
+    $("query").focus({ preventScroll: true });
+  }
 }
 
 listen();
