@@ -21,6 +21,7 @@ LEVELS = {
     **dict.fromkeys(("start", "run_data", "run_cache", "parameters", "results", "selection"), 5),
     **dict.fromkeys(("experiment", "backbone", "retriever", "report", "main"), 5),
     "search": 6,
+    "serve": 7,
 }
 PROGRAMS = ("check", "prepare")  # under data/ for the sake of their names: they use what a run uses
 FILES = sorted(PACKAGE.rglob("*.py"))

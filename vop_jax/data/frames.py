@@ -93,6 +93,23 @@ def read_frames(
     return Frames([taken[i] for i in indices], indices, [times[i] for i in indices], clip.decoded)
 
 
+def read_frame_at(
+    path: str | os.PathLike, seconds: float, *, short_side: int | None = None
+) -> np.ndarray:
+    """The frame shown at a time, the last one of a file that ends before: uint8 RGB [h, w, 3].
+
+    Raises:
+        VideoError: the file cannot be opened, has no video, or no frame decodes.
+    """
+    stretch = Stretch(os.fspath(path), seconds, math.inf, short_side)
+    frame = stretch.first()
+    if frame is None:  # a wrong index led past the last frame
+        frame = Stretch(os.fspath(path), 0.0, math.inf, short_side).first()
+    if frame is None:
+        raise VideoError("no frame decodes")
+    return frame
+
+
 def _read_folder(
     path: str | os.PathLike,
     frames: int,
@@ -211,6 +228,18 @@ class Stretch:
             if last < min(stated, self.end) * (1 - LOST_END) and self.times:
                 raise VideoError(f"truncated: {last:.1f} s of {stated:.1f} s decode")
         return kept
+
+    def first(self) -> np.ndarray | None:
+        """The frame shown when the stretch begins, or the last one before its end."""
+        shown = None
+        with self._opened() as (container, stream):
+            for packet in self._packets(container, stream):
+                with contextlib.suppress(av.error.FFmpegError):
+                    for frame in packet.decode():
+                        if shown is not None and self._time(stream, frame) > self.start:
+                            return _upright(shown, VideoReformatter(), self.short_side)
+                        shown = frame
+        return None if shown is None else _upright(shown, VideoReformatter(), self.short_side)
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:

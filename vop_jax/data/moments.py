@@ -153,6 +153,25 @@ def read_pictures(task: Task) -> Pictures:
     return _cropped(list(kept.values()), [[rows[t] for t in task.times]], task.reading)
 
 
+def read_stretch(
+    path: str | os.PathLike, reading: Reading, start: float = 0.0, end: float = math.inf
+) -> tuple[np.ndarray, list[float]]:
+    """(uint8 [F, S, S, 3], seconds of each) of a stretch of a file, those of a long one by seeking.
+
+    Raises:
+        VideoError: the file cannot be used, or shows nothing between `start` and `end`.
+    """
+    path = os.fspath(path)
+    times = Stretch(path, start, end, None).packet_times()
+    chosen = [times[i] for i in _chosen(times, start, reading)] if times else []
+    seek = bool(times) and times[-1] - times[0] > LONG
+    task = Task(path, reading, ((start, end),), tuple(chosen) if seek else ())
+    clip = read_pictures(task).clip(0)
+    if clip is None or not times:
+        raise VideoError(f"no frame between {start:g} and {end:g} s")
+    return clip, chosen
+
+
 def _read_spans(task: Task) -> Pictures:
     """Decodes from the beginning of the first span to the end of the last."""
     reading = task.reading

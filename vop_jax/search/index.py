@@ -123,6 +123,19 @@ class Index:
             raise UserError(f"file {file_id}: not in the index {self.directory}")
         return pathlib.Path(folder, row[0])
 
+    def file_of(self, file_id: int) -> catalog.File:
+        """What is known of a file.
+
+        Raises:
+            UserError: no indexed file has this id.
+        """
+        with catalog.reading(self.directory) as db:
+            statement = "SELECT id, path, size, mtime, digest, reason FROM files WHERE id = ?"
+            row = db.execute(statement, (file_id,)).fetchone()
+        if row is None:
+            raise UserError(f"file {file_id}: not in the index {self.directory}")
+        return catalog.File(*row)
+
     def counts(self) -> dict[str, int]:
         """How many `files`, `moments` (whole clips among them), `captions`, and files `failed`."""
         asked = {

@@ -1,0 +1,51 @@
+"""A server of two small indexes."""
+
+import pytest
+
+from tests.search import library
+from tests.search.conftest import clip, retriever  # noqa: F401
+
+pytest.importorskip("fastapi", reason="needs the extra serve")
+pytest.importorskip("python_multipart", reason="needs the extra serve")
+
+from fastapi.testclient import TestClient
+
+from vop_jax.search.searcher import open_searcher
+from vop_jax.serve.app import Settings, make_app
+
+
+@pytest.fixture(scope="session")
+def films(tmp_path_factory, retriever):  # noqa: F811
+    """(folder, index with moments): to be read only."""
+    root = tmp_path_factory.mktemp("served")
+    library.write_films(root / "films")
+    captions = root / "captions.csv"
+    captions.write_text("video,caption\na.mp4,grey becomes white\nsub/b.mp4,another film\n")
+    library.make(root / "index", root / "films", retriever, captions, window=1.0)
+    return root / "films", root / "index"
+
+
+@pytest.fixture(scope="session")
+def searcher(films, retriever):  # noqa: F811
+    return open_searcher(films[1], retriever=retriever)
+
+
+@pytest.fixture
+def serve(searcher):
+    """Makes a client of an app with these settings."""
+    clients = []
+
+    def start(served=None, **settings):
+        app = make_app(served or {"films": searcher}, Settings(workers=1, **settings))
+        client = TestClient(app, base_url="http://localhost", raise_server_exceptions=False)
+        clients.append(client.__enter__())
+        return client
+
+    yield start
+    for client in clients:
+        client.__exit__(None, None, None)
+
+
+@pytest.fixture
+def client(serve):
+    return serve()

@@ -1,0 +1,392 @@
+"""The page in a real browser, over a real server."""
+
+import contextlib
+import json
+import re
+import urllib.parse
+import urllib.request
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.data import videos
+from tests.search import library
+from tests.serve import browser as browsers
+from vop_jax.search.searcher import open_searcher
+
+pytestmark = pytest.mark.slow
+pytest.importorskip("fastapi", reason="needs the extra serve")
+
+HTML = "<img src=x onerror=\"document.title='run'\">.mp4"
+CAPTION = "<b>grey</b> becomes white"
+OPENED = ".moment video"
+VIDEO = f"document.querySelector('{OPENED}')"
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory, retriever):
+    """A folder, of which one file cannot be played and one is gone, and two indexes of it."""
+    root = tmp_path_factory.mktemp("page")
+    folder = root / "films"
+    library.write_films(folder, count=3, seconds=4)
+    videos.write(folder / HTML, 30, width=32, height=32)
+    videos.write(folder / "old.avi", 40, codec="mpeg4", width=32, height=32)
+    videos.write(folder / "gone.mp4", 40, width=32, height=32)
+    (root / "captions.csv").write_text(f"video,caption\na.mp4,{CAPTION}\nsub/b.mp4,another\n")
+    library.make(root / "moments", folder, retriever, root / "captions.csv", window=1.0)
+    library.make(root / "whole", folder, retriever)
+    (folder / "gone.mp4").unlink()
+    return root
+
+
+@pytest.fixture(scope="module")
+def address(films, retriever):
+    from vop_jax.serve.app import Settings, make_app
+
+    names = ("moments", "whole")
+    searchers = {name: open_searcher(films / name, retriever=retriever) for name in names}
+    with browsers.served(make_app(searchers, Settings(workers=1))) as at:
+        yield at
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with browsers.chromium() as started:
+        yield started
+
+
+@pytest.fixture
+def open_page(browser, address):
+    """Opens the page; nothing it does may fail inside, or leave the host."""
+    contexts, urls, wrong = [], [], []
+
+    def open_one(hash="", **options):
+        context = browser.new_context(**options)
+        context.set_default_timeout(30_000)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("request", lambda request: urls.append(request.url))
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on(
+            "console",
+            lambda line: "Content Security Policy" in line.text and wrong.append(line.text),
+        )
+        page.goto(f"{address}/{hash}")
+        page.wait_for_selector("#empty:visible, .card")
+        return page
+
+    yield open_one
+    for context in contexts:
+        context.close()
+    assert not wrong
+    assert urls
+    assert [url for url in urls if not url.startswith(f"{address}/")] == []
+
+
+@pytest.fixture
+def page(open_page):
+    return open_page()
+
+
+def search(page, query):
+    page.fill("#query", query)
+    page.press("#query", "Enter")
+    page.wait_for_selector(f'#status:has-text("results for “{query}”")')
+
+
+def until(page, expression):
+    """Waits for it; playwright's own way is what the page's security policy forbids."""
+    for _ in range(600):
+        if page.evaluate(expression):
+            return
+        page.wait_for_timeout(50)
+    raise AssertionError(f"never: {expression}")
+
+
+def card(page, name):
+    return page.locator(".card", has=page.locator(".name", has_text=re.compile(re.escape(name))))
+
+
+def a_moment(address):
+    """(query, hit) of a moment that does not begin where its clip does."""
+    for query in ("grey", "white", "a dog", "red", "it moves", "night", "sea", "two", "b", "z"):
+        asked = urllib.parse.urlencode({"q": query, "index": "moments"})
+        with urllib.request.urlopen(f"{address}/api/search?{asked}") as answer:
+            for hit in json.load(answer)["hits"]:
+                if hit["start"] > 0 and hit["name"] in ("a.mp4", "sub/b.mp4", "c.mp4"):
+                    return query, hit
+    raise AssertionError("no query finds a late moment")
+
+
+def test_what_is_indexed_is_said_before_a_query(page):
+    assert page.inner_text("#empty-title") == "6 videos to search"
+    assert "films" in page.inner_text("#facts")
+    assert page.evaluate("document.activeElement.id") == "query"
+    assert page.locator(".card").count() == 0
+
+
+def test_what_is_typed_before_the_page_is_ready_stays(page, address):
+    held = []
+    page.route("**/api/indexes*", lambda route: held.append(route))
+    page.goto(f"{address}/?again", wait_until="commit")
+    page.fill("#query", "a dog")
+    until(page, "document.body.classList.contains('busy')")
+    held[0].continue_()
+    page.wait_for_selector("#empty:visible")
+    assert page.input_value("#query") == "a dog"
+    page.press("#query", "Enter")
+    page.wait_for_selector(".card")
+
+
+def test_type_click_play_and_seek(page, address):
+    query, hit = a_moment(address)
+    search(page, query)
+    card(page, hit["name"]).click()
+    until(page, f"{VIDEO}?.currentTime > {hit['start'] + 0.2}")
+    began, duration = page.evaluate(f"[{VIDEO}.played.start(0), {VIDEO}.duration]")
+    assert began == pytest.approx(hit["start"], abs=0.15)
+    # The slider goes with the video, the video with the slider.
+    page.wait_for_selector(".chart")
+    assert page.locator(".chart .best").count() == 1
+    assert page.locator(".chart .bar").count() >= 2
+    until(page, f"{VIDEO}.paused")  # the moment's end
+    box = page.locator(".chart").bounding_box()
+    page.mouse.click(box["x"] + 0.25 * box["width"], box["y"] + 10)
+    expected = pytest.approx(duration / 4, abs=0.1)
+    assert page.evaluate(f"{VIDEO}.currentTime") == expected
+    assert float(page.input_value(".chart input")) == expected
+    assert "score" in page.get_attribute(".chart input", "aria-valuetext")
+    page.keyboard.press("ArrowRight")
+    assert page.evaluate(f"{VIDEO}.currentTime") > duration / 4
+    # A second click closes it.
+    card(page, hit["name"]).click()
+    assert page.locator(".moment").count() == 0
+
+
+def test_keyboard_alone(page):
+    page.keyboard.press("Escape")
+    page.evaluate("document.activeElement.blur()")
+    page.keyboard.press("/")
+    page.keyboard.type("a dog / a cat")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".card")
+    focused = "[...document.querySelectorAll('.card')].indexOf(document.activeElement)"
+    page.keyboard.press("ArrowDown")
+    assert page.evaluate(focused) == 0
+    outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+    assert outline != "none"
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowLeft")
+    assert page.evaluate(focused) == 1
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".moment")
+    opened = page.locator('.card[aria-expanded="true"] .name').inner_text()
+    assert page.get_attribute(".moment", "aria-label") == opened
+    page.keyboard.press("Escape")
+    assert page.locator(".moment").count() == 0
+    assert page.evaluate(focused) == 1
+    page.keyboard.press("Enter")
+    page.keyboard.press("Tab")  # into what is open
+    page.keyboard.press("Escape")
+    assert page.evaluate(focused) == 1
+    page.keyboard.press("ArrowUp")
+    assert page.evaluate("document.activeElement.id") == "query"
+
+
+def test_the_address_keeps_the_query(open_page):
+    page = open_page()
+    search(page, "a dog")
+    page.select_option("#index", "whole")
+    until(page, "!document.body.classList.contains('busy')")
+    kept = page.evaluate("location.hash")
+    search(page, "a cat")
+    page.go_back()
+    page.wait_for_selector('#status:has-text("a dog")')
+    assert page.input_value("#query") == "a dog"
+    other = open_page(kept)
+    other.wait_for_selector(".card")
+    assert (other.input_value("#query"), other.input_value("#index")) == ("a dog", "whole")
+    # Whole clips alone are in that index.
+    assert all(text.startswith("0:00 ") for text in other.locator(".when").all_inner_texts())
+
+
+def test_filters(page):
+    search(page, "a dog")
+    assert page.locator(".card").count() == 6
+    page.click("summary")
+    page.fill("#folder", "sub")
+    page.press("#folder", "Enter")
+    until(page, "document.querySelectorAll('.card').length === 1")
+    assert page.inner_text(".card .name") == "sub/b.mp4"
+    page.fill("#until", "2001-01-01")
+    page.wait_for_selector("#empty:visible")
+    assert "clear them" in page.inner_text("#empty-text")
+    page.click("#clear")
+    until(page, "document.querySelectorAll('.card').length === 6")
+
+
+def test_upload_of_a_clip(page, films):
+    page.set_input_files("#file", films / "films" / "a.mp4")
+    page.wait_for_selector(".card")
+    # Itself first, and what is said of it; the caption's HTML is text.
+    assert "a.mp4" in page.inner_text("#status")
+    assert page.locator(".card .name").first.inner_text() == "a.mp4"
+    assert page.locator(".card .score").first.inner_text() == "1.000"
+    assert CAPTION in page.locator("#captions button").all_inner_texts()
+    page.locator(".card").first.click()
+    page.wait_for_selector(OPENED)
+    assert page.locator(".chart").count() == 0  # there is no text to explain
+    page.locator("#captions button", has_text=CAPTION).click()
+    page.wait_for_selector('#status:has-text("becomes white")')
+    assert page.input_value("#query") == CAPTION
+    assert not page.is_visible("#captions")
+
+
+def test_upload_of_a_picture(page, tmp_path):
+    pixels = np.full((32, 32, 3), 120, np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "grey.png")
+    page.set_input_files("#file", tmp_path / "grey.png")
+    page.wait_for_selector('#status:has-text("results like grey.png")')
+    assert page.locator(".card").count() == 6
+    # The same, dropped.
+    page.evaluate(
+        """bytes => {
+            const files = new DataTransfer();
+            files.items.add(new File([new Uint8Array(bytes)], "dropped.png", {type: "image/png"}));
+            for (const name of ["dragenter", "drop"])
+                window.dispatchEvent(new DragEvent(name, {dataTransfer: files, cancelable: true}));
+        }""",
+        list((tmp_path / "grey.png").read_bytes()),
+    )
+    page.wait_for_selector('#status:has-text("results like dropped.png")')
+    assert not page.is_visible("#drop")
+
+
+def test_upload_of_something_else(page, tmp_path):
+    (tmp_path / "clip.mp4").write_bytes(b"no video at all")
+    page.set_input_files("#file", tmp_path / "clip.mp4")
+    page.wait_for_selector("#error:visible")
+    assert page.inner_text("#reason").strip()
+    assert "\n" not in page.inner_text("#reason").strip()
+
+
+def test_html_in_a_file_name_is_text(page):
+    search(page, "a dog")
+    found = card(page, HTML)
+    assert found.locator(".name").inner_text() == HTML
+    found.click()
+    page.wait_for_selector(".moment h2")
+    assert page.inner_text(".moment h2") == HTML
+    assert page.locator('img[src="x"]').count() == 0
+    assert page.title() != "run"
+
+
+def test_what_the_browser_cannot_play_is_offered(page):
+    search(page, "a dog")
+    card(page, "old.avi").click()
+    page.wait_for_selector('.moment [role="alert"]')
+    assert "cannot play" in page.inner_text(".screen")
+    assert page.locator(OPENED).count() == 0
+    with page.expect_download() as download:
+        page.click(".moment a")
+    assert download.value.suggested_filename == "old.avi"
+    page.wait_for_selector(".chart")  # its scores are there all the same
+
+
+def test_a_file_that_is_gone(page):
+    search(page, "a dog")
+    found = card(page, "gone.mp4")
+    assert "file is gone" in found.inner_text()
+    found.click()
+    assert "moved or deleted" in page.inner_text(".moment")
+    assert page.locator(OPENED).count() == 0
+
+
+def test_errors(page):
+    search(page, "a dog")
+    page.route("**/api/search?*", lambda route: route.abort())
+    page.press("#query", "Enter")
+    page.wait_for_selector("#error:visible")
+    assert "does not answer" in page.inner_text("#reason")
+    assert page.locator(".card").count() == 0
+    page.unroute("**/api/search?*")
+    said = "the index <i>is</i> broken"
+    page.route("**/api/search?*", lambda route: route.fulfill(status=503, json={"error": said}))
+    page.click("#retry")
+    page.wait_for_selector(f'#reason:text-is("{said}")')
+    page.unroute("**/api/search?*")
+    page.click("#retry")
+    page.wait_for_selector(".card")
+    assert not page.is_visible("#error")
+
+
+def test_a_query_that_is_cut_is_said(page):
+    search(page, "dog")
+    assert not page.is_visible("#cut")
+    page.fill("#query", "dog " * 60)
+    page.press("#query", "Enter")
+    page.wait_for_selector("#cut:visible")
+    assert page.locator(".card").count() == 6
+
+
+def test_an_older_answer_never_replaces_a_newer_one(page):
+    held = []
+    page.route("**/api/search?q=slow*", lambda route: held.append(route))
+    page.fill("#query", "slow")
+    page.press("#query", "Enter")
+    page.wait_for_selector('#status:has-text("slow")')
+    assert page.evaluate("document.body.classList.contains('busy')")
+    search(page, "quick")
+    with contextlib.suppress(Exception):  # the page has given it up
+        held[0].fulfill(json={"query": "slow", "cut": False, "hits": []})
+    page.wait_for_timeout(300)
+    assert "quick" in page.inner_text("#status")
+    assert page.locator(".card").count() == 6
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone(open_page, scheme):
+    size = {"width": 390, "height": 844}
+    page = open_page(viewport=size, color_scheme=scheme, has_touch=True)
+
+    def assert_fits():
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+    assert_fits()
+    page.click("summary")
+    search(page, "a rather long query that a phone cannot show in one line")
+    assert_fits()
+    card(page, HTML).tap()
+    page.wait_for_selector(".chart")
+    assert_fits()
+
+
+def luminance(colour):
+    """Of rgb(r, g, b), as WCAG defines it."""
+    values = np.array([int(v) for v in re.findall(r"\d+", colour)[:3]]) / 255
+    linear = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+    return float(linear @ [0.2126, 0.7152, 0.0722])
+
+
+def test_dark_mode_and_contrast(open_page):
+    papers = {}
+    for scheme in ("light", "dark"):
+        page = open_page(color_scheme=scheme)
+        search(page, "a dog")
+
+        def colour(selector, which, page=page):
+            return luminance(
+                page.eval_on_selector(selector, f"node => getComputedStyle(node).{which}")
+            )
+
+        papers[scheme] = paper = colour("body", "backgroundColor")
+        for text, under in (
+            (colour("body", "color"), paper),
+            (colour("#status", "color"), paper),
+            (colour(".card .score", "color"), colour(".card", "backgroundColor")),
+            (colour("#search", "color"), colour("#search", "backgroundColor")),
+        ):
+            assert (max(text, under) + 0.05) / (min(text, under) + 0.05) > 4.5
+    assert papers["dark"] < 0.05 < 0.8 < papers["light"]

@@ -1,0 +1,151 @@
+"""Serves a page, and a JSON API, to search indexes that vop_jax.search made.
+
+python -m vop_jax.serve --index DIR
+python -m vop_jax.serve --index DIR --index DIR2 --host 0.0.0.0 --token SECRET
+"""
+
+import argparse
+import importlib.util
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from absl import flags, logging
+
+from vop_jax import interrupt
+from vop_jax.errors import UserError
+
+TOKEN = "VOP_JAX_TOKEN"  # in the environment: other users see the arguments of a process
+LIBRARIES = ("fastapi", "uvicorn", "python_multipart")
+CONNECTIONS = 1000
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, not the whole usage."""
+        raise UserError(f"{message}; --help tells all")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        "python -m vop_jax.serve",
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--index", action="append", required=True, metavar="DIR", help="once or more")
+    add("--clip", metavar="FILE", help="converted weights, if they have moved")
+    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all of this machine")
+    add("--port", type=_port, default=8000, help="0: any free one")
+    add("--token", default="", help=f"that must be given; better in ${TOKEN}")
+    add("--max_upload_mb", type=_positive, default=200.0, help="of an uploaded file")
+    add("--max_seconds", type=_positive, default=600.0, help="of an uploaded video")
+    add("--decode_seconds", type=_positive, default=60.0, help="that decoding a file may take")
+    add("--workers", type=_count, default=2, help="processes that decode")
+    return parser
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r}: 0 to 65535")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 64:
+        raise argparse.ArgumentTypeError(f"{text!r}: 1 to 64")
+    return int(text)
+
+
+def _positive(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r}: a number, more than 0")
+    return number
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that is bound.
+
+    Raises:
+        UserError: the address is not ours, or taken.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family)
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"--host={host} --port={port}: {why}") from None
+
+
+def is_local(host: str) -> bool:
+    """Whether only this machine can reach it."""
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def _serve(args: argparse.Namespace) -> None:
+    missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f'no {", ".join(missing)}: pip install "vop_jax[serve]"')
+    import uvicorn
+
+    from vop_jax.serve.app import Settings, make_app
+    from vop_jax.serve.library import open_library
+
+    token = args.token or os.environ.get(TOKEN, "")
+    if not is_local(args.host) and not token:
+        print(
+            f"warning: --host={args.host} without --token: whoever reaches this address sees the "
+            "videos",
+            file=sys.stderr,
+        )
+    sock = listen(args.host, args.port)
+    library = open_library(args.index, args.clip)
+    settings = Settings(
+        token=token,
+        max_upload=int(args.max_upload_mb * 2**20),
+        max_seconds=args.max_seconds,
+        hosts=(*Settings.hosts, args.host) if is_local(args.host) else (),
+        workers=args.workers,
+        decode_seconds=args.decode_seconds,
+    )
+    config = uvicorn.Config(
+        make_app(library, settings),
+        log_level="warning",
+        access_log=False,  # it would hold the token
+        server_header=False,
+        limit_concurrency=CONNECTIONS,
+        timeout_graceful_shutdown=3,
+    )
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    names = ", ".join(library)
+    print(f"{names}: http://{host}:{sock.getsockname()[1]}/", flush=True)
+    uvicorn.Server(config).run(sockets=[sock])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    try:
+        args = _parser().parse_args(argv)
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # absl would warn that it logs before that
+        logging.use_absl_handler()
+        logging.set_verbosity(logging.ERROR)  # cut queries are told to who asked
+        interrupt.install()
+        _serve(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except interrupt.Interrupted as signal:
+        return signal.exit_status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+// The server's answers, and elements made of them: text that comes from files enters as text alone.
+
+/** Fetches JSON; throws an Error with one line for people, or AbortError. */
+export async function ask(path, parameters = {}, options = {}) {
+  const given = Object.entries(parameters).filter(([, value]) => value !== "");
+  let answer, said;
+  try {
+    answer = await fetch(`${path}?${new URLSearchParams(given)}`, options);
+    said = await answer.json().catch((error) => {
+      if (error.name === "AbortError") throw error;
+      return {};
+    });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Error("The server does not answer. Is it still running?");
+  }
+  if (!answer.ok) throw new Error(said.error || `The server failed with status ${answer.status}.`);
+  return said;
+}
+
+/** An element with attributes, listeners (functions, by `onname`) and children; null is none. */
+export function make(tag, attributes = {}, ...children) {
+  const svg = ["svg", "rect", "path"].includes(tag);
+  const node = svg
+    ? document.createElementNS("http://www.w3.org/2000/svg", tag)
+    : document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (typeof value === "function") node.addEventListener(name.slice(2), value);
+    else if (value === true) node.setAttribute(name, "");
+    else if (value !== false && value !== null) node.setAttribute(name, value);
+  }
+  node.append(...children.filter((child) => child !== null));
+  return node;
+}
+
+/** A file's name, which may break after its signs. */
+export function breakable(name) {
+  return name.split(/(?<=[/_-])(?=.)/).flatMap((part) => [make("wbr"), part]);
+}
+
+/** 75.25 -> "1:15.3"; a whole second has no fraction. */
+export function clock(seconds) {
+  const tenths = Math.round(Math.max(0, seconds) * 10);
+  const [hours, minutes] = [Math.floor(tenths / 36000), Math.floor(tenths / 600) % 60];
+  const rest = (tenths % 600) / 10;
+  const two = (number, digits) => number.toFixed(digits).padStart(digits ? 4 : 2, "0");
+  const tail = two(rest, Number.isInteger(rest) ? 0 : 1);
+  return hours ? `${hours}:${two(minutes, 0)}:${tail}` : `${minutes}:${tail}`;
+}
+
+export const span = (hit) => `${clock(hit.start)} – ${clock(hit.end)}`;
+export const score = (value) => value.toFixed(3);
+export const media = (index, hit) => `/media/${encodeURIComponent(index)}/${hit.file_id}`;
+export const thumbnail = (index, hit) =>
+  `/api/thumbnail/${encodeURIComponent(index)}/${hit.file_id}?t=${((hit.start + hit.end) / 2).toFixed(3)}`;

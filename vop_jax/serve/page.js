@@ -1,0 +1,247 @@
+// What is asked, by text or by file, and what is shown of the answer.
+
+import { ask, make, score } from "./page.ask.js";
+import { closeOpened, moveFocus, showHits } from "./page.results.js";
+
+const FIRST = 12; // results
+const MOST = 96;
+const $ = (id) => document.getElementById(id);
+const FIELDS = ["folder", "since", "until"];
+
+let indexes = [];
+let latest = new AbortController(); // the newest question: an older one's answer is thrown away
+let again = () => start(); // asks it once more
+
+const chosen = () => indexes.find((index) => index.name === $("index").value);
+
+// --- What is asked ---------------------------------------------------------------------------
+
+function filters() {
+  return Object.fromEntries(FIELDS.map((name) => [name, $(name).value.trim()]));
+}
+
+/** The hash of the address says the query, so that it can be kept and gone back to. */
+function writeHash() {
+  const said = { q: $("query").value.trim(), ...filters() };
+  if (indexes.length > 1) said.index = $("index").value;
+  const given = Object.entries(said).filter(([, value]) => value);
+  const hash = said.q ? `#${new URLSearchParams(given)}` : "";
+  if (hash !== location.hash) history.pushState(null, "", hash || location.pathname);
+}
+
+function readHash() {
+  const said = new URLSearchParams(location.hash.slice(1));
+  for (const name of FIELDS) $(name).value = said.get(name) || "";
+  $("query").value = said.get("q") || "";
+  if (indexes.some((index) => index.name === said.get("index"))) $("index").value = said.get("index");
+  showFilters();
+}
+
+function submit() {
+  writeHash();
+  if (indexes.length) searchText();
+  else start();
+}
+
+function searchText(k = FIRST) {
+  const q = $("query").value.trim();
+  if (!q || !indexes.length) return showStart();
+  const parameters = { q, index: $("index").value, k, ...filters() };
+  question(`Looking for “${q}”…`, k, searchText, async (signal) => {
+    const { hits, cut } = await ask("/api/search", parameters, { signal });
+    return { hits, cut, query: q, title: `for “${q}”` };
+  });
+}
+
+function searchFile(file, k = FIRST) {
+  const picture = file.type.startsWith("image/");
+  const index = chosen();
+  const send = (to, signal) => {
+    const body = new FormData();
+    body.append("file", file);
+    const parameters = { index: index.name, k, ...filters(), ...(picture ? {} : { to }) };
+    const path = `/api/search/${picture ? "image" : "video"}`;
+    return ask(path, parameters, { method: "POST", body, signal });
+  };
+  $("query").value = "";
+  const more = (k) => searchFile(file, k);
+  question(`Looking at ${file.name}…`, k, more, async (signal) => {
+    const [found, said] = await Promise.all([
+      send("videos", signal),
+      picture || !index.captions ? { hits: [] } : send("captions", signal),
+    ]);
+    return { hits: found.hits, captions: said.hits.slice(0, 5), title: `like ${file.name}` };
+  });
+}
+
+/** Asks, and shows the answer unless something else was asked meanwhile. */
+async function question(doing, k, more, answer) {
+  const { signal } = begin(doing);
+  document.title = doing.replace(/^Looking (for|at) |…$/g, "");
+  again = () => more(k);
+  $("more").onclick = () => more(Math.min(2 * k, MOST));
+  try {
+    const found = await answer(signal);
+    if (signal.aborted) return;
+    show(found);
+    $("more").hidden = found.hits.length < k || k >= MOST;
+  } catch (error) {
+    if (!signal.aborted) showError(error);
+  }
+}
+
+function begin(doing) {
+  latest.abort();
+  latest = new AbortController();
+  document.body.classList.add("busy");
+  $("results").setAttribute("aria-busy", "true");
+  $("status").textContent = doing;
+  $("error").hidden = $("empty").hidden = true;
+  return latest;
+}
+
+function end() {
+  document.body.classList.remove("busy");
+  $("results").removeAttribute("aria-busy");
+  showHits($("results"), "", [], "");
+  $("status").textContent = "";
+  for (const id of ["cut", "captions", "more", "error", "empty"]) $(id).hidden = true;
+}
+
+// --- What is shown ---------------------------------------------------------------------------
+
+function show({ hits, captions = [], cut = false, query = "", title }) {
+  end();
+  $("cut").hidden = !cut;
+  showHits($("results"), $("index").value, hits, query);
+  $("captions").hidden = !captions.length;
+  $("captions").querySelector("ol").replaceChildren(...captions.map(captionRow));
+  const count = hits.length === 1 ? "1 result" : `${hits.length} results`;
+  $("status").textContent = hits.length ? `${count} ${title}` : "";
+  if (hits.length || captions.length) return;
+  const narrow = Object.values(filters()).some(Boolean);
+  const why = narrow ? "The filters leave nothing: clear them." : "Nothing is indexed here yet.";
+  showEmpty(`No results ${title}`, why);
+}
+
+function captionRow(hit) {
+  const look = () => {
+    $("query").value = hit.caption;
+    submit();
+  };
+  const text = make("button", { type: "button", title: "Search for this text", onclick: look }, hit.caption);
+  return make("li", {}, text, make("span", { class: "score" }, score(hit.score)));
+}
+
+function showError(error) {
+  end();
+  $("reason").textContent = error.message;
+  $("error").hidden = false;
+}
+
+function showEmpty(title, text) {
+  $("empty-title").textContent = title;
+  $("empty-text").textContent = text;
+  $("facts").replaceChildren();
+  $("empty").hidden = false;
+}
+
+/** Before a query: what there is. */
+function showStart() {
+  latest.abort();
+  end();
+  const index = chosen();
+  if (!index) return showEmpty("No index is served", "Start the server with --index=DIR.");
+  const count = (number, one) => `${number.toLocaleString("en")} ${one}${number === 1 ? "" : "s"}`;
+  showEmpty(`${count(index.files, "video")} to search`, "Say what happens in them, in a sentence.");
+  const facts = {
+    Folder: index.folder,
+    Moments: index.moments > index.files ? index.moments.toLocaleString("en") : "",
+    Captions: index.captions ? index.captions.toLocaleString("en") : "",
+    Prompts: `${index.method}, ${count(index.frames, "frame")} of each clip`,
+    CLIP: index.clip,
+  };
+  const rows = Object.entries(facts).filter(([, value]) => value);
+  $("facts").replaceChildren(...rows.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)]));
+}
+
+function showFilters() {
+  const count = Object.values(filters()).filter(Boolean).length;
+  $("filtered").textContent = ` · ${count}`;
+  $("filtered").hidden = !count;
+}
+
+// --- Keys, files, start ----------------------------------------------------------------------
+
+function onKey(event) {
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  const writing = event.target.closest?.("input, select, textarea");
+  if (event.key === "/" && (!writing || writing.type === "range")) {
+    $("query").select();
+    event.preventDefault();
+  } else if (event.key === "Escape") {
+    if (closeOpened()) event.preventDefault();
+  } else if (event.key === "ArrowDown" && event.target === $("query")) {
+    document.querySelector(".card")?.focus();
+  } else if (event.key.startsWith("Arrow") && moveFocus($("results"), event.key, $("query"))) {
+    event.preventDefault();
+  }
+}
+
+function listen() {
+  $("form").addEventListener("submit", (event) => (event.preventDefault(), submit()));
+  $("index").addEventListener("change", submit);
+  for (const name of FIELDS) $(name).addEventListener("change", () => (showFilters(), submit()));
+  $("clear").addEventListener("click", () => {
+    for (const name of FIELDS) $(name).value = "";
+    showFilters();
+    submit();
+  });
+  $("retry").addEventListener("click", () => again());
+  $("upload").addEventListener("click", () => $("file").click());
+  $("file").addEventListener("change", () => {
+    if ($("file").files.length) searchFile($("file").files[0]);
+    $("file").value = ""; // the same file may be chosen again
+  });
+  window.addEventListener("popstate", () => (readHash(), searchText()));
+  document.addEventListener("keydown", onKey);
+  for (const name of ["dragenter", "dragover", "dragleave", "drop"]) window.addEventListener(name, onDrag);
+}
+
+function onDrag(event) {
+  if (!event.dataTransfer?.types.includes("Files")) return;
+  event.preventDefault();
+  const left = event.type === "dragleave" && event.relatedTarget === null;
+  $("drop").hidden = left || event.type === "drop";
+  if (event.type === "drop" && indexes.length) searchFile(event.dataTransfer.files[0]);
+}
+
+/** Folders are told apart by their last part; where that is the same, by the index's name. */
+function label(index) {
+  const last = (one) => one.folder.split("/").filter(Boolean).pop() || one.folder;
+  const text = `${index.method} · ${last(index)}`;
+  const same = indexes.filter((one) => one.method === index.method && last(one) === last(index));
+  return same.length > 1 ? `${text} (${index.name})` : text;
+}
+
+async function start() {
+  const { signal } = begin("Asking what is indexed…");
+  try {
+    indexes = await ask("/api/indexes", {}, { signal });
+  } catch (error) {
+    if (!signal.aborted) showError(error);
+    return;
+  }
+  $("index").replaceChildren(...indexes.map((index) => make("option", { value: index.name }, label(index))));
+  $("choose").hidden = indexes.length < 2;
+  if (location.hash) {
+    readHash();
+    searchText();
+  } else {
+    showStart(); // and what has been typed meanwhile stays
+    $("query").focus({ preventScroll: true });
+  }
+}
+
+listen();
+start();

@@ -1,0 +1,111 @@
+"""Decoders in processes of their own: one that crashes, hangs or swells costs its request alone."""
+
+import functools
+import pathlib
+import queue
+import resource
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Any
+
+from absl import logging
+
+from vop_jax.data.workers import in_processes
+from vop_jax.errors import VideoError
+
+MEMORY = 2 << 30  # bytes that a process may take, beyond its libraries
+
+
+class Busy(Exception):
+    """Too much is waiting already; to be tried again later."""
+
+
+class Sandbox:
+    """Some processes that call functions, one request at a time each.
+
+    Args:
+        workers: processes.
+        seconds: that a call may take.
+        memory: bytes that a process may take, beyond its libraries.
+        waiting: calls that may wait; more are refused.
+    """
+
+    def __init__(self, workers: int, *, seconds: float, memory: int = MEMORY, waiting: int = 256):
+        self._seconds, self._memory = seconds, memory
+        self._todo: queue.Queue = queue.Queue(waiting)
+        self._threads = [
+            threading.Thread(target=self._work, name=f"sandbox-{i}", daemon=True)
+            for i in range(workers)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, call: Callable, *arguments: Any) -> Future:
+        """`call(*arguments)`, importable and picklable; what goes wrong with it is a VideoError.
+
+        Raises:
+            Busy: there is a queue already.
+        """
+        future: Future = Future()
+        try:
+            self._todo.put_nowait((future, (self._memory, call, arguments)))
+        except queue.Full:
+            raise Busy from None
+        return future
+
+    def close(self) -> None:
+        """Ends the processes when they are done with what they are at."""
+        while True:
+            try:
+                self._todo.get_nowait()[0].cancel()
+            except queue.Empty:
+                break
+        for _ in self._threads:
+            self._todo.put((None, None))
+        for thread in self._threads:
+            thread.join(1.0)  # what hangs ends with this process
+
+    def _work(self) -> None:
+        """One process' thread."""
+        while True:
+            current: list[Future] = []
+            try:
+                for result in in_processes(
+                    _limited, self._tasks(current), 1, seconds=self._seconds
+                ):
+                    future = current.pop()
+                    if isinstance(result, VideoError):
+                        future.set_exception(result)
+                    else:
+                        future.set_result(result)
+                return
+            except Exception:  # its process could not start: perhaps the next one can
+                logging.exception("a decoding process")
+                for future in current:
+                    future.set_exception(VideoError("its decoder could not start"))
+
+    def _tasks(self, current: list[Future]) -> Iterator[tuple]:
+        while True:
+            future, task = self._todo.get()
+            if future is None:
+                return
+            if future.set_running_or_notify_cancel():
+                current.append(future)
+                yield task
+
+
+def _limited(task: tuple[int, Callable, tuple]) -> Any:
+    memory, call, arguments = task
+    _limit(memory)
+    return call(*arguments)
+
+
+@functools.cache  # once in the life of a process, when its libraries are loaded
+def _limit(memory: int) -> None:
+    for nothing in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):  # what is decoded writes no file
+        resource.setrlimit(nothing, (0, 0))
+    sizes = pathlib.Path("/proc/self/statm")
+    if sizes.exists():  # elsewhere than on Linux the limit is not kept anyway
+        mapped = int(sizes.read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + memory,) * 2)
