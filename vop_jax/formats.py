@@ -1,0 +1,60 @@
+"""What a run has learnt, in each of the formats that a user may ask for."""
+
+from collections.abc import Callable
+from typing import Any
+
+from vop_jax import start
+from vop_jax.clip.precision import held
+from vop_jax.errors import UserError
+from vop_jax.exporting import stablehlo
+from vop_jax.model import TextVideoModel
+from vop_jax.selection import prompt_set, save_result
+from vop_jax.tensorfile import flatten, unflatten
+from vop_jax.training import hosts
+
+PROMPTS_FILE = "prompts.safetensors"
+ENCODERS_FOLDER = "encoders"
+
+
+def check(form: str) -> None:
+    """Raises UserError for a format that there is not, or that lacks a library."""
+    if form not in FORMATS:
+        raise UserError(f"--format={form}: allowed are {', '.join(FORMATS)}")
+    if form == "stablehlo":
+        stablehlo.check_installed()
+
+
+def save(run: start.Run, trainable: Any, form: str) -> str:
+    """Writes trained parameters into the workdir; returns the path.
+
+    Raises:
+        UserError: the format cannot say them.
+    """
+    return FORMATS[form](run, trainable)
+
+
+def _safetensors(run: start.Run, trainable: Any) -> str:
+    return save_result(run, trainable, PROMPTS_FILE)
+
+
+def _stablehlo(run: start.Run, trainable: Any) -> str:
+    found, path = prompt_set(run, trainable), run.workdir / ENCODERS_FOLDER
+    # As `vop_jax.load` runs them, not with what training chose for its own sake.
+    model = TextVideoModel(run.clip.config, run.method, run.model.dtype)
+    clip = held({"clip": run.clip.params}, run.model.dtype)
+    params = unflatten({**flatten(clip), **flatten(found.params)})
+    about = {
+        "method": run.method.name,
+        "clip": run.clip.name,
+        "clip_fingerprint": run.clip.fingerprint,
+        "prompts_fingerprint": found.fingerprint,
+        "video": found.video,
+    }
+    hosts.on_first(lambda: stablehlo.save_encoders(path, model, params, about))
+    return str(path)
+
+
+FORMATS: dict[str, Callable[[start.Run, Any], str]] = {
+    "safetensors": _safetensors,
+    "stablehlo": _stablehlo,
+}
