@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import sys
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 import vop_jax
@@ -130,7 +132,39 @@ def test_safetensors_is_the_default(trained, export):
     assert load_prompts(path).fingerprint == load_prompts(given).fingerprint
 
 
-@pytest.mark.parametrize("method", [BASE, CONTEXT], ids=lambda m: m.name)
+@pytest.mark.parametrize("name", ["vop_f+c", "adapter_ffn", "bias"])
+def test_an_orbax_folder_is_read_wherever_prompts_are(clip, trained, export, name):
+    """By `vop_jax.load`, by a run, and by orbax itself."""
+    method = dataclasses.replace(BASE, name=name, specific_prompts=1)
+    given = trained(method)
+    status, path, err = export(given, method, "--format=orbax")
+    assert status == 0 and path.endswith("run/prompts.orbax"), err
+    ours, theirs = load_prompts(given), load_prompts(path)
+    assert theirs.fingerprint == ours.fingerprint
+    assert dataclasses.replace(theirs, params={}) == dataclasses.replace(ours, params={})
+    assert vop_jax.load(clip, path).prompts_fingerprint == ours.fingerprint
+    status, again, err = export(path, method)
+    assert status == 0 and load_prompts(again).fingerprint == ours.fingerprint, err
+    with ocp.StandardCheckpointer() as checkpointer:
+        restored = checkpointer.restore(path + "/params")
+    assert tensorfile.fingerprint(restored) == tensorfile.fingerprint(ours.params)
+
+
+def test_nothing_trained_is_no_orbax_folder(trained, export):
+    method = dataclasses.replace(BASE, name="zero_shot")
+    refused = export(trained(method), method, "--format=orbax")
+    assert_refused(refused, "--format=orbax: method zero_shot trains nothing")
+
+
+def test_a_folder_that_holds_no_prompts(clip, tmp_path):
+    (tmp_path / "videos").mkdir()
+    with pytest.raises(vop_jax.UserError, match="videos: not an orbax folder of this project"):
+        vop_jax.load(clip, tmp_path / "videos")
+
+
+@pytest.mark.parametrize(
+    "method", [BASE, pytest.param(CONTEXT, marks=pytest.mark.slow)], ids=lambda m: m.name
+)
 def test_encoders_run_without_us(clip, trained, export, tmp_path, method):
     pytest.importorskip("flatbuffers", reason="with which jax writes programs")
     given = trained(method)
@@ -153,6 +187,6 @@ def test_encoders_run_without_us(clip, trained, export, tmp_path, method):
 
 
 def test_without_flatbuffers_the_extra_is_named(trained, export, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "flatbuffers", None)
+    monkeypatch.setitem(sys.modules, "flatbuffers", None)
     refused = export(trained(BASE), BASE, "--format=stablehlo")
     assert_refused(refused, "--format=stablehlo", "flatbuffers", 'pip install -e ".[export]"')

@@ -12,7 +12,7 @@ from vop_jax.selection import prompt_set, save_result
 from vop_jax.tensorfile import flatten, unflatten
 from vop_jax.training import hosts
 
-PROMPTS_FILE = "prompts.safetensors"
+PROMPTS_FILE, PROMPTS_FOLDER = "prompts.safetensors", "prompts.orbax"
 ENCODERS_FOLDER = "encoders"
 
 
@@ -37,6 +37,12 @@ def _safetensors(run: start.Run, trainable: Any) -> str:
     return save_result(run, trainable, PROMPTS_FILE)
 
 
+def _orbax(run: start.Run, trainable: Any) -> str:
+    if not trainable:
+        raise UserError(f"--format=orbax: method {run.method.name} trains nothing to be written")
+    return save_result(run, trainable, PROMPTS_FOLDER)
+
+
 def _stablehlo(run: start.Run, trainable: Any) -> str:
     found, path = prompt_set(run, trainable), run.workdir / ENCODERS_FOLDER
     # As `vop_jax.load` runs them, not with what training chose for its own sake.
@@ -56,5 +62,6 @@ def _stablehlo(run: start.Run, trainable: Any) -> str:
 
 FORMATS: dict[str, Callable[[start.Run, Any], str]] = {
     "safetensors": _safetensors,
+    "orbax": _orbax,
     "stablehlo": _stablehlo,
 }

@@ -44,13 +44,11 @@ def test_bfloat16_is_held_and_run_in_half(tmp_path):
         for name in ("whole", "half")
     )
     assert half < 0.7 * whole
-    frames, ids = tiny.frames(2), tiny.captions(2, model.method.text_slots(tiny.CLIP))
-    found = readers.embed(tmp_path / "half", tmp_path, video=[frames], text=[ids])
-    for name, rows in (("video", frames), ("text", ids)):
-        ours = model.apply({"params": params}, rows, method=f"encode_{name}")
-        [theirs] = found[name]
-        assert theirs.dtype == np.float32
-        assert (theirs * np.asarray(ours)).sum(axis=1).min() > 0.999
+    ids = tiny.captions(2, model.method.text_slots(tiny.CLIP))
+    ours = model.apply({"params": params}, ids, method="encode_text")
+    [theirs] = readers.embed(tmp_path / "half", tmp_path, text=[ids])["text"]
+    assert theirs.dtype == np.float32
+    assert (theirs * np.asarray(ours)).sum(axis=1).min() > 0.999
 
 
 def test_a_folder_that_is_there_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
