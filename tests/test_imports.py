@@ -121,9 +121,9 @@ def test_data_is_numpy_only():
             assert not modules & {*HEAVY}, file
 
 
-def test_torch_is_imported_by_the_converter_alone_and_lazily():
+def test_torch_is_imported_in_one_place_alone_and_lazily():
     for file in FILES:
-        modules = imports(syntax(file), lazy=file != PACKAGE / "clip" / "convert.py")
+        modules = imports(syntax(file), lazy=file != PACKAGE / "clip" / "released.py")
         assert "torch" not in {module.split(".")[0] for module in modules}, file
 
 
