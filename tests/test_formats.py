@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import subprocess
 import sys
 
 import numpy as np
@@ -9,8 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import vop_jax
-from tests import runs
-from tests.exporting import readers
+from tests import readers, runs
 from vop_jax import formats, main, tensorfile
 from vop_jax.clip.weights import load_clip
 from vop_jax.data.sources import CaptionTokenizer
@@ -49,7 +49,7 @@ def clip(tmp_path_factory):
 def trained(clip, tmp_path):
     """Writes random prompts of a method as a run would have learnt them."""
 
-    def trained(method):
+    def trained(method, clip=clip):
         weights, rng = load_clip(clip), np.random.default_rng(0)
         shapes = tensorfile.unflatten(TextVideoModel(weights.config, method).shapes())
         draw = {
@@ -76,7 +76,7 @@ def trained(clip, tmp_path):
 def export(clip, tmp_path, capsys):
     """Calls --mode=export of a run that starts from prompts; (status, stdout, stderr)."""
 
-    def export(prompts, method, *overrides):
+    def export(prompts, method, *overrides, clip=clip):
         settings = {k: v for k, v in dataclasses.asdict(method).items() if k != "frames"}
         argv = runs.arguments(tmp_path, clip, tmp_path / "run", "--mode=export", *overrides)
         argv += [f"--config.method.{key}={value}" for key, value in settings.items()]
@@ -190,3 +190,53 @@ def test_without_flatbuffers_the_extra_is_named(trained, export, monkeypatch):
     monkeypatch.setitem(sys.modules, "flatbuffers", None)
     refused = export(trained(BASE), BASE, "--format=stablehlo")
     assert_refused(refused, "--format=stablehlo", "flatbuffers", 'pip install -e ".[export]"')
+
+
+@pytest.fixture(scope="module")
+def released_clip(tmp_path_factory):
+    """With the heads that the released code would give it."""
+    config = dataclasses.replace(runs.CLIP, vision_heads=1, text_heads=1)
+    return runs.write_clip(tmp_path_factory.mktemp("released") / "clip.safetensors", 0, config)
+
+
+def test_the_released_layout_is_converted_back(released_clip, trained, export, tmp_path):
+    pytest.importorskip("torch", reason="writes PyTorch files")
+    given = trained(RELEASED, released_clip)
+    status, path, err = export(given, RELEASED, "--format=pytorch", clip=released_clip)
+    assert status == 0 and path.endswith("run/vop.pt"), err
+    clip, prompts = tmp_path / "again.safetensors", tmp_path / "prompts.safetensors"
+    converter = [sys.executable, runs.ROOT / "tools/convert_clip_weights.py", f"--source={path}"]
+    flags = [f"--output={clip}", f"--prompts-output={prompts}"]
+    subprocess.run([*converter, *flags], check=True, timeout=300)
+    first, second = load_clip(released_clip), load_clip(clip)
+    assert (second.fingerprint, second.config) == (first.fingerprint, first.config)
+    ours, theirs = load_prompts(given), load_prompts(prompts)
+    assert tensorfile.fingerprint(theirs.params) == tensorfile.fingerprint(ours.params)
+    one, other = vop_jax.load(released_clip, given), vop_jax.load(clip, prompts)
+    [frames], _ = rows(3)
+    np.testing.assert_array_equal(one.embed_frames(frames), other.embed_frames(frames))
+    np.testing.assert_array_equal(one.embed_text(TEXTS), other.embed_text(TEXTS))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "vop_f"}, "--format=pytorch: holds method vop alone, not vop_f"),
+        ({"suffix": "eot"}, "computes method.suffix='released', not 'eot'"),
+        ({"text_prefix": 2, "text_suffix": 0}, "computes method.text_prefix=1, not 2"),
+        ({"branches": "text"}, "holds prompts of both towers"),
+        ({"visual_prompts": 0}, "holds prompts of both towers"),
+        ({"last_layer": 1}, "of method.first_layer=1, last_layer=1"),
+        ({}, "CLIP's vision_heads=1, not 2"),
+    ],
+)
+def test_what_the_released_code_cannot_compute_is_refused(trained, export, changes, message):
+    pytest.importorskip("torch", reason="asked for before the method is looked at")
+    method = dataclasses.replace(RELEASED, **changes)
+    assert_refused(export(trained(method), method, "--format=pytorch"), message)
+
+
+def test_without_torch_the_extra_is_named(trained, export, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    refused = export(trained(RELEASED), RELEASED, "--format=pytorch")
+    assert_refused(refused, "--format=pytorch needs torch", 'pip install -e ".[convert]"')

@@ -16,8 +16,9 @@ LEVELS = {
     **dict.fromkeys(("data", "clip", "retrieval"), 1),
     "tuning": 2,
     "model": 3,
-    **dict.fromkeys(("training", "exporting"), 4),
-    **dict.fromkeys(("start", "run_data", "run_cache", "parameters", "results", "selection", "formats"), 5),
+    "training": 4,
+    **dict.fromkeys(("start", "run_data", "run_cache", "parameters", "results", "selection"), 5),
+    **dict.fromkeys(("formats", "stablehlo"), 5),
     **dict.fromkeys(("experiment", "backbone", "retriever", "report", "main"), 5),
     "search": 6,
 }

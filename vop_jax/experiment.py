@@ -22,7 +22,6 @@ from vop_jax.tuning import partition
 from vop_jax.tuning.prompts_file import load_prompts
 
 
-
 def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
     """Trains, or continues what `workdir` holds; evaluates, exports; returns the summary.
 

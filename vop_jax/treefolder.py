@@ -14,7 +14,6 @@ from vop_jax import atomic
 from vop_jax.errors import UserError
 from vop_jax.tensorfile import Tree
 
-
 PARAMS, METADATA = "params", "metadata.json"
 
 

@@ -4,10 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import tiny
-from tests.exporting import readers
+from tests import readers, tiny
 from vop_jax.clip.precision import held
-from vop_jax.exporting.stablehlo import save_encoders
+from vop_jax.stablehlo import save_encoders
 from vop_jax.tuning.methods import METHODS, MethodConfig
 
 pytest.importorskip("flatbuffers", reason="with which jax writes programs")

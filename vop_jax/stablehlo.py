@@ -124,7 +124,7 @@ def _unpacked(leaf: Any) -> Any:
     return jax.lax.bitcast_convert_type(leaf, jnp.bfloat16) if leaf.dtype == jnp.uint16 else leaf
 
 
-README = string.Template('''# Text and video encoders
+README = string.Template("""# Text and video encoders
 
 $method over $clip. They need jax, and flatbuffers, with which jax reads programs:
 `pip install jax flatbuffers`. Exported by jax $jax for cpu, cuda and tpu; a program can be read by
@@ -153,4 +153,4 @@ encode_video, encode_text = load("video"), load("text")
 `encode_text(ids) @ encode_video(frames).T` are the similarities. Any number of rows; each is compiled
 once. `video.npz` and `text.npz` hold the weights by name (where $dtype is bfloat16, its bits as uint16),
 `meta.json` the sizes and the fingerprints of CLIP and prompts.
-''')
+""")

@@ -1,1 +1,0 @@
-"""What a run has learnt, in the formats of other programs."""
