@@ -18,7 +18,8 @@ from vop_jax.clip.weights import save_clip
 ROOT = Path(__file__).parents[1]
 CLIP = ClipConfig(16, 8, 32, 2, 2, 16, 2, 2, 24, context_length=24)
 TRAIN, TEST = 16, 8
-FLAGS = ("config", "workdir", "mode", "json", "coordinator", "processes", "process", "timeout")
+FLAGS = ("config", "workdir", "mode", "format", "json")
+FLAGS += ("coordinator", "processes", "process", "timeout")
 
 
 def write_clip(path: Path, seed: int = 0, config: ClipConfig = CLIP) -> Path:
@@ -86,16 +87,7 @@ def call(*argv: str) -> int:
                 if name.startswith("config."):
                     delattr(flag_values, name)
             flag_values.unparse_flags()
-            for name in (
-                "config",
-                "workdir",
-                "mode",
-                "json",
-                "coordinator",
-                "processes",
-                "process",
-                "timeout",
-            ):
+            for name in FLAGS:
                 flag_values[name].unparse()
 
 

@@ -23,8 +23,8 @@ from vop_jax.clip.convert import Converted, convert
 from vop_jax.clip.layers import ACTIVATIONS
 from vop_jax.clip.weights import ClipWeights, save_clip
 from vop_jax.errors import UserError
-from vop_jax.tuning.methods import MethodConfig
 from vop_jax.tuning.prompts_file import save_prompts
+from vop_jax.tuning.released import released_method
 
 
 class Parser(argparse.ArgumentParser):
@@ -98,15 +98,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def write_prompts(path: str | None, converted: Converted, clip: ClipWeights) -> None:
-    """The released prompts: the first half of the text prompts is prefix, the rest suffix."""
+    """The prompts of a released checkpoint, and the method that they are of."""
     assert converted.prompts is not None
     visual, text = converted.prompts["visual"].shape[1], converted.prompts["text"].shape[1]
-    method = MethodConfig(
-        visual_prompts=visual,
-        text_prefix=text // 2,
-        text_suffix=text - text // 2,
-        suffix="released",
-    )
+    method = released_method(visual, text)
     method.check_fits(clip.config)
     found = f"{visual} visual, {method.text_prefix} + {method.text_suffix} text prompts a layer"
     if not path:

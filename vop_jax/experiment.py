@@ -7,9 +7,10 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from vop_jax import results, run_cache, run_data, start
+from vop_jax import formats, results, run_cache, run_data, start
 from vop_jax.clip.weights import save_clip
 from vop_jax.errors import UserError
+from vop_jax.formats import PROMPTS_FILE
 from vop_jax.selection import Selection, save_result
 from vop_jax.training import evaluate as evaluation
 from vop_jax.training import hosts, loop
@@ -19,8 +20,6 @@ from vop_jax.training.step import make_train_step
 from vop_jax.training.writer import MetricWriter, NoWriter
 from vop_jax.tuning import partition
 from vop_jax.tuning.prompts_file import load_prompts
-
-PROMPTS_FILE = "prompts.safetensors"
 
 
 def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
@@ -110,15 +109,20 @@ def evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
         return hosts.on_first(lambda: results.write_summary(run, data, before, found, chosen))
 
 
-def export(config: ConfigDict, workdir: str) -> str:
-    """Writes the workdir's newest prompts to `prompts.safetensors`; returns the path.
+def export(config: ConfigDict, workdir: str, form: str = "safetensors") -> str:
+    """Writes the workdir's newest prompts, or what is made of them; returns the path.
+
+    Args:
+        form: one of `formats.FORMATS`.
 
     Raises:
-        UserError: as `train`; also when there is nothing trained to export.
+        UserError: as `train`; also when there is nothing trained to export, or the format
+            cannot say it.
     """
+    formats.check(form)
     with start.opened(config, workdir, _pretrain) as run:
         _check_trained(run)
-        return save_result(run, Selection(run).trainable(), PROMPTS_FILE)
+        return formats.save(run, Selection(run).trainable(), form)
 
 
 def _pretrain(config: ConfigDict, root: epath.Path) -> None:

@@ -20,12 +20,14 @@ from vop_jax.config import check_keys
 from vop_jax.errors import UserError
 
 MODES = ("train", "eval", "export", "params")
+FORMATS = ("safetensors", "orbax", "pytorch", "stablehlo")  # see vop_jax/formats.py
 
 
 def define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "FILE or FILE:METHOD, see configs/")
     flags.DEFINE_string("workdir", None, "folder of the run; taken up where it stands")
     flags.DEFINE_enum("mode", "train", MODES, "what to do")
+    flags.DEFINE_enum("format", "safetensors", FORMATS, "with --mode=export: what to write")
     # Of runs of several processes where no TPU slice, Slurm or Open MPI says it, docs/tpu.md.
     flags.DEFINE_string("coordinator", None, "HOST:PORT of the first process, the same for all")
     flags.DEFINE_integer("processes", None, "how many processes the run has")
@@ -64,6 +66,8 @@ def _check_flags(config: Any) -> None:
             raise UserError(f"--config: {_last_line(error)}") from None
     if "workdir" in flags.FLAGS and not flags.FLAGS.workdir and flags.FLAGS.mode != "params":
         raise UserError("--workdir=DIR is missing")
+    if flags.FLAGS["format"].present and flags.FLAGS.mode != "export":
+        raise UserError(f"--format goes with --mode=export, not with --mode={flags.FLAGS.mode}")
 
 
 def _last_line(error: Exception) -> str:
@@ -112,7 +116,7 @@ def answer() -> int:
     try:
         given = flags.FLAGS
         join(given.coordinator, given.processes, given.process, given.timeout, given.mode)
-        return run(given.config, given.workdir or "", given.mode, given.json)
+        return run(given.config, given.workdir or "", given.mode, given.json, given.format)
     except UserError as error:
         fail(str(error))
     except interrupt.Interrupted as signal:
@@ -139,7 +143,7 @@ def join(
         logging.set_verbosity(logging.WARNING)
 
 
-def run(config: ConfigDict, workdir: str, mode: str, json_path: str | None) -> int:
+def run(config: ConfigDict, workdir: str, mode: str, json_path: str | None, form: str) -> int:
     """Runs one mode and prints its result."""
     # Imported here so that a wrong call is answered at once.
     from vop_jax import atomic, experiment, parameters, results
@@ -153,7 +157,7 @@ def run(config: ConfigDict, workdir: str, mode: str, json_path: str | None) -> i
             atomic.write_json(json_path, counts)
         return 0
     if mode == "export":
-        path = experiment.export(config, workdir)
+        path = experiment.export(config, workdir, form)
         if hosts.is_first():
             print(path)
         return 0

@@ -2,14 +2,13 @@
 
 import dataclasses
 import json
-from functools import partial
 from typing import Any
 
 from absl import logging
 
 from vop_jax import atomic, start
 from vop_jax.training import hosts, sharding
-from vop_jax.tuning.prompts_file import load_prompts, save_prompts
+from vop_jax.tuning.prompts_file import PromptSet, load_prompts, save_prompts
 
 BEST_FILE, BEST_NOTE = "best.safetensors", "best.json"
 
@@ -67,21 +66,26 @@ class Selection:
         return load_prompts(self.run.workdir / BEST_FILE).params
 
 
-def save_result(run: start.Run, trainable: Any, name: str) -> str:
-    """Writes trained parameters with all that is needed to use them; returns the path."""
-    path = run.workdir / name
+def prompt_set(run: start.Run, trainable: Any) -> PromptSet:
+    """Trained parameters, on this machine, with all that is needed to use them.
+
+    Every process of the run has to ask for it.
+    """
     data = run.config.data
-    whole = sharding.to_host(trainable)
-    save = partial(
-        save_prompts,
-        path,
-        whole,
+    return PromptSet(
+        params=sharding.to_host(trainable),
         method=run.method,
         clip_fingerprint=run.clip.fingerprint,
         clip_name=run.clip.name,
         clip_config=run.clip.config,
         video={key: data[key] for key in HOW_VIDEOS_ARE_READ},
     )
-    hosts.on_first(save)
+
+
+def save_result(run: start.Run, trainable: Any, name: str) -> str:
+    """Writes trained parameters with all that is needed to use them; returns the path."""
+    path = run.workdir / name
+    found = prompt_set(run, trainable)
+    hosts.on_first(lambda: save_prompts(path, **vars(found)))
     logging.info("wrote %s", path)
     return str(path)

@@ -22,11 +22,10 @@ from safetensors import numpy as safetensors_numpy
 from vop_jax.clip import layouts
 from vop_jax.clip.config import ClipConfig
 from vop_jax.clip.download import sha256
+from vop_jax.clip.released import PROMPTS, check_prompts, import_torch, split
 from vop_jax.clip.source_config import Told, choose_heads, read_config, settle
 from vop_jax.errors import UserError
 
-VISUAL_PROMPTS = "visual_prompt_learner.visual_prompts"
-TEXT_PROMPTS = "text_prompt_learner.text_prompts"
 _WRAPPERS = ("module.", "_orig_mod.")  # of DataParallel and torch.compile
 
 
@@ -71,8 +70,8 @@ def convert(
         tensors, archive = read_tensors(path, local)
     tensors = _without_wrappers(path, tensors)
     prompts = None
-    if released := VISUAL_PROMPTS in tensors or TEXT_PROMPTS in tensors:
-        tensors, prompts = split_released(path, tensors)
+    if released := not PROMPTS.isdisjoint(tensors):
+        tensors, prompts = split(path, tensors)
     elif any(name.startswith("text.") for name in tensors):  # open_clip's CustomTextCLIP
         tensors = _without_prefix(path, tensors, "text.")
     layout = layouts.layout_of(path, tensors)
@@ -95,7 +94,7 @@ def convert(
     )
     params = layouts.to_flax(path, tensors, layout, config)
     if prompts is not None:
-        _check_prompts(path, prompts, config)
+        check_prompts(path, prompts, config)
     return Converted(params, config, prompts, digest, tuple(assumed))
 
 
@@ -146,13 +145,7 @@ def _is_torchscript(local: str) -> bool:
 
 
 def _load_torch(path: str | os.PathLike, local: str, archive: bool) -> Any:
-    try:
-        import torch
-    except ImportError:
-        raise UserError(
-            f'{path}: reading PyTorch files needs torch: pip install -e ".[convert]"; '
-            "safetensors files need nothing"
-        ) from None
+    torch = import_torch(f"{path}: reading PyTorch files")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch about old formats
@@ -187,51 +180,6 @@ def _without_prefix(
     if len(shorter) < len(tensors):
         raise UserError(f"{path}: some tensors are there both with and without {prefix!r}")
     return shorter
-
-
-def split_released(
-    path: str | os.PathLike, tensors: layouts.Tensors
-) -> tuple[layouts.Tensors, dict[str, np.ndarray]]:
-    """The tensors of CLIP and the prompts of a released VoP checkpoint.
-
-    It holds CLIP under `clip.` and once more under `image_encoder.` and `text_encoder.`. These
-    are left out; a copy that is recognised by its name is checked to be equal.
-
-    Raises:
-        UserError: prompts are missing, a copy differs, or there is something else.
-    """
-    for name in (VISUAL_PROMPTS, TEXT_PROMPTS):
-        if name not in tensors:
-            raise UserError(f"{path}: tensor {name} is missing")
-    clip = {k.removeprefix("clip."): v for k, v in tensors.items() if k.startswith("clip.")}
-    for name, tensor in tensors.items():
-        if name.startswith("clip.") or name in (VISUAL_PROMPTS, TEXT_PROMPTS):
-            continue
-        head, _, rest = name.partition(".")
-        if head not in ("image_encoder", "text_encoder"):
-            raise UserError(f"{path}: unexpected tensor {name} for a released VoP checkpoint")
-        original = f"visual.{rest}" if head == "image_encoder" else rest
-        if original in clip and not np.array_equal(tensor, clip[original]):
-            raise UserError(f"{path}: tensor {name} differs from clip.{original}, its original")
-    visual, text = tensors[VISUAL_PROMPTS], tensors[TEXT_PROMPTS]
-    if visual.ndim != 4 or visual.shape[1] != 1:
-        raise UserError(
-            f"{path}: tensor {VISUAL_PROMPTS} has shape {visual.shape}, expected [L, 1, P, D]"
-        )
-    return clip, {"visual": visual[:, 0].astype("f4"), "text": text.astype("f4")}
-
-
-def _check_prompts(
-    path: str | os.PathLike, prompts: Mapping[str, np.ndarray], config: ClipConfig
-) -> None:
-    ends = {
-        "visual": (VISUAL_PROMPTS, config.vision_layers, config.vision_width),
-        "text": (TEXT_PROMPTS, config.text_layers, config.text_width),
-    }
-    for tower, (name, layers, width) in ends.items():
-        found = prompts[tower]
-        count = found.shape[1] if found.ndim == 3 else 0
-        layouts.check_tensor(path, name, found, (layers, max(1, count), width))
 
 
 @contextlib.contextmanager

@@ -46,7 +46,7 @@ def read(x: jax.Array, reads: Reads) -> jax.Array:
     """[N, T, D] -> [N, R, D], the tokens that are read."""
     if reads is None:
         return x
-    return x[:, :reads] if isinstance(reads, int) else x[jnp.arange(len(x)), reads][:, None]
+    return x[:, :reads] if isinstance(reads, int) else x[jnp.arange(x.shape[0]), reads][:, None]
 
 
 class Attention(nn.Module):

@@ -1,4 +1,4 @@
-"""How PyTorch checkpoints name and lay out a CLIP, and how each tensor becomes ours.
+"""How PyTorch checkpoints name and lay out a CLIP, and how each tensor becomes ours and back.
 
 One table of rules, complete on both sides: every tensor of a checkpoint has a rule or is listed
 as ignored, and the rules fill every parameter of `clip.model.Clip`.
@@ -7,50 +7,32 @@ as ignored, and the rules fill every parameter of `clip.model.Clip`.
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from vop_jax.clip.config import ClipConfig
+from vop_jax.clip.moves import (
+    BARE,
+    CONV,
+    DENSE,
+    EMBEDDING,
+    NORM,
+    OUT,
+    PACKED_QKV,
+    POSITIONS,
+    PROJECTION,
+    QKV,
+    RIGHT_FACTOR,
+    Move,
+    Shape,
+)
 from vop_jax.clip.weights import check_shapes, parameter_shapes
 from vop_jax.errors import UserError
-from vop_jax.tensorfile import unflatten
+from vop_jax.tensorfile import Tree, flatten, unflatten
 
-Shape = tuple[int, ...]
 Tensors = dict[str, np.ndarray]
-
-
-class Move(NamedTuple):
-    """From a PyTorch tensor to our parameter of a given shape."""
-
-    source_shape: Callable[[Shape], Shape]  # ours -> PyTorch's
-    convert: Callable[[np.ndarray, Shape], np.ndarray]
-
-
-SAME = Move(lambda s: s, lambda x, s: x)
-TRANSPOSE = Move(lambda s: s[::-1], lambda x, s: x.T)  # [out, in] -> [in, out]
-# [D, C, h, w] -> [h, w, C, D]
-IMAGE_KERNEL = Move(lambda s: (s[3], s[2], s[0], s[1]), lambda x, s: x.transpose(2, 3, 1, 0))
-# [D, D] -> [D, H, D/H], and its bias [D] -> [H, D/H]
-TO_HEADS = Move(lambda s: (s[1] * s[2], s[0]), lambda x, s: x.T.reshape(s))
-TO_HEADS_BIAS = Move(lambda s: (s[0] * s[1],), lambda x, s: x.reshape(s))
-# [D, D] -> [H, D/H, D]
-FROM_HEADS = Move(lambda s: (s[2], s[0] * s[1]), lambda x, s: x.T.reshape(s))
-
-# The tensors of a module: (PyTorch's ending, ours, move).
-BARE = (("", "", SAME),)
-RIGHT_FACTOR = (("", "/kernel", SAME),)  # a matrix used as x @ matrix
-PROJECTION = ((".weight", "/kernel", TRANSPOSE),)
-EMBEDDING = ((".weight", "/embedding", SAME),)
-POSITIONS = ((".weight", "", SAME),)
-CONV = ((".weight", "/kernel", IMAGE_KERNEL),)
-NORM = ((".weight", "/scale", SAME), (".bias", "/bias", SAME))
-DENSE = ((".weight", "/kernel", TRANSPOSE), (".bias", "/bias", SAME))
-QKV = ((".weight", "/kernel", TO_HEADS), (".bias", "/bias", TO_HEADS_BIAS))
-PACKED_QKV = (("_weight", "/kernel", TO_HEADS), ("_bias", "/bias", TO_HEADS_BIAS))
-OUT = ((".weight", "/kernel", FROM_HEADS), (".bias", "/bias", SAME))
-
 Row = tuple[str, str, tuple[tuple[str, str, Move], ...]]  # (PyTorch's module, ours, tensors)
 
 
@@ -172,6 +154,16 @@ def expand(rows: tuple[Row, ...], source: str = "", target: str = "") -> list[Ru
     ]
 
 
+def rules_of(layout: Layout, config: ClipConfig) -> list[Rule]:
+    """The rules of all tensors of a CLIP of these sizes."""
+    rules = expand(layout.ends)
+    for tower, layers in (("visual", config.vision_layers), ("text", config.text_layers)):
+        for i in range(layers):
+            ours = f"{tower}/transformer/resblocks.{i}/"
+            rules += expand(layout.block, f"{layout.blocks[tower]}{i}.", ours)
+    return rules
+
+
 def count_blocks(layout: Layout, tower: str, tensors: Mapping[str, Any]) -> int:
     """How many blocks of a tower have a name; at least 1, so that none are found missing."""
     pattern = re.compile(re.escape(layout.blocks[tower]) + r"(\d+)\.")
@@ -225,11 +217,7 @@ def to_flax(
     Raises:
         UserError: a tensor is missing, misshapen, unexpected, or not of finite real numbers.
     """
-    rules = expand(layout.ends)
-    for tower, layers in (("visual", config.vision_layers), ("text", config.text_layers)):
-        for i in range(layers):
-            ours = f"{tower}/transformer/resblocks.{i}/"
-            rules += expand(layout.block, f"{layout.blocks[tower]}{i}.", ours)
+    rules = rules_of(layout, config)
     for rule in rules:
         if rule.source not in tensors:
             raise UserError(f"{where}: tensor {rule.source} is missing")
@@ -260,6 +248,19 @@ def to_flax(
     tree = unflatten(params)
     check_shapes(where, tree, shapes)
     return tree
+
+
+def from_flax(params: Tree, layout: Layout, config: ClipConfig) -> Tensors:
+    """The inverse of `to_flax`: PyTorch's names and shapes, float32."""
+    flat = flatten(params)
+    shapes = {name: leaf.shape for name, leaf in flat.items()}
+    tensors = {}
+    for rule in rules_of(layout, config):
+        shape = rule.move.source_shape(shapes[rule.targets[0]])
+        parts = [rule.move.back(np.asarray(flat[t], np.float32), shape) for t in rule.targets]
+        tensor = np.concatenate(parts) if len(parts) > 1 else parts[0]
+        tensors[rule.source] = np.array(tensor, order="C")
+    return tensors
 
 
 def check_tensor(where: str | os.PathLike, name: str, tensor: np.ndarray, shape: Shape) -> None:

@@ -52,7 +52,7 @@ class Memory:
         Args:
             frames: whether the N sequences are frames, which `frame_chunk` is about.
         """
-        chunks = self.chunks(len(x)) if frames else 1
+        chunks = self.chunks(len(x)) if frames and self.frame_chunk else 1
         if block.is_initializing() or (chunks == 1 and self.remat == "none"):
             return block(x, **branches, kernel=kernel, reads=reads)
         function, params = _pure(block, branches, kernel, reads)

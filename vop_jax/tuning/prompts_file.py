@@ -1,4 +1,7 @@
-"""A trained set of prompts on disk: small, and bound to the CLIP it was trained over."""
+"""A trained set of prompts on disk: small, and bound to the CLIP it was trained over.
+
+A safetensors file, or an orbax folder of the same content.
+"""
 
 import dataclasses
 import hashlib
@@ -9,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from vop_jax import tensorfile
 from vop_jax.clip.config import ClipConfig
@@ -54,8 +58,12 @@ def save_prompts(
     clip_config: ClipConfig,
     video: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a trained subtree atomically, with all that is needed to use it again."""
-    tensorfile.save(
+    """Writes a trained subtree atomically, with all that is needed to use it again.
+
+    Args:
+        path: a safetensors file; if it ends in .orbax, an orbax folder.
+    """
+    _as_kept(folder=os.fspath(path).endswith(".orbax")).save(
         path,
         jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), dict(params)),
         {
@@ -77,7 +85,7 @@ def load_prompts(path: str | os.PathLike) -> PromptSet:
     Raises:
         UserError: no such file, or not a file of prompts.
     """
-    params, metadata = tensorfile.load(path)
+    params, metadata = _as_kept(folder=epath.Path(path).is_dir()).load(path)
     if metadata.get("format") != FORMAT:
         raise UserError(f"{path}: not a prompts file; --mode=export writes one")
     try:
@@ -91,6 +99,15 @@ def load_prompts(path: str | os.PathLike) -> PromptSet:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: its metadata is not a prompts file's ({error!r})") from None
+
+
+def _as_kept(*, folder: bool) -> Any:
+    """What saves and loads a tree: `treefolder`, whose orbax takes seconds to import, or a file's."""
+    if not folder:
+        return tensorfile
+    from vop_jax import treefolder
+
+    return treefolder
 
 
 def check_same_clip(where: str | os.PathLike, prompts: PromptSet, fingerprint: str, name: str):

@@ -1,0 +1,242 @@
+"""--mode=export in every format, each read back."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+import vop_jax
+from tests import readers, runs
+from vop_jax import formats, main, tensorfile
+from vop_jax.clip.weights import load_clip
+from vop_jax.data.sources import CaptionTokenizer
+from vop_jax.model import TextVideoModel
+from vop_jax.tuning.methods import MethodConfig
+from vop_jax.tuning.partition import split
+from vop_jax.tuning.prompts_file import load_prompts, save_prompts
+
+BASE = MethodConfig("vop", visual_prompts=2, text_prefix=1, text_suffix=1, frames=3)
+CONTEXT = dataclasses.replace(BASE, name="vop_f+c", specific_prompts=1)
+RELEASED = dataclasses.replace(BASE, suffix="released")
+TEXTS = ["a squid is talking", "", "two dogs", "word " * 40, "a man sings into the night"]
+VIDEO = {
+    "frames": 3,
+    "sampling": "uniform",
+    "short_side": 32,
+    "stored_fps": 0.0,
+    "folder_fps": 0.0,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet():
+    patch = pytest.MonkeyPatch()
+    patch.setattr(main, "set_up_logging", lambda: None)
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return runs.write_clip(tmp_path_factory.mktemp("clip") / "clip.safetensors")
+
+
+@pytest.fixture
+def trained(clip, tmp_path):
+    """Writes random prompts of a method as a run would have learnt them."""
+
+    def trained(method, clip=clip):
+        weights, rng = load_clip(clip), np.random.default_rng(0)
+        shapes = tensorfile.unflatten(TextVideoModel(weights.config, method).shapes())
+        draw = {
+            name: rng.normal(0, 0.3, leaf.shape).astype(np.float32)
+            for name, leaf in tensorfile.flatten(
+                split(shapes, method.trainable_patterns(weights.config))[0]
+            ).items()
+        }
+        save_prompts(
+            tmp_path / "given.safetensors",
+            tensorfile.unflatten(draw),
+            method=method,
+            clip_fingerprint=weights.fingerprint,
+            clip_name=weights.name,
+            clip_config=weights.config,
+            video=VIDEO,
+        )
+        return tmp_path / "given.safetensors"
+
+    return trained
+
+
+@pytest.fixture
+def export(clip, tmp_path, capsys):
+    """Calls --mode=export of a run that starts from prompts; (status, stdout, stderr)."""
+
+    def export(prompts, method, *overrides, clip=clip):
+        settings = {k: v for k, v in dataclasses.asdict(method).items() if k != "frames"}
+        argv = runs.arguments(tmp_path, clip, tmp_path / "run", "--mode=export", *overrides)
+        argv += [f"--config.method.{key}={value}" for key, value in settings.items()]
+        status = runs.call(*argv, f"--config.init.prompts={prompts}")
+        captured = capsys.readouterr()
+        return status, captured.out.strip(), captured.err
+
+    return export
+
+
+def assert_refused(result, *messages):
+    status, _, err = result
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert status == 2 and len(lines) == 1, err
+    for message in messages:
+        assert message in lines[0]
+
+
+def rows(*counts):
+    """(frames, ids) in batches of these sizes."""
+    rng, size = np.random.default_rng(1), runs.CLIP.image_size
+    frames = [rng.integers(0, 256, (n, 3, size, size, 3), dtype=np.uint8) for n in counts]
+    slots = BASE.text_slots(runs.CLIP)
+    return frames, [CaptionTokenizer(slots).with_cuts(TEXTS[:n])[0] for n in counts]
+
+
+def test_the_command_line_knows_every_format():
+    assert set(main.FORMATS) == set(formats.FORMATS)
+
+
+@pytest.mark.parametrize(
+    ("flags", "messages"),
+    [
+        (["--mode=export", "--format=onnx"], ["onnx", *main.FORMATS]),
+        (["--format=orbax"], ["--format goes with --mode=export, not with --mode=train"]),
+        (["--format=safetensors", "--mode=eval"], ["--mode=export, not with --mode=eval"]),
+    ],
+)
+def test_wrong_calls(clip, tmp_path, capsys, flags, messages):
+    status = runs.call(*runs.arguments(tmp_path, clip, tmp_path / "run", *flags))
+    assert_refused((status, "", capsys.readouterr().err), *messages)
+
+
+def test_a_format_unknown_to_python(tmp_path):
+    with pytest.raises(vop_jax.UserError, match="--format=onnx: allowed are safetensors, "):
+        formats.check("onnx")
+
+
+def test_safetensors_is_the_default(trained, export):
+    given = trained(BASE)
+    status, path, _ = export(given, BASE)
+    assert status == 0 and path.endswith("run/prompts.safetensors")
+    assert load_prompts(path).fingerprint == load_prompts(given).fingerprint
+
+
+@pytest.mark.parametrize("name", ["vop_f+c", "adapter_ffn", "bias"])
+def test_an_orbax_folder_is_read_wherever_prompts_are(clip, trained, export, name):
+    """By `vop_jax.load`, by a run, and by orbax itself."""
+    method = dataclasses.replace(BASE, name=name, specific_prompts=1)
+    given = trained(method)
+    status, path, err = export(given, method, "--format=orbax")
+    assert status == 0 and path.endswith("run/prompts.orbax"), err
+    ours, theirs = load_prompts(given), load_prompts(path)
+    assert theirs.fingerprint == ours.fingerprint
+    assert dataclasses.replace(theirs, params={}) == dataclasses.replace(ours, params={})
+    assert vop_jax.load(clip, path).prompts_fingerprint == ours.fingerprint
+    status, again, err = export(path, method)
+    assert status == 0 and load_prompts(again).fingerprint == ours.fingerprint, err
+    with ocp.StandardCheckpointer() as checkpointer:
+        restored = checkpointer.restore(path + "/params")
+    assert tensorfile.fingerprint(restored) == tensorfile.fingerprint(ours.params)
+
+
+def test_nothing_trained_is_no_orbax_folder(trained, export):
+    method = dataclasses.replace(BASE, name="zero_shot")
+    refused = export(trained(method), method, "--format=orbax")
+    assert_refused(refused, "--format=orbax: method zero_shot trains nothing")
+
+
+def test_a_folder_that_holds_no_prompts(clip, tmp_path):
+    (tmp_path / "videos").mkdir()
+    with pytest.raises(vop_jax.UserError, match="videos: not an orbax folder of this project"):
+        vop_jax.load(clip, tmp_path / "videos")
+
+
+@pytest.mark.parametrize(
+    "method", [BASE, pytest.param(CONTEXT, marks=pytest.mark.slow)], ids=lambda m: m.name
+)
+def test_encoders_run_without_us(clip, trained, export, tmp_path, method):
+    pytest.importorskip("flatbuffers", reason="with which jax writes programs")
+    given = trained(method)
+    status, path, err = export(given, method, "--format=stablehlo")
+    assert status == 0, err
+    encoders = tmp_path / "run/encoders"
+    assert path == str(encoders)
+    frames, ids = rows(1, 3, 5)
+    found = readers.embed(encoders, tmp_path, video=frames, text=ids)
+    retriever = vop_jax.load(clip, given)
+    for count, batch, video, text in zip(
+        (1, 3, 5), frames, found["video"], found["text"], strict=True
+    ):
+        np.testing.assert_allclose(video, retriever.embed_frames(batch), atol=1e-6)
+        np.testing.assert_allclose(text, retriever.embed_text(TEXTS[:count]), atol=1e-6)
+    meta = json.loads((encoders / "meta.json").read_text())
+    assert meta["prompts_fingerprint"] == retriever.prompts_fingerprint
+    assert meta["clip_fingerprint"] == retriever.clip_fingerprint
+    assert (meta["frames"], meta["image_size"], meta["text_slots"]) == (3, 16, 22)
+
+
+def test_without_flatbuffers_the_extra_is_named(trained, export, monkeypatch):
+    monkeypatch.setitem(sys.modules, "flatbuffers", None)
+    refused = export(trained(BASE), BASE, "--format=stablehlo")
+    assert_refused(refused, "--format=stablehlo", "flatbuffers", 'pip install -e ".[export]"')
+
+
+@pytest.fixture(scope="module")
+def released_clip(tmp_path_factory):
+    """With the heads that the released code would give it."""
+    config = dataclasses.replace(runs.CLIP, vision_heads=1, text_heads=1)
+    return runs.write_clip(tmp_path_factory.mktemp("released") / "clip.safetensors", 0, config)
+
+
+def test_the_released_layout_is_converted_back(released_clip, trained, export, tmp_path):
+    pytest.importorskip("torch", reason="writes PyTorch files")
+    given = trained(RELEASED, released_clip)
+    status, path, err = export(given, RELEASED, "--format=pytorch", clip=released_clip)
+    assert status == 0 and path.endswith("run/vop.pt"), err
+    clip, prompts = tmp_path / "again.safetensors", tmp_path / "prompts.safetensors"
+    converter = [sys.executable, runs.ROOT / "tools/convert_clip_weights.py", f"--source={path}"]
+    flags = [f"--output={clip}", f"--prompts-output={prompts}"]
+    subprocess.run([*converter, *flags], check=True, timeout=300)
+    first, second = load_clip(released_clip), load_clip(clip)
+    assert (second.fingerprint, second.config) == (first.fingerprint, first.config)
+    ours, theirs = load_prompts(given), load_prompts(prompts)
+    assert tensorfile.fingerprint(theirs.params) == tensorfile.fingerprint(ours.params)
+    one, other = vop_jax.load(released_clip, given), vop_jax.load(clip, prompts)
+    [frames], _ = rows(3)
+    np.testing.assert_array_equal(one.embed_frames(frames), other.embed_frames(frames))
+    np.testing.assert_array_equal(one.embed_text(TEXTS), other.embed_text(TEXTS))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "vop_f"}, "--format=pytorch: holds method vop alone, not vop_f"),
+        ({"suffix": "eot"}, "computes method.suffix='released', not 'eot'"),
+        ({"text_prefix": 2, "text_suffix": 0}, "computes method.text_prefix=1, not 2"),
+        ({"branches": "text"}, "holds prompts of both towers"),
+        ({"visual_prompts": 0}, "holds prompts of both towers"),
+        ({"last_layer": 1}, "of method.first_layer=1, last_layer=1"),
+        ({}, "CLIP's vision_heads=1, not 2"),
+    ],
+)
+def test_what_the_released_code_cannot_compute_is_refused(trained, export, changes, message):
+    pytest.importorskip("torch", reason="asked for before the method is looked at")
+    method = dataclasses.replace(RELEASED, **changes)
+    assert_refused(export(trained(method), method, "--format=pytorch"), message)
+
+
+def test_without_torch_the_extra_is_named(trained, export, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    refused = export(trained(RELEASED), RELEASED, "--format=pytorch")
+    assert_refused(refused, "--format=pytorch needs torch", 'pip install -e ".[convert]"')

@@ -1,0 +1,67 @@
+"""Programs of every method, and what lies beside them."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import readers, tiny
+from vop_jax.clip.precision import held
+from vop_jax.stablehlo import save_encoders
+from vop_jax.tuning.methods import METHODS, MethodConfig
+
+pytest.importorskip("flatbuffers", reason="with which jax writes programs")
+
+SIZES = {"visual_prompts": 2, "text_prefix": 1, "text_suffix": 1, "specific_prompts": 1}
+ABOUT = {"method": "vop", "clip": "a tiny CLIP"}
+
+
+def exported(folder, name="vop", dtype=jnp.float32):
+    """(model, params) whose encoders are in the folder."""
+    model, params = tiny.model_and_params(MethodConfig(name, frames=tiny.FRAMES, **SIZES))
+    model = model.clone(dtype=dtype)
+    params = params | held({"clip": params["clip"]}, dtype)
+    save_encoders(folder, model, params, ABOUT)
+    return model, params
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_each_program_takes_its_own_tower(tmp_path, name):
+    exported(tmp_path / "e", name)
+    video, text = (np.load(tmp_path / f"e/{tower}.npz").files for tower in ("video", "text"))
+    assert not {*video} & {*text}
+    assert {n.split("/")[1] for n in video if n.startswith("clip/")} == {"visual"}
+    assert {n.split("/")[1] for n in text if n.startswith("clip/")} == {"text"}
+    added = {n for n in {*video, *text} if not n.startswith("clip/")}
+    assert bool(added) == (METHODS[name].prompts or bool(METHODS[name].adapter))
+
+
+def test_bfloat16_is_held_and_run_in_half(tmp_path):
+    exported(tmp_path / "whole")
+    model, params = exported(tmp_path / "half", dtype=jnp.bfloat16)
+    whole, half = (
+        sum((tmp_path / name / f"{tower}.npz").stat().st_size for tower in ("video", "text"))
+        for name in ("whole", "half")
+    )
+    assert half < 0.7 * whole
+    ids = tiny.captions(2, model.method.text_slots(tiny.CLIP))
+    ours = model.apply({"params": params}, ids, method="encode_text")
+    [theirs] = readers.embed(tmp_path / "half", tmp_path, text=[ids])["text"]
+    assert theirs.dtype == np.float32
+    assert (theirs * np.asarray(ours)).sum(axis=1).min() > 0.999
+
+
+def test_a_folder_that_is_there_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    exported(tmp_path / "e")
+    before = {f.name: f.read_bytes() for f in (tmp_path / "e").iterdir()}
+    assert set(before) == {
+        *("video.stablehlo", "video.npz", "text.stablehlo", "text.npz"),
+        *("meta.json", "README.md"),
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "savez", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "full")))
+        with pytest.raises(OSError, match="full"):
+            exported(tmp_path / "e", "vop_p")
+    assert {f.name: f.read_bytes() for f in (tmp_path / "e").iterdir()} == before
+    exported(tmp_path / "e", "vop_p")
+    assert (tmp_path / "e/video.npz").read_bytes() != before["video.npz"]
+    assert [f.name for f in tmp_path.iterdir()] == ["e"]

@@ -1,0 +1,72 @@
+"""Trees in orbax folders."""
+
+import jax
+import numpy as np
+import pytest
+
+from vop_jax import atomic, treefolder
+from vop_jax.errors import UserError
+
+TREE = {"clip": {"resblocks.0": {"bias": np.arange(3, dtype=np.float32)}, "scale": np.float32(2)}}
+
+
+def test_round_trip_and_replacement(tmp_path):
+    treefolder.save(tmp_path / "p.orbax", {"old": np.ones(2)}, {"format": "old"})
+    treefolder.save(tmp_path / "p.orbax", TREE, {"format": "x"})
+    tree, metadata = treefolder.load(tmp_path / "p.orbax")
+    jax.tree.map(np.testing.assert_array_equal, tree, TREE)
+    assert tree["clip"]["resblocks.0"]["bias"].dtype == np.float32
+    assert metadata == {"format": "x"}
+    assert [f.name for f in tmp_path.iterdir()] == ["p.orbax"]
+
+
+def test_what_was_there_stays_when_writing_fails(tmp_path, monkeypatch):
+    treefolder.save(tmp_path / "p.orbax", TREE, {"format": "x"})
+
+    def full():
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(treefolder, "_checkpointer", full)
+    with pytest.raises(OSError, match="No space left"):
+        treefolder.save(tmp_path / "p.orbax", {"new": np.ones(2)}, {})
+    monkeypatch.undo()
+    assert treefolder.load(tmp_path / "p.orbax")[1] == {"format": "x"}
+    assert [f.name for f in tmp_path.iterdir()] == ["p.orbax"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda p: (p / "metadata.json").unlink(), "not an orbax folder of this project"),
+        (lambda p: (p / "metadata.json").write_text("{"), "not a readable orbax folder"),
+        (lambda p: (p / "params/_METADATA").unlink(), "not a readable orbax folder"),
+        (lambda p: (p / "params/manifest.ocdbt").unlink(), "not a readable orbax folder"),
+    ],
+)
+def test_a_torn_folder_is_one_line(tmp_path, spoil, message):
+    treefolder.save(tmp_path / "p.orbax", TREE, {})
+    spoil(tmp_path / "p.orbax")
+    with pytest.raises(UserError, match=message) as caught:
+        treefolder.load(tmp_path / "p.orbax")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_kill_leaves_nothing_in_the_way(tmp_path):
+    partial = tmp_path / ".p.orbax.partial"
+    partial.mkdir()
+    (partial / "half").write_text("x")
+    with atomic.replacing(tmp_path / "p.orbax") as folder:
+        assert not (partial / "half").exists()
+        folder.mkdir()
+    assert [f.name for f in tmp_path.iterdir()] == ["p.orbax"]
+
+
+def test_a_file_is_replaced_too(tmp_path):
+    (tmp_path / "a.pt").write_text("old")
+    with pytest.raises(KeyError), atomic.replacing(tmp_path / "a.pt") as file:
+        file.write_text("half")
+        raise KeyError
+    assert (tmp_path / "a.pt").read_text() == "old"
+    with atomic.replacing(tmp_path / "a.pt") as file:
+        file.write_text("new")
+    assert (tmp_path / "a.pt").read_text() == "new"

@@ -1,0 +1,109 @@
+"""The checkpoint that VoP's authors released: CLIP, once more in its encoders, and prompts."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from vop_jax import atomic
+from vop_jax.clip import layouts
+from vop_jax.clip.config import ClipConfig
+from vop_jax.clip.layouts import Tensors, check_tensor
+from vop_jax.errors import UserError
+from vop_jax.tensorfile import Tree
+
+VISUAL_PROMPTS = "visual_prompt_learner.visual_prompts"
+TEXT_PROMPTS = "text_prompt_learner.text_prompts"
+PROMPTS = {VISUAL_PROMPTS, TEXT_PROMPTS}
+
+
+def split(path: str | os.PathLike, tensors: Tensors) -> tuple[Tensors, dict[str, np.ndarray]]:
+    """The tensors of CLIP and the prompts of a released VoP checkpoint.
+
+    It holds CLIP under `clip.` and once more under `image_encoder.` and `text_encoder.`. These
+    are left out; a copy that is recognised by its name is checked to be equal.
+
+    Raises:
+        UserError: prompts are missing, a copy differs, or there is something else.
+    """
+    for name in (VISUAL_PROMPTS, TEXT_PROMPTS):
+        if name not in tensors:
+            raise UserError(f"{path}: tensor {name} is missing")
+    clip = {k.removeprefix("clip."): v for k, v in tensors.items() if k.startswith("clip.")}
+    for name, tensor in tensors.items():
+        if name.startswith("clip.") or name in (VISUAL_PROMPTS, TEXT_PROMPTS):
+            continue
+        head, _, rest = name.partition(".")
+        if head not in ("image_encoder", "text_encoder"):
+            raise UserError(f"{path}: unexpected tensor {name} for a released VoP checkpoint")
+        original = f"visual.{rest}" if head == "image_encoder" else rest
+        if original in clip and not np.array_equal(tensor, clip[original]):
+            raise UserError(f"{path}: tensor {name} differs from clip.{original}, its original")
+    visual, text = tensors[VISUAL_PROMPTS], tensors[TEXT_PROMPTS]
+    if visual.ndim != 4 or visual.shape[1] != 1:
+        raise UserError(
+            f"{path}: tensor {VISUAL_PROMPTS} has shape {visual.shape}, expected [L, 1, P, D]"
+        )
+    return clip, {"visual": visual[:, 0].astype("f4"), "text": text.astype("f4")}
+
+
+def check_prompts(
+    path: str | os.PathLike, prompts: Mapping[str, np.ndarray], config: ClipConfig
+) -> None:
+    ends = {
+        "visual": (VISUAL_PROMPTS, config.vision_layers, config.vision_width),
+        "text": (TEXT_PROMPTS, config.text_layers, config.text_width),
+    }
+    for tower, (name, layers, width) in ends.items():
+        found = prompts[tower]
+        count = found.shape[1] if found.ndim == 3 else 0
+        check_tensor(path, name, found, (layers, max(1, count), width))
+
+
+def join(params: Tree, config: ClipConfig, prompts: Mapping[str, np.ndarray]) -> Tensors:
+    """The inverse of `split`, by the names in the released model.
+
+    Args:
+        params: the parameter tree of `clip.model.Clip`.
+        prompts: {"visual": [L, P, D], "text": [L, P, D]}, of all layers.
+    """
+    clip = layouts.from_flax(params, layouts.OPENAI, config)
+    tensors = {f"clip.{name}": tensor for name, tensor in clip.items()}
+    for name, tensor in clip.items():
+        if name.startswith("visual."):
+            tensors[f"image_encoder.{name.removeprefix('visual.')}"] = tensor
+        elif name != "logit_scale":
+            tensors[f"text_encoder.{name}"] = tensor
+    tensors[VISUAL_PROMPTS] = np.array(prompts["visual"][:, None], np.float32, order="C")
+    tensors[TEXT_PROMPTS] = np.array(prompts["text"], np.float32, order="C")
+    return tensors
+
+
+def save(path: str | os.PathLike, tensors: Tensors) -> None:
+    """Writes what `join` made as the authors did, atomically; what is there twice is written once.
+
+    Raises:
+        UserError: torch is missing.
+    """
+    torch = import_torch(f"{path}: writing PyTorch files")
+    # Equal arrays become one tensor, of which the file holds one.
+    same = {id(tensor): torch.from_numpy(tensor) for tensor in tensors.values()}
+    state = {f"module.{name}": same[id(tensor)] for name, tensor in tensors.items()}
+    with atomic.replacing(path) as place, open(place, "wb") as file:
+        torch.save({"state_dict": state}, file)
+
+
+def import_torch(what: str) -> Any:
+    """The package torch.
+
+    Raises:
+        UserError: it is missing, and `what` needs it.
+    """
+    try:
+        import torch
+    except ImportError:
+        raise UserError(
+            f'{what} needs torch: pip install -e ".[convert]"; safetensors files need nothing'
+        ) from None
+    return torch

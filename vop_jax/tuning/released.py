@@ -1,0 +1,50 @@
+"""What the released VoP code can compute: one method, over CLIPs of OpenAI's kind."""
+
+import dataclasses
+
+from vop_jax.clip.config import ClipConfig
+from vop_jax.clip.source_config import HEAD_WIDTH
+from vop_jax.errors import UserError
+from vop_jax.tuning.methods import MethodConfig
+
+
+def released_method(visual: int, text: int) -> MethodConfig:
+    """The method of a checkpoint with so many prompt tokens in every layer of its towers.
+
+    The first half of the text prompts is prefix, the rest suffix.
+    """
+    return MethodConfig(
+        visual_prompts=visual,
+        text_prefix=text // 2,
+        text_suffix=text - text // 2,
+        suffix="released",
+    )
+
+
+def check_released(where: str, method: MethodConfig, clip: ClipConfig) -> None:
+    """Raises UserError unless the released code computes the same as `method` over `clip`."""
+    if method.name != "vop":
+        raise UserError(f"{where}: holds method vop alone, not {method.name}")
+    if not method.visual_tokens or not method.text_tokens:
+        raise UserError(f"{where}: holds prompts of both towers; this method has them in one")
+    released = released_method(method.visual_tokens, method.text_tokens)
+    for key in ("suffix", "text_prefix", "text_suffix"):
+        mine, theirs = getattr(method, key), getattr(released, key)
+        if mine != theirs:
+            raise UserError(
+                f"{where}: the released code computes method.{key}={theirs!r}, not {mine!r}"
+            )
+    if any(method.layers(n) != range(n) for n in (clip.vision_layers, clip.text_layers)):
+        raise UserError(
+            f"{where}: holds prompts of all layers, not of method.first_layer="
+            f"{method.first_layer}, last_layer={method.last_layer}"
+        )
+    known = dataclasses.replace(
+        clip,
+        activation="quick_gelu",
+        vision_heads=max(1, clip.vision_width // HEAD_WIDTH),
+        text_heads=max(1, clip.text_width // HEAD_WIDTH),
+    )
+    for key, value in known.to_dict().items():
+        if (mine := getattr(clip, key)) != value:
+            raise UserError(f"{where}: the released code has CLIP's {key}={value!r}, not {mine!r}")
