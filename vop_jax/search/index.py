@@ -14,6 +14,7 @@ from vop_jax.search.exact import ExactStore
 from vop_jax.search.filters import Moment, make_filter
 from vop_jax.search.query import MOST, TARGETS, Hit, Search
 from vop_jax.search.store import VectorStore, open_store
+from vop_jax.search.writing import File
 
 
 def vectors_uri(directory: str | os.PathLike, store: str, target: str) -> str:
@@ -123,7 +124,7 @@ class Index:
             raise UserError(f"file {file_id}: not in the index {self.directory}")
         return pathlib.Path(folder, row[0])
 
-    def file_of(self, file_id: int) -> catalog.File:
+    def file_of(self, file_id: int) -> File:
         """What is known of a file.
 
         Raises:
@@ -134,7 +135,7 @@ class Index:
             row = db.execute(statement, (file_id,)).fetchone()
         if row is None:
             raise UserError(f"file {file_id}: not in the index {self.directory}")
-        return catalog.File(*row)
+        return File(*row)
 
     def counts(self) -> dict[str, int]:
         """How many `files`, `moments` (whole clips among them), `captions`, and files `failed`."""
