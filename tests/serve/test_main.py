@@ -44,7 +44,7 @@ def signals_stay(monkeypatch):
 )
 def test_wrong_calls(arguments, said, capsys):
     assert serve.main(["--port", "0", *arguments]) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
+    *_, line = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ") and said in line
 
 
@@ -71,8 +71,10 @@ def test_a_warning_where_others_reach_it(capsys, monkeypatch):
 
 @pytest.mark.parametrize(
     ("host", "local"),
-    [("localhost", True), ("127.0.0.2", True), ("::1", True), ("0.0.0.0", False), ("::", False)]
-    + [("127.evil.example", False), ("192.168.0.1", False)],
+    [
+        *((host, True) for host in ("localhost", "127.0.0.2", "::1")),
+        *((host, False) for host in ("0.0.0.0", "::", "127.evil.example", "192.168.0.1")),
+    ],
 )
 def test_which_hosts_are_local(host, local):
     assert serve.is_local(host) == local
