@@ -40,8 +40,8 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     target = epath.Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     if "://" in os.fspath(path):
-        with tempfile.TemporaryDirectory() as place:
-            made = pathlib.Path(place) / target.name
+        with tempfile.TemporaryDirectory() as scratch:
+            made = pathlib.Path(scratch) / target.name
             yield made
             _upload(made, target)
         return

@@ -61,7 +61,7 @@ def save_encoders(
         for name, rows in (("video", frames), ("text", ids)):
             program, weights = make_program(model, f"encode_{name}", params, rows)
             (folder / f"{name}.stablehlo").write_bytes(program)
-            np.savez(folder / f"{name}.npz", **weights)
+            np.savez(folder / f"{name}.npz", **weights)  # type: ignore[arg-type]
         meta = {
             "frames": frames.shape[1],
             "image_size": frames.shape[2],
@@ -90,7 +90,8 @@ def make_program(
     rest = {name: np.broadcast_to(np.zeros((), x.dtype), x.shape) for name, x in flat.items()}
 
     def encode(given: Flat, rows: Any) -> jax.Array:
-        return model.apply({"params": unflatten({**rest, **given})}, rows, method=method)
+        params = unflatten({**rest, **given})
+        return jnp.asarray(model.apply({"params": params}, rows, method=method))
 
     def program(weights: Flat, rows: Any) -> jax.Array:
         return encode({name: _unpacked(leaf) for name, leaf in weights.items()}, rows)
@@ -145,12 +146,15 @@ def load(name):
 encode_video, encode_text = load("video"), load("text")
 ```
 
-| | takes | gives |
-|---|---|---|
-| `encode_video` | uint8 [B, $frames, $image_size, $image_size, 3]: $frames frames of a video, RGB, the short side resized to $image_size (bicubic), the centre cut out | float32 [B, $embed_dim], unit rows |
-| `encode_text` | int32 [N, $text_slots]: ids of CLIP's tokenizer, start, words, end, zeros; of a longer text the first ids, the last of them the end | float32 [N, $embed_dim], unit rows |
+- `encode_video` takes uint8 [B, $frames, $image_size, $image_size, 3]: $frames frames of a video,
+  RGB, the short side resized to $image_size (bicubic), the centre cut out.
+- `encode_text` takes int32 [N, $text_slots]: ids of CLIP's tokenizer, start, words, end, zeros; of
+  a longer text the first ids, the last of them the end.
 
-`encode_text(ids) @ encode_video(frames).T` are the similarities. Any number of rows; each is compiled
-once. `video.npz` and `text.npz` hold the weights by name (where $dtype is bfloat16, its bits as uint16),
+Both give float32 rows of length 1 and $embed_dim values, so that
+`encode_text(ids) @ encode_video(frames).T` are the similarities. There may be any number of rows;
+each is compiled once.
+
+`video.npz` and `text.npz` hold the weights by name, those in bfloat16 as their bits (uint16);
 `meta.json` the sizes and the fingerprints of CLIP and prompts.
 """)

@@ -16,6 +16,7 @@ from safetensors import numpy as safetensors_numpy
 
 from tests import checkpoints
 from tests.checkpoints import SIZES
+from vop_jax.clip import layouts
 from vop_jax.clip.convert import convert
 from vop_jax.clip.weights import load_clip, parameter_shapes, save_clip
 from vop_jax.errors import UserError
@@ -115,6 +116,17 @@ def by_hand():
         tree[f"{ours}/scale"] = STATE[f"{theirs}.weight"]
         tree[f"{ours}/bias"] = STATE[f"{theirs}.bias"]
     return tree
+
+
+@pytest.mark.parametrize("layout", [layouts.OPENAI, layouts.HUGGING_FACE], ids=lambda x: x.name)
+def test_the_rules_read_backwards(layout):
+    state = STATE if layout is layouts.OPENAI else HUGGING_FACE
+    state = {name: tensor for name, tensor in state.items() if "position_ids" not in name}
+    tree = layouts.to_flax("here", {**state}, layout, SIZES)
+    back = layouts.from_flax(tree, layout, SIZES)
+    assert back.keys() == state.keys()
+    for name, tensor in state.items():
+        np.testing.assert_array_equal(back[name], tensor, err_msg=name)
 
 
 def test_saved_and_loaded_again(tmp_path):

@@ -102,7 +102,7 @@ def load_prompts(path: str | os.PathLike) -> PromptSet:
 
 
 def _as_kept(*, folder: bool) -> Any:
-    """What saves and loads a tree: `treefolder`, whose orbax takes seconds to import, or a file's."""
+    """The module that saves and loads; orbax takes seconds to import."""
     if not folder:
         return tensorfile
     from vop_jax import treefolder
