@@ -19,7 +19,7 @@ def start(name: str, path: str, *, write: bool) -> str:
     try:
         from milvus_lite.server_manager import server_manager_instance
     except ImportError as error:
-        raise UserError(f'Milvus Lite: {error}; pip install "vop_jax[milvus]"') from None
+        raise UserError(f'Milvus Lite: {error}; pip install -e ".[milvus]"') from None
     if os.path.isfile(path):
         raise UserError(f"store {name}: is a file; Milvus Lite 3 keeps a folder of that name")
     if not write and not os.path.isdir(path):

@@ -226,7 +226,7 @@ def _import() -> Any:
             warnings.simplefilter("ignore")
             from pymilvus import MilvusClient
     except ImportError as error:
-        raise UserError(f'Milvus: {error}; pip install "vop_jax[milvus]"') from None
+        raise UserError(f'Milvus: {error}; pip install -e ".[milvus]"') from None
     for name in ("pymilvus", "milvus_lite"):
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     return MilvusClient

@@ -104,7 +104,7 @@ def _token(given: str) -> str:
 def _serve(args: argparse.Namespace) -> None:
     missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f'no {", ".join(missing)}: pip install "vop_jax[serve]"')
+        raise UserError(f'no {", ".join(missing)}: pip install -e ".[serve]"')
     from vop_jax.serve.app import Settings
     from vop_jax.serve.library import open_library
 
