@@ -17,8 +17,8 @@ E = 8
 
 @pytest.fixture
 def installed():
-    pytest.importorskip("pymilvus", reason="pip install 'vop_jax[milvus]'")
-    pytest.importorskip("milvus_lite", reason="pip install 'vop_jax[milvus]'")
+    pytest.importorskip("pymilvus", reason="pip install '.[milvus]'")
+    pytest.importorskip("milvus_lite", reason="pip install '.[milvus]'")
 
 
 @pytest.mark.parametrize("missing", ["pymilvus", "milvus_lite.server_manager"])

@@ -22,8 +22,8 @@ KINDS = ("exact", "milvus")
 def uri(request, tmp_path):
     if request.param == "exact":
         return str(tmp_path / "store")
-    pytest.importorskip("pymilvus", reason="pip install 'vop_jax[milvus]'")
-    pytest.importorskip("milvus_lite", reason="pip install 'vop_jax[milvus]'")
+    pytest.importorskip("pymilvus", reason="pip install '.[milvus]'")
+    pytest.importorskip("milvus_lite", reason="pip install '.[milvus]'")
     return str(tmp_path / "store.db")
 
 

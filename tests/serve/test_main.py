@@ -58,7 +58,7 @@ def test_a_port_that_is_taken(capsys):
 def test_a_missing_extra(monkeypatch, capsys):
     monkeypatch.setattr(serve, "LIBRARIES", ("fastapi", "no_such_library"))
     assert serve.main(["--index", "x", "--port", "0"]) == 2
-    assert capsys.readouterr().err == 'error: no no_such_library: pip install "vop_jax[serve]"\n'
+    assert capsys.readouterr().err == 'error: no no_such_library: pip install -e ".[serve]"\n'
 
 
 def test_a_warning_where_others_reach_it(capsys, monkeypatch):
