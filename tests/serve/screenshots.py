@@ -9,7 +9,7 @@ from PIL import Image
 from tests.serve.browser import chromium
 
 VIEWS = {
-    "serve.png": {"color_scheme": "light", "viewport": {"width": 1180, "height": 950}},
+    "serve.png": {"color_scheme": "light", "viewport": {"width": 1160, "height": 946}},
     "serve_phone.png": {
         "color_scheme": "dark",
         "viewport": {"width": 390, "height": 844},
