@@ -1,5 +1,49 @@
 """What the server answers, and what it says to wrong questions."""
 
+import io
+import os
+import shutil
+import tempfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.data import videos
+from tests.search import library
+from tests.serve import treacherous
+from vop_jax.search.searcher import open_searcher
+
+
+@pytest.fixture
+def temporary(tmp_path, monkeypatch):
+    """Where uploads go."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def own(films, retriever, tmp_path, serve):
+    """(client, folder) of an index whose films may be changed."""
+    library.copy(films[0], tmp_path / "films")
+    library.make(tmp_path / "index", tmp_path / "films", retriever)
+    searcher = open_searcher(tmp_path / "index", retriever=retriever)
+    return serve({"own": searcher}), tmp_path / "films", searcher
+
+
+def listed(answer):
+    return [(h["name"], h["score"], h["start"], h["end"]) for h in answer.json()["hits"]]
+
+
+def expected(hits):
+    return [(hit.path, pytest.approx(hit.score, abs=1e-5), hit.start, hit.end) for hit in hits]
+
+
+def jpeg(pixels):
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG")
+    return buffer.getvalue()
+
 
 def test_indexes(client, films, searcher):
     (about,) = client.get("/api/indexes").json()
@@ -16,9 +60,254 @@ def test_indexes(client, films, searcher):
 
 
 def test_search(client, searcher):
-    answer = client.get("/api/search", params={"q": "white", "k": 2}).json()
-    assert (answer["query"], answer["cut"]) == ("white", False)
+    answer = client.get("/api/search", params={"q": "white", "index": "films", "k": 2})
     hits = searcher.text("white", 2)
-    assert [(h["file_id"], h["name"], h["start"], h["end"]) for h in answer["hits"]] == [
-        (hit.file_id, hit.path, hit.start, hit.end) for hit in hits
-    ]
+    assert listed(answer) == expected(hits)
+    said = answer.json()
+    assert (said["query"], said["cut"]) == ("white", False)
+    first = said["hits"][0]
+    assert first["file_id"] == hits[0].file_id
+    assert (first["caption"], first["missing"]) == ("", False)
+
+
+def test_a_long_query_is_cut_and_said(client):
+    assert client.get("/api/search", params={"q": "word " * 300}).json()["cut"]
+
+
+def test_filters(client, searcher):
+    for filters in ({"folder": "sub"}, {"since": "2023-11-16"}, {"until": "2023-11-15"}):
+        answer = client.get("/api/search", params={"q": "white", **filters})
+        assert listed(answer) == expected(searcher.text("white", **filters))
+        assert 0 < len(answer.json()["hits"]) < 4
+    empty = {"folder": "", "since": "", "until": ""}
+    assert len(client.get("/api/search", params={"q": "white", **empty}).json()["hits"]) == 4
+
+
+def test_search_by_a_video(client, films, searcher, temporary):
+    film = films[0] / "a.mp4"
+    for to in ("videos", "captions"):
+        with open(film, "rb") as file:
+            parameters = {"to": to, "k": 2}
+            answer = client.post("/api/search/video", params=parameters, files={"file": file})
+        assert [h["name"] for h in answer.json()["hits"]] == [
+            hit.path for hit in searcher.video(film, 2, to=to)
+        ]
+    assert answer.json()["query"] == "a.mp4"
+    assert [hit["end"] for hit in answer.json()["hits"]] == [None, None]
+    assert {hit["caption"] for hit in answer.json()["hits"]} == {
+        "grey becomes white",
+        "another film",
+    }
+    assert not list(temporary.iterdir())
+
+
+def test_search_by_a_picture(client, searcher, temporary, tmp_path_factory):
+    pixels = np.full((40, 60, 3), 200, np.uint8)
+    path = tmp_path_factory.mktemp("picture") / "a.jpg"
+    path.write_bytes(jpeg(pixels))
+    answer = client.post("/api/search/image", params={"k": 3}, files={"file": path.read_bytes()})
+    assert listed(answer) == expected(searcher.image(path, 3))
+    assert not list(temporary.iterdir())
+
+
+def test_explain(client, searcher):
+    hit = searcher.text("white", 1)[0]
+    parameters = {"q": "white", "file_id": hit.file_id, "start": hit.start, "end": hit.end}
+    answer = client.get("/api/explain", params=parameters).json()
+    seconds, scores = searcher.explain("white", hit)
+    assert answer["seconds"] == pytest.approx(seconds)
+    assert answer["scores"] == pytest.approx(scores, abs=1e-5)
+
+
+def test_thumbnail(client):
+    levels = []
+    for t in (0, 1, 2.9, 99):
+        answer = client.get("/api/thumbnail/films/1", params={"t": t})
+        assert answer.headers["content-type"] == "image/jpeg"
+        with Image.open(io.BytesIO(answer.content)) as picture:
+            levels.append(videos.level_of(np.asarray(picture.convert("RGB"))))
+    assert levels[0] < levels[1] < levels[2] == levels[3]
+
+
+def test_a_thumbnail_is_small_and_made_once(own, monkeypatch):
+    client, folder, _searcher = own
+    videos.write(folder / "a.mp4", 10, width=640, height=480)
+    first = client.get("/api/thumbnail/own/1").content
+    with Image.open(io.BytesIO(first)) as picture:
+        assert picture.size == (320, 240)
+    monkeypatch.setattr("vop_jax.serve.work.Sandbox.submit", None)
+    assert client.get("/api/thumbnail/own/1").content == first
+
+
+def test_media_whole_and_in_ranges(client, films):
+    content = (films[0] / "a.mp4").read_bytes()
+    whole = client.get("/media/films/1")
+    assert (whole.status_code, whole.content) == (200, content)
+    assert whole.headers["content-type"] == "video/mp4"
+    for asked, part in [("0-9", content[:10]), ("10-", content[10:]), ("-7", content[-7:])]:
+        answer = client.get("/media/films/1", headers={"Range": f"bytes={asked}"})
+        assert (answer.status_code, answer.content) == (206, part)
+    assert client.head("/media/films/1").headers["content-length"] == str(len(content))
+    wrong = client.get("/media/films/1", headers={"Range": f"bytes={len(content)}-"})
+    assert wrong.status_code == 416
+
+
+def test_pages(client):
+    assert client.get("/").headers["content-type"].startswith("text/html")
+    for name, kind in [("page.css", "text/css"), ("page.js", "text/javascript")]:
+        assert client.get(f"/static/{name}").headers["content-type"].startswith(kind)
+    docs = client.get("/docs").text
+    for path in client.get("/openapi.json").json()["paths"]:
+        assert path in docs
+    assert "http" not in docs.lower()  # nothing from elsewhere
+
+
+@pytest.mark.parametrize(
+    ("address", "status", "said"),
+    [
+        ("/api/search", 422, "q: "),
+        ("/api/search?q=", 400, "empty"),
+        ("/api/search?q=%20%0A", 400, "empty"),
+        (f"/api/search?q={'a' * 2001}", 422, "q: "),
+        ("/api/search?q=a&k=0", 422, "k: "),
+        ("/api/search?q=a&k=101", 422, "k: "),
+        ("/api/search?q=a&k=many", 422, "k: "),
+        ("/api/search?q=a&index=other", 404, "films"),
+        ("/api/search?q=a&since=yesterday", 400, "since"),
+        ("/api/search?q=a&until=2026-02-30", 400, "until"),
+        ("/api/search?q=a&since=nan", 400, "since"),
+        ("/api/search?q=a&folder=../x", 400, "folder"),
+        ("/api/search?q=a&folder=%00", 400, "folder"),
+        ("/api/explain?q=a", 422, "file_id"),
+        ("/api/explain?q=&file_id=1", 400, "empty"),
+        ("/api/explain?q=a&file_id=99", 404, "not in the index"),
+        ("/api/explain?q=a&file_id=1&start=nan", 422, "start"),
+        ("/api/explain?q=a&file_id=1&start=-1", 422, "start"),
+        ("/api/explain?q=a&file_id=1&end=inf", 422, "end"),
+        ("/api/explain?q=a&file_id=1&start=2&end=1", 400, "end"),
+        ("/api/explain?q=a&file_id=1&start=50&end=51", 422, "no frame"),
+        ("/api/thumbnail/films/99", 404, "not in the index"),
+        ("/api/thumbnail/films/9999999999999999999999", 422, "file_id"),
+        ("/api/thumbnail/films/1?t=nan", 422, "t: "),
+        ("/api/thumbnail/other/1", 404, "films"),
+        ("/media/films/99", 404, "not in the index"),
+        ("/media/films/a.mp4", 422, "file_id"),
+        ("/media/films/../../etc/passwd", 404, ""),
+        ("/media/films/%2e%2e%2f%2e%2e%2fetc%2fpasswd", 404, ""),
+        ("/static/__init__.py", 404, ""),
+        ("/static/..%2f__init__.py", 404, ""),
+        ("/none", 404, ""),
+    ],
+)
+def test_wrong_questions(client, address, status, said):
+    answer = client.get(address)
+    assert answer.status_code == status
+    (line,) = answer.json().values()
+    assert said in line and "\n" not in line and list(answer.json()) == ["error"]
+
+
+@pytest.mark.parametrize("kind", ["video", "image"])
+@pytest.mark.parametrize("content", [b"", b"no video", b"\xff\xd8\xff\xe0" + b"\0" * 99])
+def test_uploads_that_are_none(client, temporary, kind, content):
+    answer = client.post(f"/api/search/{kind}", files={"file": ("name.x", content)})
+    assert answer.status_code == 400
+    assert answer.json()["error"].startswith("name.x: ")
+    assert not list(temporary.iterdir())
+
+
+def test_uploads_without_a_file(client):
+    for given in ({}, {"data": {"file": "text"}}, {"files": {"other": b"0"}}, {"content": b"0"}):
+        answer = client.post("/api/search/video", **given)
+        assert answer.status_code in (400, 422) and list(answer.json()) == ["error"]
+    assert client.get("/api/search/video").status_code == 405
+
+
+def test_a_playlist_is_no_upload(client, films):
+    """FFmpeg would open what it names."""
+    lists = (
+        f"#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:3,\n{films[0] / 'a.mp4'}\n#EXT-X-ENDLIST\n",
+        f"ffconcat version 1.0\nfile '{films[0] / 'a.mp4'}'\n",
+    )
+    for text in lists:
+        answer = client.post("/api/search/video", files={"file": ("a.mp4", text.encode())})
+        assert answer.status_code == 400
+        assert answer.json() == {"error": "a.mp4: not readable as a video"}
+
+
+def test_a_long_upload(serve, films):
+    client = serve(max_seconds=2.0)
+    content = (films[0] / "a.mp4").read_bytes()
+    answer = client.post("/api/search/video", files={"file": ("a.mp4", content)})
+    assert answer.status_code == 400
+    assert answer.json() == {"error": "a.mp4: 3 s long; at most 2 s are taken"}
+
+
+def test_a_large_picture(client, monkeypatch):
+    buffer = io.BytesIO()
+    Image.new("1", (8000, 8000)).save(buffer, "PNG")
+    answer = client.post("/api/search/image", files={"file": ("a.png", buffer.getvalue())})
+    assert answer.status_code == 400 and "million pixels" in answer.json()["error"]
+
+
+def test_a_file_that_vanished(own):
+    client, folder, _searcher = own
+    (folder / "a.mp4").unlink()
+    for address in (
+        "/media/own/1",
+        "/api/thumbnail/own/1",
+        "/api/explain?q=a&file_id=1",
+    ):
+        answer = client.get(address)
+        assert answer.status_code == 404
+        assert answer.json() == {"error": "a.mp4: it is not there any more"}
+    hits = client.get("/api/search", params={"q": "white"}).json()["hits"]
+    assert {hit["name"]: hit["missing"] for hit in hits}["a.mp4"]
+    assert sum(hit["missing"] for hit in hits) == 1
+
+
+def test_a_file_that_became_a_link_to_another(own, tmp_path):
+    client, folder, _searcher = own
+    shutil.move(folder / "a.mp4", tmp_path / "secret.mp4")
+    (folder / "a.mp4").symlink_to(tmp_path / "secret.mp4")
+    for address in ("/media/own/1", "/api/thumbnail/own/1", "/api/explain?q=a&file_id=1"):
+        answer = client.get(address)
+        assert answer.status_code == 404 and "leads out" in answer.json()["error"]
+
+
+def test_a_file_that_could_not_be_indexed_is_not_handed_out(own, retriever):
+    client, folder, searcher = own
+    (folder / "secret.mp4").write_text("no video")
+    library.make(searcher.index.directory, folder, retriever)
+    assert [path for path, _ in searcher.index.failures()] == ["secret.mp4"]
+    ids = range(1, 9)
+    answers = {client.get(f"/media/own/{i}").status_code for i in ids}
+    contents = [client.get(f"/media/own/{i}").content for i in ids]
+    assert answers == {200, 404} and b"no video" not in contents
+
+
+@pytest.mark.parametrize("how", ["crash", "hang", "fail"])
+def test_a_decoder_that_goes_wrong(serve, monkeypatch, how):
+    client = serve(decode_seconds=1.0)
+    monkeypatch.setattr("vop_jax.serve.decoding.thumbnail", getattr(treacherous, how))
+    answer = client.get("/api/thumbnail/films/1")
+    assert answer.status_code == 422
+    assert answer.json()["error"].startswith("a.mp4: ")
+    monkeypatch.undo()
+    assert client.get("/api/thumbnail/films/1").status_code == 200
+
+
+def test_what_nobody_foresaw(client, monkeypatch, searcher):
+    def fail(*arguments):
+        raise RuntimeError("secret /inside/path")
+
+    monkeypatch.setattr(searcher.index, "counts", fail)
+    answer = client.get("/api/indexes")
+    assert answer.status_code == 500
+    assert answer.json() == {"error": "the server failed; its log says more"}
+
+
+def test_an_index_that_is_gone(own):
+    client, _folder, searcher = own
+    os.rename(searcher.index.directory, str(searcher.index.directory) + "-away")
+    answer = client.get("/api/search", params={"q": "white"})
+    assert answer.status_code == 503 and "no index" in answer.json()["error"]

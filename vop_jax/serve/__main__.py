@@ -6,11 +6,13 @@ python -m vop_jax.serve --index DIR --index DIR2 --host 0.0.0.0 --token SECRET
 
 import argparse
 import importlib.util
+import ipaddress
 import os
+import re
 import socket
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import flags, logging
 
@@ -86,27 +88,33 @@ def listen(host: str, port: int) -> socket.socket:
 
 def is_local(host: str) -> bool:
     """Whether only this machine can reach it."""
-    return host in ("localhost", "::1") or host.startswith("127.")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _token(given: str) -> str:
+    token = given or os.environ.get(TOKEN, "")
+    if token and not re.fullmatch(r"[A-Za-z0-9._~-]{8,}", token):
+        raise UserError("--token: must be 8 or more of letters, digits and . _ ~ -")
+    return token
 
 
 def _serve(args: argparse.Namespace) -> None:
     missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f'no {", ".join(missing)}: pip install "vop_jax[serve]"')
-    import uvicorn
-
-    from vop_jax.serve.app import Settings, make_app
+    from vop_jax.serve.app import Settings
     from vop_jax.serve.library import open_library
 
-    token = args.token or os.environ.get(TOKEN, "")
+    token = _token(args.token)
     if not is_local(args.host) and not token:
         print(
             f"warning: --host={args.host} without --token: whoever reaches this address sees the "
             "videos",
             file=sys.stderr,
         )
-    sock = listen(args.host, args.port)
-    library = open_library(args.index, args.clip)
     settings = Settings(
         token=token,
         max_upload=int(args.max_upload_mb * 2**20),
@@ -115,17 +123,29 @@ def _serve(args: argparse.Namespace) -> None:
         workers=args.workers,
         decode_seconds=args.decode_seconds,
     )
+    with listen(args.host, args.port) as sock:
+        library = open_library(args.index, args.clip)
+        for searcher in library.values():
+            searcher.vector("a first query, for which the model is compiled")
+        _run(library, settings, sock)
+
+
+def _run(library: Any, settings: Any, sock: socket.socket) -> None:
+    import uvicorn
+
+    from vop_jax.serve.app import make_app
+
     config = uvicorn.Config(
         make_app(library, settings),
         log_level="warning",
-        access_log=False,  # it would hold the token
+        access_log=False,  # it would hold queries, and the token
         server_header=False,
         limit_concurrency=CONNECTIONS,
         timeout_graceful_shutdown=3,
     )
-    host = f"[{args.host}]" if ":" in args.host else args.host
-    names = ", ".join(library)
-    print(f"{names}: http://{host}:{sock.getsockname()[1]}/", flush=True)
+    host, port = sock.getsockname()[:2]
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    print(f"{', '.join(library)}: http://{address}/", flush=True)
     uvicorn.Server(config).run(sockets=[sock])
 
 

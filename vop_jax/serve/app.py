@@ -14,7 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, Response
 from starlette.exceptions import HTTPException as AnyHTTPException
 
-from vop_jax import __version__
+import vop_jax
 from vop_jax.errors import UserError, VideoError
 from vop_jax.serve import api
 from vop_jax.serve.answers import Health
@@ -61,7 +61,7 @@ def make_app(library: Library, settings: Settings) -> FastAPI:
     app = FastAPI(
         title="vop_jax",
         description="Finds videos, and moments of them, by what they show.",
-        version=__version__,
+        version=vop_jax.__version__,
         docs_url=None,  # FastAPI's own load from elsewhere
         redoc_url=None,
         lifespan=lifespan,

@@ -1,0 +1,85 @@
+"""Which files are handed out: indexed ones, inside the folder, whoever swaps them."""
+
+import os
+
+import pytest
+
+from vop_jax.serve.files import Gone, open_indexed, path_of
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "films" / "sub").mkdir(parents=True)
+    (tmp_path / "films" / "sub" / "a.mp4").write_bytes(b"a film")
+    (tmp_path / "secret").write_bytes(b"a secret")
+    return tmp_path / "films"
+
+
+def read(folder, path):
+    with open_indexed(folder, path) as file:
+        return file.read()
+
+
+def test_a_file(folder):
+    assert read(folder, "sub/a.mp4") == b"a film"
+
+
+def test_an_open_file_stays_itself_when_its_name_is_swapped(folder):
+    with open_indexed(folder, "sub/a.mp4") as file:
+        (folder / "sub" / "a.mp4").unlink()
+        (folder / "sub" / "a.mp4").symlink_to(folder.parent / "secret")
+        with open(path_of(file), "rb") as again:
+            assert again.read() == b"a film"
+
+
+def test_links_inside_the_folder_are_followed(folder):
+    (folder / "b.mp4").symlink_to("sub/a.mp4")
+    (folder / "other").symlink_to("sub")
+    assert read(folder, "b.mp4") == read(folder, "other/a.mp4") == b"a film"
+
+
+def test_a_folder_that_is_itself_a_link(folder):
+    (folder.parent / "link").symlink_to(folder)
+    assert read(folder.parent / "link", "sub/a.mp4") == b"a film"
+
+
+@pytest.mark.parametrize("path", ["../secret", "sub/../../secret", "/etc/passwd", "", "."])
+def test_paths_that_lead_out(folder, path):
+    with pytest.raises(Gone, match="leads out"):
+        open_indexed(folder, path)
+
+
+def test_a_link_that_leads_out(folder):
+    (folder / "out.mp4").symlink_to(folder.parent / "secret")
+    (folder / "up").symlink_to(folder.parent)
+    for path in ("out.mp4", "up/secret"):
+        with pytest.raises(Gone, match="leads out"):
+            open_indexed(folder, path)
+
+
+def test_a_link_that_is_put_there_meanwhile(folder, monkeypatch):
+    """Between looking where a path leads and opening it."""
+    real = os.path.realpath
+
+    def swapped(path, **kwargs):
+        answer = real(path, **kwargs)
+        if str(path).endswith("a.mp4"):
+            os.unlink(path)
+            os.symlink(folder.parent / "secret", path)
+        return answer
+
+    monkeypatch.setattr(os.path, "realpath", swapped)
+    with pytest.raises(Gone, match="not there"):
+        open_indexed(folder, "sub/a.mp4")
+
+
+def test_a_file_that_is_gone(folder):
+    with pytest.raises(Gone, match="not there"):
+        open_indexed(folder, "sub/b.mp4")
+
+
+def test_what_is_no_file(folder):
+    os.mkfifo(folder / "pipe.mp4")
+    for path in ("sub", "pipe.mp4"):
+        with pytest.raises(Gone, match="no file"):
+            open_indexed(folder, path)

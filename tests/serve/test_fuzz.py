@@ -1,0 +1,57 @@
+"""Whatever fits its schema, or does not: no question makes the server fail."""
+
+import collections
+
+import hypothesis
+import pytest
+from fastapi.testclient import TestClient
+from hypothesis import strategies
+
+from vop_jax.serve.app import Settings, make_app
+
+EXAMPLES = 100  # of each address and mode
+KNOWN = {"index": "films", "file_id": 1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["positive", "negative"])
+def test_no_question_makes_it_fail(searcher, mode):
+    schemathesis = pytest.importorskip("schemathesis", reason="fuzzes, where it is installed")
+    app = make_app({"films": searcher}, Settings(hosts=(), workers=1, decode_seconds=5.0))
+    seen = collections.Counter()
+    with TestClient(app):
+        for found in schemathesis.openapi.from_asgi("/openapi.json", app).get_all_operations():
+            operation = found.ok()
+            if mode == "positive" or operation.query or operation.path_parameters:
+                ask(operation, schemathesis.GenerationMode(mode), seen)
+    print(mode, sorted(seen.items()))
+    assert sum(seen.values()) >= 6 * EXAMPLES
+    statuses = {status for _, status in seen}
+    assert statuses >= ({200, 400, 404} if mode == "positive" else {200, 404, 422})
+
+
+def ask(operation, mode, seen):
+    """So many questions to one address, half of them about what there is."""
+
+    @hypothesis.settings(
+        max_examples=EXAMPLES,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    @hypothesis.given(operation.as_strategy(generation_mode=mode), strategies.booleans())
+    def one(case, known):
+        if known:
+            for given in (case.query, case.path_parameters):
+                given.update({name: value for name, value in KNOWN.items() if name in given})
+            for name in ("folder", "since", "until"):
+                case.query.pop(name, None)
+        answer = case.call()
+        seen[operation.path, answer.status_code] += 1
+        assert answer.status_code < 500, answer.text
+        if answer.status_code >= 400 and not operation.path.startswith("/media"):
+            (line,) = answer.json().values()
+            assert list(answer.json()) == ["error"] and line and "\n" not in line
+
+    one()

@@ -1,0 +1,68 @@
+"""A decoder that goes wrong costs its request, and no more."""
+
+import concurrent.futures
+import os
+import signal
+
+import pytest
+
+from tests.serve import treacherous
+from vop_jax.errors import VideoError
+from vop_jax.serve.sandbox import Busy, Sandbox
+
+
+@pytest.fixture(scope="module")
+def sandbox():
+    sandbox = Sandbox(1, seconds=2.0, memory=1 << 30, waiting=4)
+    yield sandbox
+    sandbox.close()
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (treacherous.crash, "crashed .SIGABRT"),
+        (treacherous.hang, "more than 2 s"),
+        (treacherous.swell, "MemoryError"),
+        (treacherous.fail, "RuntimeError: secret /inside/path$"),
+    ],
+)
+def test_what_goes_wrong_is_a_video_error_and_the_next_call_works(sandbox, call, reason):
+    with pytest.raises(VideoError, match=reason):
+        sandbox.submit(call).result(60)
+    assert sandbox.submit(treacherous.echo, 1, "two").result(60) == (1, "two")
+
+
+def test_one_process_does_all_calls_and_is_replaced_when_it_dies_idle(sandbox):
+    first = sandbox.submit(treacherous.process).result(60)
+    assert sandbox.submit(treacherous.process).result(60) == first != os.getpid()
+    os.kill(first, signal.SIGKILL)
+    with pytest.raises(VideoError, match="SIGKILL"):
+        sandbox.submit(treacherous.process).result(60)
+    assert sandbox.submit(treacherous.process).result(60) != first
+
+
+def test_no_file_is_written_by_a_decoder(sandbox, tmp_path):
+    with pytest.raises(VideoError, match="too large"):
+        sandbox.submit(treacherous.write, tmp_path / "file").result(60)
+    assert not (tmp_path / "file").read_bytes()
+
+
+def test_a_queue_is_bounded(sandbox):
+    futures = [sandbox.submit(treacherous.hang)]
+    with pytest.raises(Busy):
+        for _ in range(6):
+            futures.append(sandbox.submit(treacherous.echo))
+    assert len(futures) in (4, 5)  # the first is taken, or not yet
+    for future in futures[1:]:
+        future.cancel()
+    with pytest.raises(VideoError, match="more than"):
+        futures[0].result(60)
+
+
+def test_its_end_cancels_what_waits():
+    sandbox = Sandbox(1, seconds=30.0)
+    futures = [sandbox.submit(treacherous.hang), sandbox.submit(treacherous.echo)]
+    sandbox.close()
+    with pytest.raises(concurrent.futures.CancelledError):
+        futures[1].result(10)
