@@ -9,7 +9,7 @@ from PIL import Image
 from tests.serve.browser import chromium
 
 VIEWS = {
-    "serve.png": {"color_scheme": "light", "viewport": {"width": 1140, "height": 960}},
+    "serve.png": {"color_scheme": "light", "viewport": {"width": 1160, "height": 946}},
     "serve_phone.png": {
         "color_scheme": "dark",
         "viewport": {"width": 390, "height": 844},
@@ -28,8 +28,9 @@ def main(address: str, query: str, folder: str) -> None:
             page.fill("#query", query)
             page.press("#query", "Enter")
             page.click(".card >> nth=0")
-            page.click(".reading button")
+            page.wait_for_selector(".reading button")
             page.evaluate("document.querySelector('video').pause()")
+            page.click(".reading button")
             page.mouse.move(0, 0)
             page.evaluate("document.activeElement.blur()")
             page.wait_for_load_state("networkidle")

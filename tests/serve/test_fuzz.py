@@ -25,7 +25,7 @@ def test_no_question_makes_it_fail(searcher, mode):
             if mode == "positive" or operation.query or operation.path_parameters:
                 ask(operation, schemathesis.GenerationMode(mode), seen)
     print(mode, sorted(seen.items()))
-    assert sum(seen.values()) > 6 * EXAMPLES
+    assert sum(seen.values()) >= 6 * EXAMPLES
     statuses = {status for _, status in seen}
     assert statuses >= ({200, 400, 404} if mode == "positive" else {200, 404, 422})
 

@@ -238,8 +238,15 @@ def test_upload_of_a_clip(page, films):
     page.locator(".card").first.click()
     page.wait_for_selector(OPENED)
     assert page.locator(".chart").count() == 0  # there is no text to explain
+    # The same clip with other prompts.
+    page.select_option("#index", "whole")
+    until(page, "!document.body.classList.contains('busy')")
+    assert page.locator(".card .name").first.inner_text() == "a.mp4"
+    assert "like a.mp4" in page.inner_text("#status")
+    page.select_option("#index", "moments")
+    page.wait_for_selector("#captions:visible")
     page.locator("#captions button", has_text=CAPTION).click()
-    page.wait_for_selector('#status:has-text("becomes white")')
+    page.wait_for_selector('#status:has-text("results for")')
     assert page.input_value("#query") == CAPTION
     assert not page.is_visible("#captions")
 
@@ -320,6 +327,28 @@ def test_errors(page):
     page.click("#retry")
     page.wait_for_selector(".card")
     assert not page.is_visible("#error")
+
+
+def test_more(page):
+    def answer(route):
+        count = int(urllib.parse.parse_qs(urllib.parse.urlsplit(route.request.url).query)["k"][0])
+        hit = {"file_id": 10**6, "name": "x", "score": 0.5, "start": 3599.25, "end": 3725.0}
+        hit |= {"caption": "", "missing": False}
+        hits = [hit] * min(count, 40)
+        route.fulfill(json={"query": "many", "cut": False, "hits": hits})
+
+    page.route("**/api/search?*", answer)
+    page.fill("#query", "many")
+    page.press("#query", "Enter")
+    page.wait_for_selector("#more:visible")
+    assert page.locator(".card").count() == 12
+    assert page.locator(".when").first.inner_text() == "59:59.3 – 1:02:05"
+    page.wait_for_selector('.picture:has-text("no preview")')  # there is no such file
+    page.click("#more")
+    until(page, "document.querySelectorAll('.card').length === 24")
+    page.click("#more")
+    until(page, "document.querySelectorAll('.card').length === 40")
+    assert not page.is_visible("#more")
 
 
 def test_a_query_that_is_cut_is_said(page):

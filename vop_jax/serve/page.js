@@ -10,7 +10,7 @@ const FIELDS = ["folder", "since", "until"];
 
 let indexes = [];
 let latest = new AbortController(); // the newest question: an older one's answer is thrown away
-let again = () => start(); // asks it once more
+let again = start; // asks it once more
 
 const chosen = () => indexes.find((index) => index.name === $("index").value);
 
@@ -43,6 +43,13 @@ function submit() {
   else start();
 }
 
+/** The same question with other filters or prompts. */
+function refine() {
+  if ($("query").value.trim()) return submit();
+  writeHash();
+  again();
+}
+
 function searchText(k = FIRST) {
   const q = $("query").value.trim();
   if (!q || !indexes.length) return showStart();
@@ -56,6 +63,7 @@ function searchText(k = FIRST) {
 function searchFile(file, k = FIRST) {
   const picture = file.type.startsWith("image/");
   const index = chosen();
+  if (!index) return start();
   const send = (to, signal) => {
     const body = new FormData();
     body.append("file", file);
@@ -64,6 +72,7 @@ function searchFile(file, k = FIRST) {
     return ask(path, parameters, { method: "POST", body, signal });
   };
   $("query").value = "";
+  writeHash();
   const more = (k) => searchFile(file, k);
   question(`Looking at ${file.name}…`, k, more, async (signal) => {
     const [found, said] = await Promise.all([
@@ -150,6 +159,8 @@ function showEmpty(title, text) {
 function showStart() {
   latest.abort();
   end();
+  again = () => searchText();
+  document.title = "Search videos";
   const index = chosen();
   if (!index) return showEmpty("No index is served", "Start the server with --index=DIR.");
   const count = (number, one) => `${number.toLocaleString("en")} ${one}${number === 1 ? "" : "s"}`;
@@ -190,12 +201,12 @@ function onKey(event) {
 
 function listen() {
   $("form").addEventListener("submit", (event) => (event.preventDefault(), submit()));
-  $("index").addEventListener("change", submit);
-  for (const name of FIELDS) $(name).addEventListener("change", () => (showFilters(), submit()));
+  $("index").addEventListener("change", refine);
+  for (const name of FIELDS) $(name).addEventListener("change", () => (showFilters(), refine()));
   $("clear").addEventListener("click", () => {
     for (const name of FIELDS) $(name).value = "";
     showFilters();
-    submit();
+    refine();
   });
   $("retry").addEventListener("click", () => again());
   $("upload").addEventListener("click", () => $("file").click());
@@ -213,7 +224,7 @@ function onDrag(event) {
   event.preventDefault();
   const left = event.type === "dragleave" && event.relatedTarget === null;
   $("drop").hidden = left || event.type === "drop";
-  if (event.type === "drop" && indexes.length) searchFile(event.dataTransfer.files[0]);
+  if (event.type === "drop") searchFile(event.dataTransfer.files[0]);
 }
 
 /** Folders are told apart by their last part; where that is the same, by the index's name. */
@@ -226,6 +237,7 @@ function label(index) {
 
 async function start() {
   const { signal } = begin("Asking what is indexed…");
+  again = start;
   try {
     indexes = await ask("/api/indexes", {}, { signal });
   } catch (error) {
