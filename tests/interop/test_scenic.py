@@ -107,6 +107,51 @@ def test_main_has_the_signature_of_scenics_projects(monkeypatch):
     assert (ours.seed, ours.train.steps) == (7, 3)
 
 
+def test_a_run_by_main_leaves_our_files_and_logs_through_the_given_writer(tmp_path):
+    folder = runs.write_folder(tmp_path)
+    notes = Notes()
+    config = {
+        "rng_seed": 0,
+        "batch_size": 8,
+        "num_training_steps": 2,
+        "log_summary_steps": 1,
+        "init": {"clip": str(runs.write_clip(tmp_path / "clip.safetensors"))},
+        "dataset_configs": {
+            "annotations": str(folder / "captions.csv"),
+            "videos": str(folder / "videos"),
+            "num_frames": 3,
+            "min_resize": 32,
+        },
+    }
+    summary = scenic.main(rng=None, config=config, workdir=str(tmp_path / "run"), writer=notes)
+    assert json.loads((tmp_path / "run/summary.json").read_text()) == summary
+    assert (tmp_path / "run/prompts.safetensors").exists()
+    assert notes.scalars == read_metrics(tmp_path / "run")
+    assert [line["step"] for line in notes.scalars] == [0, 1, 2, 2]
+    assert not list(tmp_path.glob("run/events*"))
+
+
+class Notes:
+    """What we use of a writer of clu's."""
+
+    def __init__(self):
+        self.scalars = []
+
+    def write_scalars(self, step, scalars):
+        self.scalars.append({"step": step, **scalars})
+
+    def flush(self):
+        pass
+
+
+def test_the_requirements_name_one_commit_that_the_docs_speak_of():
+    lines = (runs.ROOT / "requirements-scenic.txt").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith("scenic")]
+    source, _, commit = line.rpartition("@")
+    assert source == "scenic @ git+https://github.com/google-research/scenic"
+    assert len(commit) == 40 and commit in (runs.ROOT / "docs/scenic.md").read_text()
+
+
 @needs_scenic
 @pytest.mark.parametrize("underscores", [False, True])
 def test_scenics_clip_gives_the_same_features(lenient, underscores):  # noqa: F811
