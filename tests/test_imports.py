@@ -20,7 +20,7 @@ LEVELS = {
     **dict.fromkeys(("start", "run_data", "run_cache", "parameters", "results", "selection"), 5),
     **dict.fromkeys(("formats", "stablehlo"), 5),
     **dict.fromkeys(("experiment", "backbone", "retriever", "report", "main"), 5),
-    "search": 6,
+    **dict.fromkeys(("search", "interop"), 6),
     "serve": 7,
 }
 PROGRAMS = ("check", "prepare")  # under data/ for the sake of their names: they use what a run uses

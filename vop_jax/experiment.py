@@ -17,13 +17,16 @@ from vop_jax.training import hosts, loop
 from vop_jax.training.compiled import CompiledStep
 from vop_jax.training.optimizer import learning_rate, make_optimizer
 from vop_jax.training.step import make_train_step
-from vop_jax.training.writer import MetricWriter, NoWriter
+from vop_jax.training.writer import MetricWriter, NoWriter, Writer
 from vop_jax.tuning import partition
 from vop_jax.tuning.prompts_file import load_prompts
 
 
-def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
+def train(config: ConfigDict, workdir: str, writer: Writer | None = None) -> dict[str, Any]:
     """Trains, or continues what `workdir` holds; evaluates, exports; returns the summary.
+
+    Args:
+        writer: given the scalars in place of TensorBoard.
 
     Raises:
         UserError: the config or the input is wrong, or the workdir is another run's.
@@ -38,7 +41,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
         if not first:
             selection.reset()
 
-        with MetricWriter(workdir, first) if hosts.is_first() else NoWriter() as writer:
+        with MetricWriter(workdir, first, writer) if hosts.is_first() else NoWriter() as metrics:
 
             def logged(step: int, prefix: str = "") -> results.Results | None:
                 return hosts.on_first(lambda: results.logged_results(workdir, step, prefix))
@@ -50,7 +53,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
                 if prefix:
                     selection.consider(trainable, step, found.results)
                 if logged(step, prefix) is None:
-                    writer.write_scalars(step, results.to_scalars(found.results, prefix))
+                    metrics.write_scalars(step, results.to_scalars(found.results, prefix))
                 shown = results.format_results(found.results)
                 logging.info("step %d%s\n%s", step, prefix and f", {prefix[:-1]} split", shown)
                 return found
@@ -79,7 +82,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, Any]:
                     config=config.train,
                     checkpoints=run.checkpoints,
                     meta={"clip_fingerprint": run.clip.fingerprint, "clip_name": run.clip.name},
-                    writer=writer,
+                    writer=metrics,
                     schedule=learning_rate(config.train),
                     evaluate=lambda state, step: evaluate_at(state.trainable, step, during),
                 )

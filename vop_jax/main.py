@@ -8,9 +8,9 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from logging import WARNING, Formatter
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -18,6 +18,9 @@ from ml_collections import ConfigDict, config_flags
 from vop_jax import interrupt
 from vop_jax.config import check_keys
 from vop_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from vop_jax.training.writer import Writer
 
 MODES = ("train", "eval", "export", "params")
 FORMATS = ("safetensors", "orbax", "pytorch", "stablehlo")  # see vop_jax/formats.py
@@ -102,8 +105,20 @@ def set_up_logging() -> None:
 def main(argv: Sequence[str]) -> int:
     set_up_logging()
     interrupt.install()
+    return finish(answer)
+
+
+def answer() -> int:
+    """Does what the flags ask for; the exit status."""
+    given = flags.FLAGS
+    join(given.coordinator, given.processes, given.process, given.timeout, given.mode)
+    return run(given.config, given.workdir or "", given.mode, given.json, given.format)
+
+
+def finish(work: Callable[[], int]) -> int:
+    """`told`, and the run's other processes are taken leave of."""
     try:
-        status = answer()
+        status = told(work)
     except SystemExit as exit:  # told by `fail`
         status = int(exit.code or 0)
     if (hosts := sys.modules.get("vop_jax.training.hosts")) is not None:
@@ -111,12 +126,10 @@ def main(argv: Sequence[str]) -> int:
     return status
 
 
-def answer() -> int:
-    """Does what the flags ask for; the exit status. What nobody expected is raised."""
+def told(work: Callable[[], int]) -> int:
+    """The exit status of `work`, its errors as one line; what nobody expected is raised."""
     try:
-        given = flags.FLAGS
-        join(given.coordinator, given.processes, given.process, given.timeout, given.mode)
-        return run(given.config, given.workdir or "", given.mode, given.json, given.format)
+        return work()
     except UserError as error:
         fail(str(error))
     except interrupt.Interrupted as signal:
@@ -143,8 +156,15 @@ def join(
         logging.set_verbosity(logging.WARNING)
 
 
-def run(config: ConfigDict, workdir: str, mode: str, json_path: str | None, form: str) -> int:
-    """Runs one mode and prints its result."""
+def run(
+    config: ConfigDict,
+    workdir: str,
+    mode: str,
+    json_path: str | None = None,
+    form: str = FORMATS[0],
+    writer: "Writer | None" = None,
+) -> int:
+    """Runs one mode and prints its result; `writer` as of `experiment.train`."""
     # Imported here so that a wrong call is answered at once.
     from vop_jax import atomic, experiment, parameters, results
     from vop_jax.training import hosts
@@ -162,8 +182,10 @@ def run(config: ConfigDict, workdir: str, mode: str, json_path: str | None, form
             print(path)
         return 0
     try:
-        modes = {"train": experiment.train, "eval": experiment.evaluate}
-        summary = modes[mode](config, workdir)
+        if mode == "eval":
+            summary = experiment.evaluate(config, workdir)
+        else:
+            summary = experiment.train(config, workdir, writer)
     except NonFiniteLoss as error:
         print(f"error: {error}; {workdir}/checkpoints keeps the last good state", file=sys.stderr)
         return 1

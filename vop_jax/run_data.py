@@ -56,9 +56,7 @@ def load_data(run: start.Run, *, training: bool = True) -> Data:
         select=config.train.select,
         training=training or "query_bank" in extra_rows(config),
     )
-    first: list[Packed] = []
-    hosts.on_first(lambda: first.append(load()))  # the others open what it has packed
-    packed = first[0] if first else load()
+    packed = packed_once(load)
     hosts.agree({f"split {name!r}": _content(split) for name, split in packed.splits.items()})
     train_split = packed.splits.get(config.data.train_split)
     test = packed.splits[config.data.eval_split]
@@ -116,6 +114,13 @@ def load_data(run: start.Run, *, training: bool = True) -> Data:
     )
     _report_data(run, data)
     return data
+
+
+def packed_once(load: Callable[[], Packed]) -> Packed:
+    """What `load` gives: called by the first process, then by the others, who find it packed."""
+    first: list[Packed] = []
+    hosts.on_first(lambda: first.append(load()))
+    return first[0] if first else load()
 
 
 def _content(split: Split) -> str:

@@ -1,6 +1,7 @@
 """Metrics on this machine's disk and in a bucket, whose objects cannot be appended to."""
 
 import fsspec
+import numpy as np
 import pytest
 from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
@@ -74,3 +75,25 @@ def test_a_bucket_without_the_package_for_its_events(monkeypatch, tmp_path):
     monkeypatch.setattr(writer, "SummaryWriter", missing)
     with pytest.raises(UserError, match=r"workdir.*google-cloud-storage.*\.\[gcs\]"):
         MetricWriter(tmp_path)
+
+
+class Notes:
+    """What we use of a writer of clu's; closing it is its owner's."""
+
+    def __init__(self):
+        self.scalars, self.flushed = [], 0
+
+    def write_scalars(self, step, scalars):
+        self.scalars.append((step, dict(scalars)))
+
+    def flush(self):
+        self.flushed += 1
+
+
+def test_a_given_writer_takes_tensorboards_place_and_stays_open(tmp_path):
+    notes = Notes()
+    with MetricWriter(tmp_path, second=notes) as metrics:
+        metrics.write_scalars(1, {"loss": np.float32(0.5), "t2v/R@1": 3})
+    assert notes.scalars == [(1, {"loss": 0.5, "t2v/R@1": 3.0})] and notes.flushed
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": 0.5, "t2v/R@1": 3.0}]
+    assert [file.name for file in tmp_path.iterdir()] == [writer.METRICS_FILE]

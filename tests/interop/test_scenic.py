@@ -1,0 +1,222 @@
+"""Exchange of CLIP's parameters with scenic, and our run as a project of scenic's."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from tests import runs, tiny
+from tests.interop.scenic_there import lenient, needs_scenic  # noqa: F401
+from vop_jax.clip.config import PRESETS
+from vop_jax.clip.model import Clip
+from vop_jax.clip.towers import PIXEL_MEAN, PIXEL_STD
+from vop_jax.clip.weights import parameter_shapes
+from vop_jax.errors import UserError
+from vop_jax.interop import scenic
+from vop_jax.tensorfile import flatten, unflatten
+from vop_jax.training.writer import read_metrics
+from vop_jax.tuning.methods import MethodConfig
+
+
+def random_clip(config=tiny.CLIP):
+    rng = np.random.default_rng(0)
+    shapes = parameter_shapes(config)
+    return unflatten({n: rng.normal(0, 0.2, s).astype(np.float32) for n, s in shapes.items()})
+
+
+@pytest.mark.parametrize("underscores", [False, True])
+def test_both_directions_are_inverses_and_move_no_number(underscores):
+    params = random_clip()
+    theirs = scenic.to_scenic(params, underscores=underscores)
+    ours = flatten(scenic.from_scenic(theirs))
+    assert ours.keys() == flatten(params).keys()
+    assert all(ours[name] is leaf for name, leaf in flatten(params).items())
+    again = scenic.to_scenic(unflatten(ours), underscores=underscores)
+    assert list(flatten(again)) == list(flatten(theirs))
+    name = "resblocks_1" if underscores else "resblocks.1"
+    assert set(theirs["visual"]["transformer"]) >= {name}
+
+
+def test_sizes_are_read_off_the_parameters():
+    assert scenic.sizes_of(random_clip()) == tiny.CLIP
+    for name in ("ViT-B/32", "ViT-L/14@336px"):
+        shapes = parameter_shapes(PRESETS[name])
+        leaves = {n: np.broadcast_to(np.float32(0), s) for n, s in shapes.items()}
+        assert scenic.sizes_of(unflatten(leaves)) == PRESETS[name]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda flat: flat.pop("visual/conv1/kernel"), "visual/conv1/kernel is missing.*ResNets"),
+        (lambda flat: flat.pop("text/ln_final/bias"), "text/ln_final/bias is missing"),
+        (lambda flat: flat.update({"visual/bn1/scale": np.ones(3)}), "unknown tensor visual/bn1"),
+        (lambda flat: flat.update({"text/ln_final/bias": np.ones(3)}), r"shape \(3,\), expected"),
+    ],
+)
+@pytest.mark.parametrize("rename", [scenic.from_scenic, scenic.to_scenic])
+def test_what_is_no_clip_with_a_vit_is_refused(rename, change, message):
+    flat = flatten(random_clip())
+    change(flat)
+    with pytest.raises(UserError, match=message):
+        rename(unflatten(flat))
+
+
+def test_scenic_has_one_activation():
+    with pytest.raises(UserError, match="quick_gelu, not gelu"):
+        scenic.clip_of(dataclasses.replace(tiny.CLIP, activation="gelu"))
+
+
+@pytest.mark.parametrize("use", [scenic.register_dataset, lambda: scenic.clip_of(tiny.CLIP)])
+def test_without_scenic_one_line_says_how_to_get_it(monkeypatch, use):
+    monkeypatch.setitem(sys.modules, "scenic", None)
+    for name in ("scenic.dataset_lib.datasets", "scenic.projects.baselines.clip.layers"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.raises(UserError, match=r"^scenic\.\S+: .*requirements-scenic\.txt .*PyPI") as info:
+        use()
+    assert "\n" not in str(info.value)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("scenic") is not None, reason="scenic is there")
+def test_the_program_without_scenic():
+    command = [sys.executable, "-m", "vop_jax.interop.scenic", "--config=x.py", "--workdir=x"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=runs.ROOT)
+    assert done.returncode == 2 and done.stderr.startswith("error: scenic.app: ")
+    assert "requirements-scenic.txt" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def given_to(monkeypatch):
+    """What `main` gives to `experiment.train`."""
+    calls = []
+    monkeypatch.setattr("vop_jax.experiment.train", lambda *a: calls.append(a) or {"steps": 3})
+    return calls
+
+
+def test_main_has_the_signature_of_scenics_projects(monkeypatch):
+    calls, writer = given_to(monkeypatch), object()
+    config = {"rng_seed": 7, "num_training_steps": 3}
+    summary = scenic.main(rng=jax.random.key(7), config=config, workdir="DIR", writer=writer)
+    ((ours, workdir, given),) = calls
+    assert summary == {"steps": 3} and (workdir, given) == ("DIR", writer)
+    assert (ours.seed, ours.train.steps) == (7, 3)
+
+
+def test_a_run_by_main_leaves_our_files_and_logs_through_the_given_writer(tmp_path):
+    folder = runs.write_folder(tmp_path)
+    notes = Notes()
+    config = {
+        "rng_seed": 0,
+        "batch_size": 8,
+        "num_training_steps": 2,
+        "log_summary_steps": 1,
+        "init": {"clip": str(runs.write_clip(tmp_path / "clip.safetensors"))},
+        "dataset_configs": {
+            "annotations": str(folder / "captions.csv"),
+            "videos": str(folder / "videos"),
+            "num_frames": 3,
+            "min_resize": 32,
+        },
+    }
+    summary = scenic.main(rng=None, config=config, workdir=str(tmp_path / "run"), writer=notes)
+    assert json.loads((tmp_path / "run/summary.json").read_text()) == summary
+    assert (tmp_path / "run/prompts.safetensors").exists()
+    assert notes.scalars == read_metrics(tmp_path / "run")
+    assert [line["step"] for line in notes.scalars] == [0, 1, 2, 2]
+    assert not list(tmp_path.glob("run/events*"))
+
+
+class Notes:
+    """What we use of a writer of clu's."""
+
+    def __init__(self):
+        self.scalars = []
+
+    def write_scalars(self, step, scalars):
+        self.scalars.append({"step": step, **scalars})
+
+    def flush(self):
+        pass
+
+
+def test_the_requirements_name_one_commit_that_the_docs_speak_of():
+    lines = (runs.ROOT / "requirements-scenic.txt").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith("scenic")]
+    source, _, commit = line.rpartition("@")
+    assert source == "scenic @ git+https://github.com/google-research/scenic"
+    assert len(commit) == 40 and commit in (runs.ROOT / "docs/scenic.md").read_text()
+
+
+@needs_scenic
+@pytest.mark.parametrize("underscores", [False, True])
+def test_scenics_clip_gives_the_same_features(lenient, underscores):  # noqa: F811
+    _, params = tiny.model_and_params(MethodConfig(frames=tiny.FRAMES))
+    params = params["clip"]
+    frames = tiny.frames(2).reshape(-1, *tiny.frames(1).shape[2:])
+    # Where an id is 0 scenic masks the token, as if it were padding.
+    ids = np.where(np.arange(20) <= (tiny.captions(5, 20)).argmax(-1)[:, None], 1, 0)
+    ids = np.maximum(tiny.captions(5, 20), ids)
+    image = (frames.astype(np.float32) / 255 - np.float32(PIXEL_MEAN)) / np.float32(PIXEL_STD)
+    theirs = scenic.clip_of(tiny.CLIP, underscores=underscores)
+    variables = {"params": scenic.to_scenic(params, underscores=underscores)}
+    expected = theirs.init(jax.random.key(0), image, ids)["params"]
+    assert jax.tree.map(np.shape, expected) == jax.tree.map(np.shape, variables["params"])
+    ours = Clip(tiny.CLIP).apply({"params": params}, frames, ids)
+    for mine, other in zip(ours, theirs.apply(variables, image, ids), strict=True):
+        np.testing.assert_allclose(mine, other, atol=1e-5)
+
+
+@needs_scenic
+def test_a_run_under_scenics_app(tmp_path):
+    """The program, with our usual files and scenic's events in the workdir; taken up again."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    runs.write_folder(folder)
+    clip = runs.write_clip(tmp_path / "clip.safetensors")
+    config = tmp_path / "config.py"
+    config.write_text(
+        f"""
+from ml_collections import ConfigDict
+def get_config():
+    return ConfigDict(dict(
+        rng_seed=0, dataset_name="vop_jax", batch_size=8, num_training_steps=4,
+        log_summary_steps=2, checkpoint_steps=2, init=dict(clip={str(clip)!r}),
+        lr_configs=dict(base_learning_rate=1e-2, warmup_steps=1),
+        dataset_configs=dict(annotations={str(folder / "captions.csv")!r}, threads=2,
+            videos={str(folder / "videos")!r}, num_frames=3, min_resize=32)))
+"""
+    )
+    workdir = tmp_path / "run"
+
+    def call(*more):
+        argv = [f"--config={config}", f"--workdir={workdir}", *more]
+        command = [sys.executable, "-m", "vop_jax.interop.scenic", *argv]
+        paths = os.pathsep.join([str(runs.ROOT), *filter(None, sys.path)])
+        env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": paths}
+        return subprocess.run(command, capture_output=True, text=True, env=env)
+
+    done = call()
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert summary["steps"] == 4 and "t2v after" in done.stdout
+    assert [line["step"] for line in read_metrics(workdir)] == [0, 1, 2, 4, 4]
+    assert (workdir / "prompts.safetensors").exists() and (workdir / "checkpoints/4").is_dir()
+    assert logged(workdir) == {0, 1, 2, 4}
+    assert call().returncode == 0  # nothing is left to do
+    wrong = call("--config.batch_size=-1")
+    lines = [line for line in wrong.stderr.splitlines() if line.startswith("error: ")]
+    assert wrong.returncode == 2 and len(lines) == 1 and "batch_size=-1" in lines[0]
+
+
+def logged(workdir):
+    """The steps that scenic's writer wrote of the loss or of R@1."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    files = list(workdir.glob("events.out.tfevents*"))
+    events = [event for file in files for event in EventFileLoader(str(file)).Load()]
+    return {e.step for e in events for v in e.summary.value if v.tag in ("loss", "t2v/R@1")}

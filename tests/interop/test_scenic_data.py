@@ -1,0 +1,201 @@
+"""Our datasets in scenic's registry: a stand-in for it, and the real one where it is."""
+
+import dataclasses
+import sys
+import types
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from tests import runs
+from tests.interop.scenic_there import lenient, needs_scenic  # noqa: F401
+from vop_jax.data.tokenizer import Tokenizer
+from vop_jax.errors import UserError
+from vop_jax.interop import scenic, scenic_data
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    train_iter: Any = None
+    valid_iter: Any = None
+    test_iter: Any = None
+    meta_data: dict = dataclasses.field(default_factory=dict)
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """{name: builder} that scenic's registry holds; no name twice, as there."""
+    built = {}
+
+    def add_dataset(name):
+        assert name not in built
+        return lambda builder: built.setdefault(name, builder)
+
+    modules = {name: types.ModuleType(name) for name in ("scenic", "scenic.dataset_lib")}
+    datasets = types.ModuleType("scenic.dataset_lib.datasets")
+    datasets.add_dataset = add_dataset
+    datasets.DatasetRegistry = types.SimpleNamespace(list=lambda: list(built))
+    utils = types.ModuleType("scenic.dataset_lib.dataset_utils")
+    utils.Dataset = Dataset
+    for module in (*modules.values(), datasets, utils):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    return built
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return runs.write_folder(tmp_path_factory.mktemp("folder"))
+
+
+@pytest.fixture
+def configs(folder, tmp_path_factory):
+    return {
+        "annotations": str(folder / "captions.csv"),
+        "videos": str(folder / "videos"),
+        "records": str(folder / "records"),
+        "num_frames": 3,
+        "min_resize": 32,
+        "crop_size": 16,
+        "max_num_words": 24,
+        "threads": 2,
+    }
+
+
+def build(configs, **changed):
+    """As scenic's `train_utils.get_dataset` calls, on 8 devices."""
+    given = {
+        "batch_size": 8,
+        "eval_batch_size": 16,
+        "num_shards": 8,
+        "dtype_str": "uint8",
+        "rng": jax.random.PRNGKey(0),
+        "shuffle_seed": None,
+        "dataset_service_address": None,
+    }
+    return scenic_data.build(**{**given, **changed}, dataset_configs=ConfigDict(configs))
+
+
+def test_registered_once_under_our_name(registry):
+    scenic.register_dataset()
+    scenic.register_dataset()
+    assert registry == {"vop_jax": scenic_data.build}
+
+
+def test_batches_have_scenics_axes_and_mask(registry, configs):
+    data = build(configs)
+    batch = next(data.train_iter)
+    assert batch["frames"].shape == (8, 1, 3, 16, 16, 3) and batch["frames"].dtype == np.uint8
+    assert batch["ids"].shape == (8, 1, 24) and batch["ids"].dtype == np.int32
+    np.testing.assert_array_equal(batch["batch_mask"], np.ones((8, 1), np.float32))
+    assert data.valid_iter is None
+    assert data.meta_data == {
+        "input_shape": (-1, 3, 16, 16, 3),
+        "input_dtype": np.uint8,
+        "text_shape": (-1, 24),
+        "num_train_examples": runs.TRAIN,
+        "num_eval_examples": 0,
+        "num_test_examples": runs.TEST,
+        "target_is_onehot": False,
+    }
+
+
+def test_evaluation_goes_round_and_says_which_rows_fill_up(registry, configs):
+    expected = Tokenizer()([f"clip number {runs.TRAIN + i}" for i in range(runs.TEST)], 24)[0]
+    data = build(configs)
+    for _ in range(2):  # passes of one batch
+        batch = next(data.test_iter)
+        mask = batch["batch_mask"].reshape(-1)
+        np.testing.assert_array_equal(mask, [1] * runs.TEST + [0] * (16 - runs.TEST))
+        ids = batch["ids"].reshape(16, 24)
+        np.testing.assert_array_equal(ids[: runs.TEST], expected)
+        assert not ids[runs.TEST :].any() and not batch["frames"].reshape(16, -1)[-1].any()
+
+
+def test_validation_where_the_config_has_it(registry, configs):
+    data = build(configs | {"val_share": 0.3})
+    counts = [data.meta_data[f"num_{s}_examples"] for s in ("train", "eval")]
+    assert sum(counts) == runs.TRAIN and min(counts) > 0
+    assert next(data.valid_iter)["batch_mask"].sum() == counts[1]
+
+
+def test_the_seed_makes_the_order(registry, configs):
+    def ids(**changed):
+        return next(build(configs, **changed).train_iter)["ids"]
+
+    np.testing.assert_array_equal(ids(shuffle_seed=3), ids(shuffle_seed=3, rng=None))
+    assert (ids(shuffle_seed=3) != ids(shuffle_seed=4)).any()
+    assert (ids() != ids(rng=jax.random.PRNGKey(1))).any()
+
+
+def test_float_frames_and_no_leading_axis(registry, configs):
+    whole = next(build(configs, num_shards=None, shuffle_seed=1).train_iter)["frames"]
+    unit = next(build(configs, num_shards=None, shuffle_seed=1, dtype_str="float32").train_iter)
+    assert whole.shape == (8, 3, 16, 16, 3) and unit["frames"].dtype == np.float32
+    np.testing.assert_allclose(unit["frames"], whole / 255, atol=1e-7)
+
+
+def test_processes_share_a_batch_in_their_order(registry, configs, monkeypatch):
+    def ids(process, count):
+        monkeypatch.setattr(jax, "process_index", lambda: process)
+        monkeypatch.setattr(scenic_data, "packed_once", lambda load: load())
+        monkeypatch.setattr(jax, "process_count", lambda: count)
+        data = build(configs, batch_size=8 // count, num_shards=None, shuffle_seed=1)
+        return next(data.train_iter)["ids"]
+
+    np.testing.assert_array_equal(np.concatenate([ids(0, 2), ids(1, 2)]), ids(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"records": None}, r"dataset_configs\.records is not set"),
+        ({"stride": 2}, r"dataset_configs\.stride: a field that vop_jax does not have"),
+        ({"text_buckets": (8,)}, r"dataset_configs\.text_buckets: only runs"),
+        ({"num_frames": 0}, r"data\.frames=0"),
+        ({"num_frames": "3"}, r"data\.frames='3'"),
+        ({"train_split": "nowhere"}, "train_split='nowhere': no such split"),
+    ],
+)
+def test_wrong_dataset_configs(registry, configs, changed, message):
+    with pytest.raises(UserError, match=message):
+        build(configs | changed)
+
+
+def test_wrong_fields_beside_them(registry, configs):
+    with pytest.raises(UserError, match="data_dtype_str='bfloat16': allowed"):
+        build(configs, dtype_str="bfloat16")
+    with pytest.raises(UserError, match="dataset_service_address"):
+        build(configs, dataset_service_address="grpc://x")
+
+
+@needs_scenic
+def test_by_scenics_own_calls(lenient, configs):  # noqa: F811
+    from scenic.dataset_lib import dataset_utils
+    from scenic.train_lib import train_utils
+
+    scenic.register_dataset()
+    config = ConfigDict(
+        {
+            "dataset_name": "vop_jax",
+            "batch_size": 16,
+            "eval_batch_size": 8,
+            "data_dtype_str": "uint8",
+            "dataset_configs": configs,
+            "num_training_steps": 2,
+        }
+    )
+    data = train_utils.get_dataset(config, jax.random.PRNGKey(0))
+    assert isinstance(data, dataset_utils.Dataset)
+    devices = jax.local_device_count()
+    batch = next(data.train_iter)
+    assert batch["frames"].shape == (devices, 16 // devices, 3, 16, 16, 3)
+    # What scenic's pmapped trainers do with a batch.
+    mean = jax.pmap(
+        lambda b: jax.lax.pmean(b["frames"].astype("float32").mean(), "batch"), axis_name="batch"
+    )(batch)
+    np.testing.assert_allclose(mean, batch["frames"].mean(), rtol=1e-5)
+    assert dataset_utils.unshard(batch)["ids"].shape == (16, 24)
+    assert train_utils.get_num_training_steps(config, data.meta_data)[0] == 2
