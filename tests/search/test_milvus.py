@@ -26,7 +26,7 @@ def test_without_the_extra(tmp_path, monkeypatch, missing):
     if missing != "pymilvus":
         pytest.importorskip("pymilvus")
     monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(UserError, match=r'Milvus.*: .*; pip install "vop_jax\[milvus\]"'):
+    with pytest.raises(UserError, match=r'Milvus.*: .*; pip install -e "\.\[milvus\]"'):
         open_store(f"{tmp_path}/a.db", E, write=True)
 
 
