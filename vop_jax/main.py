@@ -69,10 +69,8 @@ def _check_flags(config: Any) -> None:
             raise UserError(f"--config: {_last_line(error)}") from None
     if "workdir" in flags.FLAGS and not flags.FLAGS.workdir and flags.FLAGS.mode != "params":
         raise UserError("--workdir=DIR is missing")
-    given = (
-        "format" in flags.FLAGS and flags.FLAGS["format"].present
-    )  # the checker has no such flag
-    if given and flags.FLAGS.mode != "export":
+    # Other programs parse their flags here, and have none of this name.
+    if "format" in flags.FLAGS and flags.FLAGS["format"].present and flags.FLAGS.mode != "export":
         raise UserError(f"--format goes with --mode=export, not with --mode={flags.FLAGS.mode}")
 
 
