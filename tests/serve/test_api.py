@@ -304,6 +304,7 @@ def test_what_nobody_foresaw(client, monkeypatch, searcher):
     answer = client.get("/api/indexes")
     assert answer.status_code == 500
     assert answer.json() == {"error": "the server failed; its log says more"}
+    assert answer.headers["x-content-type-options"] == "nosniff"
 
 
 def test_an_index_that_is_gone(own):
