@@ -129,14 +129,18 @@ def test_thumbnail(client):
     assert levels[0] < levels[1] < levels[2] == levels[3]
 
 
-def test_a_thumbnail_is_small_and_made_once(own, monkeypatch):
-    client, folder, _searcher = own
+def test_a_thumbnail_is_small_and_made_once(own, retriever, monkeypatch):
+    client, folder, searcher = own
     videos.write(folder / "a.mp4", 10, width=640, height=480)
-    first = client.get("/api/thumbnail/own/1").content
+    assert client.get("/api/thumbnail/own/1").status_code == 404  # it is not what was indexed
+    library.make(searcher.index.directory, folder, retriever)
+    hits = client.get("/api/search?q=a").json()["hits"]
+    (address,) = (f"/api/thumbnail/own/{h['file_id']}" for h in hits if h["name"] == "a.mp4")
+    first = client.get(address).content
     with Image.open(io.BytesIO(first)) as picture:
         assert picture.size == (320, 240)
     monkeypatch.setattr("vop_jax.serve.work.Sandbox.submit", None)
-    assert client.get("/api/thumbnail/own/1").content == first
+    assert client.get(address).content == first
 
 
 def test_media_whole_and_in_ranges(client, films):
@@ -304,6 +308,7 @@ def test_what_nobody_foresaw(client, monkeypatch, searcher):
     answer = client.get("/api/indexes")
     assert answer.status_code == 500
     assert answer.json() == {"error": "the server failed; its log says more"}
+    assert answer.headers["x-content-type-options"] == "nosniff"
 
 
 def test_an_index_that_is_gone(own):

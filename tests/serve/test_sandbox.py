@@ -1,13 +1,16 @@
 """A decoder that goes wrong costs its request, and no more."""
 
 import concurrent.futures
+import contextlib
 import os
 import signal
+import threading
 
 import pytest
 
 from tests.serve import treacherous
 from vop_jax.errors import VideoError
+from vop_jax.serve import sandbox as sandboxes
 from vop_jax.serve.sandbox import Busy, Sandbox
 
 
@@ -58,6 +61,30 @@ def test_a_queue_is_bounded(sandbox):
         future.cancel()
     with pytest.raises(VideoError, match="more than"):
         futures[0].result(60)
+
+
+def test_processes_that_cannot_start_are_told_of_and_tried_again(monkeypatch):
+    broken, real = threading.Event(), sandboxes.in_processes
+
+    def in_processes(*arguments, **options):
+        if broken.is_set():
+            raise RuntimeError("no more processes")
+        return real(*arguments, **options)
+
+    broken.set()
+    monkeypatch.setattr(sandboxes, "RETRY", 0.05)
+    monkeypatch.setattr(sandboxes, "in_processes", in_processes)
+    sandbox = Sandbox(1, seconds=30.0)
+    with pytest.raises(VideoError, match="could not start"):
+        sandbox.submit(treacherous.echo).result(30)
+    broken.clear()
+    for _ in range(10):
+        with contextlib.suppress(VideoError):  # a try that had begun
+            assert sandbox.submit(treacherous.echo, "a").result(60) == ("a",)
+            break
+    else:
+        pytest.fail("not tried again")
+    sandbox.close()
 
 
 def test_its_end_cancels_what_waits():

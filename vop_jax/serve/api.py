@@ -13,6 +13,7 @@ from fastapi import APIRouter, Depends, File, HTTPException, Path, Query, Reques
 from fastapi.responses import Response
 
 from vop_jax.errors import UserError, VideoError
+from vop_jax.search import writing
 from vop_jax.search.filters import make_filter
 from vop_jax.search.searcher import Searcher
 from vop_jax.serve import answers, decoding
@@ -148,14 +149,14 @@ async def explain(
     if end is not None and end <= start:
         raise UserError(f"end={end:g}: must be more than start={start:g}")
     vector = await served.work.query(searcher, _said(q))
-    folder, name = await _file(searcher, file_id)
+    folder, record = await _file(searcher, file_id)
     retriever = searcher.retriever
     last = float("inf") if end is None else end
-    call = decoding.moment, folder, name, retriever.reading, start, last
+    call = decoding.moment, folder, record, retriever.reading, start, last
     try:
         pixels, seconds = await served.work.decode(*call)
     except VideoError as error:
-        raise type(error)(f"{name}: {error}") from None
+        raise type(error)(f"{record.path}: {error}") from None
     each = (await served.work.model(retriever.embed_each_frame, pixels[None]))[0]
     return Explanation(seconds=seconds, scores=[float(score) for score in each @ vector])
 
@@ -169,11 +170,11 @@ async def thumbnail(
     searcher: ChosenByPath, served: Serving, file_id: FileId, t: Seconds = 0.0
 ) -> Response:
     """A small picture of a video at a time."""
-    folder, name = await _file(searcher, file_id)
+    folder, record = await _file(searcher, file_id)
     try:
-        picture = await served.work.picture(decoding.thumbnail, folder, name, round(t, 2))
+        picture = await served.work.picture(decoding.thumbnail, folder, record, round(t, 2))
     except VideoError as error:
-        raise type(error)(f"{name}: {error}") from None
+        raise type(error)(f"{record.path}: {error}") from None
     headers = {"Cache-Control": "private, max-age=300"}
     return Response(picture, media_type="image/jpeg", headers=headers)
 
@@ -189,12 +190,12 @@ async def thumbnail(
 @router.head("/media/{index}/{file_id}", include_in_schema=False)
 async def media(searcher: ChosenByPath, file_id: FileId) -> Response:
     """A video, or ranges of it."""
-    folder, name = await _file(searcher, file_id)
+    folder, record = await _file(searcher, file_id)
     try:
-        file = await anyio.to_thread.run_sync(open_indexed, folder, name)
+        file = await anyio.to_thread.run_sync(open_indexed, folder, record)
     except VideoError as error:
-        raise type(error)(f"{name}: {error}") from None
-    return VideoResponse(file, name)
+        raise type(error)(f"{record.path}: {error}") from None
+    return VideoResponse(file, record.path)
 
 
 def _said(query: str) -> str:
@@ -222,15 +223,15 @@ async def _nearest(
     return Answer(query=query, cut=cut, hits=hits)
 
 
-async def _file(searcher: Searcher, file_id: int) -> tuple[str, str]:
-    """(indexed folder, path in it) of a video that an index holds."""
+async def _file(searcher: Searcher, file_id: int) -> tuple[str, writing.File]:
+    """(indexed folder, what is known of a file in it) of a video that an index holds."""
     try:
         file = await anyio.to_thread.run_sync(searcher.index.file_of, file_id)
     except UserError as error:
         raise HTTPException(404, str(error)) from None
     if file.reason is not None:
         raise HTTPException(404, f"{file.path}: could not be read when it was indexed")
-    return searcher.index.info.folder, file.path
+    return searcher.index.info.folder, file
 
 
 async def _decoded(served: Served, upload: UploadFile, call: Callable, *arguments: Any) -> Any:

@@ -133,13 +133,9 @@ def _say_errors(app: FastAPI) -> None:
 
         return answer
 
-    async def unexpected(request: Request, wrong: Exception) -> Response:
-        return error(500, "the server failed; its log says more")
-
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(AnyHTTPException, http)
     app.add_exception_handler(UserError, status(400))
     app.add_exception_handler(VideoError, status(422))
     app.add_exception_handler(Gone, status(404))
     app.add_exception_handler(Busy, status(503, {"Retry-After": "2"}))
-    app.add_exception_handler(Exception, unexpected)

@@ -11,6 +11,7 @@ from vop_jax.data.frames import Stretch, read_frame_at
 from vop_jax.data.moments import Reading, read_stretch
 from vop_jax.data.pixels import eval_crop
 from vop_jax.errors import VideoError
+from vop_jax.search.writing import File
 from vop_jax.serve.files import open_indexed, path_of
 
 # Of uploads. Playlists are not among them: they name other files and addresses to be read.
@@ -23,15 +24,15 @@ QUALITY = 80
 PIXELS = 50_000_000  # of an uploaded picture
 
 
-def thumbnail(folder: str, path: str, seconds: float) -> bytes:
+def thumbnail(folder: str, file: File, seconds: float) -> bytes:
     """JPEG of the frame that an indexed video shows at a time.
 
     Raises:
         Gone: see `open_indexed`.
         VideoError: the file cannot be read.
     """
-    with open_indexed(folder, path) as file:
-        picture = Image.fromarray(read_frame_at(path_of(file), seconds))
+    with open_indexed(folder, file) as opened:
+        picture = Image.fromarray(read_frame_at(path_of(opened), seconds))
     picture.thumbnail((WIDTH, HEIGHT))
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=QUALITY)
@@ -39,7 +40,7 @@ def thumbnail(folder: str, path: str, seconds: float) -> bytes:
 
 
 def moment(
-    folder: str, path: str, reading: Reading, start: float, end: float
+    folder: str, file: File, reading: Reading, start: float, end: float
 ) -> tuple[np.ndarray, list[float]]:
     """(uint8 [F, S, S, 3], seconds) of the frames of a stretch of an indexed video.
 
@@ -47,8 +48,8 @@ def moment(
         Gone: see `open_indexed`.
         VideoError: the file cannot be read.
     """
-    with open_indexed(folder, path) as file:
-        return read_stretch(path_of(file), reading, start, end)
+    with open_indexed(folder, file) as opened:
+        return read_stretch(path_of(opened), reading, start, end)
 
 
 def uploaded_video(path: str, reading: Reading, most: float) -> np.ndarray:

@@ -6,21 +6,36 @@ import stat
 from typing import BinaryIO
 
 from vop_jax.errors import VideoError
+from vop_jax.search.writing import File
 
 
 class Gone(VideoError):
     """An indexed file that cannot be handed out any more; the message is one line."""
 
 
-def open_indexed(folder: str, path: str) -> BinaryIO:
-    """Opens an indexed file to read.
+def open_indexed(folder: str, file: File) -> BinaryIO:
+    """Opens an indexed file to read, as it was indexed.
+
+    Raises:
+        Gone: see `open_inside`; or another is there now, perhaps by a link to one in the folder
+            that was never indexed.
+    """
+    opened = open_inside(folder, file.path)
+    state = os.fstat(opened.fileno())
+    if (state.st_size, state.st_mtime_ns) != (file.size, file.mtime):
+        opened.close()
+        raise Gone("it has changed since it was indexed; index again")
+    return opened
+
+
+def open_inside(folder: str, path: str) -> BinaryIO:
+    """Opens a file of a folder to read.
 
     Links are followed inside the folder alone, and what is opened is no link whoever swaps it
     meanwhile: every step on the way is opened from the one before.
 
     Args:
-        folder: the indexed one.
-        path: relative to it.
+        path: relative to the folder.
 
     Raises:
         Gone: it is not there, leads out of the folder, or is no file.

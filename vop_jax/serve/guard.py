@@ -6,6 +6,7 @@ import urllib.parse
 from collections.abc import Sequence
 from typing import Any
 
+from absl import logging
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection
@@ -48,7 +49,11 @@ class Guard:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
 
+        started = False
+
         async def send_with_headers(message: Message) -> None:
+            nonlocal started
+            started = True
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 for name, value in HEADERS.items():
@@ -57,12 +62,14 @@ class Guard:
 
         request = HTTPConnection(scope)
         refusal = self._refusal(request)
-        if refusal is not None:
-            await refusal(scope, receive, send_with_headers)
-        elif scope["method"] == "POST":
-            await self._upload(scope, receive, send_with_headers)
-        else:
-            await self._app(scope, receive, send_with_headers)
+        answer = refusal or (self._upload if scope["method"] == "POST" else self._app)
+        try:
+            await answer(scope, receive, send_with_headers)
+        except Exception:  # told here: what is outside of this knows none of the headers
+            logging.exception("%s %s", scope["method"], scope["path"])
+            if not started:
+                failure = error(500, "the server failed; its log says more")
+                await failure(scope, receive, send_with_headers)
 
     def _refusal(self, request: HTTPConnection) -> Response | None:
         host, origin = request.headers.get("host", ""), request.headers.get("origin")

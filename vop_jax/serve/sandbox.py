@@ -1,5 +1,6 @@
 """Decoders in processes of their own: one that crashes, hangs or swells costs its request alone."""
 
+import contextlib
 import functools
 import pathlib
 import queue
@@ -15,6 +16,7 @@ from vop_jax.data.workers import in_processes
 from vop_jax.errors import VideoError
 
 MEMORY = 2 << 30  # bytes that a process may take, beyond its libraries
+RETRY = 1.0  # seconds before a process that could not start is tried again
 
 
 class Busy(Exception):
@@ -34,6 +36,7 @@ class Sandbox:
     def __init__(self, workers: int, *, seconds: float, memory: int = MEMORY, waiting: int = 256):
         self._seconds, self._memory = seconds, memory
         self._todo: queue.Queue = queue.Queue(waiting)
+        self._closing = threading.Event()
         self._threads = [
             threading.Thread(target=self._work, name=f"sandbox-{i}", daemon=True)
             for i in range(workers)
@@ -56,11 +59,9 @@ class Sandbox:
 
     def close(self) -> None:
         """Ends the processes when they are done with what they are at."""
-        while True:
-            try:
-                self._todo.get_nowait()[0].cancel()
-            except queue.Empty:
-                break
+        self._closing.set()
+        for future in self._waiting():
+            future.cancel()
         for _ in self._threads:
             self._todo.put((None, None))
         for thread in self._threads:
@@ -80,10 +81,21 @@ class Sandbox:
                     else:
                         future.set_result(result)
                 return
-            except Exception:  # its process could not start: perhaps the next one can
+            except Exception:  # its process could not start: perhaps a later one can
                 logging.exception("a decoding process")
-                for future in current:
+                started = [f for f in self._waiting() if f.set_running_or_notify_cancel()]
+                for future in (*current, *started):
                     future.set_exception(VideoError("its decoder could not start"))
+            if self._closing.wait(RETRY):
+                return
+
+    def _waiting(self) -> Iterator[Future]:
+        """Takes what waits out of the queue."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                future, _ = self._todo.get_nowait()
+                if future is not None:
+                    yield future
 
     def _tasks(self, current: list[Future]) -> Iterator[tuple]:
         while True:
