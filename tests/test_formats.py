@@ -1,9 +1,12 @@
 """--mode=export in every format, each read back."""
 
 import dataclasses
+import errno
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -216,6 +219,69 @@ def test_the_released_layout_is_converted_back(released_clip, trained, export, t
     [frames], _ = rows(3)
     np.testing.assert_array_equal(one.embed_frames(frames), other.embed_frames(frames))
     np.testing.assert_array_equal(one.embed_text(TEXTS), other.embed_text(TEXTS))
+
+
+def test_the_released_layout_in_an_independent_model(released_clip, trained, export, tmp_path):
+    """Which reads the file by the names and shapes of the authors' code."""
+    torch = pytest.importorskip("torch", reason="the reference is a PyTorch model")
+    from tests.reference_vop import ReferenceVop
+
+    method = dataclasses.replace(RELEASED, text_prefix=2, text_suffix=2)
+    given = trained(method, released_clip)
+    status, path, err = export(given, method, "--format=pytorch", clip=released_clip)
+    assert status == 0, err
+    state = torch.load(path, weights_only=True)["state_dict"]
+    reference, ours = ReferenceVop(state), vop_jax.load(released_clip, given)
+    [frames], _ = rows(3)
+    pooled = reference.encode_video(torch.from_numpy(frames))
+    expected = torch.nn.functional.normalize(pooled, dim=-1).numpy()
+    np.testing.assert_allclose(ours.embed_frames(frames), expected, atol=1e-5)
+    ids = CaptionTokenizer(method.text_slots(runs.CLIP)).with_cuts(TEXTS)[0]
+    expected = reference.encode_text(torch.from_numpy(ids)).numpy()
+    np.testing.assert_allclose(ours.embed_text(TEXTS), expected, atol=1e-5)
+    # What is there under two names takes the place of one.
+    once = sum({t.data_ptr(): t.nbytes for t in state.values()}.values())
+    assert once < Path(path).stat().st_size < 1.5 * once
+
+
+@pytest.mark.parametrize(
+    ("form", "writer"),
+    [
+        ("orbax", "orbax.checkpoint.Checkpointer.save"),
+        ("pytorch", "torch.save"),
+        ("stablehlo", "numpy.savez"),
+    ],
+)
+def test_a_full_disk_leaves_what_was_there(
+    released_clip, trained, export, tmp_path, monkeypatch, form, writer
+):
+    if form == "pytorch":
+        pytest.importorskip("torch", reason="writes PyTorch files")
+    if form == "stablehlo":
+        pytest.importorskip("flatbuffers", reason="with which jax writes programs")
+    given = trained(RELEASED, released_clip)
+    names = {"orbax": "prompts.orbax", "pytorch": "vop.pt", "stablehlo": "encoders"}
+    path = tmp_path / "run" / names[form]
+    older = path if form == "pytorch" else path / "older"
+    older.parent.mkdir(parents=True)
+    older.write_text("older")
+
+    def full(*args, **kwargs):
+        for handed in args:
+            if hasattr(handed, "write"):
+                handed.write(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def call():
+        return export(given, RELEASED, f"--format={form}", clip=released_clip)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, full)
+        assert_refused(call(), "no space left on the disk")
+    assert older.read_text() == "older"
+    assert not list((tmp_path / "run").rglob(".*partial*"))
+    assert call()[0] == 0
+    assert not older.exists() or older.read_bytes() != b"older"
 
 
 @pytest.mark.parametrize(

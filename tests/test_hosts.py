@@ -130,6 +130,28 @@ def test_sigterm_to_one_stops_both_and_another_machine_continues(places, alone):
     assert_same_run(alone, cut)
 
 
+@pytest.mark.slow
+def test_two_processes_export_as_one(places, alone):
+    """An orbax folder, from which both start again; and programs, which one alone makes."""
+    given, workdir = alone / PROMPTS, places / "workdirs/exported"
+    for form in ("orbax", "stablehlo"):
+        if form == "stablehlo":
+            pytest.importorskip("flatbuffers", reason="with which jax writes programs")
+        flags = ("--mode=export", f"--format={form}", f"--config.init.prompts={given}")
+        hosts = start(places, "exported", *flags, timeout=60)
+        assert hosts.wait() == [0, 0], hosts.said(0) + hosts.said(1)
+        if form == "orbax":
+            folder = workdir / "prompts.orbax"
+            flags = ("--mode=export", f"--config.init.prompts={folder}")
+            hosts = start(places, "from_orbax", *flags, timeout=60)
+            assert hosts.wait() == [0, 0], hosts.said(0) + hosts.said(1)
+            again = places / "workdirs/from_orbax" / PROMPTS
+            one, other = (tensorfile.load(path)[0] for path in (given, again))
+            assert tensorfile.fingerprint(one) == tensorfile.fingerprint(other)
+    assert (workdir / "encoders/video.stablehlo").stat().st_size
+    assert not list(workdir.rglob(".*partial*"))
+
+
 @pytest.mark.parametrize("dies", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_when_one_is_killed_the_other_ends_and_says_so(places, dies):
     name = f"killed{dies}"

@@ -55,7 +55,7 @@ def test_a_folder_that_is_there_is_replaced_whole_or_not_at_all(tmp_path, monkey
     before = {f.name: f.read_bytes() for f in (tmp_path / "e").iterdir()}
     assert set(before) == {
         *("video.stablehlo", "video.npz", "text.stablehlo", "text.npz"),
-        *("meta.json", "README.md"),
+        *("meta.json", "tokenizer.json", "README.md"),
     }
     with monkeypatch.context() as patch:
         patch.setattr(np, "savez", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "full")))

@@ -16,6 +16,7 @@ import numpy as np
 from jax import export
 
 from vop_jax import atomic
+from vop_jax.data.tokenizer import Tokenizer
 from vop_jax.errors import UserError
 from vop_jax.model import TextVideoModel
 from vop_jax.tensorfile import Tree, flatten, unflatten
@@ -74,6 +75,7 @@ def save_encoders(
             **about,
         }
         (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+        (folder / "tokenizer.json").write_text(Tokenizer().portable(ids.shape[1]))
         (folder / "README.md").write_text(README.substitute(meta))
 
 
@@ -149,7 +151,10 @@ encode_video, encode_text = load("video"), load("text")
 - `encode_video` takes uint8 [B, $frames, $image_size, $image_size, 3]: $frames frames of a video,
   RGB, the short side resized to $image_size (bicubic), the centre cut out.
 - `encode_text` takes int32 [N, $text_slots]: ids of CLIP's tokenizer, start, words, end, zeros; of
-  a longer text the first ids, the last of them the end.
+  a longer text the first ids, the last of them the end. The package `tokenizers` makes them with
+  `tokenizers.Tokenizer.from_file("tokenizer.json")`:
+  `ids = np.array([text.ids for text in tokenizer.encode_batch(texts)], np.int32)`. HTML entities
+  and broken encodings, which vop_jax mends first, stay as they are, and rare letters may differ.
 
 Both give float32 rows of length 1 and $embed_dim values, so that
 `encode_text(ids) @ encode_video(frames).T` are the similarities. There may be any number of rows;

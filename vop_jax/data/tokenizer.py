@@ -8,6 +8,8 @@ from importlib import resources
 import ftfy
 import numpy as np
 import regex
+import tokenizers
+from tokenizers import normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
 from vop_jax.errors import UserError
@@ -19,11 +21,8 @@ EOT = VOCAB_SIZE - 1
 SPECIAL = {"<|startoftext|>": SOT, "<|endoftext|>": EOT}
 
 # Not `tokenizers`' own splitter: its regex engine has other Unicode tables than OpenAI's.
-_WORD = regex.compile(
-    "|".join(map(regex.escape, SPECIAL))
-    + r"|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
-    regex.IGNORECASE,
-)
+_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+_WORD = regex.compile("|".join([*map(regex.escape, SPECIAL), _WORDS]), regex.IGNORECASE)
 _SPACE = regex.compile(r"\s+")
 
 # BPE works on visible letters: a printable byte is its own Latin-1 letter, the others follow
@@ -98,6 +97,36 @@ class Tokenizer:
                 letters = word.encode().decode("latin-1").translate(_BYTE_LETTERS)
                 ids.extend(token.id for token in self._bpe.tokenize(letters))
         return ids
+
+    def portable(self, length: int) -> str:
+        """The JSON of `tokenizers.Tokenizer` that makes rows of `length` ids as this one does.
+
+        What it has not are the mending of encodings and HTML entities in `clean`, and this
+        module's Unicode tables.
+        """
+        made = tokenizers.Tokenizer(self._bpe)
+        made.add_special_tokens(sorted(SPECIAL, key=SPECIAL.__getitem__))
+        made.normalizer = normalizers.Sequence(
+            [
+                normalizers.NFC(),
+                normalizers.Replace(tokenizers.Regex(r"\s+"), " "),
+                normalizers.Strip(),
+                normalizers.Lowercase(),
+            ]
+        )
+        made.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(tokenizers.Regex(_WORDS), "removed", invert=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        start, end = sorted(SPECIAL, key=SPECIAL.__getitem__)
+        made.post_processor = processors.TemplateProcessing(
+            single=f"{start} $A {end}", special_tokens=[*SPECIAL.items()]
+        )
+        made.enable_truncation(length)
+        made.enable_padding(length=length, pad_id=0, pad_token=made.id_to_token(0))
+        return made.to_str()
 
 
 def _pair(line: str) -> tuple[str, str]:
