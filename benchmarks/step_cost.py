@@ -44,9 +44,7 @@ class Programs:
     Attributes:
         model: what they compute.
         shapes: what `step` takes, (state, frozen, rows); `forward` takes (trainable, frozen, rows).
-        counted, compile_seconds: of either by name, once it is compiled: FLOPs before the
-            compiler's rewriting, which hides some of them in a GPU's library calls, and how long
-            that took.
+        compile_seconds: of either by name, once it is compiled.
     """
 
     def __init__(
@@ -77,7 +75,7 @@ class Programs:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
             (state, held(frozen, dtype), rows),
         )
-        self.counted: dict[str, float] = {}
+        self._lowered: dict[str, Any] = {}
         self.compile_seconds: dict[str, float] = {}
         self.train_step = make_train_step(model, optimizer, microbatches=microbatches)
 
@@ -98,16 +96,15 @@ class Programs:
 
     def _compiled(self, name: str, function: Any, *shapes: Any) -> Any:
         begin = time.perf_counter()
-        lowered = function.lower(*shapes)
+        lowered = self._lowered[name] = function.lower(*shapes)
         program = lowered.compile()
         self.compile_seconds[name] = time.perf_counter() - begin
-        self.counted[name] = flops(lowered)
         return program
 
     def flops_of(self, name: str) -> float:
-        """Of `forward` or `step`, as `counted`."""
+        """Of `forward` or `step`, before the compiler hides some in a GPU's library calls."""
         getattr(self, name)
-        return self.counted[name]
+        return flops(self._lowered[name])
 
     def seconds(self, repeats: int) -> float:
         """Of a step on arbitrary values, the best of some."""
@@ -130,7 +127,7 @@ class Programs:
 
 
 def flops(program: Any) -> float:
-    """Of a compiled program, as XLA counts them."""
+    """Of a program, compiled or not, as XLA counts them for a device that is here."""
     return float(program.cost_analysis()["flops"])
 
 

@@ -9,6 +9,8 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import jax
+import pytest
+from absl import logging
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -17,3 +19,21 @@ jax.config.update("jax_default_matmul_precision", "highest")
 _cache = tempfile.TemporaryDirectory(prefix="vop_jax_tests_")
 jax.config.update("jax_compilation_cache_dir", _cache.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@pytest.fixture(scope="module")
+def quiet():
+    """Leaves logging to pytest where a test calls the command line in its process."""
+    from vop_jax import main
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(main, "set_up_logging", lambda: None)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def log_level():
+    """What a command line sets in one test holds in no other."""
+    level = logging.get_verbosity()
+    yield
+    logging.set_verbosity(level)

@@ -7,18 +7,17 @@ import subprocess
 import pytest
 
 from tests import runs
-from vop_jax import main
 from vop_jax.data import shapes
 
 CONFIG = f"--config={runs.ROOT / 'configs/demo.py'}"
 
 
+@pytest.mark.usefixtures("quiet")
 def test_one_step_of_everything(tmp_path, monkeypatch):
     for name in ("render", "render_stills"):
         few = functools.partial(getattr(shapes, name), train=16, test=8)
         monkeypatch.setattr(shapes, name, few)
     monkeypatch.setattr(shapes, "render", functools.partial(shapes.render, val=0))
-    monkeypatch.setattr(main, "set_up_logging", lambda: None)
     small = {
         "pretrain.steps": 1,
         "pretrain.batch_size": 8,

@@ -35,12 +35,7 @@ VIDEO = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quiet():
-    patch = pytest.MonkeyPatch()
-    patch.setattr(main, "set_up_logging", lambda: None)
-    yield
-    patch.undo()
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 @pytest.fixture(scope="module")

@@ -13,20 +13,14 @@ import pytest
 import vop_jax
 from tests import runs
 from tests.data import videos
-from vop_jax import experiment, main, run_data, start
+from vop_jax import experiment, run_data, start
 from vop_jax.clip.weights import load_clip
 from vop_jax.config import base_config
 from vop_jax.tensorfile import read_metadata
 from vop_jax.training.writer import read_metrics
 from vop_jax.tuning.prompts_file import load_prompts
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quiet():
-    patch = pytest.MonkeyPatch()
-    patch.setattr(main, "set_up_logging", lambda: None)
-    yield
-    patch.undo()
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 @pytest.fixture(scope="module")

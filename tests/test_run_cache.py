@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from tests import runs
-from vop_jax import main, run_cache
+from vop_jax import run_cache
 from vop_jax.config import base_config
 from vop_jax.data.packed import Part
 from vop_jax.errors import UserError
@@ -18,12 +18,7 @@ from vop_jax.training.writer import read_metrics
 CACHE = "--config.data.device_cache_gb=1"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quiet():
-    patch = pytest.MonkeyPatch()
-    patch.setattr(main, "set_up_logging", lambda: None)
-    yield
-    patch.undo()
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 @pytest.fixture(scope="module")

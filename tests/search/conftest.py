@@ -20,9 +20,4 @@ def retriever(clip):
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory, retriever):
     """(folder, index with moments): to be read only."""
-    root = tmp_path_factory.mktemp("shared")
-    library.write_films(root / "films")
-    captions = root / "captions.csv"
-    captions.write_text("video,caption\na.mp4,grey becomes white\nsub/b.mp4,another film\n")
-    library.make(root / "index", root / "films", retriever, captions, window=1.0)
-    return root / "films", root / "index"
+    return library.make_with_captions(tmp_path_factory.mktemp("shared"), retriever)

@@ -35,6 +35,15 @@ def make(directory, folder, retriever, captions="", retry=False, **asked):
     return make_index(directory, request, Making(workers=1, batch=4, retry=retry), retriever)
 
 
+def make_with_captions(root, retriever):
+    """(folder of films, index of their moments and captions) in a folder."""
+    write_films(root / "films")
+    captions = root / "captions.csv"
+    captions.write_text("video,caption\na.mp4,grey becomes white\nsub/b.mp4,another film\n")
+    make(root / "index", root / "films", retriever, captions, window=1.0)
+    return root / "films", root / "index"
+
+
 def content(directory):
     """{(path, start, end): vector} of an index."""
     from vop_jax.search import catalog

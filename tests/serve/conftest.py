@@ -17,12 +17,7 @@ from vop_jax.serve.app import Settings, make_app
 @pytest.fixture(scope="session")
 def films(tmp_path_factory, retriever):  # noqa: F811
     """(folder, index with moments): to be read only."""
-    root = tmp_path_factory.mktemp("served")
-    library.write_films(root / "films")
-    captions = root / "captions.csv"
-    captions.write_text("video,caption\na.mp4,grey becomes white\nsub/b.mp4,another film\n")
-    library.make(root / "index", root / "films", retriever, captions, window=1.0)
-    return root / "films", root / "index"
+    return library.make_with_captions(tmp_path_factory.mktemp("served"), retriever)
 
 
 @pytest.fixture(scope="session")
