@@ -48,7 +48,9 @@ def test_settings_are_keys_of_the_config():
 
 
 @pytest.mark.slow
-def test_rows_of_the_table():
+def test_rows_of_the_table(monkeypatch):
+    # XLA counts no FLOPs of a program for a device that is not there.
+    monkeypatch.setattr(jax.stages.Lowered, "cost_analysis", lambda self: None)
     args = argparse.Namespace(arch="tiny", frames=4, batch=4)
     device = jax.devices()[0]
     plain, parts = (
