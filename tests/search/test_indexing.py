@@ -293,3 +293,15 @@ def test_a_database_that_is_down_binds_no_index(films, tmp_path, retriever):
     with pytest.raises(UserError, match="http://localhost:1"):
         library.make(tmp_path / "index", films, retriever, store="http://localhost:1")
     assert library.make(tmp_path / "index", films, retriever).added == 4
+
+
+def test_two_indexes_do_not_share_a_store(films, tmp_path, retriever):
+    """Each would take the other's vectors for left-overs of its own."""
+    store = str(tmp_path / "vectors")
+    library.make(tmp_path / "one", films, retriever, store=store)
+    before = Index.open(tmp_path / "one").search(retriever.embed_text(["a query"]), 5)
+    with pytest.raises(UserError, match=r"vectors: holds 4 vectors, which are not of .*two"):
+        library.make(tmp_path / "two", films, retriever, store=store)
+    assert not (tmp_path / "two/catalog.sqlite").exists()
+    library.make(tmp_path / "one", films, retriever)
+    assert Index.open(tmp_path / "one").search(retriever.embed_text(["a query"]), 5) == before

@@ -150,6 +150,7 @@ def _update(
             uri = vectors_uri(directory, info.store, target)
             stores[target] = open_store(uri, info.dim, write=True)
             stack.callback(stores[target].close)
+        _check_own(directory, info, len(stores["videos"]))
         own = Catalog.open(directory, info)
         stack.callback(own.close)
         for target, table in TABLES.items():
@@ -159,6 +160,16 @@ def _update(
             done.captions, done.cut = update_captions(captions, own, stores["captions"], retriever)
         Update(own, stores["videos"], retriever, making, done).run(info, files)
         return done
+
+
+def _check_own(directory: pathlib.Path, info: IndexInfo, vectors: int) -> None:
+    """Raises UserError where a new index would take the vectors of another for its own."""
+    # There is a catalog before there is a vector, so these are nobody's whom it knows.
+    if info.store and vectors and catalog.stored_info(directory) is None:
+        raise UserError(
+            f"store {info.store}: holds {vectors} vectors, which are not of {directory}; give an "
+            "empty one, of Milvus with another #COLLECTION behind it"
+        )
 
 
 def _mend(own: Catalog, table: str, store: VectorStore) -> None:
