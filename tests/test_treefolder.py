@@ -1,5 +1,7 @@
 """Trees in orbax folders."""
 
+import pathlib
+
 import jax
 import numpy as np
 import pytest
@@ -70,3 +72,37 @@ def test_a_file_is_replaced_too(tmp_path):
     with atomic.replacing(tmp_path / "a.pt") as file:
         file.write_text("new")
     assert (tmp_path / "a.pt").read_text() == "new"
+
+
+def fill(folder, text):
+    folder.mkdir()
+    (folder / "file").write_text(text)
+
+
+@pytest.mark.parametrize("goes_wrong", ["the last renaming", "nothing was made"])
+def test_a_folder_outlives_one_that_does_not_come(tmp_path, monkeypatch, goes_wrong):
+    fill(tmp_path / "f", "old")
+    if goes_wrong == "the last renaming":
+        monkeypatch.setattr(pathlib.Path, "replace", lambda *_: 1 / 0)
+    wrong = pytest.raises((ZeroDivisionError, FileNotFoundError))
+    with wrong, atomic.replacing(tmp_path / "f") as f:
+        if goes_wrong == "the last renaming":
+            fill(f, "new")
+    assert (tmp_path / "f/file").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_a_folder_outlives_a_kill_between_the_renamings(tmp_path):
+    fill(tmp_path / "f", "old")
+    (tmp_path / ".f.partial").mkdir()
+    (tmp_path / "f").rename(tmp_path / ".f.partial/replaced")
+    with pytest.raises(KeyError), atomic.replacing(tmp_path / "f"):
+        raise KeyError
+    assert (tmp_path / "f/file").read_text() == "old"
+
+
+def test_a_partial_file_is_not_in_the_way(tmp_path):
+    (tmp_path / ".a.partial").write_text("half")
+    with atomic.replacing(tmp_path / "a") as file:
+        file.write_text("whole")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]

@@ -46,13 +46,22 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
             _upload(made, target)
         return
     place = pathlib.Path(target.parent) / f".{target.name}.partial"
+    made, kept = place / target.name, place / "replaced"
+    if kept.exists() and not target.exists():  # killed between the renames below
+        kept.rename(target)
     shutil.rmtree(place, ignore_errors=True)  # a kill's
+    place.unlink(missing_ok=True)  # and an older version's
     place.mkdir()
     try:
-        yield place / target.name
-        if target.is_dir():  # no folder can be renamed over another
-            target.rename(place / "replaced")
-        (place / target.name).replace(target)
+        yield made
+        try:
+            if target.is_dir():  # no folder can be renamed over another
+                target.rename(kept)
+            made.replace(target)
+        except BaseException:
+            if kept.exists() and not target.exists():
+                kept.rename(target)
+            raise
     finally:
         shutil.rmtree(place, ignore_errors=True)
 

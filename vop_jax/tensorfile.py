@@ -15,6 +15,7 @@ from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 from safetensors import numpy as safetensors_numpy
 
+from vop_jax import atomic
 from vop_jax.errors import UserError
 
 Tree = Mapping[str, Any]  # nested dicts of arrays
@@ -47,21 +48,8 @@ def fingerprint(tree: Tree) -> str:
 def save(path: str | os.PathLike, tree: Tree, metadata: Mapping[str, str]) -> None:
     """Writes a parameter tree as safetensors, atomically; equal trees give equal files."""
     flat = {name: np.asarray(leaf, order="C") for name, leaf in flatten(tree).items()}
-    target = epath.Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.parent / f".{target.name}.partial"
-    try:
-        if "://" in os.fspath(path):
-            with tempfile.TemporaryDirectory() as directory:
-                local = os.path.join(directory, "file")
-                _write(local, flat, metadata)
-                epath.Path(local).copy(partial, overwrite=True)
-        else:
-            _write(os.fspath(partial), flat, metadata)
-        partial.replace(target)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with atomic.replacing(path) as place:
+        _write(os.fspath(place), flat, metadata)
 
 
 def _write(path: str, flat: dict[str, np.ndarray], metadata: Mapping[str, str]) -> None:
