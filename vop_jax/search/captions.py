@@ -1,6 +1,5 @@
 """Texts to be found by a video: of a file of annotations, or one a line."""
 
-import contextlib
 import math
 import os
 
@@ -50,15 +49,14 @@ def update_captions(
     rows: list[Row], catalog: Catalog, store: VectorStore, retriever: Retriever
 ) -> tuple[int, int]:
     """Makes these the captions of an index; (how many are new, how many of them were cut)."""
-    there = catalog.captions()
-    gone = [number for row, number in there.items() if row not in set(rows)]
+    there, wanted = catalog.captions(), set(rows)
+    gone = [number for row, number in there.items() if row not in wanted]
     new = [row for row in rows if row not in there]
     cut = retriever.count_cut([row[0] for row in new]) if new else 0
     for first in tqdm(range(0, len(new), TEXTS), "captions", disable=not new):
         some = new[first : first + TEXTS]
-        with contextlib.ExitStack() as stack:
-            vectors = retriever.embed_text([row[0] for row in some])
-            stack.enter_context(catalog.transaction())
+        vectors = retriever.embed_text([row[0] for row in some])
+        with catalog.transaction():
             store.put(np.array(catalog.add_captions(some), np.int64), vectors)
     if gone:
         with catalog.transaction():
