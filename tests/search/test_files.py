@@ -1,5 +1,6 @@
 """Which files are videos: by their names or by how they begin."""
 
+import errno
 import os
 
 import pytest
@@ -77,3 +78,19 @@ def test_a_folder_without_videos(tmp_path):
     (tmp_path / "text.txt").touch()
     with pytest.raises(UserError, match="no videos in this folder"):
         find_videos(tmp_path)
+
+
+def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(tmp_path, monkeypatch):
+    (tmp_path / "sub").mkdir()
+    for name in ("a.mp4", "sub/b.mp4"):
+        (tmp_path / name).write_bytes(b"x")
+    scandir = os.scandir
+
+    def refused(path):
+        if os.fspath(path).endswith("sub"):
+            raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(UserError, match=r"/sub: cannot be listed \(Permission denied\)"):
+        find_videos(str(tmp_path))

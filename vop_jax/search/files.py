@@ -42,7 +42,7 @@ def find_videos(folder: str, known: frozenset[str] | set[str] = frozenset()) -> 
         known: paths that are not opened to be told.
 
     Raises:
-        UserError: there is no such folder, or no video in it.
+        UserError: there is no such folder, or no video in it, or one that cannot be listed.
     """
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: no such folder of videos")
@@ -68,8 +68,14 @@ def find_videos(folder: str, known: frozenset[str] | set[str] = frozenset()) -> 
 
 def _files(folder: str) -> Iterator[str]:
     """Relative paths of all files."""
+
+    def unlisted(error: OSError) -> None:
+        # Were it passed over, an index would take all that is in there for deleted.
+        if not isinstance(error, FileNotFoundError):
+            raise UserError(f"{error.filename}: cannot be listed ({error.strerror})") from None
+
     seen = set()  # links may lead in circles
-    for root, folders, names in os.walk(folder, followlinks=True):
+    for root, folders, names in os.walk(folder, onerror=unlisted, followlinks=True):
         real = os.path.realpath(root)
         if real in seen:
             folders.clear()
