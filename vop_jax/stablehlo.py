@@ -105,13 +105,11 @@ def make_program(
 
 def names_read(encode: Encode, flat: Flat, rows: jax.ShapeDtypeStruct) -> list[str]:
     """The parameters that have a part in the result."""
-    jaxpr = jax.make_jaxpr(encode)(_shapes(flat), rows).jaxpr
-    read = {id(var) for var in jaxpr.outvars}
-    for equation in reversed(jaxpr.eqns):
-        if any(id(var) in read for var in equation.outvars):
-            read |= {id(var) for var in equation.invars}
+    # Of one row: where their number is a symbol all parameters are kept.
+    one = jax.ShapeDtypeStruct((1, *rows.shape[1:]), rows.dtype)
+    kept = export.export(jax.jit(encode))(_shapes(flat), one).module_kept_var_idx
     # Names are sorted, as are the leaves of a dict.
-    return [name for name, var in zip(flat, jaxpr.invars, strict=False) if id(var) in read]
+    return [name for i, name in enumerate(flat) if i in kept]
 
 
 def _shapes(flat: Flat) -> dict[str, jax.ShapeDtypeStruct]:
