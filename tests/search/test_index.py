@@ -279,7 +279,7 @@ def test_an_index_and_its_model(shared, retriever, tmp_path):
         vop_jax.search.open(
             shared[1], retriever=vop_jax.load(tmp_path / "other.safetensors", devices=1)
         )
-    with pytest.raises(UserError, match=r"3 frames, not with .* 4 frames"):
+    with pytest.raises(UserError, match="3 frames a clip, not with no prompts and 4 frames"):
         vop_jax.search.open(shared[1], retriever=retriever.with_prompts(None, frames=4))
     with pytest.raises(UserError, match=r"gone since .* was made; say --clip=FILE"):
         vop_jax.search.open(shared[1], clip=tmp_path / "gone.safetensors")

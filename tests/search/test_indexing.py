@@ -10,7 +10,7 @@ from tests.data import videos
 from tests.search import library
 from vop_jax import UserError
 from vop_jax.search import decoding, indexing
-from vop_jax.search.asked import Request
+from vop_jax.search.asked import Request, absolute
 from vop_jax.search.index import Index
 from vop_jax.search.make import locked, make_index
 
@@ -236,7 +236,7 @@ def test_what_an_index_was_made_with_cannot_change(films, tmp_path, retriever, c
     other = vop_jax.load(tmp_path / "other.safetensors", frames=3, devices=1)
     with pytest.raises(UserError, match=r"made with the CLIP .* seed 0 .*, not .* seed 1"):
         library.make(index, films, other)
-    with pytest.raises(UserError, match="3 frames a clip, not 4"):
+    with pytest.raises(UserError, match="3 frames a clip, not with no prompts and 4 frames"):
         library.make(index, films, retriever.with_prompts(None, frames=4))
 
 
@@ -305,3 +305,13 @@ def test_two_indexes_do_not_share_a_store(films, tmp_path, retriever):
     assert not (tmp_path / "two/catalog.sqlite").exists()
     library.make(tmp_path / "one", films, retriever)
     assert Index.open(tmp_path / "one").search(retriever.embed_text(["a query"]), 5) == before
+
+
+def test_an_index_of_another_frame_count_is_updated(films, tmp_path, retriever, clip):
+    """By the command line, which says nothing of frames."""
+    library.make(tmp_path / "index", films, retriever, clip=str(clip))
+    assert library.make(tmp_path / "index", films, None).unchanged == 4
+
+
+def test_what_is_elsewhere_stays_elsewhere():
+    assert absolute("gs://bucket/clip.safetensors") == "gs://bucket/clip.safetensors"

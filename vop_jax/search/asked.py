@@ -5,6 +5,7 @@ import os
 import pathlib
 
 from vop_jax.errors import UserError
+from vop_jax.retriever import Retriever
 from vop_jax.search import catalog
 from vop_jax.search.catalog import IndexInfo
 from vop_jax.search.files import Found
@@ -54,13 +55,13 @@ def windows(asked: Request) -> tuple[float, float]:
     return window, asked.stride
 
 
-def absolute(store: str) -> str:
-    """A store's URI from wherever the index is opened."""
+def absolute(uri: str) -> str:
+    """A path, or a store's URI, from wherever the index is opened."""
     scheme = "milvus-lite:"
-    path = store.removeprefix(scheme)
+    path = uri.removeprefix(scheme)
     if not path or "://" in path:
-        return store
-    return (scheme if store.startswith(scheme) else "") + os.path.abspath(path)
+        return uri
+    return (scheme if uri.startswith(scheme) else "") + os.path.abspath(path)
 
 
 def check_new(directory: pathlib.Path, asked: Request, has_model: bool) -> None:
@@ -101,26 +102,25 @@ def check_same(directory: pathlib.Path, stored: IndexInfo, asked: Request) -> No
         raise UserError(f"{directory}: has its vectors in {own}, not in {asked.store}; {AGAIN}")
 
 
-def check_same_model(directory: pathlib.Path, stored: IndexInfo, given: IndexInfo) -> None:
+def check_same_model(directory: str | os.PathLike, stored: IndexInfo, retriever: Retriever) -> None:
     """Raises UserError, naming both, where its vectors are of another model."""
-    if stored.clip_fingerprint != given.clip_fingerprint:
+    if stored.clip_fingerprint != retriever.clip_fingerprint:
         raise UserError(
-            f"{directory}: was made with the CLIP {stored.clip_name}, not {given.clip_name}; "
-            + AGAIN
+            f"{directory}: was made with the CLIP {stored.clip_name}, not with "
+            f"{retriever.clip_name}; give that --clip, or another --index for a new one"
         )
-    if stored.prompts_fingerprint != given.prompts_fingerprint:
-        one, other = (_prompts_of(info) for info in (stored, given))
-        raise UserError(f"{directory}: was made with {one}, not with {other}; {AGAIN}")
-    if stored.frames != given.frames:
+    given = retriever.method.name, retriever.prompts_fingerprint, retriever.frames
+    if (stored.prompts_fingerprint, stored.frames) != given[1:]:
+        made = _told(stored.method, stored.prompts_fingerprint, stored.frames, stored.prompts)
         raise UserError(
-            f"{directory}: was made with {stored.frames} frames a clip, not {given.frames}; {AGAIN}"
+            f"{directory}: was made with {made}, not with {_told(*given)}; give those --prompts, "
+            "or another --index for a new one"
         )
 
 
-def _prompts_of(info: IndexInfo) -> str:
-    if not info.prompts_fingerprint:
-        return "no prompts"
-    return f"the {info.method} prompts {info.prompts} ({info.prompts_fingerprint[:12]})"
+def _told(method: str, fingerprint: str, frames: int, path: str = "") -> str:
+    which = " ".join(filter(None, (f"{method} prompts", path, f"({fingerprint[:12]})")))
+    return f"{which if fingerprint else 'no prompts'} and {frames} frames a clip"
 
 
 def check_folder(

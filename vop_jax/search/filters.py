@@ -7,7 +7,7 @@ from typing import Any
 
 from vop_jax.errors import UserError
 
-Moment = str | datetime.date | datetime.datetime | float | None
+Date = str | datetime.date | datetime.datetime | float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Filter:
 
 def make_filter(
     folder: str | None = None,
-    since: Moment = None,
-    until: Moment = None,
+    since: Date = None,
+    until: Date = None,
     path: str = "files.path",
 ) -> Filter:
     """What restricts a search.
@@ -68,20 +68,20 @@ def _prefix(folder: str) -> str:
     return "" if inside == "." else inside
 
 
-def _nanoseconds(what: str, moment: Any) -> int:
+def _nanoseconds(what: str, given: Any) -> int:
     """Since 1970; the end of a day for `until`."""
     day_after = datetime.timedelta(days=what == "until")
     try:
-        if isinstance(moment, str):
+        if isinstance(given, str):
             try:
-                moment = datetime.date.fromisoformat(moment)
+                given = datetime.date.fromisoformat(given)
             except ValueError:
-                moment = datetime.datetime.fromisoformat(moment)
-        if isinstance(moment, datetime.date) and not isinstance(moment, datetime.datetime):
-            moment = datetime.datetime.combine(moment + day_after, datetime.time())
-        if isinstance(moment, datetime.datetime):
-            moment = moment.timestamp()
-        nanoseconds = int(moment * 10**9)
+                given = datetime.datetime.fromisoformat(given)
+        if isinstance(given, datetime.date) and not isinstance(given, datetime.datetime):
+            given = datetime.datetime.combine(given + day_after, datetime.time())
+        if isinstance(given, datetime.datetime):
+            given = given.timestamp()
+        nanoseconds = int(given * 10**9)
     except (ValueError, OverflowError, OSError, TypeError):
-        raise UserError(f"{what}={moment!r}: must be a date such as 2026-11-25") from None
+        raise UserError(f"{what}={given!r}: must be a date such as 2026-11-25") from None
     return max(min(nanoseconds, 2**63 - 1), -(2**63))

@@ -11,9 +11,9 @@ from vop_jax.errors import UserError
 from vop_jax.search import catalog
 from vop_jax.search.catalog import IndexInfo
 from vop_jax.search.exact import ExactStore
-from vop_jax.search.filters import Moment, make_filter
-from vop_jax.search.query import MOST, TARGETS, Hit, Search
-from vop_jax.search.store import VectorStore, open_store
+from vop_jax.search.filters import Date, make_filter
+from vop_jax.search.query import TARGETS, Hit, Search
+from vop_jax.search.store import MOST, VectorStore, open_store
 from vop_jax.search.writing import File
 
 
@@ -72,8 +72,8 @@ class Index:
         *,
         to: str = "videos",
         folder: str | None = None,
-        since: Moment = None,
-        until: Moment = None,
+        since: Date = None,
+        until: Date = None,
         per_file: bool = True,
     ) -> list[list[Hit]]:
         """The nearest moments, or captions, of each of several vectors.

@@ -62,10 +62,11 @@ def make_index(
     clip = asked.clip or (stored.clip if stored else "")
     prompts = asked.prompts or (stored.prompts if stored else "")
     if retriever is None:
-        retriever = retrievers.load(clip, prompts or None)
+        frames = stored.frames if stored else None
+        retriever = retrievers.load(clip, prompts or None, frames=frames)
     info = _info(stored, asked, retriever, folder, clip, prompts)
     if stored is not None:
-        check_same_model(directory, stored, info)
+        check_same_model(directory, stored, retriever)
         check_folder(directory, stored, info, files)
     with locked(directory):
         return _update(directory, info, retriever, files, making or Making(), captions)
@@ -82,10 +83,10 @@ def _info(
     window, stride = (stored.window, stored.stride) if stored else windows(asked)
     return IndexInfo(
         version=catalog.VERSION,
-        clip=os.path.abspath(clip) if clip else "",
+        clip=absolute(clip),
         clip_fingerprint=retriever.clip_fingerprint,
         clip_name=retriever.clip_name,
-        prompts=os.path.abspath(prompts) if prompts else "",
+        prompts=absolute(prompts),
         prompts_fingerprint=retriever.prompts_fingerprint,
         method=retriever.method.name,
         frames=retriever.frames,

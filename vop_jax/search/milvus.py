@@ -19,6 +19,7 @@ import numpy as np
 from vop_jax.errors import UserError
 from vop_jax.search import lite
 from vop_jax.search.store import (
+    MOST,
     NO_ID,
     checked_ids,
     checked_k,
@@ -31,7 +32,6 @@ COLLECTION = "vop_jax"
 CONNECT, ANSWER, LOAD = 5.0, 20.0, 120.0  # seconds to wait for a server
 ROWS = 4096  # in one message: 8 MB of 512 floats
 LISTED = 10_000  # ids in one filter
-MOST = 16_384  # results of one search, the server's own limit
 
 
 class MilvusStore:

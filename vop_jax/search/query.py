@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from vop_jax.search.filters import Filter
-from vop_jax.search.store import VectorStore
+from vop_jax.search.store import MOST, VectorStore
 
 TARGETS = ("videos", "captions")
 # So many vectors are told to a store one by one; of a larger share the best of all are filtered.
@@ -17,7 +17,6 @@ FEW = 20_000
 # Nearest vectors that are looked at first: many may be moments of one file.
 FIRST, EACH = 64, 16
 WIDER = 8  # times as many, where these were not enough
-MOST = 16_384  # that Milvus finds at once
 
 # The columns of a hit but for its score.
 FOUND = {

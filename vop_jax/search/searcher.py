@@ -1,14 +1,15 @@
 """An index with the model that made it: text, pictures and videos in, moments out."""
 
 import os
-import pathlib
+from collections.abc import Iterable
 
 import numpy as np
+from etils import epath
 from PIL import Image, ImageOps
 
-from vop_jax import retriever as retrievers
 from vop_jax.errors import UserError, VideoError
-from vop_jax.retriever import Retriever
+from vop_jax.retriever import Retriever, load
+from vop_jax.search.asked import check_same_model
 from vop_jax.search.index import Hit, Index
 
 
@@ -19,7 +20,7 @@ class Searcher:
     """
 
     def __init__(self, index: Index, retriever: Retriever):
-        check_same_model(index, retriever)
+        check_same_model(index.directory, index.info, retriever)
         self.index, self.retriever = index, retriever
 
     def text(self, query: str, k: int = 10, **filters) -> list[Hit]:
@@ -86,12 +87,14 @@ def open_searcher(
     clip: str | os.PathLike | None = None,
     prompts: str | os.PathLike | None = None,
     retriever: Retriever | None = None,
+    others: Iterable[Retriever] = (),
 ) -> Searcher:
     """Opens an index and the model that made it.
 
     Args:
         clip, prompts: where the files are now, if they have moved.
         retriever: the model itself, where it is there already.
+        others: models, of which one over the same CLIP shares it.
 
     Raises:
         UserError: there is no such index; the files are gone, or are of another model.
@@ -100,37 +103,23 @@ def open_searcher(
     index.open_vectors()
     if retriever is None:
         info = index.info
-        where = os.fspath(clip or info.clip)
-        its_prompts = os.fspath(prompts or info.prompts) or None
-        for option, path in (("--clip", where), ("--prompts", its_prompts)):
-            if path is not None and not pathlib.Path(path).exists():
-                raise UserError(f"{path}: gone since {directory} was made; say {option}=FILE")
-        retriever = retrievers.load(where, its_prompts)
-        if retriever.frames != info.frames:
-            retriever = retriever.with_prompts(its_prompts, frames=info.frames)
+        its_prompts = _there(directory, "--prompts", prompts or info.prompts)
+        same = (r for r in others if r.clip_fingerprint == info.clip_fingerprint)
+        if (other := next(same, None)) is not None:
+            retriever = other.with_prompts(its_prompts, frames=info.frames)
+        else:
+            its_clip = _there(directory, "--clip", clip or info.clip)
+            retriever = load(its_clip or "", its_prompts, frames=info.frames)
     return Searcher(index, retriever)
 
 
-def check_same_model(index: Index, retriever: Retriever) -> None:
-    """Raises UserError, naming both, where the vectors of an index are of another model."""
-    info = index.info
-    if info.clip_fingerprint != retriever.clip_fingerprint:
-        raise UserError(
-            f"{index.directory}: was made with {info.clip_name}, not with {retriever.clip_name}; "
-            "give that --clip, or another --index"
-        )
-    if (info.prompts_fingerprint, info.frames) != (retriever.prompts_fingerprint, retriever.frames):
-        made, given = (
-            f"{method} prompts {fingerprint[:12] or 'none'} and {frames} frames"
-            for method, fingerprint, frames in (
-                (info.method, info.prompts_fingerprint, info.frames),
-                (retriever.method.name, retriever.prompts_fingerprint, retriever.frames),
-            )
-        )
-        raise UserError(
-            f"{index.directory}: was made with {made}, not with {given}; give those --prompts, "
-            "or another --index"
-        )
+def _there(
+    directory: str | os.PathLike, option: str, path: str | os.PathLike
+) -> str | os.PathLike | None:
+    """A file that an index was made with; None where it was made without."""
+    if path and not epath.Path(path).exists():
+        raise UserError(f"{path}: gone since {directory} was made; say {option}=FILE")
+    return path or None
 
 
 def read_image(path: str | os.PathLike) -> np.ndarray:

@@ -7,6 +7,7 @@ import numpy as np
 
 from vop_jax.errors import UserError
 
+MOST = 16_384  # results of one search that every store gives: Milvus' own limit
 NO_ID = -1  # fills up the answers where a store holds fewer than k vectors
 
 

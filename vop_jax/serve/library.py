@@ -4,8 +4,6 @@ import pathlib
 import re
 from collections.abc import Sequence
 
-from vop_jax.errors import UserError
-from vop_jax.search.index import Index
 from vop_jax.search.searcher import Searcher, open_searcher
 
 Library = dict[str, Searcher]  # by name; the first is meant where none is named
@@ -22,25 +20,9 @@ def open_library(directories: Sequence[str], clip: str | None = None) -> Library
     """
     library: Library = {}
     for directory in directories:
-        info = Index.open(directory).info
-        if "://" in info.folder:
-            raise UserError(f"{directory}: is of {info.folder}; only local files can be served")
-        library[_name(directory, library)] = _open(directory, clip, library)
+        opened = (searcher.retriever for searcher in library.values())
+        library[_name(directory, library)] = open_searcher(directory, clip=clip, others=opened)
     return library
-
-
-def _open(directory: str, clip: str | None, library: Library) -> Searcher:
-    info = Index.open(directory).info
-    opened = (searcher.retriever for searcher in library.values())
-    shared = next((r for r in opened if r.clip_fingerprint == info.clip_fingerprint), None)
-    if shared is None:
-        return open_searcher(directory, clip=clip)
-    if info.prompts and not pathlib.Path(info.prompts).exists():
-        raise UserError(f"{info.prompts}: gone since {directory} was made")
-    retriever = shared.with_prompts(info.prompts or None)
-    if retriever.frames != info.frames:
-        retriever = shared.with_prompts(info.prompts or None, frames=info.frames)
-    return open_searcher(directory, retriever=retriever)
 
 
 def _name(directory: str, library: Library) -> str:
