@@ -51,8 +51,8 @@ def test_videos_are_read_as_in_training(places, monkeypatch, sampling):
     """With stored_fps the F frames are taken of the stored ones, not of all."""
     retriever = vop_jax.load(places[1], frames=3)
     clip = videos.write(places[0] / "long.mp4", 53, rate=25, width=40, height=24)
-    video = {"frames": 3, "short_side": 32, "stored_fps": 5.0, "sampling": sampling}
-    monkeypatch.setattr(retriever, "_video", video)
+    given = {"frames": 3, "short_side": 32, "stored_fps": 5.0, "sampling": sampling}
+    monkeypatch.setattr(retriever, "_video", {**retriever._video, **given})
     stored = read_frames(clip, 3, fps=5.0, short_side=32).pixels
     taken = np.stack([stored[i] for i in sample_indices(len(stored), 3, sampling)])
     np.testing.assert_array_equal(

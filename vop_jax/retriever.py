@@ -21,7 +21,13 @@ from vop_jax.tuning.methods import MethodConfig
 from vop_jax.tuning.prompts_file import check_same_clip, load_prompts
 
 # How clips are read when no prompts say how they were read in training.
-DEFAULT_VIDEO = {"frames": 12, "short_side": 256, "stored_fps": 0.0}
+DEFAULT_VIDEO: dict[str, Any] = {
+    "frames": 12,
+    "short_side": 256,
+    "sampling": "uniform",
+    "stored_fps": 0.0,
+    "folder_fps": 0.0,
+}
 
 DTYPES = ("float32", "bfloat16")
 Path = str | os.PathLike
@@ -145,7 +151,7 @@ class Retriever:
         Raises:
             VideoError: the file cannot be read.
         """
-        video, sampling = self._video, self._video.get("sampling", "uniform")
+        video, sampling = self._video, self._video["sampling"]
         clip = read_frames(
             path,
             self.frames,
@@ -153,8 +159,8 @@ class Retriever:
             end=end,
             short_side=video["short_side"],
             sampling=sampling,
-            fps=video.get("stored_fps", 0.0),
-            folder_fps=video.get("folder_fps", 0.0),
+            fps=video["stored_fps"],
+            folder_fps=video["folder_fps"],
         )
         if len(clip.pixels) == self.frames:
             return clip
@@ -171,8 +177,8 @@ class Retriever:
             self.frames,
             self._backbone.config.image_size,
             self._video["short_side"],
-            self._video.get("sampling", "uniform"),
-            self._video.get("stored_fps", 0.0),
+            self._video["sampling"],
+            self._video["stored_fps"],
         )
 
     def _run(self, what: str, rows: np.ndarray) -> np.ndarray:

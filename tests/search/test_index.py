@@ -246,7 +246,7 @@ def test_the_searcher(shared, retriever, tmp_path):
     with pytest.raises(UserError, match="the query is empty"):
         searcher.text("  ")
     (tmp_path / "text.png").write_text("no picture")
-    for path, message in (("text.png", "not a readable picture"), ("none.png", "no such file")):
+    for path, message in (("text.png", "not readable as a picture"), ("none.png", "no such file")):
         with pytest.raises(UserError, match=message):
             searcher.image(tmp_path / path)
 

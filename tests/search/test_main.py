@@ -145,7 +145,7 @@ def test_a_long_query_is_cut_and_that_is_said(place, call):
         ("query x --index INDEX --since=never", "since='never': must be a date"),
         ("query x --index ROOT", "no index; make one with python -m vop_jax.search index"),
         ("query --video ROOT/none.mp4 --index INDEX", "none.mp4: no such file"),
-        ("query --image ROOT/films/bad.mp4 --index INDEX", "not a readable picture"),
+        ("query --image ROOT/films/bad.mp4 --index INDEX", "not readable as a picture"),
         ("query x --index INDEX --clip ROOT/none", "gone since"),
         ("info --index ROOT/none", "no index"),
         ("index ROOT/films --index ROOT/new", "give the model, --clip and --prompts"),
@@ -153,7 +153,7 @@ def test_a_long_query_is_cut_and_that_is_said(place, call):
         ("index ROOT/none --index ROOT/new --clip CLIP", "no such folder of videos"),
         ("index ROOT/films --index INDEX --window=9", "made with --window=2, not 9"),
         ("index ROOT/films --index ROOT/new --clip ROOT/none", "none: no such file"),
-        ("index ROOT/films --index INDEX --window=0", "seconds, more than 0"),
+        ("index ROOT/films --index INDEX --window=0", "--window: '0': a number, 0.001 or more"),
     ],
 )
 def test_calls_that_are_wrong(place, call, clip, argv, message):

@@ -75,15 +75,34 @@ def test_processes_that_cannot_start_are_told_of_and_tried_again(monkeypatch):
     monkeypatch.setattr(sandboxes, "RETRY", 0.05)
     monkeypatch.setattr(sandboxes, "in_processes", in_processes)
     sandbox = Sandbox(1, seconds=30.0)
-    with pytest.raises(VideoError, match="could not start"):
+    with pytest.raises(Busy, match="no decoder could be started"):
         sandbox.submit(treacherous.echo).result(30)
     broken.clear()
     for _ in range(10):
-        with contextlib.suppress(VideoError):  # a try that had begun
+        with contextlib.suppress(Busy):  # a try that had begun
             assert sandbox.submit(treacherous.echo, "a").result(60) == ("a",)
             break
     else:
         pytest.fail("not tried again")
+    sandbox.close()
+
+
+def test_one_process_that_cannot_start_costs_nobody_while_another_runs(monkeypatch):
+    real, started = sandboxes.in_processes, threading.Event()
+
+    def in_processes(*arguments, **options):
+        if threading.current_thread().name.endswith("-1"):
+            started.wait(60)
+            raise RuntimeError("no more processes")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(sandboxes, "RETRY", 0.05)
+    monkeypatch.setattr(sandboxes, "in_processes", in_processes)
+    sandbox = Sandbox(2, seconds=30.0)
+    assert sandbox.submit(treacherous.echo, "a").result(60) == ("a",)
+    started.set()
+    futures = [sandbox.submit(treacherous.echo, i) for i in range(20)]
+    assert [future.result(60) for future in futures] == [(i,) for i in range(20)]
     sandbox.close()
 
 

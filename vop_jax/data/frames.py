@@ -82,15 +82,15 @@ def read_frames(
         # are. The number of packets is a cheap guess, nearly always right; if not, again.
         count = len(clip.packet_times())
         taken = clip.decode(_chosen(count, frames, sampling)) if count else {}
-        if clip.decoded != count and clip.decoded:
-            taken = clip.decode(_chosen(clip.decoded, frames, sampling))
-    if not clip.decoded:
+        if len(clip.times) != count and len(clip.times):
+            taken = clip.decode(_chosen(len(clip.times), frames, sampling))
+    if not len(clip.times):
         raise VideoError(f"no frame decodes{_between(start, end)}")
-    indices = sorted(taken) if fps else sample_indices(clip.decoded, frames, sampling).tolist()
+    indices = sorted(taken) if fps else sample_indices(len(clip.times), frames, sampling).tolist()
     # Decoders hand frames out in the order of display, but files such as AVI number them in
     # the order of storage: the k-th frame is shown at the k-th time.
     times = sorted(clip.times)
-    return Frames([taken[i] for i in indices], indices, [times[i] for i in indices], clip.decoded)
+    return Frames([taken[i] for i in indices], indices, [times[i] for i in indices], len(times))
 
 
 def read_frame_at(
@@ -171,12 +171,11 @@ class Stretch:
     """The part of a file between two times.
 
     Attributes:
-        decoded: how many of its frames the last `decode` saw; times: when they are shown.
+        times: when the frames that the last `decode` saw are shown.
     """
 
     def __init__(self, path: str, start: float, end: float, short_side: int | None):
         self.path, self.start, self.end, self.short_side = path, start, end, short_side
-        self.decoded = 0
         self.times: list[float] = []
 
     def packet_times(self) -> list[float]:
@@ -221,7 +220,6 @@ class Stretch:
                         self.times.append(time)
                 if last >= self.end:
                     break
-            self.decoded = len(self.times)
             if bad > DAMAGED * packets:
                 raise VideoError(f"damaged: {bad} of {packets} packets do not decode")
             stated = _duration(container, stream)

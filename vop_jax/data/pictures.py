@@ -2,10 +2,11 @@
 
 import os
 import re
+from typing import BinaryIO
 
 import numpy as np
 from etils import epath
-from PIL import Image
+from PIL import Image, ImageOps
 
 from vop_jax.data.pixels import resize_short_side
 from vop_jax.errors import VideoError
@@ -31,6 +32,24 @@ def _natural(name: str) -> list[tuple[int, int, str]]:
     return [(0, int(p), p) if p.isdecimal() else (1, 0, p) for p in parts if p]
 
 
+def decode_picture(file: BinaryIO, most: int = 0) -> np.ndarray:
+    """uint8 RGB [h, w, 3], upright.
+
+    Args:
+        most: pixels that it may have; 0: what Pillow takes.
+
+    Raises:
+        VideoError: it is no picture, damaged, or too large.
+    """
+    try:
+        with Image.open(file) as picture:
+            if most and picture.width * picture.height > most:
+                raise VideoError(f"a picture of more than {most // 10**6} million pixels")
+            return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        raise VideoError("not readable as a picture") from None
+
+
 def read_picture(path: epath.Path, short_side: int | None) -> np.ndarray:
     """uint8 RGB [h, w, 3], larger ones shrunk to `short_side`.
 
@@ -38,8 +57,8 @@ def read_picture(path: epath.Path, short_side: int | None) -> np.ndarray:
         VideoError: it is no picture, or damaged.
     """
     try:
-        with path.open("rb") as file, Image.open(file) as picture:
-            pixels = np.asarray(picture.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        with path.open("rb") as file:
+            pixels = decode_picture(file)
+    except (OSError, VideoError):
         raise VideoError(f"{path.name}: not readable as a picture") from None
     return resize_short_side(pixels, short_side, enlarge=False) if short_side else pixels

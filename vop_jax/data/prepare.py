@@ -15,12 +15,13 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import tensorflow_datasets as tfds
 from absl import flags, logging
 from etils import epath
 
+from vop_jax.command import Parser, number, whole
 from vop_jax.data import packed
 from vop_jax.data.builders import BUILDERS, CLIPS_PER_SHARD, Making
 from vop_jax.data.encode import Encoded, Preprocessing, encode_clip
@@ -128,9 +129,8 @@ def report(made: packed.Packed) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     default, making = Preprocessing(), Making()
-    parser = _Parser(
+    parser = Parser(
         "python -m vop_jax.data.prepare",
-        allow_abbrev=False,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -145,25 +145,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--splits", help="only these: test or train,test")
     parser.add_argument("--other_sizes", action="store_true", help="not the official sizes")
     as_stored = parser.add_argument_group("how clips are stored, config.data's keys")
-    as_stored.add_argument("--frames", type=_positive, default=default.frames)
+    as_stored.add_argument("--frames", type=whole(1), default=default.frames)
     as_stored.add_argument("--sampling", choices=SAMPLINGS, default=default.sampling)
-    as_stored.add_argument("--stored_fps", type=_not_negative, default=default.stored_fps)
-    as_stored.add_argument("--short_side", type=_positive, default=default.short_side)
-    as_stored.add_argument("--jpeg_quality", type=_percent, default=default.jpeg_quality)
+    as_stored.add_argument("--stored_fps", type=number(0), default=default.stored_fps)
+    as_stored.add_argument("--short_side", type=whole(1), default=default.short_side)
+    as_stored.add_argument("--jpeg_quality", type=whole(1, 100), default=default.jpeg_quality)
     as_stored.add_argument("--short_clips", choices=("skip", "repeat"), default="skip")
-    as_stored.add_argument("--folder_fps", type=_not_negative, default=default.folder_fps)
+    as_stored.add_argument("--folder_fps", type=number(0), default=default.folder_fps)
     work = parser.add_argument_group("how that is done")
-    work.add_argument("--workers", type=_positive, default=0, help="default: one a core")
-    work.add_argument("--seconds", type=_not_negative, default=making.seconds, help="a clip's")
-    work.add_argument("--clips_per_shard", type=_positive, default=CLIPS_PER_SHARD)
+    work.add_argument("--workers", type=whole(1), default=0, help="default: one a core")
+    work.add_argument("--seconds", type=number(0), default=making.seconds, help="a clip's")
+    work.add_argument("--clips_per_shard", type=whole(1), default=CLIPS_PER_SHARD)
     work.add_argument("--beam_options", help="--runner=DirectRunner … of Apache Beam, quoted")
     return parser
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, not the whole usage."""
-        raise UserError(f"{message}; --help tells all")
 
 
 def _dataset(text: str) -> str:
@@ -179,28 +173,6 @@ def _dataset(text: str) -> str:
 
 
 _path = os.path.expanduser  # shells leave the ~ of --output=~/records
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: a number, 1 or more")
-    return int(text)
-
-
-def _percent(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 100:
-        raise argparse.ArgumentTypeError(f"{text!r}: 1 to 100")
-    return int(text)
-
-
-def _not_negative(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = -1.0
-    if not 0 <= number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r}: a number, 0 or more")
-    return number
 
 
 def _beam(options: str | None) -> Any:

@@ -12,50 +12,44 @@ import errno
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from absl import flags, logging
 
 from vop_jax import interrupt
+from vop_jax.command import Parser, number, whole
 from vop_jax.errors import UserError
 from vop_jax.search import show
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, not the whole usage."""
-        raise UserError(f"{message}; --help tells all")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         "python -m vop_jax.search",
-        allow_abbrev=False,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    shared = _Parser(add_help=False)
+    shared = Parser(add_help=False)
     shared.add_argument("--index", required=True, metavar="DIR", help="the folder of the index")
-    model = _Parser(add_help=False)
+    model = Parser(add_help=False)
     model.add_argument("--clip", default="", metavar="FILE", help="converted weights")
     model.add_argument("--prompts", default="", metavar="FILE", help="of a run; none: plain CLIP")
-    given: dict[str, Any] = {"parents": [shared, model], "allow_abbrev": False}
+    given: dict[str, Any] = {"parents": [shared, model]}
 
     index = commands.add_parser("index", help="make an index, or bring it up to date", **given)
     index.add_argument("folder", nargs="?", default="", metavar="FOLDER", help="of videos")
-    index.add_argument("--window", type=_seconds, help="also index moments of so many seconds")
-    index.add_argument("--stride", type=_seconds, help="seconds between them; half the window")
+    index.add_argument("--window", type=number(0.001), help="also index moments of so many seconds")
+    index.add_argument("--stride", type=number(0.001), help="seconds between them; half the window")
     index.add_argument(
         "--captions", default="", metavar="FILE", help="texts to find: csv, jsonl, txt"
     )
     index.add_argument(
         "--store", default="", metavar="URI", help="FILE.db or http://HOST:PORT: Milvus"
     )
-    index.add_argument("--workers", type=_count, default=0, help="decoding processes; one a core")
-    index.add_argument("--batch", type=_count, default=16, help="clips embedded at once")
+    index.add_argument("--workers", type=whole(1), default=0, help="decoding processes; one a core")
+    index.add_argument("--batch", type=whole(1), default=16, help="clips embedded at once")
     index.add_argument(
-        "--seconds", type=_seconds, default=300.0, help="to decode one file, or part"
+        "--seconds", type=number(0.001), default=300.0, help="to decode one file, or part"
     )
     index.add_argument("--retry", action="store_true", help="files that could not be read")
 
@@ -63,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     query.add_argument("text", nargs="?", metavar="TEXT", help="what to look for")
     query.add_argument("--video", metavar="FILE", help="look for what is like a video")
     query.add_argument("--image", metavar="FILE", help="look for what is like a picture")
-    query.add_argument("-k", type=_count, default=10, help="how many")
+    query.add_argument("-k", type=whole(1), default=10, help="how many")
     query.add_argument("--to", choices=("videos", "captions"), default="videos")
     query.add_argument("--folder", metavar="SUB", help="only in this part of the indexed folder")
     query.add_argument("--since", metavar="DATE", help="files changed on this day or later")
@@ -75,22 +69,6 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="what an index holds", parents=[shared])
     info.add_argument("--json", action="store_true", help="an object")
     return parser
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: a number, 1 or more")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = -1.0
-    if not 0.001 <= number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r}: seconds, more than 0")
-    return number
 
 
 def _index(args: argparse.Namespace) -> None:

@@ -5,8 +5,9 @@ from collections.abc import Iterable
 
 import numpy as np
 from etils import epath
-from PIL import Image, ImageOps
 
+from vop_jax.data.moments import read_stretch
+from vop_jax.data.pictures import decode_picture
 from vop_jax.errors import UserError, VideoError
 from vop_jax.retriever import Retriever, load
 from vop_jax.search.asked import check_same_model
@@ -75,11 +76,11 @@ class Searcher:
         vector = self.vector(query) if isinstance(query, str) else query
         path = self.index.path_of(hit.file_id)
         try:
-            frames = self.retriever.sample(path, hit.start, hit.end)
+            pixels, seconds = read_stretch(path, self.retriever.reading, hit.start, hit.end)
         except VideoError as error:
             raise UserError(f"{path}: {error}") from None
-        each = self.retriever.embed_each_frame(np.stack(frames.pixels)[None])[0]
-        return [float(time) for time in frames.timestamps], [float(s) for s in each @ vector]
+        each = self.retriever.embed_each_frame(pixels[None])[0]
+        return seconds, [float(score) for score in each @ vector]
 
 
 def open_searcher(
@@ -129,9 +130,11 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
         UserError: it cannot be read.
     """
     try:
-        with Image.open(path) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+        with open(path, "rb") as file:
+            return decode_picture(file)
     except FileNotFoundError:
         raise UserError(f"{os.fspath(path)}: no such file") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{os.fspath(path)}: not a readable picture ({error})") from None
+    except OSError as error:
+        raise UserError(f"{os.fspath(path)}: {error.strerror}") from None
+    except VideoError as error:
+        raise UserError(f"{os.fspath(path)}: {error}") from None

@@ -12,11 +12,12 @@ import re
 import socket
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from absl import flags, logging
 
 from vop_jax import interrupt
+from vop_jax.command import Parser, number, whole
 from vop_jax.errors import UserError
 
 TOKEN = "VOP_JAX_TOKEN"  # in the environment: other users see the arguments of a process
@@ -24,16 +25,9 @@ LIBRARIES = ("fastapi", "uvicorn", "python_multipart")
 CONNECTIONS = 1000
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, not the whole usage."""
-        raise UserError(f"{message}; --help tells all")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         "python -m vop_jax.serve",
-        allow_abbrev=False,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -41,35 +35,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--index", action="append", required=True, metavar="DIR", help="once or more")
     add("--clip", metavar="FILE", help="converted weights, if they have moved")
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all of this machine")
-    add("--port", type=_port, default=8000, help="0: any free one")
+    add("--port", type=whole(0, 65535), default=8000, help="0: any free one")
     add("--token", default="", help=f"that must be given; better in ${TOKEN}")
-    add("--max_upload_mb", type=_positive, default=200.0, help="of an uploaded file")
-    add("--max_seconds", type=_positive, default=600.0, help="of an uploaded video")
-    add("--decode_seconds", type=_positive, default=60.0, help="that decoding a file may take")
-    add("--workers", type=_count, default=2, help="processes that decode")
+    add("--max_upload_mb", type=number(0.001), default=200.0, help="of an uploaded file")
+    add("--max_seconds", type=number(0.001), default=600.0, help="of an uploaded video")
+    add("--decode_seconds", type=number(0.001), default=60.0, help="that decoding a file may take")
+    add("--workers", type=whole(1, 64), default=2, help="processes that decode")
     return parser
-
-
-def _port(text: str) -> int:
-    if not text.isdecimal() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r}: 0 to 65535")
-    return int(text)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 64:
-        raise argparse.ArgumentTypeError(f"{text!r}: 1 to 64")
-    return int(text)
-
-
-def _positive(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < 1e6:
-        raise argparse.ArgumentTypeError(f"{text!r}: a number, more than 0")
-    return number
 
 
 def listen(host: str, port: int) -> socket.socket:

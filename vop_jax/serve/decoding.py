@@ -5,10 +5,11 @@ import math
 
 import av
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from vop_jax.data.frames import Stretch, read_frame_at
 from vop_jax.data.moments import Reading, read_stretch
+from vop_jax.data.pictures import decode_picture
 from vop_jax.data.pixels import eval_crop
 from vop_jax.errors import VideoError
 from vop_jax.search.writing import File
@@ -77,11 +78,6 @@ def uploaded_image(path: str, reading: Reading) -> np.ndarray:
     Raises:
         VideoError: it is no picture, or too large.
     """
-    try:
-        with Image.open(path) as image:
-            if image.width * image.height > PIXELS:
-                raise VideoError(f"a picture of more than {PIXELS // 10**6} million pixels")
-            pixels = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        raise VideoError("not readable as a picture") from None
+    with open(path, "rb") as file:
+        pixels = decode_picture(file, PIXELS)
     return eval_crop(pixels[None], reading.image_size)[0]

@@ -20,7 +20,7 @@ RETRY = 1.0  # seconds before a process that could not start is tried again
 
 
 class Busy(Exception):
-    """Too much is waiting already; to be tried again later."""
+    """Not now: too much is waiting already, or no process can start; to be tried again later."""
 
 
 class Sandbox:
@@ -37,6 +37,7 @@ class Sandbox:
         self._seconds, self._memory = seconds, memory
         self._todo: queue.Queue = queue.Queue(waiting)
         self._closing = threading.Event()
+        self._up: set[int] = set()  # threads whose process has started
         self._threads = [
             threading.Thread(target=self._work, name=f"sandbox-{i}", daemon=True)
             for i in range(workers)
@@ -83,21 +84,26 @@ class Sandbox:
                 return
             except Exception:  # its process could not start: perhaps a later one can
                 logging.exception("a decoding process")
-                started = [f for f in self._waiting() if f.set_running_or_notify_cancel()]
+                self._up.discard(threading.get_ident())
+                stranded = [] if self._up else self._waiting()
+                started = [f for f in stranded if f.set_running_or_notify_cancel()]
                 for future in (*current, *started):
-                    future.set_exception(VideoError("its decoder could not start"))
+                    future.set_exception(Busy("no decoder could be started; try again"))
             if self._closing.wait(RETRY):
                 return
 
     def _waiting(self) -> Iterator[Future]:
-        """Takes what waits out of the queue."""
+        """Takes what waits out of the queue; the ends that `close` puts there stay."""
         with contextlib.suppress(queue.Empty):
-            while True:
-                future, _ = self._todo.get_nowait()
+            for _ in range(self._todo.qsize()):
+                future, task = self._todo.get_nowait()
                 if future is not None:
                     yield future
+                else:
+                    self._todo.put((future, task))
 
     def _tasks(self, current: list[Future]) -> Iterator[tuple]:
+        self._up.add(threading.get_ident())  # before it is asked for a task there is a process
         while True:
             future, task = self._todo.get()
             if future is None:
