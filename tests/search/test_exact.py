@@ -60,6 +60,26 @@ def test_readers_notice_nothing_of_a_compaction(store, folder, monkeypatch):
     np.testing.assert_array_equal(with_now.get(np.arange(70, 100)), drawn(100, 7)[70:])
 
 
+def test_a_reader_is_refreshed(store, folder, monkeypatch):
+    """With what was added, replaced and deleted, and through a compaction."""
+    monkeypatch.setattr(exact, "SLACK", 0)
+    store.put(np.arange(50), drawn(50))
+    reader, generations = open_store(folder, E, write=False), set()
+    for seed in range(1, 9):
+        view = reader._view
+        reader.refresh()
+        assert (reader._view is view) == (seed == 1)  # nothing is read where nothing was written
+        store.put(np.arange(5, 5 + 10 * seed), drawn(10 * seed, seed))
+        store.put([5, 6], drawn(2, 100 + seed))
+        store.delete([seed, 7])
+        reader.refresh()
+        assert content_of(reader) == content_of(store)
+        np.testing.assert_array_equal(reader.search(drawn(3), 9)[0], store.search(drawn(3), 9)[0])
+        generations.add(reader._folder.head.generation)
+        store.put([7], drawn(1))
+    assert len(generations) > 1
+
+
 def test_compaction_gives_back_the_room(store, folder, monkeypatch):
     monkeypatch.setattr(exact, "SLACK", 0)
     for seed in range(20):

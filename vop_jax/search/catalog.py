@@ -150,8 +150,3 @@ def read_info(db: sqlite3.Connection) -> IndexInfo:
     values = dict(db.execute("SELECT key, value FROM about"))
     version = db.execute("PRAGMA user_version").fetchone()[0]
     return IndexInfo(version=version, **json.loads(values["info"]))
-
-
-def generation(db: sqlite3.Connection) -> int:
-    """Grows with every change."""
-    return int(db.execute("SELECT value FROM about WHERE key = 'generation'").fetchone()[0])

@@ -99,14 +99,7 @@ class ExactStore:
         self._folder = Folder(folder, dim, write=write)
         self._dim = dim
         self._compacts = True
-        none = np.empty(0, np.int64)
-        changes = self._folder.changes.astype(np.int64)
-        # Of several changes of an id the last one counts.
-        ids, back = np.unique(changes[::-1, 0], return_index=True)
-        rows = changes[::-1, 1][back]
-        alive = rows != DELETED
-        empty = View(self._folder.vectors, none, none)
-        self._view = empty.changed(ids[alive], rows[alive], self._folder.vectors)
+        self._view = self._empty().changed(*_last(self._folder.changes), self._folder.vectors)
 
     def __len__(self) -> int:
         return len(self._view.ids)
@@ -142,12 +135,22 @@ class ExactStore:
         ids = ids[self._view.positions(ids)[1]]
         self._change(ids, np.full(len(ids), DELETED), np.empty((0, self._dim), np.float32))
 
+    def refresh(self) -> None:
+        """Shows what a writer has written since; see `VectorStore.refresh`."""
+        anew, changes = self._folder.refresh()
+        if anew or len(changes):
+            view = self._empty() if anew else self._view
+            self._view = view.changed(*_last(changes), self._folder.vectors)
+
     def close(self) -> None:
         """Lets go of the lock, and of the mapped file once no search uses it."""
         self._folder.close()
         self._folder.vectors = np.empty((0, self._dim), np.float32)
+        self._view = self._empty()
+
+    def _empty(self) -> View:
         none = np.empty(0, np.int64)
-        self._view = View(self._folder.vectors, none, none)
+        return View(self._folder.vectors, none, none)
 
     def _change(self, ids: np.ndarray, rows: np.ndarray, vectors: np.ndarray) -> None:
         folder = self._folder
@@ -172,3 +175,10 @@ class ExactStore:
             )
             return
         self._view = View(self._folder.vectors, view.ids, np.arange(len(view.ids)))
+
+
+def _last(changes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(ids, rows) of changes [n, 2]; of several of one id the last one counts."""
+    changes = changes.astype(np.int64)
+    ids, back = np.unique(changes[::-1, 0], return_index=True)
+    return ids, changes[::-1, 1][back]

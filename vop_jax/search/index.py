@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import sqlite3
 import threading
 
 import numpy as np
@@ -10,7 +9,6 @@ import numpy as np
 from vop_jax.errors import UserError
 from vop_jax.search import catalog
 from vop_jax.search.catalog import IndexInfo
-from vop_jax.search.exact import ExactStore
 from vop_jax.search.filters import Date, make_filter
 from vop_jax.search.query import TARGETS, Hit, Search
 from vop_jax.search.store import MOST, VectorStore, open_store
@@ -38,7 +36,7 @@ class Index:
         with catalog.reading(directory) as db:
             self.info: IndexInfo = catalog.read_info(db)
         self._lock = threading.Lock()
-        self._stores: dict[str, tuple[int, VectorStore]] = {}
+        self._stores: dict[str, VectorStore] = {}
 
     @classmethod
     def open(cls, directory: str | os.PathLike) -> "Index":
@@ -55,13 +53,12 @@ class Index:
         Raises:
             UserError: they are gone, or a database does not answer.
         """
-        with catalog.reading(self.directory) as db:
-            self._store(db, "videos")
+        self._store("videos")
 
     def close(self) -> None:
         """Lets go of the vectors."""
         with self._lock:
-            for _, store in self._stores.values():
+            for store in self._stores.values():
                 store.close()
             self._stores.clear()
 
@@ -96,20 +93,23 @@ class Index:
             folder, since, until, "captions.path" if to == "captions" else "files.path"
         )
         with catalog.reading(self.directory) as db:
-            return Search(db, self._store(db, to), to, where, per_file).run(vectors, k)
+            return Search(db, self._store(to), to, where, per_file).run(vectors, k)
 
-    def _store(self, db: sqlite3.Connection, target: str) -> VectorStore:
-        """The vectors of this state of the catalog, or of a later one."""
-        now = catalog.generation(db)
+    def _store(self, target: str) -> VectorStore:
+        """The vectors of the state of the catalog that is being read, or of a later one."""
         with self._lock:
-            made, store = self._stores.get(target, (-1, None))
-            if store is None or (made < now and isinstance(store, ExactStore)):
-                # An exact store shows what there was when it was opened. The old one is not
-                # closed: other threads may be at it. It goes when they are done.
+            if target not in self._stores:
                 uri = vectors_uri(self.directory, self.info.store, target)
-                store = open_store(uri, self.info.dim, write=False)
-                self._stores[target] = now, store
-            return store
+                self._stores[target] = open_store(uri, self.info.dim, write=False)
+            else:
+                self._stores[target].refresh()
+            return self._stores[target]
+
+    @property
+    def folder(self) -> str:
+        """Where the videos lie; it may have moved since this was opened."""
+        with catalog.reading(self.directory) as db:
+            return catalog.read_info(db).folder
 
     def path_of(self, file_id: int) -> pathlib.Path:
         """Where a file lies, or lay when it was indexed.
@@ -117,12 +117,7 @@ class Index:
         Raises:
             UserError: no indexed file has this id.
         """
-        with catalog.reading(self.directory) as db:
-            row = db.execute("SELECT path FROM files WHERE id = ?", (file_id,)).fetchone()
-            folder = catalog.read_info(db).folder
-        if row is None:
-            raise UserError(f"file {file_id}: not in the index {self.directory}")
-        return pathlib.Path(folder, row[0])
+        return pathlib.Path(self.folder, self.file_of(file_id).path)
 
     def file_of(self, file_id: int) -> File:
         """What is known of a file.

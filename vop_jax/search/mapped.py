@@ -117,6 +117,16 @@ class Folder:
             self._sync_names()
             self._remove_others()
 
+    def refresh(self) -> tuple[bool, np.ndarray]:
+        """Reads what was written since; (whether in other files, which are read whole, changes)."""
+        old = self.head
+        new = self._read_head(old.dim)
+        if new == old:
+            return False, np.empty((0, 2), CHANGE)
+        self.head, self.vectors, self.changes = self._read(old.dim)
+        anew = self.head.generation != old.generation
+        return anew, self.changes if anew else self.changes[old.changes :]
+
     def close(self) -> None:
         """Lets go of the lock."""
         if self._lock is not None:

@@ -65,6 +65,9 @@ class MilvusStore:
     def __len__(self) -> int:
         return self._query(output_fields=["count(*)"])[0]["count(*)"]
 
+    def refresh(self) -> None:
+        """Nothing to do: a database shows what others write."""
+
     def ids(self) -> np.ndarray:
         """All ids, int64, sorted."""
         found: list[int] = []

@@ -51,6 +51,9 @@ class VectorStore(Protocol):
             (ids int64 [Q, k], scores float32 [Q, k]), filled up with -1 and -inf.
         """
 
+    def refresh(self) -> None:
+        """Shows what others have written since; searches that are under way are not disturbed."""
+
     def ids(self) -> np.ndarray:
         """All ids, int64, sorted."""
 

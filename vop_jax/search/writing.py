@@ -56,7 +56,6 @@ class Catalog:
         with told(catalog.path):
             start = f"PRAGMA user_version = {VERSION};\n" + SCHEMA
             catalog._db.executescript(f"BEGIN IMMEDIATE;\n{start}")
-            catalog._db.execute("INSERT INTO about VALUES ('generation', '0')")
             catalog._write_info(info)
             catalog._db.execute("COMMIT")
         return catalog
@@ -72,9 +71,6 @@ class Catalog:
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield
-                self._db.execute(
-                    "UPDATE about SET value = CAST(value AS INTEGER) + 1 WHERE key = 'generation'"
-                )
                 self._db.execute("COMMIT")
             except BaseException:
                 if self._db.in_transaction:

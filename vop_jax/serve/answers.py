@@ -70,7 +70,7 @@ def about(name: str, searcher: Searcher) -> About:
         name=name,
         method=info.method,
         clip=info.clip_name,
-        folder=info.folder,
+        folder=searcher.index.folder,
         files=counts["files"],
         moments=counts["moments"],
         captions=counts["captions"],
@@ -80,7 +80,7 @@ def about(name: str, searcher: Searcher) -> About:
 
 def found(searcher: Searcher, hits: Sequence[Hit]) -> list[Found]:
     """Hits, with what has become of their files."""
-    folder = searcher.index.info.folder
+    folder = searcher.index.folder
     return [
         Found(
             file_id=hit.file_id,

@@ -227,11 +227,12 @@ async def _file(searcher: Searcher, file_id: int) -> tuple[str, writing.File]:
     """(indexed folder, what is known of a file in it) of a video that an index holds."""
     try:
         file = await anyio.to_thread.run_sync(searcher.index.file_of, file_id)
+        folder = await anyio.to_thread.run_sync(lambda: searcher.index.folder)
     except UserError as error:
         raise HTTPException(404, str(error)) from None
     if file.reason is not None:
         raise HTTPException(404, f"{file.path}: could not be read when it was indexed")
-    return searcher.index.info.folder, file
+    return folder, file
 
 
 async def _decoded(served: Served, upload: UploadFile, call: Callable, *arguments: Any) -> Any:
