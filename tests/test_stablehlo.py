@@ -1,12 +1,16 @@
 """Programs of every method, and what lies beside them."""
 
+import re
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests import readers, tiny
 from vop_jax.clip.precision import held
-from vop_jax.stablehlo import save_encoders
+from vop_jax.data.pixels import eval_crop
+from vop_jax.stablehlo import README, save_encoders
 from vop_jax.tuning.methods import METHODS, MethodConfig
 
 pytest.importorskip("flatbuffers", reason="with which jax writes programs")
@@ -65,3 +69,14 @@ def test_a_folder_that_is_there_is_replaced_whole_or_not_at_all(tmp_path, monkey
     exported(tmp_path / "e", "vop_p")
     assert (tmp_path / "e/video.npz").read_bytes() != before["video.npz"]
     assert [f.name for f in tmp_path.iterdir()] == ["e"]
+
+
+@pytest.mark.parametrize("shape", [(40, 61), (61, 40), (9, 12), (16, 16), (16, 31)])
+def test_the_readme_crops_as_we_do(shape):
+    readme = README.safe_substitute(image_size=16)
+    code = re.search(r"def cropped.*?\n\n\n", readme, re.DOTALL)[0]
+    names = {"np": np}
+    exec(code, names)
+    frame = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    found = names["cropped"](Image.fromarray(frame))
+    np.testing.assert_array_equal(found, eval_crop(frame[None], 16)[0])

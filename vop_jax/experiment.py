@@ -101,7 +101,7 @@ def evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
     Raises:
         UserError: as `train`; also when there is nothing trained to evaluate.
     """
-    with start.opened(config, workdir, _pretrain) as run:
+    with start.opened(config, workdir) as run:
         _check_trained(run)
         data = run_data.load_data(run, training=False)
         selection = Selection(run)
@@ -123,7 +123,7 @@ def export(config: ConfigDict, workdir: str, form: str = "safetensors") -> str:
             cannot say it.
     """
     formats.check(form)
-    with start.opened(config, workdir, _pretrain) as run:
+    with start.opened(config, workdir) as run:
         _check_trained(run)
         return formats.save(run, Selection(run).trainable(), form)
 

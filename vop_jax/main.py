@@ -46,11 +46,11 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         check_keys(o.split("=")[0].removeprefix("config.") for o in overrides)
         rest = flags.FLAGS(argv)
         if len(rest) > 1:
-            raise UserError(f"{rest[1]}: not a flag; flags look like --workdir=DIR")
+            raise UserError(f"{rest[1]}: not a flag; flags look like --config=FILE")
         _check_flags(flags.FLAGS.config)
         return rest
     except OSError as error:  # the config file could not be loaded, and is overridden
-        fail(f"--config: {_last_line(error)}")
+        fail(f"--config: {error.filename}: {error.strerror}" if error.filename else str(error))
     except (flags.Error, UserError, TypeError, ValueError) as error:
         fail(str(error))
     except Exception as error:  # the config file's own
@@ -61,7 +61,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
 
 def _check_flags(config: Any) -> None:
     if config is None:
-        raise UserError("--config=FILE is missing; try --config=configs/demo.py")
+        raise UserError("--config=FILE is missing; take one of configs/, as configs/demo.py")
     if not isinstance(config, ConfigDict):
         try:
             config.seed  # noqa: B018  what went wrong in the file is raised on first use

@@ -143,11 +143,19 @@ def load(name):
     return lambda rows: np.asarray(program(weights, rows))
 
 
+def cropped(frame):  # a PIL.Image, RGB -> uint8 [$image_size, $image_size, 3]
+    size, short = $image_size, min(frame.size)
+    width, height = (size if side == short else int(size * side / short) for side in frame.size)
+    frame = frame.resize((width, frame.height), 3).resize((width, height), 3)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return np.asarray(frame)[top : top + size, left : left + size]
+
+
 encode_video, encode_text = load("video"), load("text")
 ```
 
-- `encode_video` takes uint8 [B, $frames, $image_size, $image_size, 3]: $frames frames of a video,
-  RGB, the short side resized to $image_size (bicubic), the centre cut out.
+- `encode_video` takes uint8 [B, $frames, $image_size, $image_size, 3]: $frames frames of each
+  video in their order, as `cropped` makes them; `meta.json` says how they were chosen in training.
 - `encode_text` takes int32 [N, $text_slots]: ids of CLIP's tokenizer, start, words, end, zeros; of
   a longer text the first ids, the last of them the end. The package `tokenizers` makes them with
   `tokenizers.Tokenizer.from_file("tokenizer.json")`:

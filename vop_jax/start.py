@@ -80,13 +80,15 @@ def method_of(config: ConfigDict) -> MethodConfig:
 
 @contextmanager
 def opened(
-    config: ConfigDict, workdir: str, pretrain: Callable[[ConfigDict, epath.Path], None]
+    config: ConfigDict,
+    workdir: str,
+    pretrain: Callable[[ConfigDict, epath.Path], None] | None = None,
 ) -> Iterator[Run]:
     """Claims the workdir for this process and brings CLIP and state to the mesh.
 
     Args:
         pretrain: called when the config asks for a CLIP trained from nothing and the workdir
-            has none yet; leaves one there under CLIP_FILE.
+            has none yet; leaves one there under CLIP_FILE. None: that is an error.
 
     Raises:
         UserError: the config, the weights or the workdir are not what they should be.
@@ -107,6 +109,8 @@ def opened(
             sharding.check_batch(mesh, "eval.batch_size", config.eval.batch_size)
             sharding.check_microbatches(mesh, config.train.batch_size, config.train.microbatches)
             if _pretrains(config) and hosts.on_first(lambda: not (root / CLIP_FILE).exists()):
+                if pretrain is None:
+                    raise UserError(f"--workdir={root}: no {CLIP_FILE} yet; train first")
                 pretrain(config, root)
             clip = load_backbone(config, root)
             hosts.agree({"init.clip": clip.fingerprint})

@@ -315,3 +315,9 @@ def test_an_index_of_another_frame_count_is_updated(films, tmp_path, retriever, 
 
 def test_what_is_elsewhere_stays_elsewhere():
     assert absolute("gs://bucket/clip.safetensors") == "gs://bucket/clip.safetensors"
+
+
+def test_what_nothing_comes_of_leaves_no_folder(films, tmp_path, retriever):
+    with pytest.raises(UserError, match="must be a local folder"):
+        library.make(tmp_path / "index", films, retriever, store="ftp://x")
+    assert not (tmp_path / "index").exists()

@@ -166,6 +166,15 @@ def test_calls_that_are_wrong(place, call, clip, argv, message):
     assert err.startswith("error: ") and message in err and err.count("\n") == 1
 
 
+def test_what_an_index_was_made_without(place, call, clip, retriever, tmp_path):
+    index = tmp_path / "plain"
+    library.make(index, place[0], retriever, clip=str(clip))
+    status, _, err = call("query", "x", "--to=captions", "--index", index)
+    assert status == 2 and "plain: has no captions; index --captions=FILE" in err
+    status, _, err = call("index", place[0], "--index", index, "--window=9")
+    assert status == 2 and "made without --window, not 9" in err
+
+
 def test_a_full_disk_is_told_in_one_line(place, call, monkeypatch, tmp_path):
     def full(*_):
         raise OSError(28, "No space left on device", "vectors.f32")

@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     query.add_argument("text", nargs="?", metavar="TEXT", help="what to look for")
     query.add_argument("--video", metavar="FILE", help="look for what is like a video")
     query.add_argument("--image", metavar="FILE", help="look for what is like a picture")
-    query.add_argument("-k", type=whole(1), default=10, help="how many")
+    query.add_argument("-k", type=whole(1), default=10, help="how many; 10 if not said")
     query.add_argument("--to", choices=("videos", "captions"), default="videos")
     query.add_argument("--folder", metavar="SUB", help="only in this part of the indexed folder")
     query.add_argument("--since", metavar="DATE", help="files changed on this day or later")
@@ -109,6 +109,8 @@ def _query(args: argparse.Namespace) -> None:
         vector = retriever.embed_images([read_image(args.image)])[0]
     filters = {name: getattr(args, name) for name in ("to", "folder", "since", "until")}
     hits = searcher.nearest(vector, args.k, per_file=not args.all_moments, **filters)
+    if not hits and args.to == "captions" and not searcher.index.counts()["captions"]:
+        raise UserError(f"{args.index}: has no captions; index --captions=FILE brings them")
     rows = [show.row_of(searcher, hit, vector if args.explain else None) for hit in hits]
     print(json.dumps(rows, indent=2) if args.json else show.table(rows))
 

@@ -93,10 +93,8 @@ def check_same(directory: pathlib.Path, stored: IndexInfo, asked: Request) -> No
         given = dict(zip(made, windows(Request(window=window, stride=stride)), strict=True))
         for name in made:
             if made[name] != given[name]:
-                raise UserError(
-                    f"{directory}: was made with --{name}={made[name]:g}, not {given[name]:g}; "
-                    + AGAIN
-                )
+                own = f"with --{name}={made[name]:g}" if made[name] else f"without --{name}"
+                raise UserError(f"{directory}: was made {own}, not {given[name]:g}; {AGAIN}")
     if asked.store and absolute(asked.store) != stored.store:
         own = stored.store or "its own folder"
         raise UserError(f"{directory}: has its vectors in {own}, not in {asked.store}; {AGAIN}")

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import pathlib
+import shutil
 from collections.abc import Iterator
 
 import filelock
@@ -111,7 +112,7 @@ def locked(directory: pathlib.Path) -> Iterator[None]:
     Raises:
         UserError: another one does, or it cannot be written.
     """
-    lock = filelock.FileLock(directory / ".lock")
+    lock, fresh = filelock.FileLock(directory / ".lock"), not directory.exists()
     try:
         directory.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
@@ -125,6 +126,8 @@ def locked(directory: pathlib.Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+        if fresh and catalog.stored_info(directory) is None:  # nothing came of it
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def _update(

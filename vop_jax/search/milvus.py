@@ -230,6 +230,6 @@ def _import() -> Any:
             from pymilvus import MilvusClient
     except ImportError as error:
         raise UserError(f'Milvus: {error}; pip install -e ".[milvus]"') from None
-    for name in ("pymilvus", "milvus_lite"):
+    for name in ("pymilvus", "milvus_lite", "grpc._server"):
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     return MilvusClient

@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--index", action="append", required=True, metavar="DIR", help="once or more")
     add("--clip", metavar="FILE", help="converted weights, if they have moved")
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all of this machine")
-    add("--port", type=whole(0, 65535), default=8000, help="0: any free one")
+    add("--port", type=whole(0, 65535), default=8000, help="8000 if not said; 0: any free one")
     add("--token", default="", help=f"that must be given; better in ${TOKEN}")
     add("--max_upload_mb", type=number(0.001), default=200.0, help="of an uploaded file")
     add("--max_seconds", type=number(0.001), default=600.0, help="of an uploaded video")
@@ -54,7 +54,8 @@ def listen(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)
     except (OSError, UnicodeError) as error:
-        why = getattr(error, "strerror", None) or str(error)
+        number = getattr(error, "errno", None) or 0
+        why = os.strerror(number) if number > 0 else str(error)  # asyncio's repeats the address
         raise UserError(f"--host={host} --port={port}: {why}") from None
 
 
