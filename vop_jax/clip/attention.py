@@ -19,16 +19,20 @@ def attention(
     Returns:
         [N, T, H, K].
     """
-    if query.dtype != jnp.float32:  # of this a TPU's compiler holds less than of what is below
-        return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="xla")
-    scores = jnp.einsum("nthk,nshk->nhts", query, key) * query.shape[-1] ** -0.5
+    scores = jnp.einsum("nthk,nshk->nhts", query, key, preferred_element_type=jnp.float32)
+    scores *= query.shape[-1] ** -0.5
     if mask is not None:
         scores = jnp.where(mask, scores, -jnp.inf)
     # The maximum cancels out, so it needs no gradient; and the sum divides what comes out, K wide,
     # not the S weights: `jax.nn.dot_product_attention` has one more [N, H, T, S] array each way.
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-    mixed = jnp.einsum("nhts,nshk->nthk", weights, value)
-    return mixed / weights.sum(axis=-1).swapaxes(1, 2)[..., None]
+    mixed = jnp.einsum(
+        "nhts,nshk->nthk",
+        weights.astype(query.dtype),
+        value,
+        preferred_element_type=jnp.float32,
+    )
+    return (mixed / weights.sum(axis=-1).swapaxes(1, 2)[..., None]).astype(query.dtype)
 
 
 def attention_in_blocks(
@@ -50,7 +54,8 @@ def attention_in_blocks(
 
     def attend(block: jax.Array) -> jax.Array:  # [N, queries, H, K]
         k, v = (x.astype(query.dtype) for x in wide)
-        return attention(block, k, v)
+        # Computed again, `attention` would need what it divides, one more product.
+        return jax.nn.dot_product_attention(block, k, v, implementation="xla")
 
     out = jax.lax.map(jax.checkpoint(attend, prevent_cse=False), blocks)
     return out.swapaxes(0, 1).reshape(padded.shape)[:, :length]
