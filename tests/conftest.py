@@ -1,12 +1,12 @@
-"""A strict process: eight fake devices, no implicit promotion, exact matmuls."""
+"""A strict process: eight fake devices, no implicit promotion, exact matmuls, quick to compile."""
 
 import os
 import tempfile
 
+from tests import xla
+
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-)
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla.flags(8)}"
 
 import jax
 import pytest

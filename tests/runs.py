@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from absl import flags
 
+from tests import xla
 from tests.data import videos
 from vop_jax import interrupt, main
 from vop_jax.clip.config import ClipConfig
@@ -105,8 +106,12 @@ def kept_signals():
         interrupt._pending.clear()
 
 
-def command(argv: list[str]) -> tuple[list[str], dict[str, str]]:
-    """The same as a process of its own: (command, environment), on one device."""
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    env |= {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    return [sys.executable, "-m", "vop_jax.main", *argv], env
+def command(argv: list[str]) -> list[str]:
+    """The same as a process of its own, see `environment`."""
+    return [sys.executable, "-m", "vop_jax.main", *argv]
+
+
+def environment(devices: int = 1, *, quick: bool = True) -> dict[str, str]:
+    """Of a process of its own, with the package on its path; see `xla.flags`."""
+    set_here = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    return os.environ | set_here | {"XLA_FLAGS": xla.flags(devices, quick=quick)}

@@ -55,10 +55,10 @@ def start(root, name, *overrides, processes=2, devices=4, timeout=10, own=None):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     hosts = Hosts([], [])
+    env = runs.environment(devices)
     for i in range(processes):
         given = runs.arguments(root, root / "clip.safetensors", root / "workdirs" / name)
-        argv, env = runs.command([*given, *SETTINGS, *overrides, *(own[i] if own else ())])
-        env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+        argv = runs.command([*given, *SETTINGS, *overrides, *(own[i] if own else ())])
         if processes > 1:
             argv += [f"--coordinator=127.0.0.1:{port}", f"--processes={processes}"]
             argv += [f"--process={i}", f"--timeout={timeout}"]

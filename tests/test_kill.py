@@ -20,8 +20,9 @@ def start(folder, clip, workdir, steps=60):
         "train.eval_every": 20,
     }
     overrides = [f"--config.{key}={value}" for key, value in settings.items()]
-    argv, env = runs.command(runs.arguments(folder, clip, workdir, *overrides))
-    return subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    argv = runs.command(runs.arguments(folder, clip, workdir, *overrides))
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(argv, env=runs.environment(quick=False), **pipes)
 
 
 def finish(process):

@@ -197,7 +197,7 @@ def get_config():
         argv = [f"--config={config}", f"--workdir={workdir}", *more]
         command = [sys.executable, "-m", "vop_jax.interop.scenic", *argv]
         paths = os.pathsep.join([str(runs.ROOT), *filter(None, sys.path)])
-        env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": paths}
+        env = runs.environment() | {"PYTHONPATH": paths}
         return subprocess.run(command, capture_output=True, text=True, env=env)
 
     done = call()

@@ -71,11 +71,9 @@ def assert_same(one, other):
 
 def start(*argv):
     """The command line in a process of its own."""
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    env |= {"PYTHONPATH": str(runs.ROOT), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "vop_jax.search", *map(str, argv)]
     return subprocess.Popen(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, env=runs.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 

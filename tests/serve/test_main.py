@@ -1,6 +1,5 @@
 """The command line, and the server as a process."""
 
-import os
 import re
 import signal
 import socket
@@ -81,11 +80,9 @@ def test_which_hosts_are_local(host, local):
 
 
 def start(index, *arguments):
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    env |= {"PYTHONPATH": str(runs.ROOT), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "vop_jax.serve", "--index", index, "--port", "0", *arguments]
     process = subprocess.Popen(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, env=runs.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     line = process.stdout.readline()
     return process, re.search(r"http://\S+", line)[0]

@@ -1,0 +1,15 @@
+"""How the tests' programs are compiled."""
+
+# Most of the suite's time is LLVM's, whose optimizations matter to tiny programs that run once
+# less than what they cost; XLA's own passes, which fuse and place and count, stay.
+QUICK_TO_COMPILE = "--xla_backend_optimization_level=0"
+
+
+def flags(devices: int, *, quick: bool = True) -> str:
+    """The value of XLA_FLAGS for that many devices of a CPU.
+
+    Args:
+        quick: to compile, at the cost of the time to run.
+    """
+    count = f"--xla_force_host_platform_device_count={devices}"
+    return f"{count} {QUICK_TO_COMPILE}" if quick else count
