@@ -174,6 +174,19 @@ def test_prompts_of_another_clip_are_refused(retriever, places):
         retriever.with_prompts(path)
 
 
+def test_compiled_ahead(places):
+    fresh = vop_jax.load(places[1], frames=3, devices=1)
+    fresh.compile()
+    programs = set(fresh._backbone._programs)
+    assert len(programs) == 3
+    pixels = frames(1, 3, 24, 32, 3)
+    fresh.embed_text(["a dog"])
+    fresh.embed_frames(pixels)
+    fresh.embed_each_frame(pixels)
+    fresh.embed_images([pixels[0, 0]])
+    assert set(fresh._backbone._programs) == programs
+
+
 def test_few_programs_for_all_sizes_of_batch(places):
     retriever = vop_jax.load(places[1], devices=1)
     texts = [f"text number {i}" for i in range(300)]

@@ -67,6 +67,14 @@ class Retriever:
         """
         return _over(self._backbone, prompts, frames)
 
+    def compile(self) -> None:
+        """Compiles now what the first single text, clip and clip of frames would wait for."""
+        size = self._backbone.config.image_size
+        clip = np.zeros((1, self.frames, size, size, 3), np.uint8)
+        self.embed_text([""])
+        self.embed_frames(clip)
+        self.embed_each_frame(clip)
+
     def embed_text(self, texts: Sequence[str]) -> np.ndarray:
         """Captions or queries -> float32 [N, E], unit rows.
 

@@ -99,7 +99,7 @@ def _serve(args: argparse.Namespace) -> None:
     with listen(args.host, args.port) as sock:
         library = open_library(args.index, args.clip)
         for searcher in library.values():
-            searcher.vector("a first query, for which the model is compiled")
+            searcher.retriever.compile()
         _run(library, settings, sock)
 
 
