@@ -14,6 +14,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from etils import epath
 
+from vop_jax.data.locate import VIDEOS
 from vop_jax.data.pictures import list_pictures, read_picture
 from vop_jax.data.pixels import resize_short_side
 from vop_jax.data.sampling import sample_indices
@@ -244,7 +245,7 @@ class Stretch:
         av.logging.set_level(av.logging.PANIC)  # reasons are raised, not printed
         source = epath.Path(self.path)
         if not source.exists():
-            raise VideoError("no such file")
+            raise VideoError(_no_such_file(self.path))
         if source.is_dir():
             raise VideoError("a folder, not a video")
         if not source.stat().length:
@@ -314,6 +315,15 @@ def _duration(container: av.container.InputContainer, stream: av.VideoStream) ->
     if container.duration and len(container.streams) == 1:
         return container.duration / av.time_base
     return 0.0
+
+
+def _no_such_file(path: str) -> str:
+    """Why not; names are often given without their extension, or with another."""
+    remote = "://" in path  # where asking is slow
+    for extension in () if remote else VIDEOS:
+        if any(os.path.exists(name + extension) for name in (path, os.path.splitext(path)[0])):
+            return f"no such file, but one that ends with {extension}"
+    return "no such file"
 
 
 def _upright(
