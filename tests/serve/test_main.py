@@ -89,6 +89,14 @@ def start(index, *arguments):
 
 
 @pytest.mark.slow
+def test_it_can_be_ended_as_soon_as_it_says_where_it_is(index):
+    process, _ = start(index)
+    process.terminate()
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM and (out, err) == ("", "")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("signum", "status"), [(signal.SIGTERM, 128 + 15), (signal.SIGINT, 128 + 2)]
 )

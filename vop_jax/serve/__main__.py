@@ -108,6 +108,16 @@ def _run(library: Any, settings: Any, sock: socket.socket) -> None:
 
     from vop_jax.serve.app import make_app
 
+    host, port = sock.getsockname()[:2]
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+    class Server(uvicorn.Server):
+        """Says where it is once it answers, and ends cleanly from then on."""
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            print(f"{', '.join(library)}: http://{address}/", flush=True)
+
     config = uvicorn.Config(
         make_app(library, settings),
         log_level="warning",
@@ -116,10 +126,7 @@ def _run(library: Any, settings: Any, sock: socket.socket) -> None:
         limit_concurrency=CONNECTIONS,
         timeout_graceful_shutdown=3,
     )
-    host, port = sock.getsockname()[:2]
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    print(f"{', '.join(library)}: http://{address}/", flush=True)
-    uvicorn.Server(config).run(sockets=[sock])
+    Server(config).run(sockets=[sock])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
