@@ -47,7 +47,8 @@ def test_one_step_of_everything(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_as_shipped_it_learns(tmp_path):
-    argv, env = runs.command([CONFIG, f"--workdir={tmp_path}"]), runs.environment(quick=False)
+    argv = runs.command([CONFIG, f"--workdir={tmp_path}"])
+    env = runs.environment(quick=False)
     done = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "summary.json").read_text())

@@ -319,10 +319,11 @@ def _duration(container: av.container.InputContainer, stream: av.VideoStream) ->
 
 def _no_such_file(path: str) -> str:
     """Why not; names are often given without their extension, or with another."""
-    remote = "://" in path  # where asking is slow
-    for extension in () if remote else VIDEOS:
-        if any(os.path.exists(name + extension) for name in (path, os.path.splitext(path)[0])):
-            return f"no such file, but one that ends with {extension}"
+    if "://" not in path:  # asking a remote store so often is slow
+        stems = {path, os.path.splitext(path)[0]}
+        for extension in VIDEOS:
+            if any(os.path.exists(stem + extension) for stem in stems):
+                return f"no such file, but one that ends with {extension}"
     return "no such file"
 
 
