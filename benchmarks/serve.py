@@ -28,11 +28,13 @@ HITS = 10
 def start(index: str) -> tuple[subprocess.Popen, str, int, str]:
     """(process, host, port, name of the index) of a server that is ready."""
     command = [sys.executable, "-m", "vop_jax.serve", "--index", index, "--port", "0"]
+    began = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     found = re.search(r"(\S+): http://([\d.]+):(\d+)/", process.stdout.readline())
     if not found:
         raise SystemExit("the server did not start")
+    print(f"ready after {time.perf_counter() - began:.1f} s")
     return process, found[2], int(found[3]), found[1]
 
 
