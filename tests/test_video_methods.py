@@ -10,7 +10,7 @@ import pytest
 
 from tests import tiny
 from tests.reference_methods import Reference
-from vop_jax.clip.attention import attention
+from vop_jax.clip.attention import Keys, attention
 from vop_jax.errors import UserError
 from vop_jax.model import TextVideoModel
 from vop_jax.tensorfile import flatten, unflatten
@@ -218,7 +218,7 @@ def test_only_layers_across_frames_get_the_kernel_for_long_sequences(monkeypatch
 
     def spy(query, key, value, implementation):
         asked.append(implementation)
-        return attention(query, key, value)
+        return attention(query, Keys(key, value))
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", spy)
     method = MethodConfig(name, frames=3)

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from vop_jax.clip.config import ClipConfig
-from vop_jax.clip.layers import Kernel
+from vop_jax.clip.layers import Beside, Kernel
 from vop_jax.clip.memory import Memory
 from vop_jax.clip.model import Clip, unit
 from vop_jax.tensorfile import flatten
 from vop_jax.tuning.adapters import Adapters
 from vop_jax.tuning.methods import MethodConfig
-from vop_jax.tuning.prompts import Prompts, TextLayout, set_visual_prompts
+from vop_jax.tuning.prompts import Prompts, TextLayout
 
 
 class TextVideoModel(nn.Module):
@@ -60,24 +60,31 @@ class TextVideoModel(nn.Module):
         batch, count = frames.shape[:2]
         split = self.method.split(self.clip_config.vision_layers)
         x = tower.embed(frames.reshape(batch * count, *frames.shape[2:]))  # [B * F, 1 + G, D]
-        heads, present = 1, 0  # CLS tokens, then prompt tokens, lead each sequence
+        heads = 1  # CLS tokens that lead each sequence
         for layer, block in enumerate(tower.blocks):
             if layer == split:  # from here on all frames of a clip are one sequence
-                x = set_visual_prompts(x, None, present)
                 x = self.prompts.join_frames(x.reshape(batch, count, *x.shape[1:]))
-                heads, present = count, 0  # [B, F + F * G, D]
+                heads = count  # [B, F + F * G, D]
+            prompts = None
             if self.method.parts.prompts:
                 cls = x[:, :heads].reshape(batch, count, -1)  # [B, F, D]
-                prompts, cls = self.prompts.visual_at(layer, cls)
-                x = jnp.concatenate([cls.reshape(-1, heads, cls.shape[-1]), x[:, heads:]], axis=1)
-                x = set_visual_prompts(x, prompts, present, heads)
-                present = 0 if prompts is None else prompts.shape[-2]
-            if layer == 0:
-                x = tower.ln_pre(x)  # the first prompts pass through it, as in the released code
+                prompts, updated = self.prompts.visual_at(layer, cls)
+                if updated is not cls:
+                    updated = updated.reshape(-1, heads, cls.shape[-1])
+                    x = jnp.concatenate([updated, x[:, heads:]], axis=1)
+            if layer == 0:  # the first prompts pass through it, too, as in the released code
+                x = tower.ln_pre(x)
+                prompts = None if prompts is None else tower.ln_pre(prompts)
             kernel: Kernel = self.long_kernel if layer >= split else "xla"
-            branches = self._branches("visual", layer)
-            reads = heads if block is tower.blocks[-1] else None
-            x = self.memory.run(block, x, branches, kernel, frames=layer < split, reads=reads)
+            x = self.memory.run(
+                block,
+                x,
+                self._branches("visual", layer),
+                None if prompts is None else Beside(prompts),
+                kernel,
+                frames=layer < split,
+                reads=heads if block is tower.blocks[-1] else None,
+            )
         return unit(tower.project(x.reshape(batch, count, -1)))
 
     def _branches(self, tower: str, layer: int) -> dict[str, Any]:
@@ -97,20 +104,26 @@ class TextVideoModel(nn.Module):
         layout = TextLayout.of(ids, self.method)
         eot = ids.argmax(axis=-1)  # EOT is the largest id
         x = tower.embed(ids)  # [N, T, D]
-        prompted = False
         for layer, block in enumerate(tower.blocks):
             prompts = self.prompts.text_at(layer) if self.method.parts.prompts else None
+            if layer == 0:  # only the first prompts receive positions, and move those of words
+                x = x + tower.positions(layout.alone[None] if prompts is None else layout.words)
+            beside = None
             if prompts is not None:
-                x = layout.replace(x if prompted else layout.insert(x), prompts)
-            elif prompted:
-                x = layout.remove(x)
-            prompted = prompts is not None
-            if layer == 0:
-                x = x + tower.positions(x.shape[1])  # only the first prompts receive positions
-            branches, reads = self._branches("text", layer), None
-            if block is tower.blocks[-1]:
-                reads = eot + (layout.tokens if prompted else 0)
-            x = self.memory.run(block, x, branches, reads=reads)  # [N, T + P, D]
+                tokens = prompts.astype(x.dtype)[None]  # [1, P, D]
+                if layer == 0:
+                    tokens = tokens + tower.positions(layout.prompts)  # [N, P, D]
+                beside = Beside(tokens, layout.seen)
+            reads = eot if block is tower.blocks[-1] else None
+            if reads is not None and beside is not None and self.method.suffix == "released":
+                # The published code looks for EOT behind all prompts, also where a short caption
+                # has them behind EOT: what it reads may be a prompt.
+                x, beside, reads = (
+                    layout.placed(x, beside.tokens),
+                    None,
+                    eot + beside.tokens.shape[1],
+                )
+            x = self.memory.run(block, x, self._branches("text", layer), beside, reads=reads)
         return unit(tower.project(x[:, 0]))
 
     def temperature(self) -> jax.Array:

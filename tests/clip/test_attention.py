@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vop_jax.clip.attention import attention, attention_in_blocks
-from vop_jax.clip.layers import Attention, Block, read
+from vop_jax.clip.attention import Keys, attention, attention_in_blocks, joined
+from vop_jax.clip.layers import Attention, Beside, Block, read
 
 
 def qkv(dtype=jnp.float32, length=13):
@@ -31,7 +31,7 @@ def test_values_and_gradients_are_those_of_jax(causal, dtype, atol):
             jax.jit(jax.grad(value, argnums=(0, 1, 2), has_aux=True))(q, k, v),
         )
 
-    ours = gradients(lambda *x: attention(*x, mask))
+    ours = gradients(lambda q, *kv: attention(q, Keys(*kv, mask)))
     theirs = gradients(lambda *x: jax.nn.dot_product_attention(*x, is_causal=causal))
     scale = max(1.0, *(np.abs(x).max() for x in jax.tree.leaves(theirs)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol * scale), ours, theirs)
@@ -40,8 +40,56 @@ def test_values_and_gradients_are_those_of_jax(causal, dtype, atol):
 def test_large_scores_stay_finite():
     q, k, v = (100 * x for x in qkv())
     np.testing.assert_allclose(
-        attention(q, k, v), jax.nn.dot_product_attention(q, k, v), rtol=1e-4, atol=1e-3
+        attention(q, Keys(k, v)), jax.nn.dot_product_attention(q, k, v), rtol=1e-4, atol=1e-3
     )
+
+
+@pytest.mark.parametrize("shared", [1, 2, 4])
+def test_parts_are_looked_at_as_if_they_were_one(shared):
+    """Two parts, the second shared by sequences that lie `shared` apart, against one."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(0, 2, shape), jnp.float32)  # noqa: E731
+    q, k, v, more = draw(4, 5, 2, 4), draw(4, 5, 2, 4), draw(4, 5, 2, 4), draw(2, shared, 3, 2, 4)
+    masks = jnp.tril(jnp.ones((1, 1, 5, 5), bool)), jnp.asarray(rng.random((4, 1, 5, 3)) < 0.5)
+
+    def at_once(q, k, v, more):
+        keys, values = joined(4, Keys(k, v), Keys(*more))
+        mask = jnp.concatenate([jnp.tile(masks[0], (4, 1, 1, 1)), masks[1]], axis=-1)
+        return jax.nn.dot_product_attention(q, keys, values, mask=mask)
+
+    def in_parts(q, k, v, more):
+        return attention(q, Keys(k, v, masks[0]), Keys(*more, masks[1]))
+
+    def result(attend):
+        weighed = lambda *x: (attend(*x) * jnp.arange(4.0)[None, None, None]).sum()  # noqa: E731
+        return jax.value_and_grad(weighed, argnums=(0, 1, 2, 3))(q, k, v, more)
+
+    ours, theirs = result(in_parts), result(at_once)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), ours, theirs)
+
+
+def test_joined_parts_repeat_what_is_shared():
+    own, shared = jnp.arange(8.0).reshape(4, 2, 1, 1), -jnp.arange(1.0, 3).reshape(2, 1, 1, 1)
+    keys, values = joined(4, Keys(own, own), Keys(shared, 2 * shared))
+    assert keys[..., 0, 0].tolist() == [[0, 1, -1], [2, 3, -2], [4, 5, -1], [6, 7, -2]]
+    assert values[:, 2, 0, 0].tolist() == [-2, -4, -2, -4]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_tokens_beside_a_sequence_are_those_of_a_longer_one_that_nobody_reads(causal):
+    """A block of 9 tokens with 2 beside it is one of 11 whose other outputs are dropped."""
+    rng = np.random.default_rng(0)
+    x, beside = (jnp.asarray(rng.normal(size=(3, n, 8)), jnp.float32) for n in (9, 2))
+    block = Block(8, 2, "gelu", causal)
+    params = block.init(jax.random.key(0), x)
+    seen = jnp.broadcast_to(jnp.arange(9)[None, :, None] >= 4, (3, 9, 2)) if causal else None
+    longer = jnp.concatenate([x[:, :4], beside, x[:, 4:]], axis=1)
+    whole = block.apply(params, longer)
+    expected = jnp.concatenate([whole[:, :4], whole[:, 6:]], axis=1)
+    found = block.apply(params, x, beside=Beside(beside, seen))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    read_alone = block.apply(params, x, beside=Beside(beside, seen), reads=jnp.array([8, 0, 4]))
+    np.testing.assert_allclose(read_alone[:, 0], expected[jnp.arange(3), [8, 0, 4]], atol=1e-5)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -94,5 +142,5 @@ def test_the_weights_of_all_queries_never_exist():
 
 
 def test_a_causal_layer_has_no_blocks():
-    with pytest.raises(ValueError, match="no causal mask"):
-        Attention(8, 2, causal=True).init(jax.random.key(0), jnp.zeros((1, 3, 8)), "blocks")
+    with pytest.raises(ValueError, match="no mask"):
+        Attention(8, 2, causal=True).init(jax.random.key(0), jnp.zeros((1, 3, 8)), kernel="blocks")

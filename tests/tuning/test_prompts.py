@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vop_jax.tuning.methods import MethodConfig
-from vop_jax.tuning.prompts import TextLayout, set_visual_prompts
+from vop_jax.tuning.prompts import TextLayout
 
 SLOTS, EOT, WIDTH = 9, 99, 2  # one shape of captions, so that operations compile once
 PROMPTS = [(2, 3), (0, 2), (3, 0), (0, 0), (1, 1)]
@@ -52,50 +52,30 @@ def by_hand(ids, x, prompts, prefix, suffix):
 def test_text_prompts_stand_where_a_list_would_put_them(ids, lengths, suffix):
     method = MethodConfig(text_prefix=lengths[0], text_suffix=lengths[1], suffix=suffix)
     layout = TextLayout.of(jnp.asarray(ids), method)
-    x, prompts = tokens_of(ids), prompts_of(*lengths)
+    x, prompts = np.asarray(tokens_of(ids)), np.asarray(prompts_of(*lengths))
     expected = by_hand(ids, x, prompts, lengths[0], suffix)
-    inserted = layout.insert(x)
-    np.testing.assert_array_equal(inserted, by_hand(ids, x, 0 * prompts, lengths[0], suffix))
-    placed = layout.replace(inserted, prompts)
+    placed = np.zeros_like(expected)
+    rows = np.arange(len(ids))[:, None]
+    placed[rows, layout.words] = x
+    placed[rows, layout.prompts] = prompts
     np.testing.assert_array_equal(placed, expected)
-    np.testing.assert_array_equal(layout.remove(placed), x)
-    # A deeper layer's prompts take the place of these.
-    again = by_hand(ids, x, 10 * prompts, lengths[0], suffix)
-    np.testing.assert_array_equal(layout.replace(placed, 10 * prompts), again)
+    np.testing.assert_array_equal(layout.placed(x, prompts[None]), expected)
+    assert layout.alone.tolist() == list(range(SLOTS))
+    # Under the causal mask a word sees the prompts that stand before it in that list.
+    for row, sees in zip(expected[..., 0].tolist(), layout.seen.tolist(), strict=True):
+        words = [i for i, token in enumerate(row) if token > 0]
+        prompts = [i for i, token in enumerate(row) if token < 0]
+        assert sees == [[p < w for p in prompts] for w in words]
 
 
 @pytest.mark.parametrize("suffix", ["eot", "released"])
-def test_eot_moves_by_the_number_of_prompts(suffix):
+def test_the_suffix_stands_before_eot_or_before_the_last_slot(suffix):
     ids = np.array([[98, EOT, 0, 0, 0], [98, 5, 6, 7, EOT]], np.int32)
     method = MethodConfig(text_prefix=2, text_suffix=1, suffix=suffix)
     layout = TextLayout.of(jnp.asarray(ids), method)
-    x = jnp.asarray(ids, jnp.float32)[..., None]
-    placed = np.asarray(layout.insert(x))[..., 0]
-    last = 4 + layout.tokens
-    # The released code reads a short caption's feature where its EOT is not.
-    expected = [1 + layout.tokens, last] if suffix == "eot" else [1 + 2, last]
-    assert placed.argmax(axis=1).tolist() == expected
-
-
-@pytest.mark.parametrize("present", [0, 2, 5])  # at 5 the new ones are as many
-def test_visual_prompts_stand_between_cls_and_patches(present):
-    frames, patches = 3, 4
-    x = jnp.arange(1.0 * frames * (1 + present + patches) * WIDTH).reshape(frames, -1, WIDTH)
-    prompts = prompts_of(0, 5)
-    cls, rest = x[:, :1], x[:, 1 + present :]
-    shared = np.repeat(prompts[None], frames, axis=0)
-    np.testing.assert_array_equal(
-        set_visual_prompts(x, prompts, present), np.concatenate([cls, shared, rest], axis=1)
-    )
-    np.testing.assert_array_equal(
-        set_visual_prompts(x, None, present), np.concatenate([cls, rest], axis=1)
-    )
-
-
-def test_prompts_take_the_precision_of_the_sequence():
-    x = jnp.ones((2, 5, WIDTH), jnp.bfloat16)
-    prompts = prompts_of(1, 1)
-    assert set_visual_prompts(x, prompts, 0).dtype == jnp.bfloat16
-    ids = jnp.array([[98, 1, EOT]] * 2)
-    layout = TextLayout.of(ids, MethodConfig(text_prefix=1, text_suffix=1))
-    assert layout.replace(x, prompts).dtype == jnp.bfloat16
+    eot = layout.words[np.arange(2), [1, 4]].tolist()
+    # The released suffix is behind a short caption's EOT, which never sees it.
+    assert eot == ([1 + 3, 7] if suffix == "eot" else [1 + 2, 7])
+    assert layout.seen[0, 1].tolist() == [True, True, suffix == "eot"]
+    assert layout.seen[1, 4].all()
+    assert not layout.seen[:, 0].any()  # SOS comes first

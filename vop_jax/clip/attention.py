@@ -1,38 +1,72 @@
 """Softmax attention in plain JAX: at once, or for one block of queries at a time."""
 
+import functools
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 QUERIES = 128  # in a block
 
 
-def attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None
-) -> jax.Array:
-    """Scaled dot-product attention, softmax in float32.
+class Keys(NamedTuple):
+    """What queries [N, T, H, K] look at.
+
+    Attributes:
+        key, value: [M, S, H, K]; M divides N, and sequence n looks at those of n modulo M.
+        mask: bool, broadcast to [N, H, T, S]: who may look at whom.
+    """
+
+    key: jax.Array
+    value: jax.Array
+    mask: jax.Array | None = None
+
+
+def attention(query: jax.Array, *parts: Keys) -> jax.Array:
+    """Scaled dot-product attention over all parts as if they were one; softmax in float32.
+
+    What many sequences look at is thus neither copied for each nor appended to each one's own.
 
     Args:
         query: [N, T, H, K].
-        key, value: [N, S, H, K].
-        mask: bool, broadcast to [N, H, T, S]: who may look at whom.
+        parts: at least one.
 
     Returns:
         [N, T, H, K].
     """
-    scores = jnp.einsum("nthk,nshk->nhts", query, key, preferred_element_type=jnp.float32)
-    scores *= query.shape[-1] ** -0.5
-    if mask is not None:
-        scores = jnp.where(mask, scores, -jnp.inf)
+    scores = [_scores(query, part) for part in parts]
     # The maximum cancels out, so it needs no gradient; and the sum divides what comes out, K wide,
     # not the S weights: `jax.nn.dot_product_attention` has one more [N, H, T, S] array each way.
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-    mixed = jnp.einsum(
-        "nhts,nshk->nthk",
-        weights.astype(query.dtype),
-        value,
-        preferred_element_type=jnp.float32,
-    )
-    return (mixed / weights.sum(axis=-1).swapaxes(1, 2)[..., None]).astype(query.dtype)
+    highest = functools.reduce(jnp.maximum, [x.max(axis=-1, keepdims=True) for x in scores])
+    weights = [jnp.exp(x - jax.lax.stop_gradient(highest)) for x in scores]
+    mixed = sum(_mixed(w, part) for w, part in zip(weights, parts, strict=True))
+    total = sum(w.sum(axis=-1) for w in weights)  # [N, H, T]
+    return (mixed / total.swapaxes(1, 2)[..., None]).astype(query.dtype)
+
+
+def _scores(query: jax.Array, part: Keys) -> jax.Array:
+    """float32 [N, H, T, S], -inf where nobody may look."""
+    groups = query.reshape(-1, len(part.key), *query.shape[1:])  # [N / M, M, T, H, K]
+    scores = jnp.einsum("gmthk,mshk->gmhts", groups, part.key, preferred_element_type=jnp.float32)
+    scores = scores.reshape(len(query), *scores.shape[2:]) * query.shape[-1] ** -0.5
+    return scores if part.mask is None else jnp.where(part.mask, scores, -jnp.inf)
+
+
+def _mixed(weights: jax.Array, part: Keys) -> jax.Array:
+    """Weights [N, H, T, S] -> float32 [N, T, H, K]."""
+    groups = weights.astype(part.value.dtype).reshape(-1, len(part.value), *weights.shape[1:])
+    mixed = jnp.einsum("gmhts,mshk->gmthk", groups, part.value, preferred_element_type=jnp.float32)
+    return mixed.reshape(len(weights), *mixed.shape[2:])
+
+
+def joined(count: int, *parts: Keys) -> tuple[jax.Array, jax.Array]:
+    """All parts' (keys, values), without their masks, for each of `count` sequences."""
+
+    def join(arrays: list[jax.Array]) -> jax.Array:
+        own = [jnp.tile(x, (count // len(x), 1, 1, 1)) for x in arrays]
+        return jnp.concatenate(own, axis=1) if len(own) > 1 else own[0]
+
+    return join([part.key for part in parts]), join([part.value for part in parts])
 
 
 def attention_in_blocks(

@@ -5,13 +5,13 @@ kernels [D, H, D/H]), so that exchange with it is a rename.
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vop_jax.clip.attention import attention, attention_in_blocks
+from vop_jax.clip.attention import Keys, attention, attention_in_blocks, joined
 
 LAYER_NORM_EPS = 1e-5
 
@@ -49,10 +49,22 @@ def read(x: jax.Array, reads: Reads) -> jax.Array:
     return x[:, :reads] if isinstance(reads, int) else x[jnp.arange(x.shape[0]), reads][:, None]
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention [N, T, D] -> [N, R, D]; softmax in float32.
+class Beside(NamedTuple):
+    """Tokens beside a sequence: it looks at them, they look at nothing and nobody reads them.
 
-    All T tokens are looked at, by the R that are read.
+    Attributes:
+        tokens: [M, P, D]; M divides N, and sequence n of [N, T, D] has those of n modulo M.
+        seen: bool [N, T, P], which of them a token looks at; None: all.
+    """
+
+    tokens: jax.Array
+    seen: jax.Array | None = None
+
+
+class Attention(nn.Module):
+    """Multi-head attention [N, T, D] -> [N, R, D]; softmax in float32.
+
+    All T tokens, and those beside them, are looked at by the R that are read.
     """
 
     width: int
@@ -67,12 +79,24 @@ class Attention(nn.Module):
         self.value = nn.DenseGeneral(head_shape, dtype=self.dtype)
         self.out = nn.DenseGeneral(self.width, axis=(-2, -1), dtype=self.dtype)
 
-    def __call__(self, x: jax.Array, kernel: Kernel = "xla", reads: Reads = None) -> jax.Array:
-        q, k, v = self.query(read(x, reads)), self.key(x), self.value(x)  # [N, T, H, D/H]
+    def __call__(
+        self,
+        x: jax.Array,
+        beside: Beside | None = None,
+        kernel: Kernel = "xla",
+        reads: Reads = None,
+    ) -> jax.Array:
+        q = self.query(read(x, reads))  # [N, R, H, D/H]
+        parts = [Keys(self.key(x), self.value(x), self._mask(x, reads))]
+        if beside is not None:
+            tokens, seen = beside
+            mask = None if seen is None else read(seen, reads)[:, None]
+            parts.append(Keys(self.key(tokens), self.value(tokens), mask))
         if kernel == "xla":
-            return self.out(attention(q, k, v, self._mask(x, reads)))
-        if self.causal:
-            raise ValueError(f"attention by {kernel} has no causal mask")
+            return self.out(attention(q, *parts))
+        if any(part.mask is not None for part in parts):
+            raise ValueError(f"attention by {kernel} has no mask")
+        k, v = joined(len(x), *parts)
         if kernel == "blocks":
             return self.out(attention_in_blocks(q, k, v))
         return self.out(jax.nn.dot_product_attention(q, k, v, implementation=kernel))
@@ -111,8 +135,9 @@ class Block(nn.Module):
     """Pre-norm residual block [N, T, D] -> [N, R, D].
 
     `attn_branch` and `mlp_branch` read the same normalised input as the attention and the
-    MLP, and what they return is added beside theirs (a parallel adapter). `kernel` is "xla",
-    plain JAX; "blocks", see `clip.attention`; or an implementation of
+    MLP, and what they return is added beside theirs (a parallel adapter). `beside` are tokens
+    that are looked at and not read, so that the block makes their keys and values and no more.
+    `kernel` is "xla", plain JAX; "blocks", see `clip.attention`; or an implementation of
     `jax.nn.dot_product_attention`. Of the last block few tokens are read, so it need not make
     the others: at ViT-B/32 that is a fifteenth of all FLOPs.
     """
@@ -134,11 +159,14 @@ class Block(nn.Module):
         x: jax.Array,
         attn_branch: Branch | None = None,
         mlp_branch: Branch | None = None,
+        beside: Beside | None = None,
         kernel: Kernel = "xla",
         reads: Reads = None,
     ) -> jax.Array:
         h = self.ln_1(x)
-        x, attended = read(x, reads), self.attn(h, kernel, reads)
+        if beside is not None:
+            beside = beside._replace(tokens=self.ln_1(beside.tokens))
+        x, attended = read(x, reads), self.attn(h, beside, kernel, reads)
         x = x + attended + (attn_branch(read(h, reads)) if attn_branch else 0)
         h = self.ln_2(x)
         return x + self.mlp(h) + (mlp_branch(h) if mlp_branch else 0)

@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
-from vop_jax.clip.layers import Block, Kernel, Reads
+from vop_jax.clip.layers import Beside, Block, Kernel, Reads
 
 Remat = Literal["none", "dots", "full"]
 
@@ -43,24 +44,31 @@ class Memory:
         block: Block,
         x: jax.Array,
         branches: Mapping[str, nn.Module],
+        beside: Beside | None = None,
         kernel: Kernel = "xla",
         frames: bool = False,
         reads: Reads = None,
     ) -> jax.Array:
-        """`block(x, **branches, kernel=kernel, reads=reads)`, [N, T, D] -> [N, R, D].
+        """`block(x, **branches, …)`, [N, T, D] -> [N, R, D].
 
         Args:
             frames: whether the N sequences are frames, which `frame_chunk` is about.
         """
         chunks = self.chunks(len(x)) if frames and self.frame_chunk else 1
         if block.is_initializing() or (chunks == 1 and self.remat == "none"):
-            return block(x, **branches, kernel=kernel, reads=reads)
+            return block(x, **branches, beside=beside, kernel=kernel, reads=reads)
         function, params = _pure(block, branches, kernel, reads)
         if chunks == 1:
-            return jax.checkpoint(function, policy=POLICIES[self.remat])(params, x)
+            return jax.checkpoint(function, policy=POLICIES[self.remat])(params, x, beside)
         # Within a loop nothing is merged with the forward pass, so nothing needs preventing.
         again = jax.checkpoint(function, prevent_cse=False)
-        return join_rows(jax.lax.map(partial(again, params), split_rows(x, chunks)))
+        if beside is None or len(beside.tokens) == 1:
+            rows = jax.lax.map(lambda x: again(params, x, beside), split_rows(x, chunks))
+        else:  # each frame takes its own tokens along
+            tokens = jnp.tile(beside.tokens, (len(x) // len(beside.tokens), 1, 1))
+            parts = split_rows(x, chunks), split_rows(tokens, chunks)
+            rows = jax.lax.map(lambda part: again(params, part[0], Beside(part[1])), parts)
+        return join_rows(rows)
 
     def chunks(self, count: int) -> int:
         """Into how many equal parts `count` frames are cut: as few as `frame_chunk` allows."""
@@ -71,13 +79,14 @@ class Memory:
 def _pure(
     block: Block, branches: Mapping[str, nn.Module], kernel: Kernel, reads: Reads
 ) -> tuple[Callable[..., jax.Array], dict]:
-    """(function, params): function(params, x) is what the block with its branches does."""
+    """(function, params): function(params, x, beside) is what the block with its branches does."""
     modules: dict[str, nn.Module] = {"block": block, **branches}
     free: dict[str, Any] = {name: module.clone(parent=None) for name, module in modules.items()}
 
-    def function(params, x):
-        beside = {name: partial(free[name].apply, params[name]) for name in branches}
-        return free["block"].apply(params["block"], x, **beside, kernel=kernel, reads=reads)
+    def function(params, x, beside):
+        own = {name: partial(free[name].apply, params[name]) for name in branches}
+        options = {"beside": beside, "kernel": kernel, "reads": reads}
+        return free["block"].apply(params["block"], x, **own, **options)
 
     return function, {name: module.variables for name, module in modules.items()}
 

@@ -39,7 +39,7 @@ class Clip(nn.Module):
 
     def encode_text(self, ids: jax.Array) -> jax.Array:
         """int32 [N, T] -> unit rows [N, E]; read at EOT, the largest id."""
-        x = self.text.embed(ids) + self.text.positions(ids.shape[1])
+        x = self.text.embed(ids) + self.text.positions(jnp.arange(ids.shape[1])[None])
         *blocks, last = self.text.blocks
         for block in blocks:
             x = block(x)

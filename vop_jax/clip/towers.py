@@ -101,9 +101,9 @@ class TextTower(nn.Module):
         """int32 [N, T] -> [N, T, D]: token embeddings without positions."""
         return self.token_embedding(ids)
 
-    def positions(self, length: int) -> jax.Array:
-        """[1, length, D], the position embedding of the first `length` positions."""
-        return self.positional_embedding[None, :length].astype(self.dtype)
+    def positions(self, places: jax.Array) -> jax.Array:
+        """int32 [...] -> [..., D], the embedding of these positions, from 0."""
+        return jnp.asarray(self.positional_embedding, self.dtype)[places]
 
     @property
     def blocks(self) -> list[Block]:

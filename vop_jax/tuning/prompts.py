@@ -1,7 +1,8 @@
-"""The prompts of VoP, and where they stand in a tower's sequence.
+"""The prompts of VoP, and where they stand beside a tower's sequence.
 
-Both towers do the same: before a prompted layer its prompts take the place of the previous
-layer's, so the outputs at prompt positions are dropped (the paper's equations 3 to 6).
+Both towers do the same: a prompted layer's prompts take the place of the previous layer's, so
+what comes out at prompt positions is dropped (the paper's equations 3 to 6). Hence it is never
+made: prompts are looked at, as keys and values, and are no part of the sequence.
 """
 
 import dataclasses
@@ -71,32 +72,32 @@ class Prompts(nn.Module):
             cls: [B, F, D], the CLS tokens that enter the layer.
 
         Returns:
-            The prompts, [B * F, P, D] before the split, [P, D] after it, None where the layer
-            has none; and the CLS tokens, which only the context in its role `cls` changes.
+            The prompts [M, P, D], where frame n of all B * F (after the split, clip n) has those
+            of n modulo M; None where the layer has none. And the CLS tokens, the same object
+            unless a context in its role `cls` changed them.
         """
         if layer in self.video_layers:
-            return self.video[self.video_layers.index(layer)], cls
+            return self.video[self.video_layers.index(layer)][None].astype(cls.dtype), cls
         if layer not in self.frame_layers:
             return None, cls
         if self.method.makes_context("cls"):
             cls = cls + self.context(cls)[:, :, 0]
-        prompts = self._frame_prompts(self.frame_layers.index(layer), cls)
-        return prompts.reshape(-1, *prompts.shape[2:]), cls
+        return self._frame_prompts(self.frame_layers.index(layer), cls), cls
 
     def _frame_prompts(self, index: int, cls: jax.Array) -> jax.Array:
-        """[B, F, P, D]: the generic ones, then the frame's own."""
+        """[M, P, D]: the generic ones, then a frame's own."""
         parts = []
         if self.method.visual_tokens > self.method.specific_tokens:
-            parts.append(self.visual[index][None, None])  # [1, 1, P, D]
+            parts.append(self.visual[index][None])  # [1, P, D]
         if self.method.specific_tokens and self.method.parts.specific == "position":
             check_frames(cls.shape[1], self.method.frames)
-            parts.append(self.position[index][None])  # [1, F, P, D]
+            parts.append(self.position[index])  # [F, P, D]
         elif self.method.specific_tokens:
-            parts.append(self.context(cls))  # [B, F, P, D]
-        clips = cls.shape[:2]
-        return jnp.concatenate(
-            [jnp.broadcast_to(p, clips + p.shape[2:]).astype(cls.dtype) for p in parts], axis=2
-        )
+            own = self.context(cls)
+            parts.append(own.reshape(-1, *own.shape[2:]))  # [B * F, P, D]
+        most = max(map(len, parts))
+        wide = [jnp.broadcast_to(p, (most, *p.shape[1:])).astype(cls.dtype) for p in parts]
+        return jnp.concatenate(wide, axis=1)
 
     def join_frames(self, x: jax.Array) -> jax.Array:
         """Frames [B, F, 1 + G, D] -> one sequence a clip [B, F + F * G, D]: all CLS first."""
@@ -107,39 +108,19 @@ class Prompts(nn.Module):
         return jnp.concatenate([x[:, :, 0], patches], axis=1)
 
 
-def set_visual_prompts(
-    x: jax.Array, prompts: jax.Array | None, present: int, cls: int = 1
-) -> jax.Array:
-    """[CLS, old prompts, patches] -> [CLS, prompts, patches].
-
-    Args:
-        x: [N, C + present + G, D].
-        prompts: [P, D], shared by all sequences, or [N, P, D]; None removes the old ones.
-        present: how many old prompt tokens stand after CLS.
-        cls: C, how many CLS tokens lead: one, or one of each frame.
-    """
-    if prompts is None:
-        return jnp.concatenate([x[:, :cls], x[:, cls + present :]], axis=1) if present else x
-    own = jnp.broadcast_to(prompts.astype(x.dtype), (x.shape[0], *prompts.shape[-2:]))
-    if present and own.shape[1] == present:  # in their places: nothing else moves
-        return jax.lax.dynamic_update_slice_in_dim(x, own, cls, axis=1)
-    return jnp.concatenate([x[:, :cls], own, x[:, cls + present :]], axis=1)
-
-
 @dataclasses.dataclass(frozen=True)
 class TextLayout:
-    """Where prompts stand in each caption: [SOS, prefix, words, suffix, rest].
+    """Where words and prompts of each caption stand: [SOS, prefix, words, suffix, rest].
 
     Attributes:
-        prefix, suffix: numbers of prompt tokens.
-        slots: T, the caption's token slots.
-        suffix_slot: [N], the slot right before which the suffix stands.
+        alone: int32 [T], the places of a caption's tokens where there are no prompts.
+        words: int32 [N, T], their places among prompts.
+        prompts: int32 [N, P], the places of prefix and suffix.
     """
 
-    prefix: int
-    suffix: int
-    slots: int
-    suffix_slot: jax.Array
+    alone: jax.Array
+    words: jax.Array
+    prompts: jax.Array
 
     @classmethod
     def of(cls, ids: jax.Array, method: MethodConfig) -> "TextLayout":
@@ -149,52 +130,22 @@ class TextLayout:
         in the published code, where for a short caption that is behind EOT and, under the
         causal mask, never seen by it.
         """
-        slots = ids.shape[1]
-        eot = ids.argmax(axis=-1)
-        at = eot if method.suffix == "eot" else jnp.full_like(eot, slots - 1)
-        return cls(method.text_prefix, method.text_suffix, slots, at)
+        prefix, suffix = method.text_prefix, method.text_suffix
+        alone = jnp.arange(ids.shape[1])
+        slot, prompt = alone[None], jnp.arange(prefix + suffix)[None]
+        eot = ids.argmax(axis=-1, keepdims=True)
+        # The slot right before which the suffix stands.
+        behind = eot if method.suffix == "eot" else jnp.full_like(eot, ids.shape[1] - 1)
+        words = slot + prefix * (slot > 0) + suffix * (slot >= behind)
+        return cls(alone, words, jnp.where(prompt < prefix, 1 + prompt, behind + prompt))
 
     @property
-    def tokens(self) -> int:
-        """P, prefix and suffix."""
-        return self.prefix + self.suffix
+    def seen(self) -> jax.Array:
+        """bool [N, T, P]: a token looks at the prompts before it."""
+        return self.prompts[:, None, :] < self.words[:, :, None]
 
-    def _selection(self) -> jax.Array:
-        """float32 [N, T + P, P]: which prompt stands at which position, one-hot or zero."""
-        t = jnp.arange(self.slots + self.tokens)[None, :, None]
-        p = jnp.arange(self.tokens)[None, None, :]
-        # Prompt p stands at 1 + p in the prefix, at suffix_slot + p in the suffix.
-        at = jnp.where(p < self.prefix, 1 + p, self.suffix_slot[:, None, None] + p)
-        return (t == at).astype(jnp.float32)
-
-    def insert(self, x: jax.Array) -> jax.Array:
-        """[N, T, D] -> [N, T + P, D] with room, zeros, at the prompt positions."""
-        # Shifts and selects instead of a gather: a gather's gradient is a scatter, which is
-        # slow on TPUs and not deterministic on GPUs.
-        t = jnp.arange(self.slots + self.tokens)[None, :]
-        first_rest = (self.suffix_slot + self.tokens)[:, None]
-        near = jnp.pad(x, ((0, 0), (self.prefix, self.suffix), (0, 0)))
-        far = jnp.pad(x, ((0, 0), (self.tokens, 0), (0, 0)))
-        start = jnp.pad(x[:, :1], ((0, 0), (0, t.size - 1), (0, 0)))
-        words = jnp.where((t >= first_rest)[..., None], far, near)
-        words = jnp.where((t == 0)[..., None], start, words)
-        return jnp.where(self._selection().any(axis=-1, keepdims=True), 0, words)
-
-    def remove(self, x: jax.Array) -> jax.Array:
-        """[N, T + P, D] -> [N, T, D], the inverse of `insert`."""
-        s = jnp.arange(self.slots)[None, :, None]
-        near = x[:, self.prefix : self.prefix + self.slots]
-        far = x[:, self.tokens :]
-        words = jnp.where(s >= self.suffix_slot[:, None, None], far, near)
-        return jnp.where(s == 0, x[:, : self.slots], words)
-
-    def replace(self, x: jax.Array, prompts: jax.Array) -> jax.Array:
-        """[N, T + P, D] with `prompts` [P, D] at the prompt positions, words untouched."""
-        selection = self._selection()
-        placed = jnp.einsum(
-            "ntp,pd->ntd",
-            selection,
-            prompts.astype(jnp.float32),
-            precision=jax.lax.Precision.HIGHEST,  # a selection must not round what it selects
-        )
-        return jnp.where(selection.any(axis=-1, keepdims=True), placed.astype(x.dtype), x)
+    def placed(self, x: jax.Array, prompts: jax.Array) -> jax.Array:
+        """Tokens [N, T, D] and prompts [M, P, D] as one sequence [N, T + P, D]."""
+        own = jnp.broadcast_to(prompts, (len(x), *prompts.shape[1:]))
+        order = jnp.concatenate([self.words, self.prompts], axis=1).argsort(axis=1)
+        return jnp.take_along_axis(jnp.concatenate([x, own], axis=1), order[..., None], axis=1)
