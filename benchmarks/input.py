@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.prepare import make_clip
-from benchmarks.step_cost import Programs, flops
+from benchmarks.step_cost import Programs, counted_flops
 from vop_jax.clip.config import PRESETS, ClipConfig
 from vop_jax.config import base_config
 from vop_jax.data.builders import Making
@@ -114,8 +114,11 @@ def cutting_flops(height: int, width: int) -> float:
         "mirrored": jax.ShapeDtypeStruct((), jnp.bool_),
     }
     frames = jax.ShapeDtypeStruct((FRAMES, height, width, 3), jnp.uint8)
-    cut = jax.jit(lambda frames, how: device_cache.pictures_of(frames, **how, bits=BITS))
-    return flops(cut.lower(frames, shapes).compile())
+
+    def cut(frames, how):
+        return device_cache.pictures_of(frames, **how, bits=BITS)
+
+    return counted_flops(cut, frames, shapes)
 
 
 def main() -> None:
@@ -167,7 +170,7 @@ def main() -> None:
             print(f"| {name} | {rate:.1f} | {100 * share:.1f} % |")
 
     cutting = cutting_flops(240, 320)
-    step = flops(Programs(PRESETS["ViT-B/32"], METHOD, FRAMES, 2).step) / 2
+    step = Programs(PRESETS["ViT-B/32"], METHOD, FRAMES, 2).flops_of("step") / 2
     print(f"\ncutting a clip out of 240 x 320: {cutting / 1e9:.2f} GFLOP, its step (vop, ViT-B/32)")
     print(f"{step / 1e9:.1f}: {100 * cutting / step:.2f} %")
     for short, long in ((240, 320), (256, 342)):

@@ -16,6 +16,7 @@ import gc
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -104,6 +105,7 @@ class Competition:
     def __init__(self, name: str, args: argparse.Namespace):
         self.name, self.args, self.clip = name, args, PRESETS[args.arch]
         self.method = dataclasses.replace(MethodConfig(name), frames=args.frames)
+        # Never compiled unless "xla" is measured: what others are counted by.
         self.programs = {"xla": self._programs("xla")}
         self.flat, self.rows = draw(self.programs["xla"], self.clip)
 
@@ -114,25 +116,15 @@ class Competition:
 
     def rows_of(self, what: str) -> list[Row]:
         """The table's rows for "forward", "step" or "evaluation"."""
-        kernels = ["xla"]
-        if on_gpu() and self.method.parts.function and self.args.dtype == "bfloat16":
-            kernels.append("cudnn")
-        found = [self._of_jax(kernel, what) for kernel in kernels]
+        found = [self._of_jax(kernel, what) for kernel in self.args.attention]
         found += [self._of_torch(mode, what) for mode in (None, *self.args.compile_modes)]
         race(found, self.args.repeats, self.args.calls)
         videos = self.args.eval_videos if what == "evaluation" else self.args.batch
-        flops = self._flops(what)
-        if flops is not None:
-            flops *= videos / self.args.batch
+        # Of a batch; of an evaluation those of its forward pass.
+        flops = self.programs["xla"].flops_of("step" if what == "step" else "forward")
+        flops *= videos / self.args.batch
         given = {"method": self.name, "what": what, "videos": videos, "flops": flops}
         return [{**given, "variant": c.name, **c.found} for c in found]
-
-    def _flops(self, what: str) -> float | None:
-        """Of a batch, of an evaluation those of its forward pass; None if that won't compile."""
-        try:
-            return self.programs["xla"].flops_of("step" if what == "step" else "forward")
-        except Exception:  # its own row says why; the peer's has its time
-            return None
 
     def _of_jax(self, kernel: str, what: str) -> Contender:
         def make() -> Made:
@@ -145,7 +137,8 @@ class Competition:
                 contender.found["compile"] = programs.compile_seconds[what]
             return run, lambda: side.peak_bytes(what)
 
-        name = "JAX" if kernel == "xla" else f"JAX, {kernel} attention"
+        first = kernel == self.args.attention[0]
+        name = "JAX" if first else f"JAX, {kernel} attention"
         contender = Contender(name, make, jax.block_until_ready, what == "evaluation")
         return contender
 
@@ -225,8 +218,12 @@ def parsed() -> argparse.Namespace:
     add("--matmul", type=int, default=2048 if cpu else 8192, help="rows of the peak's matrices")
     modes = ["default", "reduce-overhead", "max-autotune"]
     add("--compile_modes", nargs="*", choices=modes, default=modes[:2] if gpu else modes[:1])
+    kernels = ["cudnn", "xla"]  # the first is what a run takes by itself
+    add("--attention", nargs="+", choices=kernels, help="of JAX, in the vision tower")
     add("--json", metavar="FILE", help="also write all repeats here")
     args = parser.parse_args()
+    fused = gpu and args.dtype == "bfloat16"
+    args.attention = args.attention or (["cudnn"] if fused else ["xla"])
     args.eval_videos = args.eval_videos or args.batch * (4 if cpu else 16)
     if args.eval_videos % args.batch:
         parser.error(f"--eval_videos={args.eval_videos}: not a multiple of --batch={args.batch}")
@@ -244,6 +241,7 @@ def main() -> None:
         for what in args.what:
             rows += competition.rows_of(what)
             print(*(json.dumps(row) for row in rows[-2 - len(args.compile_modes) :]), sep="\n")
+            sys.stdout.flush()
             gc.collect()  # what the contenders held
     peak = max(peak, matmul_peak(args.matmul, args.dtype, args.calls))  # the machine may be noisy
     device = jax.devices()[0]

@@ -66,7 +66,7 @@ def test_a_program_that_does_not_compile_leaves_the_peers_time(call, monkeypatch
     monkeypatch.setattr(speed.Programs, "_compiled", broken)
     ours, theirs = call("--methods", "vop", "--what", "step")[0]["rows"]
     assert ours["error"] == "RuntimeError: out of memory"
-    assert len(theirs["seconds"]) == 2 and theirs["flops"] is None
+    assert len(theirs["seconds"]) == 2 and theirs["flops"] > 0
 
 
 def test_without_torch_the_table_is_of_jax(call, monkeypatch):

@@ -211,8 +211,8 @@ def test_bfloat16_stays_close(name):
     assert (rounded * video_of(method, frames)).sum(axis=-1).min() > 0.98
 
 
-@pytest.mark.parametrize(("name", "layers"), [("vop_f", 1), ("vop_c", 0), ("vop", 0)])
-def test_only_layers_across_frames_get_the_kernel_for_long_sequences(monkeypatch, name, layers):
+@pytest.mark.parametrize("name", ["vop_f", "vop_c", "vop", "zero_shot"])
+def test_all_vision_layers_but_the_last_get_the_fused_kernel(monkeypatch, name):
     """Which is asked for, that is; cuDNN's runs on a GPU only."""
     asked = []
 
@@ -222,7 +222,6 @@ def test_only_layers_across_frames_get_the_kernel_for_long_sequences(monkeypatch
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", spy)
     method = MethodConfig(name, frames=3)
-    model = TextVideoModel(tiny.CLIP, method, long_kernel="cudnn")
-    frames, _ = model.example()
-    jax.eval_shape(lambda key: model.init(key, frames, method="encode_video"), jax.random.key(0))
-    assert asked == ["cudnn"] * layers
+    model = TextVideoModel(tiny.CLIP, method, kernel="cudnn")
+    jax.eval_shape(lambda key: model.init(key, *model.example()), jax.random.key(0))
+    assert asked == ["cudnn"] * (tiny.CLIP.vision_layers - 1)  # few queries of the last are read

@@ -125,8 +125,9 @@ def base_config() -> ConfigDict:
     # Where compiled programs are kept for the next start. "": on GPUs and TPUs in the workdir,
     # unless JAX_COMPILATION_CACHE_DIR says elsewhere; off: nowhere.
     c.compute.cache = ""
-    # Across frames (vop_f…). cudnn: fused, NVIDIA, bfloat16; blocks: anywhere, as little memory
-    c.compute.attention = "xla"
+    # In the vision tower. cudnn: fused, NVIDIA, bfloat16; blocks: across frames (vop_f…), anywhere,
+    # as little memory; xla: plain JAX; auto: cudnn where that can be, else xla
+    c.compute.attention = "auto"
     # What follows and train.microbatches save memory for time, see docs/memory.md; same results.
     # Computed again in the backward pass: none; dots: all but products with weights; full: blocks
     c.compute.remat = "none"
@@ -152,7 +153,7 @@ ALLOWED = {
     "data.short_clips": ("skip", "repeat"),
     "eval.missing": ("miss", "drop"),
     "compute.dtype": ("float32", "bfloat16"),
-    "compute.attention": ("xla", "cudnn", "blocks"),
+    "compute.attention": ("auto", "xla", "cudnn", "blocks"),
     "compute.remat": ("none", "dots", "full"),
 }
 AT_LEAST_ONE = (

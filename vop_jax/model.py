@@ -21,15 +21,15 @@ class TextVideoModel(nn.Module):
 
     Attributes:
         dtype: of matmuls.
-        long_kernel: of attention across frames, whose sequences are F times as long: "xla", or
-            "cudnn" or "blocks", which never hold the [F * G, F * G] weights.
+        kernel: of attention in the vision tower: "xla"; "cudnn"; or "blocks" across frames, where
+            sequences are F times as long. The last two never hold the [F * G, F * G] weights.
         memory: what is computed again in the backward pass instead of being kept.
     """
 
     clip_config: ClipConfig
     method: MethodConfig
     dtype: jnp.dtype = jnp.float32
-    long_kernel: Kernel = "xla"
+    kernel: Kernel = "xla"
     memory: Memory = Memory()
 
     def setup(self):
@@ -75,7 +75,7 @@ class TextVideoModel(nn.Module):
             if layer == 0:  # the first prompts pass through it, too, as in the released code
                 x = tower.ln_pre(x)
                 prompts = None if prompts is None else tower.ln_pre(prompts)
-            kernel: Kernel = self.long_kernel if layer >= split else "xla"
+            kernel: Kernel = self.kernel if layer >= split or self.kernel != "blocks" else "xla"
             x = self.memory.run(
                 block,
                 x,

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from vop_jax import atomic, tensorfile
 from vop_jax import config as configs
 from vop_jax.clip.config import PRESETS, ClipConfig
+from vop_jax.clip.layers import Kernel
 from vop_jax.clip.memory import Memory
 from vop_jax.clip.model import Clip
 from vop_jax.clip.precision import held
@@ -159,8 +160,21 @@ def _locked(root: epath.Path) -> Iterator[None]:
 
 
 def _check_kernel(config: ConfigDict, mesh: Mesh) -> None:
-    if config.compute.attention == "cudnn" and (platform := _platform(mesh)) != "gpu":
+    if config.compute.attention == "cudnn" and not _on_cuda(mesh):
+        platform = _platform(mesh)
         raise UserError(f"config.compute.attention='cudnn': needs an NVIDIA GPU, not {platform}")
+
+
+def _kernel(config: ConfigDict, mesh: Mesh) -> Kernel:
+    asked = config.compute.attention
+    if asked != "auto":
+        return asked
+    return "cudnn" if _on_cuda(mesh) and config.compute.dtype == "bfloat16" else "xla"
+
+
+def _on_cuda(mesh: Mesh) -> bool:
+    version = getattr(mesh.devices.flat[0].client, "platform_version", "")
+    return _platform(mesh) == "gpu" and "rocm" not in version.lower()
 
 
 def _platform(mesh: Mesh) -> str:
@@ -251,7 +265,7 @@ def _prepare(
     checkpoints: Checkpoints,
 ) -> Run:
     """The newest state: the workdir's, else `init.prompts`, else fresh prompts."""
-    dtype, kernel = jnp.dtype(config.compute.dtype), config.compute.attention
+    dtype, kernel = jnp.dtype(config.compute.dtype), _kernel(config, mesh)
     memory = Memory(config.compute.remat, config.compute.frame_chunk)
     model = TextVideoModel(clip.config, method, dtype, kernel, memory)
     params = {"clip": clip.params}

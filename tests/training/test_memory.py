@@ -66,7 +66,7 @@ class Setting:
     @property
     def model(self):
         memory = Memory(self.remat, self.frame_chunk)
-        return self.made[0].clone(long_kernel=self.kernel, memory=memory)
+        return self.made[0].clone(kernel=self.kernel, memory=memory)
 
     @property
     def arguments(self):
@@ -179,7 +179,7 @@ def test_chunks_are_equal_and_at_most_as_large_as_asked(limit, parts):
 def test_parameters_and_their_names_stay():
     _, params = tiny.model_and_params(MethodConfig("adapter_ffn", frames=tiny.FRAMES))
     model = TextVideoModel(tiny.CLIP, MethodConfig("adapter_ffn", frames=tiny.FRAMES))
-    thrifty = model.clone(memory=Memory("full", 1), long_kernel="blocks")
+    thrifty = model.clone(memory=Memory("full", 1), kernel="blocks")
     assert thrifty.shapes() == model.shapes()
     assert thrifty.shapes().keys() == flatten(params).keys()
 

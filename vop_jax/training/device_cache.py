@@ -26,6 +26,7 @@ from vop_jax.training import sharding
 
 CHUNK = 64  # clips that the host holds while it fills the cache
 DIGIT = 8  # bits of a weight at a time
+ROWS = 4  # cut out at a time by a single device; an H200 is 1.5 times as fast as one by one
 
 Batch = dict[str, jax.Array]
 
@@ -157,7 +158,9 @@ def _own_rows(frames: jax.Array, whole: tuple[Batch, Batch], *, bits: int) -> ja
             here, lambda: pictures_of(frames[clip], **how, bits=bits), lambda: nothing
         )
 
-    return sharding.add_up_rows(jax.lax.map(row, drawn))  # one by one: others' rows cost nothing
+    # Where all rows are this device's a few at a time; else one by one: others' cost nothing.
+    together = ROWS if sharding.alone() else None
+    return sharding.add_up_rows(jax.lax.map(row, drawn, batch_size=together))
 
 
 def pictures_of(

@@ -225,6 +225,11 @@ def row_shard() -> jax.Array:
     return jax.lax.axis_index(ROWS)
 
 
+def alone() -> bool:
+    """Inside `on_row_shards`: whether this is the only part."""
+    return jax.lax.axis_size(ROWS) == 1
+
+
 def add_up_rows(rows: jax.Array) -> jax.Array:
     """Inside `on_row_shards`: the sum of all parts' [B, ...] -> this part's share of its rows."""
     return jax.lax.psum_scatter(rows, ROWS, tiled=True)
