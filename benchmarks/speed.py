@@ -218,12 +218,12 @@ def parsed() -> argparse.Namespace:
     add("--matmul", type=int, default=2048 if cpu else 8192, help="rows of the peak's matrices")
     modes = ["default", "reduce-overhead", "max-autotune"]
     add("--compile_modes", nargs="*", choices=modes, default=modes[:2] if gpu else modes[:1])
-    kernels = ["cudnn", "xla"]  # the first is what a run takes by itself
+    kernels = ["fused", "cudnn", "xla"]  # the first is what a run takes by itself
     add("--attention", nargs="+", choices=kernels, help="of JAX, in the vision tower")
     add("--json", metavar="FILE", help="also write all repeats here")
     args = parser.parse_args()
     fused = gpu and args.dtype == "bfloat16"
-    args.attention = args.attention or (["cudnn"] if fused else ["xla"])
+    args.attention = args.attention or (["fused"] if fused else ["xla"])
     args.eval_videos = args.eval_videos or args.batch * (4 if cpu else 16)
     if args.eval_videos % args.batch:
         parser.error(f"--eval_videos={args.eval_videos}: not a multiple of --batch={args.batch}")

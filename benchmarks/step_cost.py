@@ -205,7 +205,10 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=[*tuned, "all"], default=["vop", "full"])
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument(
-        "--attention", choices=("xla", "cudnn"), default="xla", help="in the vision tower"
+        "--attention",
+        choices=("xla", "fused", "cudnn"),
+        default="xla",
+        help="see config.compute.attention",
     )
     parser.add_argument("--time", type=int, default=0, help="repeats; 0: count only")
     parser.add_argument("--json", metavar="FILE", help="also write the numbers here")

@@ -265,7 +265,10 @@ def test_bfloat16_and_rand_sampling_run(call):
         ("--config.clip.arch=ViT-B", ("allowed are", "ViT-B/32")),
         ("--config.clip.activation=gelu", ("config.clip.activation=gelu", "quick_gelu")),
         ("--config.compute.attention=cudnn", ("needs config.compute.dtype='bfloat16'",)),
-        ("--config.compute.attention=flash", ("allowed are 'auto', 'xla', 'cudnn', 'blocks'",)),
+        (
+            "--config.compute.attention=flash",
+            ("allowed are 'auto', 'xla', 'fused', 'cudnn', 'blocks'",),
+        ),
         ("--config.compute.remat=all", ("allowed are 'none', 'dots', 'full'",)),
         ("--config.compute.frame_chunk=-1", ("config.compute.frame_chunk=-1: must be 0 or more",)),
         ("--config.train.microbatches=0", ("config.train.microbatches=0: must be 1 or more",)),

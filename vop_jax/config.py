@@ -125,8 +125,8 @@ def base_config() -> ConfigDict:
     # Where compiled programs are kept for the next start. "": on GPUs and TPUs in the workdir,
     # unless JAX_COMPILATION_CACHE_DIR says elsewhere; off: nowhere.
     c.compute.cache = ""
-    # In the vision tower. cudnn: fused, NVIDIA, bfloat16; blocks: across frames (vop_f…), anywhere,
-    # as little memory; xla: plain JAX; auto: cudnn where that can be, else xla
+    # fused: one kernel, on NVIDIA in bfloat16; cudnn: that of cuDNN, in the vision tower; blocks:
+    # across frames (vop_f…), anywhere, as little memory; xla: plain JAX; auto: fused or xla
     c.compute.attention = "auto"
     # What follows and train.microbatches save memory for time, see docs/memory.md; same results.
     # Computed again in the backward pass: none; dots: all but products with weights; full: blocks
@@ -153,9 +153,10 @@ ALLOWED = {
     "data.short_clips": ("skip", "repeat"),
     "eval.missing": ("miss", "drop"),
     "compute.dtype": ("float32", "bfloat16"),
-    "compute.attention": ("auto", "xla", "cudnn", "blocks"),
+    "compute.attention": ("auto", "xla", "fused", "cudnn", "blocks"),
     "compute.remat": ("none", "dots", "full"),
 }
+ON_CUDA = ("fused", "cudnn")  # of compute.attention
 AT_LEAST_ONE = (
     "data.frames",
     "data.short_side",
@@ -300,8 +301,11 @@ def validate(config: ConfigDict) -> None:
     for key in ABOVE_ZERO:
         if not 0 < values[key] < math.inf:
             raise UserError(f"config.{key}={values[key]}: must be more than 0")
-    if values["compute.attention"] == "cudnn" and values["compute.dtype"] != "bfloat16":
-        raise UserError("config.compute.attention='cudnn' needs config.compute.dtype='bfloat16'")
+    attention = values["compute.attention"]
+    if attention in ON_CUDA and values["compute.dtype"] != "bfloat16":
+        raise UserError(
+            f"config.compute.attention={attention!r} needs config.compute.dtype='bfloat16'"
+        )
     scale = values["data.crop_scale"]
     if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
         raise UserError(

@@ -21,8 +21,8 @@ class TextVideoModel(nn.Module):
 
     Attributes:
         dtype: of matmuls.
-        kernel: of attention in the vision tower: "xla"; "cudnn"; or "blocks" across frames, where
-            sequences are F times as long. The last two never hold the [F * G, F * G] weights.
+        kernel: of attention; "blocks" across frames alone, where sequences are F times as long.
+            Only "xla" ever holds their [F * G, F * G] weights.
         memory: what is computed again in the backward pass instead of being kept.
     """
 
@@ -123,7 +123,11 @@ class TextVideoModel(nn.Module):
                     None,
                     eot + beside.tokens.shape[1],
                 )
-            x = self.memory.run(block, x, self._branches("text", layer), beside, reads=reads)
+            # The others know no masks.
+            kernel: Kernel = "fused" if self.kernel == "fused" else "xla"
+            x = self.memory.run(
+                block, x, self._branches("text", layer), beside, kernel, reads=reads
+            )
         return unit(tower.project(x[:, 0]))
 
     def temperature(self) -> jax.Array:

@@ -160,16 +160,16 @@ def _locked(root: epath.Path) -> Iterator[None]:
 
 
 def _check_kernel(config: ConfigDict, mesh: Mesh) -> None:
-    if config.compute.attention == "cudnn" and not _on_cuda(mesh):
-        platform = _platform(mesh)
-        raise UserError(f"config.compute.attention='cudnn': needs an NVIDIA GPU, not {platform}")
+    asked, platform = config.compute.attention, _platform(mesh)
+    if asked in configs.ON_CUDA and not _on_cuda(mesh):
+        raise UserError(f"config.compute.attention={asked!r}: needs an NVIDIA GPU, not {platform}")
 
 
 def _kernel(config: ConfigDict, mesh: Mesh) -> Kernel:
     asked = config.compute.attention
     if asked != "auto":
         return asked
-    return "cudnn" if _on_cuda(mesh) and config.compute.dtype == "bfloat16" else "xla"
+    return "fused" if _on_cuda(mesh) and config.compute.dtype == "bfloat16" else "xla"
 
 
 def _on_cuda(mesh: Mesh) -> bool:

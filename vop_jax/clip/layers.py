@@ -11,11 +11,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vop_jax.clip import short
 from vop_jax.clip.attention import Keys, attention, attention_in_blocks, joined
 
 LAYER_NORM_EPS = 1e-5
 
-Kernel = Literal["xla", "cudnn", "blocks"]  # of attention
+# Of attention. "xla": plain JAX; "blocks": see `clip.attention`; "cudnn": of `jax.nn`; "fused": on
+# NVIDIA's GPUs `clip.short` where sequences are short, else "cudnn", or "xla" under a mask.
+Kernel = Literal["xla", "blocks", "cudnn", "fused"]
 # The tokens of [N, T, D] that somebody reads: the first so many, the one at [N], or all.
 Reads = int | jax.Array | None
 
@@ -94,6 +97,12 @@ class Attention(nn.Module):
             parts.append(Keys(self.key(tokens), self.value(tokens), mask))
         if kernel == "xla" or reads is not None:  # the weights of a few queries are few
             return self.out(attention(q, *parts))
+        if kernel == "fused":
+            if short.takes(q, *parts):
+                return self.out(short.attention(q, *parts))
+            if self.causal:
+                return self.out(attention(q, *parts))
+            kernel = "cudnn"
         if any(part.mask is not None for part in parts):
             raise ValueError(f"attention by {kernel} has no mask")
         k, v = joined(len(x), *parts)
@@ -137,8 +146,7 @@ class Block(nn.Module):
     `attn_branch` and `mlp_branch` read the same normalised input as the attention and the
     MLP, and what they return is added beside theirs (a parallel adapter). `beside` are tokens
     that are looked at and not read, so that the block makes their keys and values and no more.
-    `kernel` is "xla", plain JAX; "blocks", see `clip.attention`; or an implementation of
-    `jax.nn.dot_product_attention`. Of the last block few tokens are read, so it need not make
+    Of the last block few tokens are read, so it need not make
     the others: at ViT-B/32 that is a fifteenth of all FLOPs.
     """
 
