@@ -12,10 +12,12 @@ time, by chance. Runs that are finished already are read, not repeated.
 
 import argparse
 import json
+import multiprocessing
 import os
 import runpy
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import jax
@@ -101,6 +103,7 @@ def run_study(
     only: list[str] | None = None,
     rates: Sequence[float] = RATES,
     steps: int | None = None,
+    jobs: int = 1,
 ) -> list[dict[str, Any]]:
     """Runs what is not there yet; one row per label, see `report.grouped`, with costs.
 
@@ -110,16 +113,17 @@ def run_study(
         only: of these methods.
         rates: of the study of that name.
         steps: instead of the config's.
+        jobs: runs at a time, each a process of its own; small ones leave an accelerator idle.
     """
     get_config = runpy.run_path(config_file)["get_config"]
     use_compile_cache(workdir)
     backbone = _backbone(get_config("zero_shot"), workdir)
-    rows = []
+    asked: dict[str, list[tuple[ConfigDict, str]]] = {}  # (config, folder) of a label's runs
     settings_of = _learning_rates(rates) if study == "learning_rates" else STUDIES[study]()
     for label, settings in settings_of.items():
         if only and settings["method.name"] not in only:
             continue
-        runs = []
+        asked[label] = []
         for seed in seeds if settings["method.name"] != "zero_shot" else seeds[:1]:
             config = get_config(settings["method.name"])
             config.seed = seed
@@ -129,7 +133,12 @@ def run_study(
             split = config.data.eval_split
             config.data.records = os.path.join(workdir, f"records_{split}")
             run = os.path.join(workdir, study, label.replace(" ", "_"), f"seed{seed}")
-            runs.append(report.read_run(run) if _finished(run, config) else _run(config, run))
+            asked[label].append((config, run))
+    if jobs > 1:
+        _run_side_by_side([pair for pairs in asked.values() for pair in pairs], workdir, jobs)
+    rows = []
+    for label, pairs in asked.items():
+        runs = [_run(config, run) for config, run in pairs]
         (row,) = report.grouped(runs, labels={run.workdir: label for run in runs})
         rows.append(row | _cost(runs[0].config))
         print(json.dumps(rows[-1]), flush=True)
@@ -158,9 +167,19 @@ def _finished(run: str, config: ConfigDict) -> bool:
 
 
 def _run(config: ConfigDict, run: str) -> report.Run:
-    logging.info("%s", run)
-    experiment.train(config, run)
+    if not _finished(run, config):
+        logging.info("%s", run)
+        experiment.train(config, run)
     return report.read_run(run)
+
+
+def _run_side_by_side(pairs: list[tuple[ConfigDict, str]], workdir: str, jobs: int) -> None:
+    """Runs what is not there yet. The first of all makes the records that the others read."""
+    _run(*pairs[0])
+    spawned = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, spawned, use_compile_cache, (workdir,)) as pool:
+        for done in [pool.submit(_run, *pair) for pair in pairs[1:]]:
+            done.result()
 
 
 def _cost(config: Mapping[str, Any]) -> dict[str, float]:
@@ -214,10 +233,13 @@ def main() -> None:
         "--rates", type=_listed(float), default=RATES, help="of --study=learning_rates: 0.01,0.03"
     )
     parser.add_argument("--steps", type=int, help="instead of the config's")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, on one device")
     parser.add_argument("--output", help="PREFIX.json and PREFIX.md; default: in the workdir")
     args = parser.parse_args()
     logging.use_absl_handler()
     set_up_logging()
+    if args.jobs > 1:  # else the first process takes most of a GPU's memory
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     begin = time.time()
     rows = run_study(
         args.config,
@@ -227,6 +249,7 @@ def main() -> None:
         only=args.methods,
         rates=args.rates,
         steps=args.steps,
+        jobs=args.jobs,
     )
     print(f"{(time.time() - begin) / 60:.1f} minutes")
     output = args.output or os.path.join(args.workdir, args.study)

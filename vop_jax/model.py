@@ -105,30 +105,28 @@ class TextVideoModel(nn.Module):
         eot = ids.argmax(axis=-1)  # EOT is the largest id
         x = tower.embed(ids)  # [N, T, D]
         for layer, block in enumerate(tower.blocks):
-            prompts = self.prompts.text_at(layer) if self.method.parts.prompts else None
+            beside = self._beside_words(layer, layout)
             if layer == 0:  # only the first prompts receive positions, and move those of words
-                x = x + tower.positions(layout.alone[None] if prompts is None else layout.words)
-            beside = None
-            if prompts is not None:
-                tokens = prompts.astype(x.dtype)[None]  # [1, P, D]
-                if layer == 0:
-                    tokens = tokens + tower.positions(layout.prompts)  # [N, P, D]
-                beside = Beside(tokens, layout.seen)
+                x = x + tower.positions(layout.alone[None] if beside is None else layout.words)
             reads = eot if block is tower.blocks[-1] else None
             if reads is not None and beside is not None and self.method.suffix == "released":
                 # The published code looks for EOT behind all prompts, also where a short caption
                 # has them behind EOT: what it reads may be a prompt.
-                x, beside, reads = (
-                    layout.placed(x, beside.tokens),
-                    None,
-                    eot + beside.tokens.shape[1],
-                )
-            # The others know no masks.
-            kernel: Kernel = "fused" if self.kernel == "fused" else "xla"
-            x = self.memory.run(
-                block, x, self._branches("text", layer), beside, kernel, reads=reads
-            )
+                x, reads = layout.placed(x, beside.tokens), eot + beside.tokens.shape[1]
+                beside = None
+            kernel: Kernel = "fused" if self.kernel == "fused" else "xla"  # no other has masks
+            branches = self._branches("text", layer)
+            x = self.memory.run(block, x, branches, beside, kernel, reads=reads)
         return unit(tower.project(x[:, 0]))
+
+    def _beside_words(self, layer: int, layout: TextLayout) -> Beside | None:
+        prompts = self.prompts.text_at(layer) if self.method.parts.prompts else None
+        if prompts is None:
+            return None
+        tokens = prompts.astype(self.dtype)[None]  # [1, P, D]
+        if layer == 0:
+            tokens = tokens + self.clip.text.positions(layout.prompts)  # [N, P, D]
+        return Beside(tokens, layout.seen)
 
     def temperature(self) -> jax.Array:
         """The factor on similarities, see `Clip.temperature`."""

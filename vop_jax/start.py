@@ -163,13 +163,20 @@ def _check_kernel(config: ConfigDict, mesh: Mesh) -> None:
     asked, platform = config.compute.attention, _platform(mesh)
     if asked in configs.ON_CUDA and not _on_cuda(mesh):
         raise UserError(f"config.compute.attention={asked!r}: needs an NVIDIA GPU, not {platform}")
+    if asked == "fused" and mesh.size > 1:  # the compiler would gather what the kernel reads
+        raise UserError(
+            f"config.compute.attention='fused': for one device, not for {mesh.size} as 'cudnn'"
+        )
 
 
 def _kernel(config: ConfigDict, mesh: Mesh) -> Kernel:
+    """What `compute.attention` comes to on these devices."""
     asked = config.compute.attention
     if asked != "auto":
         return asked
-    return "fused" if _on_cuda(mesh) and config.compute.dtype == "bfloat16" else "xla"
+    if not _on_cuda(mesh) or config.compute.dtype != "bfloat16":
+        return "xla"
+    return "fused" if mesh.size == 1 else "cudnn"
 
 
 def _on_cuda(mesh: Mesh) -> bool:

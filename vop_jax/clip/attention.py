@@ -1,6 +1,7 @@
 """Softmax attention in plain JAX: at once, or for one block of queries at a time."""
 
 import functools
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
@@ -39,9 +40,13 @@ def attention(query: jax.Array, *parts: Keys) -> jax.Array:
     # not the S weights: `jax.nn.dot_product_attention` has one more [N, H, T, S] array each way.
     highest = functools.reduce(jnp.maximum, [x.max(axis=-1, keepdims=True) for x in scores])
     weights = [jnp.exp(x - jax.lax.stop_gradient(highest)) for x in scores]
-    mixed = sum(_mixed(w, part) for w, part in zip(weights, parts, strict=True))
-    total = sum(w.sum(axis=-1) for w in weights)  # [N, H, T]
+    mixed = _sum(_mixed(w, part) for w, part in zip(weights, parts, strict=True))
+    total = _sum(w.sum(axis=-1) for w in weights)  # [N, H, T]
     return (mixed / total.swapaxes(1, 2)[..., None]).astype(query.dtype)
+
+
+def _sum(arrays: Iterable[jax.Array]) -> jax.Array:
+    return functools.reduce(jnp.add, arrays)
 
 
 def _scores(query: jax.Array, part: Keys) -> jax.Array:

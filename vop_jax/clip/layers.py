@@ -11,7 +11,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vop_jax.clip import short
 from vop_jax.clip.attention import Keys, attention, attention_in_blocks, joined
 
 LAYER_NORM_EPS = 1e-5
@@ -89,26 +88,41 @@ class Attention(nn.Module):
         kernel: Kernel = "xla",
         reads: Reads = None,
     ) -> jax.Array:
-        q = self.query(read(x, reads))  # [N, R, H, D/H]
-        parts = [Keys(self.key(x), self.value(x), self._mask(x, reads))]
+        mask = self._mask(x, reads)
+        also = []
         if beside is not None:
             tokens, seen = beside
-            mask = None if seen is None else read(seen, reads)[:, None]
-            parts.append(Keys(self.key(tokens), self.value(tokens), mask))
-        if kernel == "xla" or reads is not None:  # the weights of a few queries are few
-            return self.out(attention(q, *parts))
+            seen = None if seen is None else read(seen, reads)[:, None]
+            also.append(Keys(self.key(tokens), self.value(tokens), seen))
+        if reads is not None:
+            kernel = "xla"  # the weights of a few queries are few
         if kernel == "fused":
-            if short.takes(q, *parts):
-                return self.out(short.attention(q, *parts))
-            if self.causal:
-                return self.out(attention(q, *parts))
-            kernel = "cudnn"
+            from vop_jax.clip import short  # not every platform's jaxlib has what it needs
+
+            lengths = [x.shape[1], *(keys.key.shape[1] for keys in also)]
+            # While parameters are made, each part makes its own.
+            if not self.is_initializing() and short.takes(lengths, self.width // self.heads):
+                return self.out(short.attention(self._packed(x), mask, *also))
+            kernel = "xla" if self.causal else "cudnn"
+        q = self.query(read(x, reads))  # [N, R, H, D/H]
+        parts = [Keys(self.key(x), self.value(x), mask), *also]
+        if kernel == "xla":
+            return self.out(attention(q, *parts))
         if any(part.mask is not None for part in parts):
             raise ValueError(f"attention by {kernel} has no mask")
         k, v = joined(len(x), *parts)
         if kernel == "blocks":
             return self.out(attention_in_blocks(q, k, v))
         return self.out(jax.nn.dot_product_attention(q, k, v, implementation=kernel))
+
+    def _packed(self, x: jax.Array) -> jax.Array:
+        """Queries, keys and values [N, T, 3, H, D/H] by one product, one gradient back."""
+        parts = [part.variables["params"] for part in (self.query, self.key, self.value)]
+        kernels = [jnp.asarray(p["kernel"], self.dtype).reshape(self.width, -1) for p in parts]
+        biases = [jnp.asarray(p["bias"], self.dtype).reshape(-1) for p in parts]
+        bias = jnp.concatenate(biases)[None, None]
+        packed = x.astype(self.dtype) @ jnp.concatenate(kernels, axis=1) + bias
+        return packed.reshape(*x.shape[:2], 3, self.heads, -1)
 
     def _mask(self, x: jax.Array, reads: Reads) -> jax.Array | None:
         """[N or 1, 1, R, T]: in a causal layer a token looks at none behind it."""

@@ -7,6 +7,7 @@ weights again.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,59 +17,69 @@ from jax.experimental.pallas import triton as plgpu
 
 from vop_jax.clip.attention import Keys
 
-LONGEST = 64  # tokens of a sequence
+LONGEST = 128  # tokens of a sequence
 LEAST = 16  # rows of a matrix that a GPU multiplies
+HIDDEN = -1e30  # a score; not -inf, for rows behind the last token see nothing at all
+
+Masks = tuple[jax.Array | None, jax.Array | None]
 
 
-def takes(query: jax.Array, *parts: Keys) -> bool:
-    """Whether the kernel is made for these; a mask only where it is of bfloat16."""
-    lengths = [query.shape[1], *(part.key.shape[1] for part in parts)]
-    width = query.shape[-1]
+def takes(lengths: Sequence[int], width: int) -> bool:
+    """Whether the kernel is made for so many tokens, own and beside, in heads of K = `width`."""
     return max(lengths) <= LONGEST and 16 <= width <= 128 and width & (width - 1) == 0
 
 
-def attention(query: jax.Array, *parts: Keys, interpret: bool = False) -> jax.Array:
-    """As `clip.attention.attention`, for what it `takes`; weights meet values in their dtype.
+def attention(
+    packed: jax.Array,
+    mask: jax.Array | None = None,
+    beside: Keys | None = None,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """As `attention.attention` of queries over own keys and those beside; bfloat16 weights.
 
     Args:
+        packed: [N, T, 3, H, K], queries, keys and values of each sequence.
+        mask: of own keys, as in `attention.Keys`.
+        beside: what else is looked at.
         interpret: run the kernel as plain JAX, which any device can.
+
+    Returns:
+        [N, T, H, K].
     """
-    masks = tuple(
-        None if part.mask is None else _whole_mask(part.mask, query.shape[1], part.key.shape[1])
-        for part in parts
-    )
-    pairs = tuple((part.key, part.value) for part in parts)
-    return _attend(query, pairs, masks, interpret)
+    whole = [mask, beside.mask if beside else None]
+    length = packed.shape[1]
+    masks = tuple(None if x is None else _loadable(x, length) for x in whole)
+    return _attend(packed, (beside.key, beside.value) if beside else (), masks, interpret)
 
 
-def _whole_mask(mask: jax.Array, queries: int, keys: int) -> jax.Array:
-    """bool [N or 1, 1, T, S] -> [N or 1, T, S]; int8, which a kernel can load."""
-    return jnp.broadcast_to(mask[:, 0], (len(mask), queries, keys)).astype(jnp.int8)
+def _loadable(mask: jax.Array, queries: int) -> jax.Array:
+    """bool [N or 1, 1, T or 1, S] -> int8 [N or 1, T, S]."""
+    return jnp.broadcast_to(mask[:, 0], (len(mask), queries, mask.shape[-1])).astype(jnp.int8)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _attend(query: jax.Array, pairs: tuple, masks: tuple, interpret: bool) -> jax.Array:
-    return _call(_forward, query, pairs, masks, (), ["query"], interpret)[0]
+def _attend(packed: jax.Array, beside: tuple, masks: Masks, interpret: bool) -> jax.Array:
+    count, tokens, _, heads, width = packed.shape
+    shapes: list[tuple[int, ...]] = [(count, tokens, heads, width)]
+    return _call(_forward, packed, beside, masks, (), shapes, interpret)[0]
 
 
-def _attend_and_keep(query: jax.Array, pairs: tuple, masks: tuple, interpret: bool):
-    return _attend(query, pairs, masks, interpret), (query, pairs, masks)
+def _attend_and_keep(packed: jax.Array, beside: tuple, masks: Masks, interpret: bool):
+    return _attend(packed, beside, masks, interpret), (packed, beside, masks)
 
 
 def _attend_transposed(interpret: bool, kept: tuple, given: jax.Array):
-    query, pairs, masks = kept
-    outputs = ["query", *("pair" for _ in pairs for _ in "kv")]
-    to_query, *to_parts = _call(_backward, query, pairs, masks, (given,), outputs, interpret)
+    packed, beside, masks = kept
+    shapes = [packed.shape, *((len(packed), *x.shape[1:]) for x in beside)]
+    to_packed, *apart = _call(_backward, packed, beside, masks, (given,), shapes, interpret)
 
     def add_up(gradient: jax.Array, of: jax.Array) -> jax.Array:  # over those that share it
-        if len(of) == len(gradient):
-            return gradient
-        groups = gradient.reshape(-1, len(of), *gradient.shape[1:])
+        groups = gradient.reshape(-1, *of.shape)
         return groups.astype(jnp.float32).sum(axis=0).astype(of.dtype)
 
-    flat = [x for pair in pairs for x in pair]
-    summed = iter(add_up(gradient, x) for gradient, x in zip(to_parts, flat, strict=True))
-    return to_query, tuple((next(summed), next(summed)) for _ in pairs), tuple(None for _ in masks)
+    to_beside = tuple(add_up(gradient, x) for gradient, x in zip(apart, beside, strict=True))
+    return to_packed, to_beside, tuple(None for _ in masks)
 
 
 _attend.defvjp(_attend_and_keep, _attend_transposed)
@@ -76,55 +87,42 @@ _attend.defvjp(_attend_and_keep, _attend_transposed)
 
 def _call(
     body: Any,
-    query: jax.Array,
-    pairs: tuple,
-    masks: tuple,
+    packed: jax.Array,
+    beside: tuple,
+    masks: Masks,
     given: tuple,
-    outputs: list[str],
+    shapes: list[tuple[int, ...]],
     interpret: bool,
 ) -> list[jax.Array]:
-    """One program for each sequence and head; `outputs` are shaped as query or as own pairs."""
-    count, tokens, heads, width = query.shape
+    """`body` as one program for each sequence and head; all arrays [N or M, T or P, (3,) H, K]."""
+    count, tokens, _, heads, width = packed.shape
 
-    def block(length: int, rows: int) -> pl.BlockSpec:
-        shape = (None, _padded(length), None, width)
-        return pl.BlockSpec(shape, lambda n, h: (jax.lax.rem(n, rows), 0, h, 0))
+    def spec(shape: tuple[int, ...]) -> pl.BlockSpec:
+        """A head of the sequence n modulo M."""
+        rows, between = shape[0], shape[2:-2]
+        block = (None, _padded(shape[1]), *between, None, width)
+        return pl.BlockSpec(block, lambda n, h: (n % rows, 0, *(0 for _ in between), h, 0))
 
-    arrays, specs, shapes = [query], [block(tokens, count)], []
-    for key, value in pairs:
-        arrays += [key, value]
-        specs += [block(key.shape[1], len(key))] * 2
-    for (key, _), mask in zip(pairs, masks, strict=True):
-        if mask is not None:
-            arrays.append(mask)
-            shape = (None, _padded(tokens), _padded(key.shape[1]))
-            rows = len(mask)
-            specs.append(pl.BlockSpec(shape, lambda n, h, rows=rows: (jax.lax.rem(n, rows), 0, 0)))
-    arrays += given
-    specs += [block(tokens, count)] * len(given)
-    lengths = iter(x.shape[1] for pair in pairs for x in pair)
-    out_specs = []
-    for output in outputs:
-        length = tokens if output == "query" else next(lengths)
-        shapes.append(jax.ShapeDtypeStruct((count, length, heads, width), query.dtype))
-        out_specs.append(block(length, count))
-    kernel = functools.partial(
-        body,
-        tokens=tokens,
-        keys=[key.shape[1] for key, _ in pairs],
-        masked=[mask is not None for mask in masks],
-    )
+    def mask_spec(shape: tuple[int, ...]) -> pl.BlockSpec:
+        block = (None, _padded(shape[1]), _padded(shape[2]))
+        return pl.BlockSpec(block, lambda n, _: (n % shape[0], 0, 0))
+
+    there = [mask for mask in masks if mask is not None]
+    heads_of = [packed, *beside, *given]
+    lengths = [tokens, *(x.shape[1] for x in beside[:1])]
+    kernel = functools.partial(body, lengths=lengths, masked=[m is not None for m in masks])
+    longest = max(map(_padded, lengths))
     call = pl.pallas_call(
         kernel,
         grid=(count, heads),
-        in_specs=specs,
-        out_specs=out_specs,
-        out_shape=shapes,
+        in_specs=[*map(mask_spec, (m.shape for m in there)), *(spec(x.shape) for x in heads_of)],
+        out_specs=[spec(shape) for shape in shapes],
+        out_shape=[jax.ShapeDtypeStruct(shape, packed.dtype) for shape in shapes],
         interpret=interpret,
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
-        name=body.__name__.strip("_") + "_of_short_attention",
+        compiler_params=plgpu.CompilerParams(num_warps=4 if longest <= 64 else 8, num_stages=1),
+        name=f"short_attention{body.__name__}",
     )
-    return call(*arrays)
+    return call(*there, *heads_of)
 
 
 def _padded(length: int) -> int:
@@ -132,60 +130,66 @@ def _padded(length: int) -> int:
     return max(LEAST, 1 << (length - 1).bit_length())
 
 
-def _rows(ref: Any, length: int) -> jax.Array:
+def _before(shape: tuple[int, ...], axis: int, length: int) -> jax.Array:
+    return jax.lax.broadcasted_iota(jnp.int32, shape, axis) < length
+
+
+def _load(ref: Any, length: int) -> jax.Array:
     """[padded, K], zeros behind `length`."""
-    there = jax.lax.broadcasted_iota(jnp.int32, ref.shape, 0) < length
-    return plgpu.load(ref, mask=there, other=0.0)
+    return plgpu.load(ref, mask=_before(ref.shape, 0, length), other=0.0)
 
 
-def _write(ref: Any, rows: jax.Array, length: int) -> None:
-    there = jax.lax.broadcasted_iota(jnp.int32, ref.shape, 0) < length
-    plgpu.store(ref, rows.astype(ref.dtype), mask=there)
+def _store(ref: Any, rows: jax.Array, length: int) -> None:
+    plgpu.store(ref, rows.astype(ref.dtype), mask=_before(ref.shape, 0, length))
 
 
-def _weights(refs: list, tokens: int, keys: list[int], masked: list[bool]) -> tuple:
-    """(queries, [(keys, values)], [weights, their rows' sum over all parts 1], other refs)."""
-    query = _rows(refs[0], tokens)
-    pairs = [
-        (_rows(refs[1 + 2 * i], length), _rows(refs[2 + 2 * i], length))
-        for i, length in enumerate(keys)
-    ]
-    others = list(refs[1 + 2 * len(keys) :])
+def _part(ref: Any, number: int) -> Any:
+    """[padded, 3, K] -> [padded, K]: queries, keys or values."""
+    return ref.at[:, jnp.int32(number), :]  # of a plain int the interpreter makes nothing
+
+
+def _weights(refs: list, lengths: list[int], masked: list[bool]) -> tuple:
+    """(queries, [(keys, values)], [weights], other refs), own first; a row's weights sum to 1."""
+    masks = [refs.pop(0) if there else None for there in masked]
+    own = refs.pop(0)
+    query, *pair = (_load(_part(own, i), lengths[0]) for i in range(3))
+    pairs = [pair]
+    if len(lengths) > 1:
+        pairs.append([_load(refs.pop(0), lengths[1]) for _ in range(2)])
     scores = []
-    for (key, _), length, has_mask in zip(pairs, keys, masked, strict=True):
+    for (key, _), length, mask in zip(pairs, lengths, masks, strict=False):
         score = plgpu.dot(query, key, trans_b=True) * query.shape[-1] ** -0.5
-        seen = jax.lax.broadcasted_iota(jnp.int32, score.shape, 1) < length
-        if has_mask:
-            ref = others.pop(0)
-            there = seen & (jax.lax.broadcasted_iota(jnp.int32, score.shape, 0) < tokens)
-            seen = plgpu.load(ref, mask=there, other=0) != 0
-        scores.append(jnp.where(seen, score, -1e30))  # not -inf: of rows behind the last, all
+        seen = _before(score.shape, 1, length)
+        if mask is not None:
+            there = seen & _before(score.shape, 0, lengths[0])
+            seen = plgpu.load(mask, mask=there, other=0) != 0
+        scores.append(jnp.where(seen, score, HIDDEN))
     highest = functools.reduce(jnp.maximum, [x.max(axis=1) for x in scores])
     weights = [jnp.exp(x - highest[:, None]) for x in scores]
     total = functools.reduce(jnp.add, [x.sum(axis=1) for x in weights])
-    return query, pairs, [x / total[:, None] for x in weights], others
+    return query, pairs, [x / total[:, None] for x in weights], refs
 
 
-def _forward(*refs: Any, tokens: int, keys: list[int], masked: list[bool]) -> None:
-    _, pairs, weights, (out,) = _weights(list(refs), tokens, keys, masked)
+def _forward(*refs: Any, lengths: list[int], masked: list[bool]) -> None:
+    _, pairs, weights, (out,) = _weights(list(refs), lengths, masked)
     mixed = [plgpu.dot(w.astype(v.dtype), v) for w, (_, v) in zip(weights, pairs, strict=True)]
-    _write(out, functools.reduce(jnp.add, mixed), tokens)
+    _store(out, functools.reduce(jnp.add, mixed), lengths[0])
 
 
-def _backward(*refs: Any, tokens: int, keys: list[int], masked: list[bool]) -> None:
-    query, pairs, weights, others = _weights(list(refs), tokens, keys, masked)
-    given = _rows(others[0], tokens)
-    to_query_ref, *to_parts = others[1:]
+def _backward(*refs: Any, lengths: list[int], masked: list[bool]) -> None:
+    query, pairs, weights, others = _weights(list(refs), lengths, masked)
+    given = _load(others[0], lengths[0])
+    to_own, *to_beside = others[1:]
     to_weights = [plgpu.dot(given, value, trans_b=True) for _, value in pairs]
-    mean = functools.reduce(
-        jnp.add, [(w * x).sum(axis=1) for w, x in zip(weights, to_weights, strict=True)]
-    )
+    terms = [(w * x).sum(axis=1) for w, x in zip(weights, to_weights, strict=True)]
+    mean = functools.reduce(jnp.add, terms)
+    outputs = [(_part(to_own, 1), _part(to_own, 2)), to_beside]
     to_query = []
-    for i, (w, x) in enumerate(zip(weights, to_weights, strict=True)):
-        key, _ = pairs[i]
-        to_scores = w * (x - mean[:, None]) * query.shape[-1] ** -0.5
-        to_scores = to_scores.astype(query.dtype)
+    for (key, _), w, x, length, (to_key, to_value) in zip(
+        pairs, weights, to_weights, lengths, outputs, strict=False
+    ):
+        to_scores = (w * (x - mean[:, None]) * query.shape[-1] ** -0.5).astype(query.dtype)
         to_query.append(plgpu.dot(to_scores, key))
-        _write(to_parts[2 * i], plgpu.dot(to_scores, query, trans_a=True), keys[i])
-        _write(to_parts[2 * i + 1], plgpu.dot(w.astype(given.dtype), given, trans_a=True), keys[i])
-    _write(to_query_ref, functools.reduce(jnp.add, to_query), tokens)
+        _store(to_key, plgpu.dot(to_scores, query, trans_a=True), length)
+        _store(to_value, plgpu.dot(w.astype(given.dtype), given, trans_a=True), length)
+    _store(_part(to_own, 0), functools.reduce(jnp.add, to_query), lengths[0])
