@@ -59,7 +59,7 @@ def test_every_similarity_is_computed_once_and_own_ones_once_more(monkeypatch):
     assert tiles._count._cache_size() <= before[1] + 2
 
 
-@pytest.mark.parametrize(("backend", "held"), [("cpu", 2**22), ("gpu", 2**26), ("tpu", 2**26)])
+@pytest.mark.parametrize(("backend", "held"), [("cpu", 2**22), ("gpu", 2**28), ("tpu", 2**28)])
 def test_what_is_held_suits_the_device(monkeypatch, backend, held):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     assert ranks.bound(None) == held and ranks.bound(7) == 7

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Similarities in memory at once: 16 MB each time they are held, elsewhere 256 MB.
-ON_CPU, ON_ACCELERATOR = 2**22, 2**26
+# Similarities in memory at once: 16 MB each time they are held, elsewhere 1 GB.
+ON_CPU, ON_ACCELERATOR = 2**22, 2**28
 
 # Similarities [B, C] of queries with all candidates -> scores [B, C], made of the similarities
 # by a function that is strictly increasing along each row, or by a re-scoring. A pytree, so that
