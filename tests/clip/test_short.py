@@ -27,24 +27,24 @@ def drawn(*shape):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("shared", [None, 1, 2, 4])  # by how many, no tokens beside
 def test_values_and_gradients_are_those_of_plain_attention(masked, shared):
-    packed, weight = drawn(N, T, 3, H, K), drawn(N, T, H, K)
+    packed, bias, weight = drawn(N, T, 3, H, K), drawn(3, H, K), drawn(N, T, H, K)
     beside = () if shared is None else (drawn(shared, P, H, K), 2 * drawn(shared, P, H, K))
     seen = np.random.default_rng(0).random((N, 1, T, P)) < 0.5
     masks = jnp.tril(jnp.ones((1, 1, T, T), bool)), jnp.asarray(seen)
     own_mask, other_mask = masks if masked else (None, None)
 
-    def plainly(packed, beside):
-        query, *own = (packed[:, :, i] for i in range(3))
+    def plainly(packed, bias, beside):
+        query, *own = (packed[:, :, i] + bias[None, None, i] for i in range(3))
         others = [Keys(*beside, other_mask)] if beside else []
         return attention(query, Keys(*own, own_mask), *others)
 
-    def by_kernel(packed, beside):
+    def by_kernel(packed, bias, beside):
         others = Keys(*beside, other_mask) if beside else None
-        return short.attention(packed, own_mask, others, interpret=True)
+        return short.attention(packed, bias, own_mask, others, interpret=True)
 
     def result(attend):
         value = lambda *x: (attend(*x) * weight).sum()  # noqa: E731
-        return jax.value_and_grad(value, argnums=(0, 1))(packed, beside)
+        return jax.value_and_grad(value, argnums=(0, 1, 2))(packed, bias, beside)
 
     ours, theirs = result(by_kernel), result(plainly)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), ours, theirs)

@@ -102,7 +102,7 @@ class Attention(nn.Module):
             lengths = [x.shape[1], *(keys.key.shape[1] for keys in also)]
             # While parameters are made, each part makes its own.
             if not self.is_initializing() and short.takes(lengths, self.width // self.heads):
-                return self.out(short.attention(self._packed(x), mask, *also))
+                return self.out(short.attention(*self._packed(x), mask, *also))
             kernel = "xla" if self.causal else "cudnn"
         q = self.query(read(x, reads))  # [N, R, H, D/H]
         parts = [Keys(self.key(x), self.value(x), mask), *also]
@@ -115,14 +115,13 @@ class Attention(nn.Module):
             return self.out(attention_in_blocks(q, k, v))
         return self.out(jax.nn.dot_product_attention(q, k, v, implementation=kernel))
 
-    def _packed(self, x: jax.Array) -> jax.Array:
-        """Queries, keys and values [N, T, 3, H, D/H] by one product, one gradient back."""
+    def _packed(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Queries, keys, values [N, T, 3, H, D/H] by one product, and their biases to be added."""
         parts = [part.variables["params"] for part in (self.query, self.key, self.value)]
         kernels = [jnp.asarray(p["kernel"], self.dtype).reshape(self.width, -1) for p in parts]
-        biases = [jnp.asarray(p["bias"], self.dtype).reshape(-1) for p in parts]
-        bias = jnp.concatenate(biases)[None, None]
-        packed = x.astype(self.dtype) @ jnp.concatenate(kernels, axis=1) + bias
-        return packed.reshape(*x.shape[:2], 3, self.heads, -1)
+        packed = x.astype(self.dtype) @ jnp.concatenate(kernels, axis=1)
+        bias = jnp.stack([jnp.asarray(p["bias"], self.dtype) for p in parts])
+        return packed.reshape(*x.shape[:2], *bias.shape), bias
 
     def _mask(self, x: jax.Array, reads: Reads) -> jax.Array | None:
         """[N or 1, 1, R, T]: in a causal layer a token looks at none behind it."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
@@ -19,6 +20,7 @@ from vop_jax.clip.attention import Keys
 
 LONGEST = 128  # tokens of a sequence
 LEAST = 16  # rows of a matrix that a GPU multiplies
+PARTS = tuple(np.int32(i) for i in range(3))  # the kernel's interpreter takes no plain int
 HIDDEN = -1e30  # a score; not -inf, for rows behind the last token see nothing at all
 
 Masks = tuple[jax.Array | None, jax.Array | None]
@@ -31,6 +33,7 @@ def takes(lengths: Sequence[int], width: int) -> bool:
 
 def attention(
     packed: jax.Array,
+    bias: jax.Array,
     mask: jax.Array | None = None,
     beside: Keys | None = None,
     *,
@@ -39,7 +42,8 @@ def attention(
     """As `attention.attention` of queries over own keys and those beside; bfloat16 weights.
 
     Args:
-        packed: [N, T, 3, H, K], queries, keys and values of each sequence.
+        packed: [N, T, 3, H, K], queries, keys and values of each sequence without their biases.
+        bias: [3, H, K], which the kernel adds: one pass over `packed` less.
         mask: of own keys, as in `attention.Keys`.
         beside: what else is looked at.
         interpret: run the kernel as plain JAX, which any device can.
@@ -50,7 +54,8 @@ def attention(
     whole = [mask, beside.mask if beside else None]
     length = packed.shape[1]
     masks = tuple(None if x is None else _loadable(x, length) for x in whole)
-    return _attend(packed, (beside.key, beside.value) if beside else (), masks, interpret)
+    pair = (beside.key, beside.value) if beside else ()
+    return _attend(packed, bias, pair, masks, interpret)
 
 
 def _loadable(mask: jax.Array, queries: int) -> jax.Array:
@@ -58,28 +63,31 @@ def _loadable(mask: jax.Array, queries: int) -> jax.Array:
     return jnp.broadcast_to(mask[:, 0], (len(mask), queries, mask.shape[-1])).astype(jnp.int8)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _attend(packed: jax.Array, beside: tuple, masks: Masks, interpret: bool) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(
+    packed: jax.Array, bias: jax.Array, beside: tuple, masks: Masks, interpret: bool
+) -> jax.Array:
     count, tokens, _, heads, width = packed.shape
     shapes: list[tuple[int, ...]] = [(count, tokens, heads, width)]
-    return _call(_forward, packed, beside, masks, (), shapes, interpret)[0]
+    return _call(_forward, (packed, bias, *beside), masks, (), shapes, interpret)[0]
 
 
-def _attend_and_keep(packed: jax.Array, beside: tuple, masks: Masks, interpret: bool):
-    return _attend(packed, beside, masks, interpret), (packed, beside, masks)
+def _attend_and_keep(*arguments: Any):
+    return _attend(*arguments), arguments[:-1]
 
 
 def _attend_transposed(interpret: bool, kept: tuple, given: jax.Array):
-    packed, beside, masks = kept
+    packed, bias, beside, masks = kept
     shapes = [packed.shape, *((len(packed), *x.shape[1:]) for x in beside)]
-    to_packed, *apart = _call(_backward, packed, beside, masks, (given,), shapes, interpret)
+    arrays = packed, bias, *beside
+    to_packed, *apart = _call(_backward, arrays, masks, (given,), shapes, interpret)
 
     def add_up(gradient: jax.Array, of: jax.Array) -> jax.Array:  # over those that share it
         groups = gradient.reshape(-1, *of.shape)
         return groups.astype(jnp.float32).sum(axis=0).astype(of.dtype)
 
     to_beside = tuple(add_up(gradient, x) for gradient, x in zip(apart, beside, strict=True))
-    return to_packed, to_beside, tuple(None for _ in masks)
+    return to_packed, add_up(to_packed, bias), to_beside, tuple(None for _ in masks)
 
 
 _attend.defvjp(_attend_and_keep, _attend_transposed)
@@ -87,14 +95,20 @@ _attend.defvjp(_attend_and_keep, _attend_transposed)
 
 def _call(
     body: Any,
-    packed: jax.Array,
-    beside: tuple,
+    arrays: tuple,
     masks: Masks,
     given: tuple,
     shapes: list[tuple[int, ...]],
     interpret: bool,
 ) -> list[jax.Array]:
-    """`body` as one program for each sequence and head; all arrays [N or M, T or P, (3,) H, K]."""
+    """`body` as one program for each sequence and head.
+
+    Args:
+        arrays: packed, bias, then keys and values beside.
+        given, shapes: further arrays, and what is written.
+    All but masks and bias are [N or M, T or P, (3,) H, K].
+    """
+    packed, bias, *beside = arrays
     count, tokens, _, heads, width = packed.shape
 
     def spec(shape: tuple[int, ...]) -> pl.BlockSpec:
@@ -108,21 +122,25 @@ def _call(
         return pl.BlockSpec(block, lambda n, _: (n % shape[0], 0, 0))
 
     there = [mask for mask in masks if mask is not None]
-    heads_of = [packed, *beside, *given]
+    whole = [packed, *beside, *given]
     lengths = [tokens, *(x.shape[1] for x in beside[:1])]
     kernel = functools.partial(body, lengths=lengths, masked=[m is not None for m in masks])
     longest = max(map(_padded, lengths))
     call = pl.pallas_call(
         kernel,
         grid=(count, heads),
-        in_specs=[*map(mask_spec, (m.shape for m in there)), *(spec(x.shape) for x in heads_of)],
+        in_specs=[
+            *(mask_spec(mask.shape) for mask in there),
+            pl.BlockSpec((len(bias), None, width), lambda _, h: (0, h, 0)),
+            *(spec(x.shape) for x in whole),
+        ],
         out_specs=[spec(shape) for shape in shapes],
         out_shape=[jax.ShapeDtypeStruct(shape, packed.dtype) for shape in shapes],
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(num_warps=4 if longest <= 64 else 8, num_stages=1),
         name=f"short_attention{body.__name__}",
     )
-    return call(*there, *heads_of)
+    return call(*there, bias, *whole)
 
 
 def _padded(length: int) -> int:
@@ -143,16 +161,13 @@ def _store(ref: Any, rows: jax.Array, length: int) -> None:
     plgpu.store(ref, rows.astype(ref.dtype), mask=_before(ref.shape, 0, length))
 
 
-def _part(ref: Any, number: int) -> Any:
-    """[padded, 3, K] -> [padded, K]: queries, keys or values."""
-    return ref.at[:, jnp.int32(number), :]  # of a plain int the interpreter makes nothing
-
-
 def _weights(refs: list, lengths: list[int], masked: list[bool]) -> tuple:
     """(queries, [(keys, values)], [weights], other refs), own first; a row's weights sum to 1."""
     masks = [refs.pop(0) if there else None for there in masked]
-    own = refs.pop(0)
-    query, *pair = (_load(_part(own, i), lengths[0]) for i in range(3))
+    bias, own = refs.pop(0), refs.pop(0)
+    query, *pair = (
+        _load(own.at[:, i, :], lengths[0]) + plgpu.load(bias.at[i, :])[None] for i in PARTS
+    )
     pairs = [pair]
     if len(lengths) > 1:
         pairs.append([_load(refs.pop(0), lengths[1]) for _ in range(2)])
@@ -183,7 +198,8 @@ def _backward(*refs: Any, lengths: list[int], masked: list[bool]) -> None:
     to_weights = [plgpu.dot(given, value, trans_b=True) for _, value in pairs]
     terms = [(w * x).sum(axis=1) for w, x in zip(weights, to_weights, strict=True)]
     mean = functools.reduce(jnp.add, terms)
-    outputs = [(_part(to_own, 1), _part(to_own, 2)), to_beside]
+    to_query_ref, *to_pair = (to_own.at[:, i, :] for i in PARTS)
+    outputs = [to_pair, to_beside]
     to_query = []
     for (key, _), w, x, length, (to_key, to_value) in zip(
         pairs, weights, to_weights, lengths, outputs, strict=False
@@ -192,4 +208,4 @@ def _backward(*refs: Any, lengths: list[int], masked: list[bool]) -> None:
         to_query.append(plgpu.dot(to_scores, key))
         _store(to_key, plgpu.dot(to_scores, query, trans_a=True), length)
         _store(to_value, plgpu.dot(w.astype(given.dtype), given, trans_a=True), length)
-    _store(_part(to_own, 0), functools.reduce(jnp.add, to_query), lengths[0])
+    _store(to_query_ref, functools.reduce(jnp.add, to_query), lengths[0])
