@@ -4,10 +4,11 @@ import functools
 import json
 
 import pytest
+from ml_collections import ConfigDict
 
 from benchmarks import ladder
 from tests import runs
-from vop_jax import experiment
+from vop_jax import experiment, report
 from vop_jax.data import shapes
 from vop_jax.tuning.methods import METHODS
 
@@ -38,7 +39,8 @@ def run_study(tmp_path_factory):
     patch.setattr(
         shapes, "render_stills", functools.partial(shapes.render_stills, train=16, test=8)
     )
-    patch.setattr(ladder, "use_compile_cache", lambda workdir: None)  # the tests have their own
+    # Nothing, as the tests have their own; and what other processes can be sent.
+    patch.setattr(ladder, "use_compile_cache", str)
     run = functools.partial(ladder.run_study, str(root / "config.py"), str(root))
     run.root = root
     yield run
@@ -59,6 +61,15 @@ def test_methods_share_a_clip_and_finished_runs_are_read(run_study, monkeypatch)
     monkeypatch.setattr(experiment, "train", None)
     again = run_study("methods", [0, 1], only=["zero_shot", "vop"])
     assert [row["metrics"] for row in again] == [row["metrics"] for row in rows]
+
+
+@pytest.mark.slow
+def test_runs_side_by_side_are_those_of_one_after_the_other(run_study, tmp_path):
+    rows = run_study("methods", [0, 1], only=["vop", "vop_p"], jobs=2)
+    assert [(row["label"], row["seeds"]) for row in rows] == [("vop", 2), ("vop_p", 2)]
+    alone = report.read_run(str(run_study.root / "methods" / "vop_p" / "seed1"))
+    experiment.train(ConfigDict(alone.config), str(tmp_path))
+    assert report.read_run(tmp_path).scalars() == alone.scalars()
 
 
 def test_learning_rates_are_judged_on_the_val_split(run_study):
