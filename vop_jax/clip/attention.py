@@ -51,24 +51,24 @@ def _sum(arrays: Iterable[jax.Array]) -> jax.Array:
 
 def _scores(query: jax.Array, part: Keys) -> jax.Array:
     """float32 [N, H, T, S], -inf where nobody may look."""
-    groups = query.reshape(-1, len(part.key), *query.shape[1:])  # [N / M, M, T, H, K]
+    groups = query.reshape(-1, part.key.shape[0], *query.shape[1:])  # [N / M, M, T, H, K]
     scores = jnp.einsum("gmthk,mshk->gmhts", groups, part.key, preferred_element_type=jnp.float32)
-    scores = scores.reshape(len(query), *scores.shape[2:]) * query.shape[-1] ** -0.5
+    scores = scores.reshape(query.shape[0], *scores.shape[2:]) * query.shape[-1] ** -0.5
     return scores if part.mask is None else jnp.where(part.mask, scores, -jnp.inf)
 
 
 def _mixed(weights: jax.Array, part: Keys) -> jax.Array:
     """Weights [N, H, T, S] -> float32 [N, T, H, K]."""
-    groups = weights.astype(part.value.dtype).reshape(-1, len(part.value), *weights.shape[1:])
+    groups = weights.astype(part.value.dtype).reshape(-1, part.value.shape[0], *weights.shape[1:])
     mixed = jnp.einsum("gmhts,mshk->gmthk", groups, part.value, preferred_element_type=jnp.float32)
-    return mixed.reshape(len(weights), *mixed.shape[2:])
+    return mixed.reshape(weights.shape[0], *mixed.shape[2:])
 
 
 def joined(count: int, *parts: Keys) -> tuple[jax.Array, jax.Array]:
     """All parts' (keys, values), without their masks, for each of `count` sequences."""
 
     def join(arrays: list[jax.Array]) -> jax.Array:
-        own = [jnp.tile(x, (count // len(x), 1, 1, 1)) for x in arrays]
+        own = [jnp.tile(x, (count // x.shape[0], 1, 1, 1)) for x in arrays]
         return jnp.concatenate(own, axis=1) if len(own) > 1 else own[0]
 
     return join([part.key for part in parts]), join([part.value for part in parts])

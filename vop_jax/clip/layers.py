@@ -110,7 +110,7 @@ class Attention(nn.Module):
             return self.out(attention(q, *parts))
         if any(part.mask is not None for part in parts):
             raise ValueError(f"attention by {kernel} has no mask")
-        k, v = joined(len(x), *parts)
+        k, v = joined(x.shape[0], *parts)
         if kernel == "blocks":
             return self.out(attention_in_blocks(q, k, v))
         return self.out(jax.nn.dot_product_attention(q, k, v, implementation=kernel))

@@ -41,7 +41,7 @@ class Patches(nn.Module):
         x, kernel = x.astype(self.dtype), jnp.asarray(kernel, self.dtype)
         # As a convolution it took 15 times as long on a GPU; the other way round on a CPU.
         patches = jax.lax.platform_dependent(x, kernel, cuda=by_product, default=by_convolution)
-        return patches.reshape(len(x), -1, c.vision_width)
+        return patches.reshape(x.shape[0], -1, c.vision_width)
 
 
 def by_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -56,7 +56,7 @@ def by_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """The same."""
     side, size = x.shape[1], kernel.shape[0]
     x = x[:, : side - side % size, : side - side % size]
-    x = x.reshape(len(x), side // size, size, side // size, size, 3)
+    x = x.reshape(x.shape[0], side // size, size, side // size, size, 3)
     return jnp.einsum("nhpwqc,pqcd->nhwd", x, kernel)
 
 

@@ -95,7 +95,7 @@ class Prompts(nn.Module):
         elif self.method.specific_tokens:
             own = self.context(cls)
             parts.append(own.reshape(-1, *own.shape[2:]))  # [B * F, P, D]
-        most = max(map(len, parts))
+        most = parts[-1].shape[0]
         wide = [jnp.broadcast_to(p, (most, *p.shape[1:])).astype(cls.dtype) for p in parts]
         return jnp.concatenate(wide, axis=1)
 
@@ -146,6 +146,6 @@ class TextLayout:
 
     def placed(self, x: jax.Array, prompts: jax.Array) -> jax.Array:
         """Tokens [N, T, D] and prompts [M, P, D] as one sequence [N, T + P, D]."""
-        own = jnp.broadcast_to(prompts, (len(x), *prompts.shape[1:]))
+        own = jnp.broadcast_to(prompts, (x.shape[0], *prompts.shape[1:]))
         order = jnp.concatenate([self.words, self.prompts], axis=1).argsort(axis=1)
         return jnp.take_along_axis(jnp.concatenate([x, own], axis=1), order[..., None], axis=1)
