@@ -39,6 +39,7 @@ CASES = [
     pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
     for case in ((m, k, d) for m in METHODS for k in KNOBS for d in (1, 8))
 ]
+CASES.append(pytest.param("vop_p", "chunks", 1))  # prompts shared by frames of one place
 
 
 @dataclasses.dataclass(frozen=True)
