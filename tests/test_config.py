@@ -1,11 +1,15 @@
 import json
 import math
 import pathlib
+import re
 import runpy
+import types
 
+import numpy as np
 import pytest
 
 from vop_jax import config as configs
+from vop_jax import start
 from vop_jax.errors import UserError
 from vop_jax.tuning.methods import METHODS, MethodConfig
 
@@ -207,3 +211,46 @@ def test_a_key_of_one_side_alone_is_a_difference():
 @pytest.mark.parametrize("key", configs.RESUMABLE)
 def test_what_changes_nothing_learnt_is_no_difference(key):
     assert configs.first_difference(with_raw(key, "other"), configs.base_config()) is None
+
+
+class Devices:
+    """As much of a mesh as the choice of a kernel looks at."""
+
+    def __init__(self, platform, version, count):
+        client = types.SimpleNamespace(platform_version=version)
+        device = types.SimpleNamespace(platform=platform, client=client)
+        self.devices, self.size = np.array([device] * count), count
+
+
+@pytest.mark.parametrize(
+    ("platform", "version", "count", "dtype", "kernel"),
+    [
+        ("cpu", "cpu", 1, "bfloat16", "xla"),
+        ("tpu", "libtpu", 4, "bfloat16", "xla"),
+        ("gpu", "PJRT C API cuda 13000", 1, "bfloat16", "fused"),
+        ("gpu", "PJRT C API cuda 13000", 8, "bfloat16", "cudnn"),
+        ("gpu", "PJRT C API cuda 13000", 1, "float32", "xla"),
+        ("gpu", "PJRT C API rocm 60000", 1, "bfloat16", "xla"),
+    ],
+)
+def test_attention_is_by_default_what_the_device_has(platform, version, count, dtype, kernel):
+    config = configs.base_config()
+    config.compute.dtype = dtype
+    assert start.kernel_of(config, Devices(platform, version, count)) == kernel
+    config.compute.attention = "blocks"
+    assert start.kernel_of(config, Devices(platform, version, count)) == "blocks"
+
+
+@pytest.mark.parametrize(
+    ("asked", "devices", "says"),
+    [
+        ("fused", Devices("cpu", "cpu", 1), "'fused': needs an NVIDIA GPU, not cpu"),
+        ("cudnn", Devices("gpu", "rocm", 1), "'cudnn': needs an NVIDIA GPU, not gpu"),
+        ("fused", Devices("gpu", "cuda", 8), "'fused': for one device, not for 8 as 'cudnn'"),
+    ],
+)
+def test_a_kernel_that_the_devices_lack_is_refused(asked, devices, says):
+    config = configs.base_config()
+    config.compute.attention = asked
+    with pytest.raises(UserError, match=re.escape(says)):
+        start.check_kernel(config, devices)

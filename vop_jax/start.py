@@ -104,7 +104,7 @@ def opened(
         try:
             hosts.on_first(lambda: _claim(root, config, checkpoints))
             mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.model)
-            _check_kernel(config, mesh)
+            check_kernel(config, mesh)
             _keep_compiled(config.compute.cache, root, mesh)
             sharding.check_batch(mesh, "train.batch_size", config.train.batch_size)
             sharding.check_batch(mesh, "eval.batch_size", config.eval.batch_size)
@@ -159,7 +159,8 @@ def _locked(root: epath.Path) -> Iterator[None]:
         lock.release()
 
 
-def _check_kernel(config: ConfigDict, mesh: Mesh) -> None:
+def check_kernel(config: ConfigDict, mesh: Mesh) -> None:
+    """Raises UserError where these devices lack the `compute.attention` that is asked for."""
     asked, platform = config.compute.attention, _platform(mesh)
     if asked in configs.ON_CUDA and not _on_cuda(mesh):
         raise UserError(f"config.compute.attention={asked!r}: needs an NVIDIA GPU, not {platform}")
@@ -169,7 +170,7 @@ def _check_kernel(config: ConfigDict, mesh: Mesh) -> None:
         )
 
 
-def _kernel(config: ConfigDict, mesh: Mesh) -> Kernel:
+def kernel_of(config: ConfigDict, mesh: Mesh) -> Kernel:
     """What `compute.attention` comes to on these devices."""
     asked = config.compute.attention
     if asked != "auto":
@@ -272,7 +273,7 @@ def _prepare(
     checkpoints: Checkpoints,
 ) -> Run:
     """The newest state: the workdir's, else `init.prompts`, else fresh prompts."""
-    dtype, kernel = jnp.dtype(config.compute.dtype), _kernel(config, mesh)
+    dtype, kernel = jnp.dtype(config.compute.dtype), kernel_of(config, mesh)
     memory = Memory(config.compute.remat, config.compute.frame_chunk)
     model = TextVideoModel(clip.config, method, dtype, kernel, memory)
     params = {"clip": clip.params}
