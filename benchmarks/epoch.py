@@ -27,6 +27,7 @@ from vop_jax.data.packed import Part
 from vop_jax.data.pipeline import train_batches
 from vop_jax.data.resampling import BITS
 from vop_jax.data.sources import CaptionTokenizer
+from vop_jax.start import best_kernel
 from vop_jax.training import device_cache, prefetch, sharding
 from vop_jax.training.optimizer import make_optimizer
 from vop_jax.training.step import TrainState
@@ -60,13 +61,13 @@ def main() -> None:
     args = parser.parse_args()
     clip = PRESETS[args.arch]
     method = MethodConfig(args.method, frames=args.frames)
-    kernel = "fused" if jax.default_backend() == "gpu" and args.dtype == "bfloat16" else "xla"
+    mesh = sharding.make_mesh(1, devices=jax.devices()[:1])
+    kernel = best_kernel(args.dtype, mesh)
     programs = Programs(clip, method, args.frames, args.batch, args.dtype, kernel)
     flat, rows = draw(programs, clip)
     side = JaxPrograms(programs, clip, method, flat, {"ids": rows["ids"]})
     state = TrainState.create(side.trainable, make_optimizer(base_config().train))
 
-    mesh = sharding.make_mesh(1)
     drawn = Drawn.of([SHAPE] * args.clips, clip.image_size, augment=True)
     frames = random_frames(args.clips, args.frames)
     sides = drawn.sides

@@ -16,7 +16,6 @@ import gc
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +27,9 @@ import jax
 from benchmarks.speed_jax import JaxPrograms, draw, matmul
 from benchmarks.step_cost import Programs
 from vop_jax.clip.config import PRESETS
+from vop_jax.start import best_kernel
 from vop_jax.tensorfile import flatten
+from vop_jax.training.sharding import make_mesh
 from vop_jax.tuning.methods import METHODS, MethodConfig
 
 try:
@@ -218,12 +219,12 @@ def parsed() -> argparse.Namespace:
     add("--matmul", type=int, default=2048 if cpu else 8192, help="rows of the peak's matrices")
     modes = ["default", "reduce-overhead", "max-autotune"]
     add("--compile_modes", nargs="*", choices=modes, default=modes[:2] if gpu else modes[:1])
-    kernels = ["fused", "cudnn", "xla"]  # the first is what a run takes by itself
-    add("--attention", nargs="+", choices=kernels, help="of JAX, in the vision tower")
+    kernels = ["fused", "cudnn", "xla"]
+    add("--attention", nargs="+", choices=kernels, help="of JAX; what a run takes if not said")
     add("--json", metavar="FILE", help="also write all repeats here")
     args = parser.parse_args()
-    fused = gpu and args.dtype == "bfloat16"
-    args.attention = args.attention or (["fused"] if fused else ["xla"])
+    mesh = make_mesh(1, devices=jax.devices()[:1])
+    args.attention = args.attention or [best_kernel(args.dtype, mesh)]
     args.eval_videos = args.eval_videos or args.batch * (4 if cpu else 16)
     if args.eval_videos % args.batch:
         parser.error(f"--eval_videos={args.eval_videos}: not a multiple of --batch={args.batch}")
@@ -239,9 +240,9 @@ def main() -> None:
     for name in args.methods:
         competition = Competition(name, args)
         for what in args.what:
-            rows += competition.rows_of(what)
-            print(*(json.dumps(row) for row in rows[-2 - len(args.compile_modes) :]), sep="\n")
-            sys.stdout.flush()
+            found = competition.rows_of(what)
+            print(*map(json.dumps, found), sep="\n", flush=True)
+            rows += found
             gc.collect()  # what the contenders held
     peak = max(peak, matmul_peak(args.matmul, args.dtype, args.calls))  # the machine may be noisy
     device = jax.devices()[0]

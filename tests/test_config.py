@@ -246,7 +246,11 @@ def test_attention_is_by_default_what_the_device_has(platform, version, count, d
     [
         ("fused", Devices("cpu", "cpu", 1), "'fused': needs an NVIDIA GPU, not cpu"),
         ("cudnn", Devices("gpu", "rocm", 1), "'cudnn': needs an NVIDIA GPU, not gpu"),
-        ("fused", Devices("gpu", "cuda", 8), "'fused': for one device, not for 8 as 'cudnn'"),
+        (
+            "fused",
+            Devices("gpu", "cuda", 8),
+            "'fused': runs on one device, the mesh has 8; allowed",
+        ),
     ],
 )
 def test_a_kernel_that_the_devices_lack_is_refused(asked, devices, says):

@@ -107,7 +107,8 @@ class TextVideoModel(nn.Module):
         for layer, block in enumerate(tower.blocks):
             beside = self._beside_words(layer, layout)
             if layer == 0:  # only the first prompts receive positions, and move those of words
-                x = x + tower.positions(layout.alone[None] if beside is None else layout.words)
+                alone = jnp.arange(ids.shape[1])[None]
+                x = x + tower.positions(alone if beside is None else layout.words)
             reads = eot if block is tower.blocks[-1] else None
             if reads is not None and beside is not None and self.method.suffix == "released":
                 # The published code looks for EOT behind all prompts, also where a short caption

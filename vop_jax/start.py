@@ -166,22 +166,26 @@ def check_kernel(config: ConfigDict, mesh: Mesh) -> None:
         raise UserError(f"config.compute.attention={asked!r}: needs an NVIDIA GPU, not {platform}")
     if asked == "fused" and mesh.size > 1:  # the compiler would gather what the kernel reads
         raise UserError(
-            f"config.compute.attention='fused': for one device, not for {mesh.size} as 'cudnn'"
+            f"config.compute.attention='fused': runs on one device, the mesh has {mesh.size}; "
+            "allowed are auto, cudnn, xla, blocks"
         )
 
 
 def kernel_of(config: ConfigDict, mesh: Mesh) -> Kernel:
     """What `compute.attention` comes to on these devices."""
     asked = config.compute.attention
-    if asked != "auto":
-        return asked
-    if not _on_cuda(mesh) or config.compute.dtype != "bfloat16":
+    return best_kernel(config.compute.dtype, mesh) if asked == "auto" else asked
+
+
+def best_kernel(dtype: str, mesh: Mesh) -> Kernel:
+    """What attention in this dtype is fastest by on these devices."""
+    if not _on_cuda(mesh) or dtype != "bfloat16":
         return "xla"
     return "fused" if mesh.size == 1 else "cudnn"
 
 
 def _on_cuda(mesh: Mesh) -> bool:
-    version = getattr(mesh.devices.flat[0].client, "platform_version", "")
+    version = mesh.devices.flat[0].client.platform_version
     return _platform(mesh) == "gpu" and "rocm" not in version.lower()
 
 

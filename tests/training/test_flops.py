@@ -28,8 +28,9 @@ def ratio(clip, name, frames):
 
 
 def test_a_prompt_tuning_step_costs_two_forward_passes():
-    """Less of a shallow CLIP: what enters the first block has no gradient, its prompts alone."""
-    assert 1.6 <= ratio(SMALL, "vop", frames=4) <= 2.1
+    """Less in the first block, where prompts alone have a gradient: hence more blocks than two."""
+    deeper = dataclasses.replace(SMALL, vision_layers=4, text_layers=4)
+    assert 1.8 <= ratio(deeper, "vop", frames=4) <= 2.1
 
 
 def test_prompts_are_no_part_of_the_sequence():

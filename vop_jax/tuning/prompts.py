@@ -113,12 +113,10 @@ class TextLayout:
     """Where words and prompts of each caption stand: [SOS, prefix, words, suffix, rest].
 
     Attributes:
-        alone: int32 [T], the places of a caption's tokens where there are no prompts.
-        words: int32 [N, T], their places among prompts.
+        words: int32 [N, T], the places of a caption's tokens among prompts.
         prompts: int32 [N, P], the places of prefix and suffix.
     """
 
-    alone: jax.Array
     words: jax.Array
     prompts: jax.Array
 
@@ -131,13 +129,12 @@ class TextLayout:
         causal mask, never seen by it.
         """
         prefix, suffix = method.text_prefix, method.text_suffix
-        alone = jnp.arange(ids.shape[1])
-        slot, prompt = alone[None], jnp.arange(prefix + suffix)[None]
+        slot, prompt = jnp.arange(ids.shape[1])[None], jnp.arange(prefix + suffix)[None]
         eot = ids.argmax(axis=-1, keepdims=True)
         # The slot right before which the suffix stands.
         behind = eot if method.suffix == "eot" else jnp.full_like(eot, ids.shape[1] - 1)
         words = slot + prefix * (slot > 0) + suffix * (slot >= behind)
-        return cls(alone, words, jnp.where(prompt < prefix, 1 + prompt, behind + prompt))
+        return cls(words, jnp.where(prompt < prefix, 1 + prompt, behind + prompt))
 
     @property
     def seen(self) -> jax.Array:

@@ -1,0 +1,26 @@
+"""The patch embedding as a GPU computes it, and as all others do."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vop_jax.clip.towers import by_convolution, by_product
+
+
+@pytest.mark.parametrize("side", [12, 14])  # of which two pixels belong to no patch
+def test_a_product_of_patches_is_the_convolution(side):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, side, side, 3)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(4, 4, 3, 5)), jnp.float32)
+    weight = jnp.asarray(rng.normal(size=(2, 3, 3, 5)), jnp.float32)
+
+    def result(embed):
+        def value(kernel):
+            out = embed(x, kernel)
+            return (out * weight).sum(), out
+
+        return jax.grad(value, has_aux=True)(kernel)
+
+    for ours, theirs in zip(result(by_product), result(by_convolution), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
