@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from vop_jax.clip import short
+from vop_jax.clip import norm, short
 from vop_jax.clip.attention import Keys, attention
 from vop_jax.model import TextVideoModel
 from vop_jax.tuning.methods import MethodConfig
@@ -58,6 +58,18 @@ def test_it_takes_short_sequences_and_heads_of_a_power_of_two(lengths, width, fi
     assert short.takes(lengths, width) is fits
 
 
+def interpret_norms(monkeypatch):
+    """The backward passes that layer norms ask for, as a list to be filled."""
+    asked, real = [], norm.normalized
+
+    def spy(*arguments):
+        asked.append(arguments[-1])
+        return real(*arguments[:-1], {"plain": "plain", "kernel": "interpreted"}[asked[-1]])
+
+    monkeypatch.setattr(norm, "normalized", spy)
+    return asked
+
+
 @pytest.mark.parametrize("name", ["vop", "vop_p", "vop_c", "vop_f+p", "zero_shot", "adapter_attn"])
 def test_a_model_with_it_is_the_same_model(monkeypatch, name):
     """In all layers but the last of each tower; so few tokens are short across frames, too."""
@@ -70,6 +82,7 @@ def test_a_model_with_it_is_the_same_model(monkeypatch, name):
         return interpreted(*arguments)
 
     monkeypatch.setattr(short, "attention", spy)
+    norms = interpret_norms(monkeypatch)
     method = MethodConfig(name, visual_prompts=2, specific_prompts=1, frames=tiny.FRAMES)
     model = TextVideoModel(clip, method)
     params = jax.jit(model.init)(jax.random.key(0), *model.example())["params"]
@@ -86,3 +99,4 @@ def test_a_model_with_it_is_the_same_model(monkeypatch, name):
     for ours, theirs in zip(*map(jax.tree.leaves, map(gradient, (fused, model))), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
     assert len(calls) == clip.vision_layers + clip.text_layers - 2
+    assert norms.count("kernel") == 2 * (clip.vision_layers + clip.text_layers)

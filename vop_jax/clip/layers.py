@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from vop_jax.clip.attention import Keys, attention, attention_in_blocks, joined
-
-LAYER_NORM_EPS = 1e-5
+from vop_jax.clip.norm import LayerNorm
 
 # Of attention. "xla": plain JAX; "blocks": see `clip.attention`; "cudnn": of `jax.nn`; "fused": on
 # NVIDIA's GPUs `clip.short` where sequences are short, else "cudnn", or "xla" under a mask.
@@ -36,12 +35,6 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "quick_gelu": quick_gelu,
     "gelu": gelu,
 }
-
-
-def layer_norm(dtype: jnp.dtype) -> nn.LayerNorm:
-    """LayerNorm with float32 statistics whatever the compute dtype."""
-    # The fast variance E[x^2] - E[x]^2 loses digits that parity with PyTorch needs.
-    return nn.LayerNorm(epsilon=LAYER_NORM_EPS, dtype=dtype, use_fast_variance=False)
 
 
 def read(x: jax.Array, reads: Reads) -> jax.Array:
@@ -170,9 +163,9 @@ class Block(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
-        self.ln_1 = layer_norm(self.dtype)
+        self.ln_1 = LayerNorm(self.dtype)
         self.attn = Attention(self.width, self.heads, self.causal, self.dtype)
-        self.ln_2 = layer_norm(self.dtype)
+        self.ln_2 = LayerNorm(self.dtype)
         self.mlp = Mlp(self.width, self.activation, self.dtype)
 
     def __call__(
@@ -184,12 +177,13 @@ class Block(nn.Module):
         kernel: Kernel = "xla",
         reads: Reads = None,
     ) -> jax.Array:
-        h = self.ln_1(x)
+        fused = kernel == "fused" and not self.is_initializing()
+        x, h = self.ln_1.branch(x, fused)
         if beside is not None:
             beside = beside._replace(tokens=self.ln_1(beside.tokens))
         x, attended = read(x, reads), self.attn(h, beside, kernel, reads)
         x = x + attended + (attn_branch(read(h, reads)) if attn_branch else 0)
-        h = self.ln_2(x)
+        x, h = self.ln_2.branch(x, fused)
         return x + self.mlp(h) + (mlp_branch(h) if mlp_branch else 0)
 
 

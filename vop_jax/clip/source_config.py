@@ -9,7 +9,8 @@ from typing import Any
 from etils import epath
 
 from vop_jax.clip import layouts
-from vop_jax.clip.layers import ACTIVATIONS, LAYER_NORM_EPS
+from vop_jax.clip.layers import ACTIVATIONS
+from vop_jax.clip.norm import EPS
 from vop_jax.errors import UserError
 
 HEAD_WIDTH = 64  # in every published CLIP with a ViT-B or ViT-L
@@ -50,8 +51,8 @@ def _told_hugging_face(by: str, config: Mapping[str, Any]) -> Told:
         found = " and ".join(sorted(activations))
         raise UserError(f"{by}: hidden_act is {found}, allowed is one of {', '.join(ACTIVATIONS)}")
     for tower in (vision, text):
-        if (eps := tower.get("layer_norm_eps", LAYER_NORM_EPS)) != LAYER_NORM_EPS:
-            raise UserError(f"{by}: layer_norm_eps is {eps}, allowed is {LAYER_NORM_EPS}")
+        if (eps := tower.get("layer_norm_eps", EPS)) != EPS:
+            raise UserError(f"{by}: layer_norm_eps is {eps}, allowed is {EPS}")
     return Told(
         by,
         activations.pop(),

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from vop_jax.clip.config import ClipConfig
-from vop_jax.clip.layers import Block, Transformer, layer_norm
+from vop_jax.clip.layers import Block, Transformer
+from vop_jax.clip.norm import LayerNorm
 
 # CLIP's channel statistics for RGB in [0, 1].
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -78,11 +79,11 @@ class VisionTower(nn.Module):
             nn.initializers.normal(scale),
             (c.patches + 1, c.vision_width),
         )
-        self.ln_pre = layer_norm(self.dtype)
+        self.ln_pre = LayerNorm(self.dtype)
         self.transformer = Transformer(
             c.vision_width, c.vision_layers, c.vision_heads, c.activation, dtype=self.dtype
         )
-        self.ln_post = layer_norm(self.dtype)
+        self.ln_post = LayerNorm(self.dtype)
         self.proj = nn.Dense(c.embed_dim, use_bias=False, dtype=self.dtype)
 
     def embed(self, frames: jax.Array) -> jax.Array:
@@ -123,7 +124,7 @@ class TextTower(nn.Module):
         self.transformer = Transformer(
             c.text_width, c.text_layers, c.text_heads, c.activation, causal=True, dtype=self.dtype
         )
-        self.ln_final = layer_norm(self.dtype)
+        self.ln_final = LayerNorm(self.dtype)
         self.text_projection = nn.Dense(c.embed_dim, use_bias=False, dtype=self.dtype)
 
     def embed(self, ids: jax.Array) -> jax.Array:
