@@ -56,7 +56,7 @@ class Settings:
 
 
 def product_flops(jaxpr: Any) -> float:
-    """FLOPs of a traced program's matrix products and convolutions, by hand."""
+    """FLOPs of a traced program's matrix products, by hand."""
     total = 0.0
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
@@ -65,10 +65,6 @@ def product_flops(jaxpr: Any) -> float:
             shape = equation.invars[0].aval.shape
             inner = math.prod(shape[axis] for axis in contracted)
             total += 2 * inner * equation.outvars[0].aval.size
-        elif name == "conv_general_dilated":  # of patches: as many products as its kernel has
-            kernel = equation.invars[1].aval
-            outputs = equation.outvars[0].aval.size / kernel.shape[-1]
-            total += 2 * kernel.size * outputs
         turns = params["length"] if name == "scan" else 1
         total += turns * sum(map(product_flops, _inner(params)))
     return total

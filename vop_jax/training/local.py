@@ -1,6 +1,5 @@
 """Gradients summed by each device over its own rows first, and over devices once a step."""
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -24,8 +23,7 @@ def each_on_its_own(
 
     Args:
         loops: whether `function` takes its rows in parts. A parameter of CLIP is then used once a
-            part, and copied as well, unless the mesh cuts it; all but the convolution's kernel:
-            for copies of that the compiler would gather the frames.
+            part, and copied as well, unless the mesh cuts it.
     """
     ways = sharding.row_shards(mesh)
     if ways == 1:
@@ -37,8 +35,8 @@ def each_on_its_own(
 
     def run(trainable: Tree, rows: Any) -> Any:
         flat = flatten(trainable)
-        once = r"clip/.*" if not loops or sharding.cuts_parameters(mesh) else r"clip/.*/conv1/.*"
-        axes = {name: None if re.fullmatch(once, name) else 0 for name in flat}
+        once = not loops or sharding.cuts_parameters(mesh)
+        axes = {name: None if once and name.startswith("clip/") else 0 for name in flat}
         for name, axis in axes.items():
             if axis == 0:
                 flat[name] = placed(jnp.broadcast_to(flat[name], (ways, *flat[name].shape)))
