@@ -24,7 +24,7 @@ from benchmarks.step_cost import Programs, counted_flops
 from vop_jax.clip.config import PRESETS, ClipConfig
 from vop_jax.config import base_config
 from vop_jax.data.builders import Making
-from vop_jax.data.decoded import Drawn, every_clip, frame_shapes
+from vop_jax.data.decoded import Drawn, clips_of, frame_shapes
 from vop_jax.data.encode import Preprocessing
 from vop_jax.data.packed import Part, Split
 from vop_jax.data.packing import pack
@@ -150,7 +150,8 @@ def main() -> None:
 
         loop = Loop()
         layout = device_cache.Layout(loop.mesh, len(split), (FRAMES, *shapes[0], 3))
-        frames = device_cache.fill(layout, every_clip(split, FRAMES, "uniform", args.threads))
+        stored = clips_of(split, layout.here, FRAMES, "uniform", args.threads)
+        frames = device_cache.fill(layout, stored)
         sides = drawn.sides
         cache = device_cache.DeviceCache(loop.mesh, frames, sides.first, sides.weights, BITS)
 

@@ -114,6 +114,14 @@ def test_two_processes_train_as_one(places, alone):
     assert "step 60/60" in hosts.said(0) and "step 60/60" not in hosts.said(1)
 
 
+def test_two_processes_train_from_frames_on_their_devices(places, alone):
+    steps = f"--config.train.steps={STEPS}"
+    hosts = start(places, "cached", steps, "--config.data.device_cache_gb=1")
+    assert hosts.wait() == [0, 0], hosts.said(0) + hosts.said(1)
+    assert_same_run(alone, places / "workdirs/cached")
+    assert "16 clips on the devices" in hosts.said(0)
+
+
 def test_sigterm_to_one_stops_both_and_another_machine_continues(places, alone):
     steps = f"--config.train.steps={STEPS}"
     hosts = start(places, "cut", steps, "--config.train.checkpoint_every=100")
@@ -177,8 +185,15 @@ def test_processes_that_differ_are_told(places):
 
 
 @pytest.mark.slow
-def test_a_mistake_is_told_by_all(places):
-    hosts = start(places, "wrong", "--config.train.batch_size=12")
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ("train.batch_size=12", "not a multiple of the 8 devices"),
+        ("data.device_cache_gb=1e-05", "16 clips of 3 frames of 32 x 32 pixels take"),
+    ],
+)
+def test_a_mistake_is_told_by_all(places, mistake, message):
+    hosts = start(places, "wrong", f"--config.{mistake}")
     assert hosts.wait() == [2, 2], hosts.said(0) + hosts.said(1)
     for process in range(2):
-        assert "config.train.batch_size=12: not a multiple of the 8 devices" in hosts.said(process)
+        assert f"config.{mistake}: {message}" in hosts.said(process)

@@ -2,17 +2,10 @@
 
 import json
 import shutil
-from types import SimpleNamespace
-from typing import Any
 
-import jax
 import pytest
 
 from tests import runs
-from vop_jax import run_cache
-from vop_jax.config import base_config
-from vop_jax.data.packed import Part
-from vop_jax.errors import UserError
 from vop_jax.training.writer import read_metrics
 
 CACHE = "--config.data.device_cache_gb=1"
@@ -80,15 +73,6 @@ def test_what_the_cache_cannot_do(inputs, tmp_path, capsys, overrides, message):
     assert call(inputs, tmp_path, *overrides) == 2
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
     assert "config.data.device_cache_gb" in line and message in line and "set it to 0" in line
-
-
-def test_several_processes_are_refused(monkeypatch):
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    run: Any = SimpleNamespace(config=base_config())
-    with run.config.unlocked():
-        run.config.data.device_cache_gb = 1.0
-    with pytest.raises(UserError, match="for runs of one process, not of 2; set it to 0"):
-        run_cache.plan(run, Part.__new__(Part))
 
 
 def test_text_buckets_on_the_command_line(inputs, records, tmp_path):

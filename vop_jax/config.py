@@ -79,7 +79,7 @@ def base_config() -> ConfigDict:
     c.data.threads = 16  # reading and decoding records
     c.data.workers = 0  # reader processes; 0: threads of this one
     # Above 0: the training split's decoded frames live on the devices, if they take no more than
-    # this of each, in GB, and pictures are cut out there: the same pixels. For one process.
+    # this of each, in GB, and pictures are cut out there: the same pixels.
     c.data.device_cache_gb = 0.0
     # Captions are padded to the smallest of these widths that holds a batch, else to all slots;
     # each is compiled once. (): always all slots, as with method.suffix=released.

@@ -2,15 +2,14 @@
 
 import dataclasses
 
-import jax
 from absl import logging
 
 from vop_jax import start
-from vop_jax.data.decoded import Drawn, draws_frames, every_clip, frame_shapes
+from vop_jax.data.decoded import Drawn, clips_of, draws_frames, frame_shapes
 from vop_jax.data.packed import Split
 from vop_jax.data.resampling import BITS
 from vop_jax.errors import UserError
-from vop_jax.training import device_cache
+from vop_jax.training import device_cache, hosts
 
 KEY = "config.data.device_cache_gb"
 
@@ -33,11 +32,6 @@ def plan(run: start.Run, split: Split) -> Plan | None:
     data = run.config.data
     if not data.device_cache_gb:
         return None
-    if jax.process_count() > 1:
-        raise UserError(
-            f"{KEY}={data.device_cache_gb:g}: for runs of one process, not of "
-            f"{jax.process_count()}; set it to 0: each then reads its rows from the records"
-        )
     if draws_frames(split, data.frames, data.sampling):
         raise UserError(
             f"{KEY}: data.sampling={data.sampling!r} takes other frames of the stored ones each "
@@ -46,14 +40,14 @@ def plan(run: start.Run, split: Split) -> Plan | None:
     shapes = frame_shapes(split, data.frames, data.sampling, data.threads)
     height, width = (max(sides) for sides in zip(*shapes, strict=True))
     layout = device_cache.Layout(run.mesh, len(split), (data.frames, height, width, 3))
-    layout.check(data.device_cache_gb)
+    hosts.in_all(lambda: layout.check(data.device_cache_gb))
     return Plan(split, layout, Drawn.of(shapes, run.clip.config.image_size, data.augment))
 
 
 def filled(run: start.Run, plan: Plan) -> device_cache.DeviceCache:
-    """Decodes the split to the devices."""
+    """Decodes the split to the devices, each process what its own hold."""
     data, sides = run.config.data, plan.drawn.sides
-    clips = every_clip(plan.split, data.frames, data.sampling, data.threads)
+    clips = clips_of(plan.split, plan.layout.here, data.frames, data.sampling, data.threads)
     frames = device_cache.fill(plan.layout, clips)
     gigabytes = plan.layout.bytes_per_device / 1e9
     logging.info("%d clips on the devices, %.2f GB on each", len(plan.split), gigabytes)

@@ -89,6 +89,6 @@ def test_a_device_without_the_memory_is_told():
     device = types.SimpleNamespace(
         memory_stats=lambda: {"bytes_limit": 3e9, "bytes_in_use": 1e9}, __str__=lambda: "gpu:0"
     )
-    mesh = types.SimpleNamespace(shape={"data": 1, "fsdp": 1}, devices=np.array([device]))
+    mesh = types.SimpleNamespace(shape={"data": 1, "fsdp": 1}, local_devices=[device])
     with pytest.raises(UserError, match=r"has 2.00 GB left: .* 0.76 GB too much; use more dev"):
         Layout(mesh, 1000, (12, 240, 320, 3)).check(100)  # type: ignore[arg-type]

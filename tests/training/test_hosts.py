@@ -10,6 +10,9 @@ def test_one_process_is_the_first_and_waits_for_nobody():
     assert hosts.is_first()
     assert hosts.on_first(lambda: {"a": 1}) == {"a": 1}
     hosts.agree({"config": "x"})
+    done: list[int] = []
+    hosts.in_all(lambda: done.append(1))
+    assert done == [1]
     assert not hosts.preempted(3)
 
 

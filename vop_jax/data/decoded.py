@@ -75,14 +75,16 @@ def frame_shapes(split: Split, frames: int, sampling: str, threads: int) -> list
     return list(tqdm(shapes, "sizes of frames", len(split), unit="clip"))
 
 
-def every_clip(split: Split, frames: int, sampling: str, threads: int) -> Iterator[np.ndarray]:
-    """uint8 [F, h, w, 3] of each clip, in order."""
+def clips_of(
+    split: Split, numbers: Sequence[int], frames: int, sampling: str, threads: int
+) -> Iterator[np.ndarray]:
+    """uint8 [F, h, w, 3] of each of these clips, in order."""
 
     def pixels(index: int) -> np.ndarray:
         return np.stack(decode(split[index], frames, sampling))
 
-    clips = in_threads(pixels, range(len(split)), threads)
-    yield from tqdm(clips, "frames to the devices", len(split), unit="clip")
+    clips = in_threads(pixels, numbers, threads)
+    yield from tqdm(clips, "frames to the devices", len(numbers), unit="clip")
 
 
 def draws_frames(split: Split, frames: int, sampling: str) -> bool:

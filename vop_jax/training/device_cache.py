@@ -11,6 +11,7 @@ reduce-scatter in which all contributions but one are zero. A device sends
 224 pixels on 8 devices 0.8 GB. It holds B rows while it does.
 """
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator
@@ -48,6 +49,26 @@ class Layout:
         return -(-self.clips // sharding.row_shards(self.mesh))
 
     @property
+    def whole(self) -> tuple[int, ...]:
+        """(M, F, H, W, 3), M filled up so that each device has as many clips."""
+        return self.clips_per_device * sharding.row_shards(self.mesh), *self.shape
+
+    @property
+    def holders(self) -> dict[int, list[jax.Device]]:
+        """This process's devices, by the number of the first clip that they hold, ascending."""
+        placement, found = sharding.batch_sharding(self.mesh), collections.defaultdict(list)
+        for device, index in placement.addressable_devices_indices_map(self.whole).items():
+            assert index is not None  # those of devices elsewhere
+            found[index[0].indices(self.whole[0])[0]].append(device)
+        return dict(sorted(found.items()))
+
+    @property
+    def here(self) -> list[int]:
+        """The numbers of the clips that this process's devices hold, in the order of `fill`."""
+        runs = (range(first, first + self.clips_per_device) for first in self.holders)
+        return [clip for run in runs for clip in run if clip < self.clips]
+
+    @property
     def bytes_per_device(self) -> int:
         return self.clips_per_device * int(np.prod(self.shape, dtype=np.int64))
 
@@ -60,7 +81,7 @@ class Layout:
         key = "config.data.device_cache_gb"
         needed, (frames, height, width, _) = self.bytes_per_device, self.shape
         allowed, whose = limit_gb * 1e9, f"{key}={limit_gb:g}"
-        for device in self.mesh.devices.flat:
+        for device in self.mesh.local_devices:
             stats = device.memory_stats() or {}  # not every platform tells
             free = stats.get("bytes_limit", np.inf) - stats.get("bytes_in_use", 0)
             if free < allowed:
@@ -75,19 +96,14 @@ class Layout:
 
 
 def fill(layout: Layout, clips: Iterable[np.ndarray]) -> jax.Array:
-    """Clips uint8 [F, h, w, 3], in order -> uint8 [M, F, H, W, 3], M filled up, on the devices."""
-    count = layout.clips_per_device
-    whole = (count * sharding.row_shards(layout.mesh), *layout.shape)
-    placement = sharding.batch_sharding(layout.mesh)
-    holders: dict[int, list[jax.Device]] = {}  # of the clips from each number on
-    for device, index in placement.addressable_devices_indices_map(whole).items():
-        assert index is not None  # those of devices elsewhere
-        holders.setdefault(index[0].indices(whole[0])[0], []).append(device)
+    """The clips `layout.here`, uint8 [F, h, w, 3] -> those of all, uint8 [M, F, H, W, 3]."""
     source, shards = iter(clips), []
-    for first in sorted(holders):
-        shards += _filled(layout, holders[first], source, min(count, layout.clips - first))
+    for first, devices in layout.holders.items():
+        count = min(layout.clips_per_device, layout.clips - first)
+        shards += _filled(layout, devices, source, count)
     next(source, None)  # a bar counts a clip when the next is asked for
-    return jax.make_array_from_single_device_arrays(whole, placement, shards)
+    placement = sharding.batch_sharding(layout.mesh)
+    return jax.make_array_from_single_device_arrays(layout.whole, placement, shards)
 
 
 def _filled(
@@ -128,7 +144,7 @@ class DeviceCache:
     ):
         self._frames = frames
         tables = {"first": first, "weights": weights}
-        self._tables = jax.device_put(tables, sharding.replicated(mesh))
+        self._tables = sharding.place(mesh, tables)
         self._cut = jax.jit(sharding.on_row_shards(mesh, functools.partial(_own_rows, bits=bits)))
 
     def pictures(self, batch: Batch) -> Batch:

@@ -195,6 +195,22 @@ def agree(facts: Mapping[str, str]) -> None:
     on_first(compare)
 
 
+def in_all(work: Callable[[], object]) -> None:
+    """Does `work` in every process; the UserError of one is raised in all of them."""
+    if jax.process_count() == 1:
+        work()
+        return
+    turn, said = f"vop_jax/turn/{next(_turns)}", ""
+    try:
+        work()
+    except UserError as error:
+        said = str(error)
+    _client().key_value_set(f"{turn}/{jax.process_index()}", json.dumps(said))
+    for process in range(jax.process_count()):
+        if wrong := json.loads(_wait_for(f"{turn}/{process}")):
+            raise UserError(wrong)
+
+
 def preempted(step: int) -> bool:
     """Whether all processes shall stop after this step, since one of them got SIGTERM.
 
@@ -220,4 +236,4 @@ def _wait_for(key: str) -> str:
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
-            logging.info("still waiting for the first process")
+            logging.info("still waiting for another process")
