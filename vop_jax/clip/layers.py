@@ -15,7 +15,8 @@ from vop_jax.clip.attention import Keys, attention, attention_in_blocks, joined
 from vop_jax.clip.norm import LayerNorm
 
 # Of attention. "xla": plain JAX; "blocks": see `clip.attention`; "cudnn": of `jax.nn`; "fused": on
-# NVIDIA's GPUs `clip.short` where sequences are short, else "cudnn", or "xla" under a mask.
+# NVIDIA's GPUs `clip.short` where sequences are short, else "cudnn", or "xla" under a mask; and
+# the kernel of layer norms' backward pass.
 Kernel = Literal["xla", "blocks", "cudnn", "fused"]
 # The tokens of [N, T, D] that somebody reads: the first so many, the one at [N], or all.
 Reads = int | jax.Array | None
@@ -177,7 +178,7 @@ class Block(nn.Module):
         kernel: Kernel = "xla",
         reads: Reads = None,
     ) -> jax.Array:
-        fused = kernel == "fused" and not self.is_initializing()
+        fused = kernel == "fused"
         x, h = self.ln_1.branch(x, fused)
         if beside is not None:
             beside = beside._replace(tokens=self.ln_1(beside.tokens))
