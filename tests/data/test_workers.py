@@ -86,6 +86,30 @@ def alive(pid):
         return False
 
 
+STARTS = """
+import re
+from pathlib import Path
+from vop_jax.data.workers import _Worker
+if __name__ == "__main__":
+    for worker in [_Worker(str, 5.0) for _ in range(2)]:
+        status = Path(f"/proc/{worker.process.pid}/status").read_text()
+        print(int(re.search(r"SigBlk:\\s*(\\w+)", status)[1], 16) >> 1 & 1)  # signal 2, SIGINT
+        worker.stop()
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")
+def test_control_c_never_reaches_a_process(tmp_path):
+    """In a new interpreter: the first process starts otherwise than those after it."""
+    script = tmp_path / "starts.py"
+    script.write_text(STARTS)
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    found = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, text=True
+    )
+    assert found.stdout.split() == ["1", "1"], found.stderr
+
+
 def test_threads_do_the_same_but_raise_bugs():
     found = list(in_threads(calls.obey, ["a", "unusable", "b"], 2))
     assert found[0][0] == "a" and found[2][0] == "b"

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 from typing import Any
 
 from vop_jax.errors import VideoError
@@ -104,7 +104,9 @@ class _Worker:
         context = multiprocessing.get_context("spawn")  # a fork would copy locks held by JAX
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, self._call), daemon=True)
-        # Ctrl-C is the parent's to handle, from the child's first moment on.
+        # Ctrl-C is the parent's to handle, from the child's first moment on. What the first start
+        # would start, too, lets it through again when it runs.
+        resource_tracker.ensure_running()
         kept = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             self.process.start()
