@@ -125,8 +125,9 @@ def base_config() -> ConfigDict:
     # Where compiled programs are kept for the next start. "": on GPUs and TPUs in the workdir,
     # unless JAX_COMPILATION_CACHE_DIR says elsewhere; off: nowhere.
     c.compute.cache = ""
-    # fused: one kernel, on NVIDIA in bfloat16; cudnn: that of cuDNN, in the vision tower; blocks:
-    # across frames (vop_f…), anywhere, as little memory; xla: plain JAX; auto: fused or xla
+    # fused: kernels of this project, layer norms' too, on one NVIDIA device; cudnn: that of cuDNN,
+    # in the vision tower, on any number; blocks: across frames (vop_f…), anywhere, as little
+    # memory; xla: plain JAX; auto: the first two on NVIDIA in bfloat16, else xla
     c.compute.attention = "auto"
     # What follows and train.microbatches save memory for time, see docs/memory.md; same results.
     # Computed again in the backward pass: none; dots: all but products with weights; full: blocks

@@ -54,19 +54,10 @@ class Layout:
         return self.clips_per_device * sharding.row_shards(self.mesh), *self.shape
 
     @property
-    def holders(self) -> dict[int, list[jax.Device]]:
-        """This process's devices, by the number of the first clip that they hold, ascending."""
-        placement, found = sharding.batch_sharding(self.mesh), collections.defaultdict(list)
-        for device, index in placement.addressable_devices_indices_map(self.whole).items():
-            assert index is not None  # those of devices elsewhere
-            found[index[0].indices(self.whole[0])[0]].append(device)
-        return dict(sorted(found.items()))
-
-    @property
     def here(self) -> list[int]:
-        """The numbers of the clips that this process's devices hold, in the order of `fill`."""
-        runs = (range(first, first + self.clips_per_device) for first in self.holders)
-        return [clip for run in runs for clip in run if clip < self.clips]
+        """The clips that this process's devices hold, ascending."""
+        held = sharding.process_rows(self.mesh, self.whole[0])
+        return held[held < self.clips].tolist()
 
     @property
     def bytes_per_device(self) -> int:
@@ -97,12 +88,15 @@ class Layout:
 
 def fill(layout: Layout, clips: Iterable[np.ndarray]) -> jax.Array:
     """The clips `layout.here`, uint8 [F, h, w, 3] -> those of all, uint8 [M, F, H, W, 3]."""
+    count, placement = layout.clips_per_device, sharding.batch_sharding(layout.mesh)
+    holders = collections.defaultdict(list)  # of the clips from each number on
+    for device, index in placement.addressable_devices_indices_map(layout.whole).items():
+        assert index is not None  # those of devices elsewhere
+        holders[index[0].indices(layout.whole[0])[0]].append(device)
     source, shards = iter(clips), []
-    for first, devices in layout.holders.items():
-        count = min(layout.clips_per_device, layout.clips - first)
-        shards += _filled(layout, devices, source, count)
+    for first in sorted(holders):
+        shards += _filled(layout, holders[first], source, min(count, layout.clips - first))
     next(source, None)  # a bar counts a clip when the next is asked for
-    placement = sharding.batch_sharding(layout.mesh)
     return jax.make_array_from_single_device_arrays(layout.whole, placement, shards)
 
 
