@@ -12,7 +12,7 @@ import vop_jax
 PACKAGE = pathlib.Path(vop_jax.__file__).parent
 LEVELS = {
     **dict.fromkeys(("__init__", "errors", "axes", "config", "interrupt", "buckets", "command"), 0),
-    **dict.fromkeys(("atomic", "tensorfile", "treefolder"), 0),
+    **dict.fromkeys(("atomic", "folders", "tensorfile", "treefolder"), 0),
     **dict.fromkeys(("data", "clip", "retrieval"), 1),
     "tuning": 2,
     "model": 3,

@@ -13,8 +13,14 @@ from etils import epath
 
 
 def write_atomic(path: str | os.PathLike, data: bytes) -> None:
-    """Writes `path` whole or not at all: a temporary file beside it, then a rename."""
+    """Writes `path` whole or not at all: a temporary file beside it, then a rename.
+
+    In an object store an object appears when all of it is there, and a rename is a copy.
+    """
     target = epath.Path(path)
+    if "://" in os.fspath(path):
+        target.write_bytes(data)
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.parent / f".{target.name}.partial"
     try:

@@ -139,24 +139,37 @@ def _facts(config: ConfigDict) -> dict[str, str]:
 @contextmanager
 def _locked(root: epath.Path) -> Iterator[None]:
     """One run per workdir; the lock goes with the process, however it ends."""
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        if "://" not in str(root):
-            lock = filelock.FileLock(root / ".lock", timeout=0)
-            lock.acquire()
-    except filelock.Timeout:
-        raise UserError(f"--workdir={root}: another run is using it") from None
-    except ImportError as error:
-        raise UserError(f"--workdir={root}: {error}; pip install -e '.[gcs]'") from None
-    except OSError as error:
-        raise UserError(f"--workdir={root}: not a folder to write in ({error.strerror})") from None
     if "://" in str(root):  # object stores have no locks
+        _check_bucket(root)
         yield
         return
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(root / ".lock", timeout=0)
+        lock.acquire()
+    except filelock.Timeout:
+        raise UserError(f"--workdir={root}: another run is using it") from None
+    except OSError as error:
+        raise UserError(f"--workdir={root}: not a folder to write in ({error.strerror})") from None
     try:
         yield
     finally:
         lock.release()
+
+
+def _check_bucket(root: epath.Path) -> None:
+    """Raises UserError where nothing can be written; making a folder there says nothing."""
+    probe = root / ".writable"
+    try:
+        probe.write_bytes(b"1")  # an empty object may lie there as a folder
+        probe.unlink()
+    except ImportError as error:
+        raise UserError(f"--workdir={root}: {error}; pip install -e '.[gcs]'") from None
+    except FileNotFoundError:
+        raise UserError(f"--workdir={root}: there is no such bucket") from None
+    except Exception as error:  # each store's client has its own
+        why = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"--workdir={root}: not a place to write in ({why})") from None
 
 
 def check_kernel(config: ConfigDict, mesh: Mesh) -> None:

@@ -3,13 +3,14 @@
 import dataclasses
 import os
 import posixpath
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Sequence
 
 from etils import epath
 
 from vop_jax.data.pictures import PICTURES
 from vop_jax.data.records import Clip
 from vop_jax.errors import UserError
+from vop_jax.folders import walk
 
 VIDEOS = (
     *(".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v"),
@@ -82,7 +83,7 @@ def _at_official_paths(root: epath.Path, clips: Sequence[Clip]) -> set[str]:
 def _index(root: epath.Path, names: Container[str]) -> dict[str, list[str]]:
     """{name without extension: relative paths} of the videos and folders of frames below."""
     index: dict[str, list[str]] = {}
-    for folder, files in _walk(root):
+    for folder, _, files in walk(root):
         name = posixpath.basename(folder)
         if name in names and any(file.lower().endswith(PICTURES) for file in files):
             index.setdefault(name, []).append(folder)
@@ -91,20 +92,6 @@ def _index(root: epath.Path, names: Container[str]) -> dict[str, list[str]]:
             if stem in names and extension.lower() in VIDEOS:
                 index.setdefault(stem, []).append(posixpath.join(folder, file))
     return index
-
-
-def _walk(root: epath.Path) -> Iterator[tuple[str, list[str]]]:
-    """(relative path, names of files) of the folder and all below it, links followed."""
-    remote = "://" in os.fspath(root)
-    seen = set()  # links may lead in circles
-    for folder, folders, files in root.walk() if remote else os.walk(root, followlinks=True):
-        real = os.fspath(folder) if remote else os.path.realpath(folder)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        relative = os.path.relpath(os.fspath(folder), os.fspath(root)).replace(os.sep, "/")
-        yield "" if relative == "." else relative, files
 
 
 def _choose(path: str, matches: list[str]) -> tuple[str, str]:

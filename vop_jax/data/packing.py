@@ -56,11 +56,13 @@ def pack(
 
     Raises:
         UserError: the folder holds records of other clips or made in another way, or more
-            clips of a split had to be left out than `max_skipped` allows.
+            clips of a split had to be left out than `max_skipped` allows; it is in a bucket,
+            where records are read but not made.
         OSError: the disk is full; finished shards are kept for the next attempt.
     """
     root = epath.Path(directory)
     if _to_do(root, dataset, preprocessing, name, retry):
+        check_local(root)
         with locked(root, wait):
             _mend(root)
             if _to_do(root, dataset, preprocessing, name, retry):
@@ -142,12 +144,19 @@ def _mend(root: epath.Path) -> None:
             area.parent.rmtree()
 
 
+def check_local(root: str | os.PathLike) -> None:
+    """Raises UserError where no records can be made."""
+    if "://" in os.fspath(root):
+        raise UserError(
+            f"{os.fspath(root)}: there are no records, and they are made on a disk only; use a "
+            "--workdir there, or set config.data.records to a folder there or to finished "
+            "records in a bucket"
+        )
+
+
 @contextlib.contextmanager
 def locked(root: epath.Path, wait: bool) -> Iterator[None]:
     """One process at a time makes the records of a folder."""
-    if "://" in os.fspath(root):  # object stores have no locks
-        yield
-        return
     lock = filelock.FileLock(root / ".lock")
     try:
         root.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from vop_jax.data.builders import Making
 from vop_jax.data.encode import Preprocessing
 from vop_jax.data.locate import locate
 from vop_jax.data.packed import Packed, Part, find_records, open_records
-from vop_jax.data.packing import pack
+from vop_jax.data.packing import check_local, pack
 from vop_jax.data.records import Dataset
 from vop_jax.data.tokenizer import Tokenizer
 from vop_jax.errors import UserError
@@ -71,6 +71,8 @@ def load(data: ConfigDict, workdir: str, *, select: str = "last", training: bool
     if training and select == "best" and not data.val_share:
         wanted.add(data.val_split)
     root = data.records or os.path.join(workdir, "records")
+    if find_records(root) is None:
+        check_local(root)  # before anything is rendered
     preprocessing = Preprocessing.from_mapping(data)
     if data.kind == "folder" and not data.annotations and find_records(root) is not None:
         packed = open_records(root, preprocessing, sorted(wanted), max_skipped=data.max_skipped)

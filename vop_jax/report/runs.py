@@ -11,6 +11,7 @@ from etils import epath
 
 from vop_jax.config import flatten_config
 from vop_jax.errors import UserError
+from vop_jax.folders import walk
 from vop_jax.training.writer import read_metrics
 
 # (key of a row's metrics, heading, whether more is better)
@@ -82,11 +83,10 @@ def find_runs(folders: Sequence[str]) -> list[Run]:
     runs = []
     for folder in folders:
         found = []
-        for root, below, files in os.walk(folder):
-            below.sort()
-            if "summary.json" in files or (root == folder and "config.json" in files):
-                found.append(read_run(root))
-                below.clear()
+        for below, folders, files in walk(folder):
+            if "summary.json" in files or (not below and "config.json" in files):
+                found.append(read_run(os.path.join(folder, below) if below else folder))
+                folders.clear()
         if not found:
             raise UserError(f"{folder}: no finished run there, none has a summary.json")
         runs += found

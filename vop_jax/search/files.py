@@ -45,7 +45,7 @@ def find_videos(folder: str, known: frozenset[str] | set[str] = frozenset()) -> 
         UserError: there is no such folder, or no video in it, or one that cannot be listed.
     """
     if not os.path.isdir(folder):
-        raise UserError(f"{folder}: no such folder of videos")
+        raise UserError(f"{folder}: no such folder of videos on this machine")
     found = []
     for path in _files(folder):
         whole = os.path.join(folder, path)

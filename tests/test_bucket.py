@@ -1,0 +1,206 @@
+"""Runs whose workdir, CLIP, videos and records lie in a bucket: an emulated gs://."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.parse
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests import runs
+from vop_jax import tensorfile
+
+pytest.importorskip("gcsfs", reason="needs the extra gcs")
+emulator = pytest.importorskip("gcp_storage_emulator.server", reason="the bucket is emulated")
+
+STEPS = 40
+
+
+class Bucket:
+    """Objects of gs://vop, asked for over HTTP: file systems are kept for a whole process."""
+
+    def __init__(self):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self.server = emulator.create_server(
+            "127.0.0.1", port, in_memory=True, default_bucket="vop"
+        )
+        self.server.start()
+
+    def environment(self, devices: int = 1) -> dict[str, str]:
+        """Of a process for which this is Google's cloud."""
+        return runs.environment(devices) | {
+            "STORAGE_EMULATOR_HOST": self.url,  # gcsfs
+            "TENSORSTORE_GCS_HTTP_URL": self.url,  # orbax
+            "CLOUD_STORAGE_EMULATOR_ENDPOINT": self.url,  # array_record
+            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # would want credentials
+            "GOOGLE_CLOUD_PROJECT": "none",
+        }
+
+    def put(self, name: str, source: Path) -> None:
+        """A file, or a folder with all below it."""
+        for file in source.rglob("*") if source.is_dir() else [source]:
+            if file.is_file() and not file.name.startswith("."):  # locks are empty
+                whole = f"{name}/{file.relative_to(source)}" if source.is_dir() else name
+                query = urllib.parse.urlencode({"uploadType": "media", "name": whole})
+                url = f"{self.url}/upload/storage/v1/b/vop/o?{query}"
+                urllib.request.urlopen(urllib.request.Request(url, file.read_bytes())).close()
+
+    def get(self, name: str) -> bytes:
+        url = f"{self.url}/download/storage/v1/b/vop/o/{urllib.parse.quote(name, '')}?alt=media"
+        with urllib.request.urlopen(url) as answer:
+            return answer.read()
+
+    def names(self, prefix: str) -> list[str]:
+        with urllib.request.urlopen(f"{self.url}/storage/v1/b/vop/o?prefix={prefix}") as answer:
+            return [item["name"] for item in json.load(answer).get("items", [])]
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    made = Bucket()
+    yield made
+    made.server.stop()
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory, bucket):
+    """A folder on this machine's disk; its videos, captions and CLIP are in the bucket too."""
+    root = runs.write_folder(tmp_path_factory.mktemp("bucket"))
+    bucket.put("clip.safetensors", runs.write_clip(root / "clip.safetensors"))
+    bucket.put("videos", root / "videos")
+    bucket.put("captions.csv", root / "captions.csv")
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(local, bucket):
+    """The prompts of a run on this machine's disk, whose records are in the bucket then."""
+    run = local / "run"
+    argv = runs.command([*runs.arguments(local, local / "clip.safetensors", run), *settings()])
+    subprocess.run(argv, env=bucket.environment(8), check=True, capture_output=True)
+    bucket.put("records", run / "records")
+    return prompts(run / "prompts.safetensors")
+
+
+def settings() -> list[str]:
+    given = {"steps": STEPS, "log_every": 1, "checkpoint_every": 100}
+    return [f"--config.train.{key}={value}" for key, value in given.items()]
+
+
+def command(local, workdir, *overrides):
+    """The local run's, with everything in the bucket."""
+    given = runs.arguments(local, "gs://vop/clip.safetensors", workdir, *settings())
+    given += ["--config.data.annotations=", "--config.data.videos="]
+    return runs.command([*given, "--config.data.records=gs://vop/records", *overrides])
+
+
+def call(bucket, argv):
+    """(exit status, the last line of stderr)."""
+    done = subprocess.run(argv, env=bucket.environment(), capture_output=True, text=True)
+    return done.returncode, (done.stderr.splitlines() or [""])[-1]
+
+
+def prompts(file: Path) -> dict[str, np.ndarray]:
+    return tensorfile.flatten(tensorfile.load(file)[0])
+
+
+def assert_same(left, right):
+    assert left.keys() == right.keys()
+    for name in left:
+        np.testing.assert_allclose(left[name], right[name], atol=1e-5, err_msg=name)
+
+
+@pytest.mark.slow
+def test_two_processes_stop_in_a_bucket_and_one_goes_on(bucket, local, trained, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    both = []
+    for i in range(2):
+        where = (f"--coordinator={address}", "--processes=2", f"--process={i}", "--timeout=20")
+        with open(tmp_path / f"{i}.log", "w") as log:
+            argv = command(local, "gs://vop/run", *where)
+            both.append(subprocess.Popen(argv, env=bucket.environment(4), stderr=log))
+
+    def said():
+        return "\n".join((tmp_path / f"{i}.log").read_text() for i in range(2))
+
+    deadline = time.monotonic() + 120
+    while "step 3/" not in said():
+        assert all(p.poll() is None for p in both) and time.monotonic() < deadline, said()
+        time.sleep(0.01)
+    both[1].send_signal(signal.SIGTERM)
+    assert [p.wait(60) for p in both] == [143, 143], said()
+    steps = {int(name.split("/")[2]) for name in bucket.names("run/checkpoints/")}
+    assert len(steps) == 1 and max(steps) < STEPS, steps
+    done = subprocess.run(
+        command(local, "gs://vop/run"), env=bucket.environment(4), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"continuing gs://vop/run from step {max(steps)}" in done.stderr
+    (tmp_path / "prompts.safetensors").write_bytes(bucket.get("run/prompts.safetensors"))
+    assert_same(prompts(tmp_path / "prompts.safetensors"), trained)
+    lines = [json.loads(line) for line in bucket.get("run/metrics.jsonl").splitlines()]
+    assert [x["step"] for x in lines if "loss" in x] == list(range(1, STEPS + 1))
+    (events, *_), summary = bucket.names("run/events"), json.loads(bucket.get("run/summary.json"))
+    assert events and summary["steps"] == STEPS
+    assert not [name for name in bucket.names("run/") if ".partial" in name or ".writable" in name]
+
+
+def test_videos_in_a_bucket_are_found_under_other_names(bucket, local):
+    program = """
+from vop_jax.data.locate import locate
+from vop_jax.data.records import Clip
+clips, notes = locate([Clip("a", "elsewhere/3.avi", ("three",))], "gs://vop/")
+print(clips[0].path, *notes)
+"""
+    argv = [sys.executable, "-c", program]
+    done = subprocess.run(argv, env=bucket.environment(), capture_output=True, text=True)
+    assert done.stdout.startswith("gs://vop/videos/3.mp4 "), done.stderr
+    assert done.stdout.endswith("1 of 1 videos have another extension, first videos/3.mp4\n")
+
+
+@pytest.mark.slow
+def test_records_are_made_of_videos_in_a_bucket(bucket, local, trained, tmp_path):
+    given = runs.arguments(local, local / "clip.safetensors", tmp_path / "run", *settings())
+    there = {"annotations": "gs://vop/captions.csv", "videos": "gs://vop/videos"}
+    argv = runs.command([*given, *(f"--config.data.{k}={v}" for k, v in there.items())])
+    assert call(bucket, argv)[0] == 0
+    assert_same(prompts(tmp_path / "run/prompts.safetensors"), trained)
+
+
+@pytest.mark.parametrize(
+    ("workdir", "overrides", "told"),
+    [
+        ("gs://other/run", [], "error: --workdir=gs://other/run: there is no such bucket"),
+        (
+            "gs://vop/new",
+            ["--config.data.records=", "--config.data.videos=.", "--config.data.annotations=x"],
+            "error: gs://vop/new/records: there are no records, and they are made on a disk only",
+        ),
+    ],
+)
+def test_what_a_bucket_cannot_be_is_told_in_one_line(bucket, local, workdir, overrides, told):
+    status, line = call(bucket, command(local, workdir, *overrides))
+    assert status == 2 and line.startswith(told), line
+
+
+def test_runs_in_a_bucket_are_found(bucket, tmp_path):
+    (tmp_path / "any.json").write_text("{}")
+    for name in ("config", "summary"):
+        for folder in ("many/b", "many/a/deep"):
+            bucket.put(f"{folder}/{name}.json", tmp_path / "any.json")
+    program = "from vop_jax.report.runs import find_runs as f;"
+    program += "print(*(run.workdir for run in f(['gs://vop/many'])))"
+    argv = [sys.executable, "-c", program]
+    done = subprocess.run(argv, env=bucket.environment(), capture_output=True, text=True)
+    assert done.stdout.split() == ["gs://vop/many/a/deep", "gs://vop/many/b"], done.stderr
