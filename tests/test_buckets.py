@@ -32,3 +32,29 @@ def test_the_smallest_bucket_that_holds_all(lengths, given, width):
 
 def test_no_captions_take_no_slots():
     assert buckets.longest(np.zeros((0, 20), np.int32)) == 0
+
+
+@pytest.mark.parametrize(
+    ("long", "batch_size", "found"),
+    [
+        (0, 4, (5,)),  # none is long
+        (1, 4, (5, 20)),
+        (1, 700, (20,)),  # one in a hundred: a batch of 700 has none once in a thousand times
+        (100, 4, (20,)),
+        (1, 680, (5, 20)),
+    ],
+)
+def test_widths_that_batches_will_have(long, batch_size, found):
+    ids = captions(*[4] * (100 - long), *[9] * long)
+    assert buckets.widths(ids, (5,), batch_size) == found
+
+
+def test_widths_are_those_that_are_met():
+    rng = np.random.default_rng(0)
+    ids = captions(*rng.integers(2, 21, 300))
+    met = {buckets.cut(ids[rng.integers(300, size=3)], (8, 12, 30)).shape[1] for _ in range(2000)}
+    assert buckets.widths(ids, (8, 12, 30), 3) == tuple(sorted(met)) == (8, 12, 20)
+
+
+def test_without_buckets_there_is_one_width():
+    assert buckets.widths(captions(3, 4), (), 2) == (20,)

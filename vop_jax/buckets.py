@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+RARE = 1e-3  # of all batches
+
 
 def longest(ids: np.ndarray) -> int:
     """Slots that the longest of the captions [N, T] takes, its EOT, the largest id, included."""
@@ -18,3 +20,16 @@ def cut(ids: np.ndarray, buckets: Sequence[int]) -> np.ndarray:
     """int32 [N, T] -> [N, T'], the smallest bucket that holds all of them, or T itself."""
     needed = longest(ids)
     return ids[:, : min((width for width in buckets if width >= needed), default=ids.shape[1])]
+
+
+def widths(ids: np.ndarray, buckets: Sequence[int], batch_size: int) -> tuple[int, ...]:
+    """Ascending: what `cut` makes of batches drawn from the captions [N, T], but for the RARE.
+
+    A batch fits a width if all its captions do, by chance (n / N) ** batch_size for n that fit.
+    """
+    slots = ids.shape[1]
+    allowed = sorted({slots, *(min(width, slots) for width in buckets)})
+    lengths = ids.argmax(axis=-1) + 1
+    fitting = np.array([np.mean(lengths <= width) for width in allowed]) ** batch_size
+    shares = np.diff(fitting, prepend=0.0)
+    return tuple(width for width, share in zip(allowed, shares, strict=True) if share >= RARE)

@@ -82,7 +82,8 @@ def base_config() -> ConfigDict:
     # this of each, in GB, and pictures are cut out there: the same pixels.
     c.data.device_cache_gb = 0.0
     # Captions are padded to the smallest of these widths that holds a batch, else to all slots;
-    # each is compiled once. (): always all slots, as with method.suffix=released.
+    # each that a batch may need is compiled before the first step. (): always all slots, as
+    # with method.suffix=released.
     c.data.text_buckets = (32,)
     c.data.cache_gb = 1.0  # decoded frames stay in memory if the whole split's take no more
 

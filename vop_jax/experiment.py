@@ -70,7 +70,7 @@ def train(config: ConfigDict, workdir: str, writer: Writer | None = None) -> dic
                 logging.info("training %s, steps %d to %d", run.method.name, first + 1, steps)
                 optimizer, parts = make_optimizer(config.train), config.train.microbatches
                 train_step = make_train_step(run.model, optimizer, run.mesh, parts)
-                step_fn: loop.Step = CompiledStep(train_step, run.mesh)
+                step_fn: loop.Step = CompiledStep(train_step, run.mesh, data.text_widths)
                 if data.cache:
                     step_fn = run_cache.filled(run, data.cache).before(step_fn)
                 run.state = loop.fit(

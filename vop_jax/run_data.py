@@ -26,6 +26,7 @@ class Data:
 
     Attributes:
         train_batches: start step -> this process's rows of that batch and all after it.
+        text_widths: of their captions, see `buckets.widths`.
         cache: what `train_batches` are cut out of, where frames live on the devices.
         val_set: what a checkpoint is chosen on, if one is.
         num_texts, num_videos: both sides of the evaluation, misses included.
@@ -36,6 +37,7 @@ class Data:
     eval_set: EvalSet
     val_set: EvalSet | None
     train_batches: Callable[[int], Iterator[dict[str, np.ndarray]]]
+    text_widths: tuple[int, ...]
     num_texts: int
     num_videos: int
     cut_captions: int
@@ -73,6 +75,7 @@ def load_data(run: start.Run, *, training: bool = True) -> Data:
         "sampling": config.data.sampling,
         "threads": config.data.threads,
     }
+    train_buckets, train_batch = _train_buckets(run, train_ids), config.train.batch_size
     cache = run_cache.plan(run, train_split) if training and train_split else None
     in_evaluation = _batches_of(run, config.eval.batch_size) | shared
     data = Data(
@@ -102,11 +105,12 @@ def load_data(run: start.Run, *, training: bool = True) -> Data:
             start_step=first,
             workers=config.data.workers,
             cache_gb=config.data.cache_gb,
-            text_buckets=_train_buckets(run, train_ids),
+            text_buckets=train_buckets,
             drawn=cache.drawn if cache else None,
-            **_batches_of(run, config.train.batch_size),
+            **_batches_of(run, train_batch),
             **shared,
         ),
+        text_widths=buckets.widths(train_ids, train_buckets, train_batch) if in_train else (),
         num_texts=len(ids) + missed_texts,
         num_videos=len(test) + len(missed),
         cut_captions=int(cut.sum() + cut_in_train.sum()),

@@ -73,6 +73,23 @@ def test_once_for_each_shape_of_a_batch(shape, compilations):
     assert jax.tree.map(lambda x: x.sharding, state) == places
 
 
+def test_all_widths_of_captions_before_the_first_step(compilations, caplog):
+    logging.set_verbosity(logging.INFO)
+    mesh, step, state, frozen = placed((8, 1, 1))
+    whole = batch_of(mesh, 8)
+    slots = whole["ids"].shape[1]
+    few = {**whole, "ids": whole["ids"][:, : slots - 2]}
+    run = CompiledStep(step, mesh, (slots - 2, slots))
+    with caplog.at_level("INFO", logger="absl"):
+        state, _ = run(state, frozen, few)
+    assert f"step for captions of {slots - 2} and {slots} slots compiled in" in caplog.text
+    assert len(run.programs) == 2
+    compilations.count = 0
+    for batch in (whole, few):
+        state, _ = run(state, frozen, batch)
+    assert compilations.count == 0 and int(state.step) == 3
+
+
 def test_what_it_takes_is_said(caplog):
     logging.set_verbosity(logging.INFO)
     mesh, step, state, frozen = placed((1, 1, 1))

@@ -2,7 +2,8 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -76,8 +77,14 @@ class CompiledStep:
         programs: the compiled ones, by the shapes of their batch.
     """
 
-    def __init__(self, step: Callable[..., tuple[TrainState, Metrics]], mesh: Mesh):
-        self._step, self._mesh = step, mesh
+    def __init__(
+        self,
+        step: Callable[..., tuple[TrainState, Metrics]],
+        mesh: Mesh,
+        widths: Sequence[int] = (),
+    ):
+        """`widths`: of captions, that batches will have; compiled side by side at the first."""
+        self._step, self._mesh, self._widths = step, mesh, widths
         self.programs: dict[Any, Any] = {}
 
     def __call__(self, state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -86,26 +93,47 @@ class CompiledStep:
         Raises:
             UserError: it does not fit the device.
         """
-        shapes = tuple((name, x.shape, x.dtype) for name, x in sorted(batch.items()))
+        shapes = _shapes(batch)
         if shapes not in self.programs:
-            self.programs[shapes] = self._compile(state, frozen, batch)
+            self._compile(state, frozen, batch)
         return self.programs[shapes](state, frozen, batch)
 
-    def _compile(self, state: TrainState, frozen: Any, batch: Batch) -> Any:
+    def _compile(self, state: TrainState, frozen: Any, batch: Batch) -> None:
+        """For this batch and, the first time, for those that differ in their captions' width."""
+        batches: list[dict[str, Any]] = [batch]
+        if not self.programs:
+            batches += [_as_wide(batch, w) for w in self._widths if w != batch["ids"].shape[1]]
         # The state comes out where it went in, so that the same program takes it again.
         places = jax.tree.map(lambda x: x.sharding, state), sharding.replicated(self._mesh)
         jitted = jax.jit(self._step, donate_argnums=0, out_shardings=places)
         since = time.perf_counter()
         try:
-            program = jitted.lower(state, frozen, batch).compile()
+            lowered = [jitted.lower(state, frozen, rows) for rows in batches]
+            with ThreadPoolExecutor(len(lowered)) as pool:
+                programs = list(pool.map(lambda program: program.compile(), lowered))
         except jax.errors.JaxRuntimeError as error:  # a TPU's compiler knows the limit itself
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             line = " ".join(str(error).split())[:300]
             raise UserError(f"a step does not fit a device ({line}): set {HELP}") from None
         taken = time.perf_counter() - since
-        estimate = Estimate.of(program, self._mesh.local_devices[0])
-        logging.info("step compiled in %.1f s; %s", taken, estimate or "its memory is not known")
-        if estimate:
-            estimate.check()
-        return program
+        found = [Estimate.of(program, self._mesh.local_devices[0]) for program in programs]
+        largest = max((x for x in found if x), key=lambda x: x.total, default=None)
+        widths = sorted(rows["ids"].shape[1] for rows in batches)
+        of = f" for captions of {' and '.join(map(str, widths))} slots" if len(widths) > 1 else ""
+        told = largest or "its memory is not known"
+        logging.info("step%s compiled in %.1f s; %s", of, taken, told)
+        if largest:
+            largest.check()
+        self.programs |= zip(map(_shapes, batches), programs, strict=True)
+
+
+def _shapes(batch: dict[str, Any]) -> tuple:
+    return tuple((name, x.shape, x.dtype) for name, x in sorted(batch.items()))
+
+
+def _as_wide(batch: Batch, width: int) -> dict[str, Any]:
+    """A batch, as far as the compiler sees it, with captions of so many slots."""
+    ids = batch["ids"]
+    shape = (*ids.shape[:-1], width)
+    return {**batch, "ids": jax.ShapeDtypeStruct(shape, ids.dtype, sharding=ids.sharding)}
