@@ -200,12 +200,20 @@ def test_a_difference_is_named_with_both_values(key, value):
     assert configs.first_difference(base, other) == (key, was, value)
 
 
-def test_a_key_of_one_side_alone_is_a_difference():
-    base = configs.base_config()
+def test_a_key_that_an_older_config_lacks_stands_for_its_default():
+    base, other = configs.base_config(), configs.base_config()
+    other.train.warmup = 0.5
     older = base.to_dict()
     del older["train"]["warmup"]
-    assert configs.first_difference(base, older) == ("train.warmup", base.train.warmup, None)
-    assert configs.first_difference(older, base) == ("train.warmup", None, base.train.warmup)
+    assert configs.first_difference(base, older) is None
+    assert configs.first_difference(other, older) == ("train.warmup", 0.5, base.train.warmup)
+    assert configs.first_difference(older, other) == ("train.warmup", base.train.warmup, 0.5)
+
+
+def test_a_key_that_is_not_known_any_more_is_a_difference():
+    base = configs.base_config().to_dict()
+    older = {**base, "train": {**base["train"], "momentum": 0.9}}
+    assert configs.first_difference(base, older) == ("train.momentum", None, 0.9)
 
 
 @pytest.mark.parametrize("key", configs.RESUMABLE)
@@ -216,29 +224,31 @@ def test_what_changes_nothing_learnt_is_no_difference(key):
 class Devices:
     """As much of a mesh as the choice of a kernel looks at."""
 
-    def __init__(self, platform, version, count):
+    def __init__(self, platform, version, data, model=1):
         client = types.SimpleNamespace(platform_version=version)
         device = types.SimpleNamespace(platform=platform, client=client)
-        self.devices, self.size = np.array([device] * count), count
+        self.devices = np.array([device] * (data * model)).reshape(data, 1, model)
+        self.shape = {"data": data, "fsdp": 1, "model": model}
 
 
 @pytest.mark.parametrize(
-    ("platform", "version", "count", "dtype", "kernel"),
+    ("platform", "version", "shape", "dtype", "kernel"),
     [
-        ("cpu", "cpu", 1, "bfloat16", "xla"),
-        ("tpu", "libtpu", 4, "bfloat16", "xla"),
-        ("gpu", "PJRT C API cuda 13000", 1, "bfloat16", "fused"),
-        ("gpu", "PJRT C API cuda 13000", 8, "bfloat16", "cudnn"),
-        ("gpu", "PJRT C API cuda 13000", 1, "float32", "xla"),
-        ("gpu", "PJRT C API rocm 60000", 1, "bfloat16", "xla"),
+        ("cpu", "cpu", (1,), "bfloat16", "xla"),
+        ("tpu", "libtpu", (4,), "bfloat16", "xla"),
+        ("gpu", "PJRT C API cuda 13000", (1,), "bfloat16", "fused"),
+        ("gpu", "PJRT C API cuda 13000", (8,), "bfloat16", "fused"),
+        ("gpu", "PJRT C API cuda 13000", (4, 2), "bfloat16", "cudnn"),
+        ("gpu", "PJRT C API cuda 13000", (1,), "float32", "xla"),
+        ("gpu", "PJRT C API rocm 60000", (1,), "bfloat16", "xla"),
     ],
 )
-def test_attention_is_by_default_what_the_device_has(platform, version, count, dtype, kernel):
+def test_attention_is_by_default_what_the_device_has(platform, version, shape, dtype, kernel):
     config = configs.base_config()
     config.compute.dtype = dtype
-    assert start.kernel_of(config, Devices(platform, version, count)) == kernel
+    assert start.kernel_of(config, Devices(platform, version, *shape)) == kernel
     config.compute.attention = "blocks"
-    assert start.kernel_of(config, Devices(platform, version, count)) == "blocks"
+    assert start.kernel_of(config, Devices(platform, version, *shape)) == "blocks"
 
 
 @pytest.mark.parametrize(
@@ -248,8 +258,8 @@ def test_attention_is_by_default_what_the_device_has(platform, version, count, d
         ("cudnn", Devices("gpu", "rocm", 1), "'cudnn': needs an NVIDIA GPU, not gpu"),
         (
             "fused",
-            Devices("gpu", "cuda", 8),
-            "'fused': runs on one device, the mesh has 8; allowed",
+            Devices("gpu", "cuda", 4, 2),
+            "'fused': wants all parameters on every device, set mesh.fsdp and mesh.model to 1",
         ),
     ],
 )

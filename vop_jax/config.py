@@ -57,6 +57,7 @@ def base_config() -> ConfigDict:
     c.data.annotations = ""  # CSV or JSON Lines: video, caption, [start], [end], [split];
     # of a benchmark the folder of its official files, not needed where records are
     c.data.videos = ""  # folder that `video` is relative to; clips, stills: where they go
+    c.data.rendered = 768  # clips of the training split, of kind=clips; 768 have all captions once
     c.data.records = ""  # packed frames, also by vop_jax.data.prepare; "": inside the workdir
     c.data.official_sizes = True  # of a benchmark's splits; other sizes are an error
     c.data.train_split = "train"
@@ -160,6 +161,7 @@ ALLOWED = {
 }
 ON_CUDA = ("fused", "cudnn")  # of compute.attention
 AT_LEAST_ONE = (
+    "data.rendered",
     "data.frames",
     "data.short_side",
     "data.threads",
@@ -349,8 +351,12 @@ def _check_buckets(buckets: Any) -> None:
 def first_difference(
     mine: Mapping[str, Any], theirs: Mapping[str, Any]
 ) -> tuple[str, Any, Any] | None:
-    """The first key in which two configs would learn something else: (key, mine, theirs)."""
-    a, b = flatten_config(mine), flatten_config(theirs)
+    """The first key in which two configs would learn something else: (key, mine, theirs).
+
+    A key that one of them lacks is newer than it, and stood for its default.
+    """
+    default = flatten_config(base_config())
+    a, b = (default | flatten_config(config) for config in (mine, theirs))
     for key in [*a, *(k for k in b if k not in a)]:
         left, right = a.get(key), b.get(key)
         if isinstance(left, tuple | list) and isinstance(right, tuple | list):

@@ -177,10 +177,10 @@ def check_kernel(config: ConfigDict, mesh: Mesh) -> None:
     asked, platform = config.compute.attention, _platform(mesh)
     if asked in configs.ON_CUDA and not _on_cuda(mesh):
         raise UserError(f"config.compute.attention={asked!r}: needs an NVIDIA GPU, not {platform}")
-    if asked == "fused" and mesh.size > 1:  # the compiler would gather what the kernel reads
+    if asked == "fused" and sharding.cuts_parameters(mesh):  # a kernel is not shared out
         raise UserError(
-            f"config.compute.attention='fused': runs on one device, the mesh has {mesh.size}; "
-            "allowed are auto, cudnn, xla, blocks"
+            "config.compute.attention='fused': wants all parameters on every device, set "
+            "mesh.fsdp and mesh.model to 1; allowed on this mesh are auto, cudnn, xla, blocks"
         )
 
 
@@ -194,7 +194,7 @@ def best_kernel(dtype: str, mesh: Mesh) -> Kernel:
     """What attention in this dtype is fastest by on these devices."""
     if not _on_cuda(mesh) or dtype != "bfloat16":
         return "xla"
-    return "fused" if mesh.size == 1 else "cudnn"
+    return "cudnn" if sharding.cuts_parameters(mesh) else "fused"
 
 
 def _on_cuda(mesh: Mesh) -> bool:

@@ -213,7 +213,7 @@ def test_full_tuning_sends_its_gradient_and_little_else():
 
 def test_left_to_the_compiler_a_step_of_context_sends_more(monkeypatch):
     """Else the test above could not fail, and `each_on_its_own` would be of no use."""
-    monkeypatch.setattr(step, "each_on_its_own", lambda mesh, function, loops: function)
+    monkeypatch.setattr(step, "each_on_its_own", lambda mesh, function: function)
     found, trainable, count = step_of("vop_c")
     with pytest.raises(AssertionError):
         assert_only_what_it_must(found, trainable, count)

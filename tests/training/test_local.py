@@ -15,15 +15,15 @@ def test_what_a_device_does_on_its_own_is_the_same(shape):
     mesh = sharding.make_mesh(*shape)
     rng = np.random.default_rng(0)
     tree = {"clip": {"w": rng.normal(size=(3, 4))}, "prompts": {"p": rng.normal(size=(2, 4))}}
-    tree = jax.tree.map(np.float32, tree)
+    tree, frozen = jax.tree.map(np.float32, (tree, rng.normal(size=(1, 4))))
     rows = {"x": rng.normal(size=(16, 3)).astype(np.float32)}
 
-    def function(tree, rows):
-        y = rows["x"] @ tree["clip"]["w"]
+    def function(tree, frozen, rows):
+        y = rows["x"] @ tree["clip"]["w"] + frozen
         return jnp.tanh(y), jnp.einsum("bd,pd->b", y, tree["prompts"]["p"])
 
-    def loss(run, tree):
-        a, b = run(tree, rows)
+    def loss(run, tree, rows=rows):
+        a, b = run(tree, frozen, rows)
         assert a.shape == (16, 4) and b.shape == (16,)
         return ((a @ a.T) ** 2).sum() + (b * jnp.arange(16.0)).sum()
 
@@ -31,8 +31,8 @@ def test_what_a_device_does_on_its_own_is_the_same(shape):
     placed = jax.device_put(rows, sharding.batch_sharding(mesh))
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5),
-        jax.jit(run)(tree, placed),
-        function(tree, rows),
+        jax.jit(run)(tree, frozen, placed),
+        function(tree, frozen, rows),
     )
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-4),

@@ -28,7 +28,8 @@ def _folder(data: ConfigDict, workdir: str) -> Dataset:
 
 
 def _clips(data: ConfigDict, workdir: str) -> Dataset:
-    rendered = shapes.render(data.videos or os.path.join(workdir, "videos"))
+    videos = data.videos or os.path.join(workdir, "videos")
+    rendered = shapes.render(videos, train=data.rendered)
     return read_folder(rendered, os.path.dirname(rendered))
 
 

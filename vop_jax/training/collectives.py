@@ -74,21 +74,23 @@ def collectives(text: str) -> list[Collective]:
     """All collectives of a compiled module, from `compiled.as_text()`.
 
     A TPU's compiler writes one that runs beside other work many times over, as parts with one
-    channel id; it is one.
+    channel id and one origin; it is one.
     """
     entry, bodies = _computations(text)
     devices = math.prod(map(int, re.findall(r"(?:num_partitions|replica_count)=(\d+)", text)))
     found: list[Collective] = []
-    seen: set[tuple[str, str]] = set()
+    seen: set[tuple[str, str, tuple[str, ...]]] = set()
 
     def visit(name: str, times: int | None) -> None:
         for line in bodies.get(name, ()):
             if match := _OPERATION.search(line):
+                arrays = list(_arrays(match, devices, times))
                 channel = re.search(r"channel_id=(\d+)", line)
-                key = (match[2], channel[1] if channel else f"line {len(found)}")
+                part = channel[1] if channel else f"line {len(found)}"
+                key = (match[2], part, tuple(array.where for array in arrays))
                 if key not in seen:
                     seen.add(key)
-                    found.extend(_arrays(match, devices, times))
+                    found.extend(arrays)
                 continue  # what it calls is the sum of two numbers
             inner = times
             if " while(" in line:

@@ -83,17 +83,16 @@ def loss_and_gradient(
         mesh, microbatches: as in `make_train_step`.
     """
 
-    def embed_rows(trainable, rows):
+    def embed_rows(trainable, frozen, rows):
         params = merge(trainable, frozen)
         if microbatches == 1:
             return embed(model, params, rows)
         return embed_in_parts(model, params, rows, microbatches)
 
-    loops = microbatches > 1 or model.memory.frame_chunk > 0
-    embed_all = each_on_its_own(mesh, embed_rows, loops) if mesh else embed_rows
+    embed_all = each_on_its_own(mesh, embed_rows) if mesh else embed_rows
 
     def loss_of(trainable):
-        return _loss(model, merge(trainable, frozen), *embed_all(trainable, batch))
+        return _loss(model, merge(trainable, frozen), *embed_all(trainable, frozen, batch))
 
     return jax.value_and_grad(loss_of)(trainable)
 
