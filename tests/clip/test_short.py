@@ -4,15 +4,14 @@ On a GPU itself it was compared by hand, in bfloat16; see docs/performance.md.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests import tiny
-from vop_jax.clip import norm, short
+from tests import kernels, tiny
+from vop_jax.clip import short
 from vop_jax.clip.attention import Keys, attention
 from vop_jax.model import TextVideoModel
 from vop_jax.tuning.methods import MethodConfig
@@ -58,31 +57,11 @@ def test_it_takes_short_sequences_and_heads_of_a_power_of_two(lengths, width, fi
     assert short.takes(lengths, width) is fits
 
 
-def interpret_norms(monkeypatch):
-    """The backward passes that layer norms ask for, as a list to be filled."""
-    asked, real = [], norm.normalized
-
-    def spy(*arguments):
-        asked.append(arguments[-1])
-        return real(*arguments[:-1], {"plain": "plain", "kernel": "interpreted"}[asked[-1]])
-
-    monkeypatch.setattr(norm, "normalized", spy)
-    return asked
-
-
 @pytest.mark.parametrize("name", ["vop", "vop_p", "vop_c", "vop_f+p", "zero_shot", "adapter_attn"])
 def test_a_model_with_it_is_the_same_model(monkeypatch, name):
     """In all layers but the last of each tower; so few tokens are short across frames, too."""
     clip = dataclasses.replace(tiny.CLIP, text_heads=1)  # heads of 16, as the kernel takes them
-    calls = []
-    interpreted = functools.partial(short.attention, interpret=True)
-
-    def spy(*arguments):
-        calls.append(arguments[0].shape)
-        return interpreted(*arguments)
-
-    monkeypatch.setattr(short, "attention", spy)
-    norms = interpret_norms(monkeypatch)
+    calls, norms = kernels.interpret(monkeypatch)
     method = MethodConfig(name, visual_prompts=2, specific_prompts=1, frames=tiny.FRAMES)
     model = TextVideoModel(clip, method)
     params = jax.jit(model.init)(jax.random.key(0), *model.example())["params"]

@@ -1,25 +1,28 @@
 """The same losses and parameters on every mesh; what is cut over it takes less of each device."""
 
+import dataclasses
 import functools
 
 import jax
 import numpy as np
 import pytest
 
-from tests import tiny
+from tests import kernels, tiny
 from vop_jax.config import base_config
 from vop_jax.errors import UserError
+from vop_jax.model import TextVideoModel
 from vop_jax.tensorfile import flatten
 from vop_jax.training import sharding
+from vop_jax.training.collectives import collectives
 from vop_jax.training.evaluate import make_encoders
 from vop_jax.training.optimizer import make_optimizer
-from vop_jax.training.step import TrainState, make_train_step
+from vop_jax.training.step import TrainState, loss_and_gradient, make_train_step
 from vop_jax.tuning import partition
 from vop_jax.tuning.methods import MethodConfig
 
 # (data, fsdp, model); compiling for eight devices takes its time, so one of a kind is quick.
 MESHES = [(8, 1, 1), (1, 8, 1), (4, 1, 2), (2, 2, 2)]
-QUICK = [("vop", (1, 8, 1)), ("vop_f+c", (2, 2, 2))]
+QUICK = [("vop", (8, 1, 1)), ("vop_f+c", (2, 2, 2))]
 CASES = [
     pytest.param(name, mesh, marks=() if (name, mesh) in QUICK else pytest.mark.slow)
     for name in ("vop", "vop_f+c", "full")
@@ -75,6 +78,34 @@ def test_every_mesh_learns_the_same(name, shape):
         # A softmax does not feel the bias of its keys: the gradient is rounding, AdamW its sign.
         if not leaf.endswith("attn/key/bias"):
             np.testing.assert_allclose(learnt[leaf], wanted, atol=atol, err_msg=leaf)
+
+
+@pytest.mark.parametrize("name", ["vop", pytest.param("vop_f+c", marks=pytest.mark.slow)])
+def test_kernels_run_on_every_device(monkeypatch, name):
+    """Each reads its own rows: nothing is gathered for them, and what is learnt is the same."""
+    clip = dataclasses.replace(tiny.CLIP, text_heads=1)  # heads of 16, as the kernel takes them
+    method = MethodConfig(name, frames=tiny.FRAMES, visual_prompts=2, specific_prompts=1)
+    slots, mesh = method.text_slots(clip), sharding.make_mesh()
+    batch = {"frames": tiny.frames(BATCH), "ids": tiny.captions(BATCH, slots)}
+    plain = TextVideoModel(clip, method)
+    params = jax.jit(plain.init)(jax.random.key(0), *plain.example())["params"]
+    trees = partition.split(params, method.trainable_patterns(clip))
+    wanted = jax.jit(functools.partial(loss_and_gradient, plain))(*trees, batch)
+    packed, backward = kernels.interpret(monkeypatch)
+    fused = plain.clone(kernel="fused")
+    step = jax.jit(functools.partial(loss_and_gradient, fused, mesh=mesh))
+    placed = sharding.place(mesh, trees), sharding.to_global(mesh, batch)
+    program = step.lower(*placed[0], placed[1]).compile()
+    found = program(*placed[0], placed[1])
+    # Of gradients up to ten, at a temperature of a hundred.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), found, wanted)
+    own = tiny.FRAMES * BATCH // mesh.size  # frames of a device
+    assert packed[0] == (own, 5, 3, clip.vision_heads, 16) and "kernel" in backward
+    assert sum(c.kind == "all-gather" for c in collectives(program.as_text())) == 1
+    encode_video, _ = make_encoders(fused, mesh)
+    video = encode_video(sharding.place(mesh, params), placed[1]["frames"])
+    rows = plain.apply({"params": params}, batch["frames"], method="encode_video")
+    np.testing.assert_allclose(video, rows, atol=1e-5)
 
 
 def held(tree):
