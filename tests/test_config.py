@@ -256,6 +256,12 @@ def test_attention_is_by_default_what_the_device_has(platform, version, shape, d
     [
         ("fused", Devices("cpu", "cpu", 1), "'fused': needs an NVIDIA GPU, not cpu"),
         ("cudnn", Devices("gpu", "rocm", 1), "'cudnn': needs an NVIDIA GPU, not gpu"),
+        ("splash", Devices("gpu", "cuda", 1), "'splash': needs a TPU, not gpu"),
+        (
+            "splash",
+            Devices("tpu", "libtpu", 4, 2),
+            "'splash': wants all parameters on every device, set mesh.fsdp and mesh.model to 1",
+        ),
         (
             "fused",
             Devices("gpu", "cuda", 4, 2),

@@ -267,7 +267,7 @@ def test_bfloat16_and_rand_sampling_run(call):
         ("--config.compute.attention=cudnn", ("needs config.compute.dtype='bfloat16'",)),
         (
             "--config.compute.attention=flash",
-            ("allowed are 'auto', 'xla', 'fused', 'cudnn', 'blocks'",),
+            ("allowed are 'auto', 'xla', 'fused', 'cudnn', 'splash', 'blocks'",),
         ),
         ("--config.compute.remat=all", ("allowed are 'none', 'dots', 'full'",)),
         ("--config.compute.frame_chunk=-1", ("config.compute.frame_chunk=-1: must be 0 or more",)),

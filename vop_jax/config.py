@@ -127,9 +127,10 @@ def base_config() -> ConfigDict:
     # Where compiled programs are kept for the next start. "": on GPUs and TPUs in the workdir,
     # unless JAX_COMPILATION_CACHE_DIR says elsewhere; off: nowhere.
     c.compute.cache = ""
-    # fused: kernels of this project, layer norms' too, on one NVIDIA device; cudnn: that of cuDNN,
-    # in the vision tower, on any number; blocks: across frames (vop_f…), anywhere, as little
-    # memory; xla: plain JAX; auto: the first two on NVIDIA in bfloat16, else xla
+    # fused: kernels of this project, layer norms' too, on NVIDIA; cudnn: that of cuDNN, in the
+    # vision tower, on any mesh; across frames (vop_f…) alone blocks: anywhere, as little memory,
+    # and splash: a kernel for TPUs; xla: plain JAX; auto: the first two on NVIDIA in bfloat16,
+    # else xla
     c.compute.attention = "auto"
     # What follows and train.microbatches save memory for time, see docs/memory.md; same results.
     # Computed again in the backward pass: none; dots: all but products with weights; full: blocks
@@ -156,7 +157,7 @@ ALLOWED = {
     "data.short_clips": ("skip", "repeat"),
     "eval.missing": ("miss", "drop"),
     "compute.dtype": ("float32", "bfloat16"),
-    "compute.attention": ("auto", "xla", "fused", "cudnn", "blocks"),
+    "compute.attention": ("auto", "xla", "fused", "cudnn", "splash", "blocks"),
     "compute.remat": ("none", "dots", "full"),
 }
 ON_CUDA = ("fused", "cudnn")  # of compute.attention

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from vop_jax.clip.config import ClipConfig
-from vop_jax.clip.layers import Beside, Kernel
+from vop_jax.clip.layers import ACROSS_FRAMES, Beside, Kernel
 from vop_jax.clip.memory import Memory
 from vop_jax.clip.model import Clip, unit
 from vop_jax.tensorfile import flatten
@@ -21,7 +21,7 @@ class TextVideoModel(nn.Module):
 
     Attributes:
         dtype: of matmuls.
-        kernel: of attention; "blocks" across frames alone, where sequences are F times as long.
+        kernel: of attention; some across frames alone, where sequences are F times as long.
             Only "xla" ever holds their [F * G, F * G] weights.
         memory: what is computed again in the backward pass instead of being kept.
     """
@@ -75,14 +75,15 @@ class TextVideoModel(nn.Module):
             if layer == 0:  # the first prompts pass through it, too, as in the released code
                 x = tower.ln_pre(x)
                 prompts = None if prompts is None else tower.ln_pre(prompts)
-            kernel: Kernel = self.kernel if layer >= split or self.kernel != "blocks" else "xla"
+            across = layer >= split
+            kernel: Kernel = self.kernel if across or self.kernel not in ACROSS_FRAMES else "xla"
             x = self.memory.run(
                 block,
                 x,
                 self._branches("visual", layer),
                 None if prompts is None else Beside(prompts),
                 kernel,
-                frames=layer < split,
+                frames=not across,
                 reads=heads if block is tower.blocks[-1] else None,
             )
         return unit(tower.project(x.reshape(batch, count, -1)))

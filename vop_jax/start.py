@@ -177,9 +177,12 @@ def check_kernel(config: ConfigDict, mesh: Mesh) -> None:
     asked, platform = config.compute.attention, _platform(mesh)
     if asked in configs.ON_CUDA and not _on_cuda(mesh):
         raise UserError(f"config.compute.attention={asked!r}: needs an NVIDIA GPU, not {platform}")
-    if asked == "fused" and sharding.cuts_parameters(mesh):  # a kernel is not shared out
+    if asked == "splash" and platform != "tpu":
+        raise UserError(f"config.compute.attention={asked!r}: needs a TPU, not {platform}")
+    if asked in ("fused", "splash") and sharding.cuts_parameters(mesh):
+        # The compiler cannot share a kernel out.
         raise UserError(
-            "config.compute.attention='fused': wants all parameters on every device, set "
+            f"config.compute.attention={asked!r}: wants all parameters on every device, set "
             "mesh.fsdp and mesh.model to 1; allowed on this mesh are auto, cudnn, xla, blocks"
         )
 

@@ -11,13 +11,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vop_jax.clip import splash
 from vop_jax.clip.attention import Keys, attention, attention_in_blocks, joined
 from vop_jax.clip.norm import LayerNorm
 
-# Of attention. "xla": plain JAX; "blocks": see `clip.attention`; "cudnn": of `jax.nn`; "fused": on
-# NVIDIA's GPUs `clip.short` where sequences are short, else "cudnn", or "xla" under a mask; and
-# the kernel of layer norms' backward pass.
-Kernel = Literal["xla", "blocks", "cudnn", "fused"]
+# Of attention. "xla": plain JAX; "blocks": see `clip.attention`; "cudnn": of `jax.nn`; "splash": on
+# TPUs, see `clip.splash`; "fused": on NVIDIA's GPUs `clip.short` where sequences are short, else
+# "cudnn", or "xla" under a mask; and the kernel of layer norms' backward pass.
+Kernel = Literal["xla", "blocks", "cudnn", "splash", "fused"]
+ACROSS_FRAMES: tuple[Kernel, ...] = ("blocks", "splash")  # pay for long sequences alone
 # The tokens of [N, T, D] that somebody reads: the first so many, the one at [N], or all.
 Reads = int | jax.Array | None
 
@@ -107,6 +109,8 @@ class Attention(nn.Module):
         k, v = joined(x.shape[0], *parts)
         if kernel == "blocks":
             return self.out(attention_in_blocks(q, k, v))
+        if kernel == "splash":
+            return self.out(splash.attention(q, k, v))
         return self.out(jax.nn.dot_product_attention(q, k, v, implementation=kernel))
 
     def _packed(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
