@@ -66,6 +66,8 @@ def product_flops(jaxpr: Any) -> float:
             inner = math.prod(shape[axis] for axis in contracted)
             total += 2 * inner * equation.outvars[0].aval.size
         turns = params["length"] if name == "scan" else 1
+        if name == "pallas_call":
+            turns = math.prod(params["grid_mapping"].grid)
         total += turns * sum(map(product_flops, _inner(params)))
     return total
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import memory
+from vop_jax.clip import splash
 
 
 def counted(function, *shapes):
@@ -29,6 +30,17 @@ def test_what_is_computed_again_is_counted_again():
     shapes, product = ((4, 4), (3, 4)), 2 * 3 * 4 * 4
     assert counted(jax.grad(loss), *shapes) == 5 * product
     assert counted(jax.grad(jax.checkpoint(loss)), *shapes) == 7 * product
+
+
+def test_products_in_a_kernel_are_counted_as_often_as_it_has_programs():
+    def attend(q, k, v):
+        return splash.attention(q, k, v).sum()
+
+    shapes = [(2, 1280, 3, 16), *[(2, 640, 3, 16)] * 2]
+    product = 2 * 2 * 3 * 1280 * 640 * 16
+    assert counted(attend, *shapes) == 2 * product
+    found = counted(jax.grad(attend, argnums=(0, 1, 2)), *shapes)  # 3 for queries, 4 for keys
+    assert 9 * product <= found < 9.01 * product
 
 
 def test_settings_are_keys_of_the_config():
