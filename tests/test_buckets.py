@@ -39,9 +39,12 @@ def test_no_captions_take_no_slots():
     [
         (0, 4, (5,)),  # none is long
         (1, 4, (5, 20)),
-        (1, 700, (20,)),  # one in a hundred: a batch of 700 has none once in a thousand times
+        (1, 99, (5, 20)),  # once in a hundred times the long one is left out
+        (1, 100, (20,)),  # the whole split
+        (1, 300, (20,)),
+        (5, 74, (20,)),  # 26 * 25 * 24 * 23 * 22 of 100 * 99 * 98 * 97 * 96 is less than RARE
+        (5, 73, (5, 20)),
         (100, 4, (20,)),
-        (1, 680, (5, 20)),
     ],
 )
 def test_widths_that_batches_will_have(long, batch_size, found):

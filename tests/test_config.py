@@ -260,12 +260,13 @@ def test_attention_is_by_default_what_the_device_has(platform, version, shape, d
         (
             "splash",
             Devices("tpu", "libtpu", 4, 2),
-            "'splash': wants all parameters on every device, set mesh.fsdp and mesh.model to 1",
+            "set mesh.fsdp and mesh.model to 1; allowed on this mesh are auto, xla, blocks",
         ),
         (
             "fused",
             Devices("gpu", "cuda", 4, 2),
-            "'fused': wants all parameters on every device, set mesh.fsdp and mesh.model to 1",
+            "'fused': wants all parameters on every device, set mesh.fsdp and mesh.model to 1; "
+            "allowed on this mesh are auto, cudnn, xla, blocks",
         ),
     ],
 )

@@ -21,7 +21,8 @@ def test_requirements_agree():
         name.lower().replace("-", "_")
         for name in names((runs.ROOT / "requirements.lock").read_text().splitlines())
     }
-    wanted = {name.lower().replace("-", "_") for name in [*given, "ruff", "mypy"]}
+    others = [*extras["gcs"], "gcp-storage-emulator", "ruff", "mypy"]
+    wanted = {name.lower().replace("-", "_") for name in [*given, *others]}
     assert wanted <= locked
 
 

@@ -13,9 +13,10 @@ from etils import epath
 
 
 def write_atomic(path: str | os.PathLike, data: bytes) -> None:
-    """Writes `path` whole or not at all: a temporary file beside it, then a rename.
+    """Writes `path` whole or not at all.
 
-    In an object store an object appears when all of it is there, and a rename is a copy.
+    On a disk to a temporary file beside it, which is renamed then; in an object store, where a
+    rename is a copy, an object appears when all of it is there.
     """
     target = epath.Path(path)
     if "://" in os.fspath(path):

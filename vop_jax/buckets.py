@@ -1,7 +1,7 @@
 """Captions in the shortest of a few widths that holds them.
 
 What stands behind a caption's EOT is never seen by it under the causal mask, so that fewer
-slots give the same features, up to the rounding of other shapes. Each width is compiled once.
+slots give the same features, up to the rounding of other shapes. Each width is a program.
 """
 
 from collections.abc import Sequence
@@ -25,11 +25,13 @@ def cut(ids: np.ndarray, buckets: Sequence[int]) -> np.ndarray:
 def widths(ids: np.ndarray, buckets: Sequence[int], batch_size: int) -> tuple[int, ...]:
     """Ascending: what `cut` makes of batches drawn from the captions [N, T], but for the RARE.
 
-    A batch fits a width if all its captions do, by chance (n / N) ** batch_size for n that fit.
+    A batch fits a width if all its captions do: of n of N that fit, none drawn twice, by chance
+    n / N * (n - 1) / (N - 1) * …
     """
-    slots = ids.shape[1]
+    count, slots = ids.shape
     allowed = sorted({slots, *(min(width, slots) for width in buckets)})
-    lengths = ids.argmax(axis=-1) + 1
-    fitting = np.array([np.mean(lengths <= width) for width in allowed]) ** batch_size
-    shares = np.diff(fitting, prepend=0.0)
+    lengths, drawn = ids.argmax(axis=-1) + 1, np.arange(min(batch_size, count))
+    fitting = [np.sum(lengths <= width) for width in allowed]
+    chances = [np.prod(np.maximum(n - drawn, 0) / (count - drawn)) for n in fitting]
+    shares = np.diff(chances, prepend=0.0)
     return tuple(width for width, share in zip(allowed, shares, strict=True) if share >= RARE)

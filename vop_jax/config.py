@@ -83,7 +83,7 @@ def base_config() -> ConfigDict:
     # this of each, in GB, and pictures are cut out there: the same pixels.
     c.data.device_cache_gb = 0.0
     # Captions are padded to the smallest of these widths that holds a batch, else to all slots;
-    # each that a batch may need is compiled before the first step. (): always all slots, as
+    # those that batches will have are compiled before the first step. (): always all slots, as
     # with method.suffix=released.
     c.data.text_buckets = (32,)
     c.data.cache_gb = 1.0  # decoded frames stay in memory if the whole split's take no more
@@ -127,10 +127,10 @@ def base_config() -> ConfigDict:
     # Where compiled programs are kept for the next start. "": on GPUs and TPUs in the workdir,
     # unless JAX_COMPILATION_CACHE_DIR says elsewhere; off: nowhere.
     c.compute.cache = ""
-    # fused: kernels of this project, layer norms' too, on NVIDIA; cudnn: that of cuDNN, in the
-    # vision tower, on any mesh; across frames (vop_f…) alone blocks: anywhere, as little memory,
-    # and splash: a kernel for TPUs; xla: plain JAX; auto: the first two on NVIDIA in bfloat16,
-    # else xla
+    # xla: plain JAX. On NVIDIA in bfloat16 fused: kernels of this project, layer norms' too, and
+    # cudnn: that of cuDNN, in the vision tower. Of layers across frames (vop_f…) alone blocks:
+    # anywhere, as little memory, and splash: a kernel for TPUs. auto: on NVIDIA in bfloat16
+    # fused, or cudnn where the mesh cuts parameters; else xla
     c.compute.attention = "auto"
     # What follows and train.microbatches save memory for time, see docs/memory.md; same results.
     # Computed again in the backward pass: none; dots: all but products with weights; full: blocks
@@ -237,6 +237,19 @@ def flatten_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any
         else:
             flat[prefix + key] = value
     return flat
+
+
+def completed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config that was written down, with the defaults of keys that are newer than it."""
+
+    def fill(default: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        filled = {**default, **given}
+        for key, section in default.items():
+            if isinstance(section, Mapping):
+                filled[key] = fill(section, given.get(key, {}))
+        return filled
+
+    return fill(base_config().to_dict(), config)
 
 
 def extra_rows(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -352,12 +365,8 @@ def _check_buckets(buckets: Any) -> None:
 def first_difference(
     mine: Mapping[str, Any], theirs: Mapping[str, Any]
 ) -> tuple[str, Any, Any] | None:
-    """The first key in which two configs would learn something else: (key, mine, theirs).
-
-    A key that one of them lacks is newer than it, and stood for its default.
-    """
-    default = flatten_config(base_config())
-    a, b = (default | flatten_config(config) for config in (mine, theirs))
+    """The first key in which two configs would learn something else: (key, mine, theirs)."""
+    a, b = (flatten_config(completed(config)) for config in (mine, theirs))
     for key in [*a, *(k for k in b if k not in a)]:
         left, right = a.get(key), b.get(key)
         if isinstance(left, tuple | list) and isinstance(right, tuple | list):

@@ -130,6 +130,11 @@ def export(config: ConfigDict, workdir: str, form: str = "safetensors") -> str:
 
 def _pretrain(config: ConfigDict, root: epath.Path) -> None:
     """Trains the demo's CLIP on rendered stills, in a run of its own, into the workdir."""
+    if "://" in str(root):  # where the records of the stills cannot be made
+        raise UserError(
+            f"--workdir={root}: a CLIP is pre-trained on a disk only; use a --workdir there, or "
+            "set config.init.clip"
+        )
     inner, workdir = pretrain_config(config), root / "pretrain"
     logging.info("pre-training a CLIP (%s) on still frames", config.clip.arch)
     train(inner, str(workdir))

@@ -6,17 +6,24 @@ from collections.abc import Iterator
 
 from etils import epath
 
+from vop_jax.errors import UserError
 
-def walk(root: str | os.PathLike) -> Iterator[tuple[str, list[str], list[str]]]:
+
+def walk(
+    root: str | os.PathLike, *, links: bool = True
+) -> Iterator[tuple[str, list[str], list[str]]]:
     """(relative path, names of folders, names of files) of a folder and of all below it.
 
     The root's own path is "". Folders are gone through in the order of their names, those that
-    the caller takes out of the list are not; links are followed, but no folder is met twice.
+    the caller takes out of the list are not.
+
+    Args:
+        links: whether those to folders are followed; no folder is met twice.
     """
     top = epath.Path(root)
     remote = "://" in os.fspath(root)
     seen = set()  # links may lead in circles
-    for folder, folders, files in top.walk() if remote else os.walk(top, followlinks=True):
+    for folder, folders, files in _in_store(top) if remote else os.walk(top, followlinks=links):
         place = _in_bucket(folder) if remote else os.path.realpath(folder)
         if place in seen:
             folders.clear()
@@ -28,6 +35,13 @@ def walk(root: str | os.PathLike) -> Iterator[tuple[str, list[str], list[str]]]:
         else:
             relative = os.path.relpath(folder, top).replace(os.sep, "/")
         yield "" if relative == "." else relative, folders, files
+
+
+def _in_store(root: epath.Path) -> Iterator[tuple[epath.Path, list[str], list[str]]]:
+    try:
+        yield from root.walk()
+    except ImportError as error:
+        raise UserError(f"{root}: {error}; pip install -e '.[gcs]'") from None
 
 
 def _in_bucket(path: str | os.PathLike) -> str:

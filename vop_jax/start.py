@@ -162,7 +162,7 @@ def _check_bucket(root: epath.Path) -> None:
     probe = root / ".writable"
     try:
         probe.write_bytes(b"1")  # an empty object may lie there as a folder
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except ImportError as error:
         raise UserError(f"--workdir={root}: {error}; pip install -e '.[gcs]'") from None
     except FileNotFoundError:
@@ -181,9 +181,10 @@ def check_kernel(config: ConfigDict, mesh: Mesh) -> None:
         raise UserError(f"config.compute.attention={asked!r}: needs a TPU, not {platform}")
     if asked in ("fused", "splash") and sharding.cuts_parameters(mesh):
         # The compiler cannot share a kernel out.
+        cudnn = "cudnn, " if _on_cuda(mesh) else ""
         raise UserError(
             f"config.compute.attention={asked!r}: wants all parameters on every device, set "
-            "mesh.fsdp and mesh.model to 1; allowed on this mesh are auto, cudnn, xla, blocks"
+            f"mesh.fsdp and mesh.model to 1; allowed on this mesh are auto, {cudnn}xla, blocks"
         )
 
 

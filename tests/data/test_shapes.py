@@ -1,6 +1,7 @@
 import collections
 import csv
 import dataclasses
+import functools
 import os
 import signal
 import subprocess
@@ -13,7 +14,8 @@ import numpy as np
 import pytest
 from etils import epath
 
-from vop_jax.data import shapes
+from vop_jax.config import base_config
+from vop_jax.data import shapes, sources
 from vop_jax.errors import UserError
 
 OPPOSITE = {"up": "down", "to the left": "to the right"}
@@ -289,3 +291,11 @@ def test_impossible_numbers_of_stills_are_refused(tmp_path):
 def test_needs_no_jax():
     code = "import sys, vop_jax.data.shapes; assert not {'jax', 'flax'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_run_renders_as_many_as_its_config_says(monkeypatch, tmp_path):
+    config = base_config()
+    config.data.kind, config.data.rendered = "clips", 6
+    monkeypatch.setattr(shapes, "render", functools.partial(shapes.render, val=2, test=4))
+    splits = sources.load(config.data, str(tmp_path)).splits
+    assert {name: len(split) for name, split in splits.items()} == {"train": 6, "test": 4}

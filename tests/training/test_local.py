@@ -1,4 +1,4 @@
-"""Gradients of copies; that they spare collectives is tested in test_collectives."""
+"""Values and gradients; that few collectives are needed is tested in test_collectives."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def test_what_a_device_does_on_its_own_is_the_same(shape):
         y = rows["x"] @ tree["clip"]["w"] + frozen
         return jnp.tanh(y), jnp.einsum("bd,pd->b", y, tree["prompts"]["p"])
 
-    def loss(run, tree, rows=rows):
+    def loss(run, tree):
         a, b = run(tree, frozen, rows)
         assert a.shape == (16, 4) and b.shape == (16,)
         return ((a @ a.T) ** 2).sum() + (b * jnp.arange(16.0)).sum()

@@ -142,7 +142,8 @@ def test_the_configs_placement_goes_first():
 @pytest.mark.parametrize(
     ("placement", "message"),
     [
-        ([(".*", ("data", "rows"))], "'rows' in .*axes are data, fsdp, model, or None"),
+        ([(".*", ("data", "rows"))], "'data' in .*axes are fsdp, model, or None"),
+        ([(".*", ("fsdp", "rows"))], "'rows' in .*axes are fsdp, model, or None"),
         ([("(", ("data",))], r"is not \(pattern, axes\)"),
         (["clip"], r"'clip' is not \(pattern, axes\)"),
     ],
@@ -153,7 +154,7 @@ def test_a_placement_that_cannot_be(placement, message):
 
 
 def test_a_placement_that_matches_nothing():
-    rules = sharding.rules_of([("clip/nothing", ("data",))])
+    rules = sharding.rules_of([("clip/nothing", ("fsdp",))])
     with pytest.raises(UserError, match=r"'clip/nothing' matches no parameter; .* like clip/a"):
         sharding.check_rules(rules, ["clip/a"])
 

@@ -146,12 +146,14 @@ def _mend(root: epath.Path) -> None:
 
 def check_local(root: str | os.PathLike) -> None:
     """Raises UserError where no records can be made."""
-    if "://" in os.fspath(root):
-        raise UserError(
-            f"{os.fspath(root)}: there are no records, and they are made on a disk only; use a "
-            "--workdir there, or set config.data.records to a folder there or to finished "
-            "records in a bucket"
-        )
+    if "://" not in os.fspath(root):
+        return
+    there = find_records(root)
+    lack = "there are no records" if there is None else "these records lack some that are asked for"
+    raise UserError(
+        f"{os.fspath(root)}: {lack}, and they are made on a disk only; use a --workdir there, or "
+        "set config.data.records to a folder there or to a copy of finished records in a bucket"
+    )
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from etils import epath
 from PIL import Image
 from tqdm import tqdm
 
+from vop_jax.atomic import write_atomic
 from vop_jax.errors import UserError
 
 SIZE = 64  # height and width, pixels
@@ -283,17 +284,11 @@ def _write(
     def write(item: Item) -> None:
         path = root / item.video
         if not path.exists():
-            _write_whole(path, encode(item.scene))
+            write_atomic(path, encode(item.scene))
 
     root.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(threads) as pool:
         for _ in tqdm(pool.map(write, items), desc=title, total=len(items), unit="file"):
             pass
-    _write_whole(annotations, table.getvalue().encode())
+    write_atomic(annotations, table.getvalue().encode())
     return str(annotations)
-
-
-def _write_whole(path: epath.Path, data: bytes) -> None:
-    partial = path.parent / f".{path.name}.partial"
-    partial.write_bytes(data)
-    partial.replace(path)

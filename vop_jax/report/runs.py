@@ -9,7 +9,7 @@ from typing import Any
 
 from etils import epath
 
-from vop_jax.config import flatten_config
+from vop_jax.config import completed, flatten_config
 from vop_jax.errors import UserError
 from vop_jax.folders import walk
 from vop_jax.training.writer import read_metrics
@@ -38,7 +38,7 @@ class Run:
     """A finished run's files.
 
     Attributes:
-        config, summary: config.json and summary.json.
+        config, summary: config.json, completed, and summary.json.
         metrics: the lines of metrics.jsonl.
     """
 
@@ -71,7 +71,8 @@ def read_run(workdir: str | os.PathLike) -> Run:
             raise UserError(f"{path}: not there; give the folder of a finished run") from None
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read ({error})") from None
-    return Run(os.fspath(workdir), files["config"], files["summary"], read_metrics(workdir))
+    config = completed(files["config"])
+    return Run(os.fspath(workdir), config, files["summary"], read_metrics(workdir))
 
 
 def find_runs(folders: Sequence[str]) -> list[Run]:
@@ -83,10 +84,10 @@ def find_runs(folders: Sequence[str]) -> list[Run]:
     runs = []
     for folder in folders:
         found = []
-        for below, folders, files in walk(folder):
-            if "summary.json" in files or (not below and "config.json" in files):
-                found.append(read_run(os.path.join(folder, below) if below else folder))
-                folders.clear()
+        for path, inside, files in walk(folder, links=False):
+            if "summary.json" in files or (not path and "config.json" in files):
+                found.append(read_run(os.path.join(folder, path) if path else folder))
+                inside.clear()
         if not found:
             raise UserError(f"{folder}: no finished run there, none has a summary.json")
         runs += found

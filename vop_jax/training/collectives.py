@@ -73,13 +73,13 @@ _TRIPS = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
 def collectives(text: str) -> list[Collective]:
     """All collectives of a compiled module, from `compiled.as_text()`.
 
-    A TPU's compiler writes one that runs beside other work many times over, as parts with one
-    channel id and one origin; it is one.
+    A TPU's compiler writes one that runs beside other work many times over, in computations of
+    its own, as parts with one channel id and one origin; it is one.
     """
     entry, bodies = _computations(text)
     devices = math.prod(map(int, re.findall(r"(?:num_partitions|replica_count)=(\d+)", text)))
     found: list[Collective] = []
-    seen: set[tuple[str, str, tuple[str, ...]]] = set()
+    seen: dict[tuple[str, str, tuple[str, ...]], str] = {}  # where it was met first
 
     def visit(name: str, times: int | None) -> None:
         for line in bodies.get(name, ()):
@@ -88,8 +88,7 @@ def collectives(text: str) -> list[Collective]:
                 channel = re.search(r"channel_id=(\d+)", line)
                 part = channel[1] if channel else f"line {len(found)}"
                 key = (match[2], part, tuple(array.where for array in arrays))
-                if key not in seen:
-                    seen.add(key)
+                if seen.setdefault(key, name) == name:
                     found.extend(arrays)
                 continue  # what it calls is the sum of two numbers
             inner = times

@@ -1,4 +1,4 @@
-"""Gradients summed by each device over its own rows first, and over devices once a step."""
+"""What each device does with its own rows, and its gradients, summed over devices once a step."""
 
 from collections.abc import Callable
 from typing import Any

@@ -22,6 +22,7 @@ from vop_jax.errors import UserError
 
 AXES = ("data", "fsdp", "model")
 ROWS = ("data", "fsdp")  # the axes that rows of a batch are spread over
+CUTTING = ("fsdp", "model")  # those that parameters may be cut over
 
 # The first pattern that matches a parameter's name places it, one entry a dimension. A config's
 # `mesh.placement` goes before these. An axis that does not divide its dimension is left out.
@@ -118,7 +119,7 @@ def row_shards(mesh: Mesh) -> int:
 
 def cuts_parameters(mesh: Mesh) -> bool:
     """Whether some parameters are not whole on every device."""
-    return row_shards(mesh) != mesh.shape["data"] or mesh.shape["model"] > 1
+    return any(mesh.shape[axis] > 1 for axis in CUTTING)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -146,10 +147,10 @@ def rules_of(placement: Sequence[tuple[str, Sequence[str | None]]]) -> list[tupl
                 f"config.mesh.placement: {entry!r} is not (pattern, axes): {error}"
             ) from None
         for axis in axes:
-            if axis not in (*AXES, None):
+            if axis not in (*CUTTING, None):
                 raise UserError(
                     f"config.mesh.placement: {axis!r} in {entry!r}: axes are "
-                    f"{', '.join(AXES)}, or None for a dimension that is whole"
+                    f"{', '.join(CUTTING)}, or None for a dimension that is whole"
                 )
         rules.append((regex.pattern, spec))
     return [*rules, *PARAMETER_RULES]

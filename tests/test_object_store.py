@@ -184,6 +184,11 @@ def test_records_are_made_of_videos_in_a_bucket(bucket, local, trained, tmp_path
         ("gs://other/run", [], "error: --workdir=gs://other/run: there is no such bucket"),
         (
             "gs://vop/new",
+            ["--config.init.clip=", "--config.pretrain.steps=2", "--config.clip.arch=tiny"],
+            "error: --workdir=gs://vop/new: a CLIP is pre-trained on a disk only",
+        ),
+        (
+            "gs://vop/new",
             ["--config.data.records=", "--config.data.videos=.", "--config.data.annotations=x"],
             "error: gs://vop/new/records: there are no records, and they are made on a disk only",
         ),
@@ -197,7 +202,7 @@ def test_what_a_bucket_cannot_be_is_told_in_one_line(bucket, local, workdir, ove
 def test_runs_in_a_bucket_are_found(bucket, tmp_path):
     (tmp_path / "any.json").write_text("{}")
     for name in ("config", "summary"):
-        for folder in ("many/b", "many/a/deep"):
+        for folder in ("many/b", "many/b/pretrain", "many/a/deep"):  # the second is the first's
             bucket.put(f"{folder}/{name}.json", tmp_path / "any.json")
     program = "from vop_jax.report.runs import find_runs as f;"
     program += "print(*(run.workdir for run in f(['gs://vop/many'])))"
