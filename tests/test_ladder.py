@@ -86,6 +86,7 @@ def test_runs_side_by_side_are_started_once_each_seed_by_seed(monkeypatch, tmp_p
     assert done == ["vop/0", pool, "vop_p/0", "vop/1", "vop_p/1"]
 
 
+@pytest.mark.slow
 def test_learning_rates_are_judged_on_the_val_split(run_study):
     (row,) = run_study("learning_rates", [0], only=["vop"], rates=[1e-3])
     config = json.loads((run_study.root / "learning_rates/vop_0.001/seed0/config.json").read_text())

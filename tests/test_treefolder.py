@@ -41,8 +41,8 @@ def test_what_was_there_stays_when_writing_fails(tmp_path, monkeypatch):
     [
         (lambda p: (p / "metadata.json").unlink(), "not an orbax folder of this project"),
         (lambda p: (p / "metadata.json").write_text("{"), "not a readable orbax folder"),
-        (lambda p: (p / "params/_METADATA").unlink(), "not a readable orbax folder"),
-        (lambda p: (p / "params/manifest.ocdbt").unlink(), "not a readable orbax folder"),
+        (lambda p: (p / "params/_METADATA").unlink(), "no params/_METADATA"),
+        (lambda p: (p / "params/manifest.ocdbt").unlink(), "no params/manifest.ocdbt"),
     ],
 )
 def test_a_torn_folder_is_one_line(tmp_path, spoil, message):

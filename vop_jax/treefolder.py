@@ -15,6 +15,7 @@ from vop_jax.errors import UserError
 from vop_jax.tensorfile import Tree
 
 PARAMS, METADATA = "params", "metadata.json"
+ORBAX_OWN = ("_METADATA", "manifest.ocdbt")  # in PARAMS
 
 
 def save(path: str | os.PathLike, tree: Tree, metadata: Mapping[str, str]) -> None:
@@ -40,6 +41,10 @@ def load(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str]]:
     folder = epath.Path(path) if "://" in os.fspath(path) else epath.Path(path).absolute()
     if not (folder / PARAMS).is_dir() or not (folder / METADATA).exists():
         raise UserError(f"{path}: not an orbax folder of this project ({PARAMS}, {METADATA})")
+    # Missed by orbax itself, they leave reads behind that complain when all is over.
+    for name in ORBAX_OWN:
+        if not (folder / PARAMS / name).exists():
+            raise UserError(f"{path}: not a readable orbax folder (no {PARAMS}/{name})")
     try:
         metadata = json.loads((folder / METADATA).read_text())
         with _checkpointer() as checkpointer:

@@ -57,7 +57,13 @@ def test_it_takes_short_sequences_and_heads_of_a_power_of_two(lengths, width, fi
     assert short.takes(lengths, width) is fits
 
 
-@pytest.mark.parametrize("name", ["vop", "vop_p", "vop_c", "vop_f+p", "zero_shot", "adapter_attn"])
+QUICK = ("vop", "vop_f+p")
+OTHERS = ("vop_p", "vop_c", "zero_shot", "adapter_attn")
+
+
+@pytest.mark.parametrize(
+    "name", [*QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in OTHERS)]
+)
 def test_a_model_with_it_is_the_same_model(monkeypatch, name):
     """In all layers but the last of each tower; so few tokens are short across frames, too."""
     clip = dataclasses.replace(tiny.CLIP, text_heads=1)  # heads of 16, as the kernel takes them

@@ -31,21 +31,29 @@ CASES = [
 BATCH, STEPS = 8, 3
 
 
-class Trained:
-    """Some steps on a mesh."""
+class Placed:
+    """A method's parameters on a mesh."""
 
     def __init__(self, name, shape, rules=None):
-        method = MethodConfig(name, frames=tiny.FRAMES, visual_prompts=2, specific_prompts=1)
+        self.method = MethodConfig(name, frames=tiny.FRAMES, visual_prompts=2, specific_prompts=1)
         self.mesh = sharding.make_mesh(*shape)
-        model, params = tiny.model_and_params(method)
+        self.model, params = tiny.model_and_params(self.method)
         config = base_config().train
         with config.unlocked():
             config.update(steps=STEPS, warmup=0.0)
-        optimizer = make_optimizer(config)
-        trainable, frozen = partition.split(params, method.trainable_patterns(tiny.CLIP))
+        self.optimizer = make_optimizer(config)
+        trainable, frozen = partition.split(params, self.method.trainable_patterns(tiny.CLIP))
         self.frozen = sharding.place(self.mesh, frozen, rules)
-        self.state = sharding.place(self.mesh, TrainState.create(trainable, optimizer), rules)
-        step = jax.jit(make_train_step(model, optimizer, self.mesh))
+        self.state = sharding.place(self.mesh, TrainState.create(trainable, self.optimizer), rules)
+
+
+class Trained(Placed):
+    """The same after some steps."""
+
+    def __init__(self, name, shape):
+        super().__init__(name, shape)
+        method, model = self.method, self.model
+        step = jax.jit(make_train_step(model, self.optimizer, self.mesh))
         self.losses = []
         slots = method.text_slots(tiny.CLIP)
         for k in range(STEPS):
@@ -113,17 +121,16 @@ def held(tree):
     return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
 
 
-@pytest.mark.slow
 def test_frozen_weights_and_optimizer_state_are_cut_over_fsdp():
-    whole, cut = (Trained("full", shape) for shape in ((8, 1, 1), (1, 8, 1)))
+    whole, cut = (Placed("full", shape) for shape in ((8, 1, 1), (1, 8, 1)))
     # What does not divide by 8, such as biases and positions, is whole on each device.
     assert held(cut.state.opt_state) < held(whole.state.opt_state) / 3
-    vop = Trained("vop", (1, 8, 1))
-    assert held(vop.frozen) < held(Trained("vop", (8, 1, 1)).frozen) / 3
+    vop = Placed("vop", (1, 8, 1))
+    assert held(vop.frozen) < held(Placed("vop", (8, 1, 1)).frozen) / 3
 
 
 def test_moments_live_where_their_parameter_does():
-    state = Trained("full", (2, 2, 2)).state
+    state = Placed("full", (2, 2, 2)).state
     name = "clip/visual/transformer/resblocks.0/mlp/c_fc/kernel"
     moments = [s for s in jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, "mu"))]
     adam = next(s for s in moments if hasattr(s, "mu"))
@@ -134,7 +141,7 @@ def test_moments_live_where_their_parameter_does():
 
 def test_the_configs_placement_goes_first():
     rules = sharding.rules_of([(r".*/token_embedding/embedding", (None, "model"))])
-    placed = Trained("vop", (4, 1, 2), rules).frozen
+    placed = Placed("vop", (4, 1, 2), rules).frozen
     leaf = flatten(placed)["clip/text/token_embedding/embedding"]
     assert leaf.sharding.spec == jax.P(None, "model")
 
