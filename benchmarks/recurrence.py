@@ -28,8 +28,8 @@ from vop_jax.tuning.methods import MethodConfig
 
 
 def alone(clip: ClipConfig, method: MethodConfig, batch: int, dtype: str) -> Callable[[], Any]:
-    """The gradient of the LSTM, shared by all layers with a context, on [B, F, D] of each."""
-    lstm = Lstm(clip.vision_width, {"lstm": 1, "bilstm": 2}[method.cmm], jnp.dtype(dtype))
+    """The gradient of vop_c's LSTM, one for all layers with a context, on [B, F, D] of each."""
+    lstm = Lstm(clip.vision_width, dtype=jnp.dtype(dtype))
     layers = len(method.layers(clip.vision_layers))
     shape = (layers, batch, method.frames, clip.vision_width)
     cls = jax.random.normal(jax.random.key(0), shape, dtype)

@@ -7,6 +7,7 @@ import types
 
 import numpy as np
 import pytest
+from etils import epath
 
 from vop_jax import config as configs
 from vop_jax import start
@@ -249,6 +250,18 @@ def test_attention_is_by_default_what_the_device_has(platform, version, shape, d
     assert start.kernel_of(config, Devices(platform, version, *shape)) == kernel
     config.compute.attention = "blocks"
     assert start.kernel_of(config, Devices(platform, version, *shape)) == "blocks"
+
+
+def test_a_store_without_its_package_is_told_by_its_key(monkeypatch):
+    def missing(path):
+        raise ImportError("Please install gcsfs")
+
+    monkeypatch.setattr(epath.Path("gs://b").__class__, "exists", missing)
+    config = configs.base_config()
+    config.init.clip = "gs://b/clip"
+    says = "config.init.clip=gs://b/clip: Please install gcsfs; pip install -e '.[gcs]'"
+    with pytest.raises(UserError, match=re.escape(says)):
+        start._check_stores(config)
 
 
 @pytest.mark.parametrize(

@@ -139,8 +139,6 @@ def told(work: Callable[[], int]) -> int:
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
         fail(f"{error.filename}: {error.strerror}")
     except Exception as error:
-        if isinstance(error, ImportError) and "gcsfs" in str(error):
-            fail(f"a path gs://…: {error}; pip install -e '.[gcs]'")
         if (full := no_space_left(error)) is not None:
             fail(f"{full}: no space left on the disk; free some, the same command continues")
         raise

@@ -42,6 +42,7 @@ from vop_jax.tuning.prompts_file import check_same_clip, load_prompts
 
 CONFIG_FILE = "config.json"
 CLIP_FILE = "clip.safetensors"  # of a workdir that pre-trained its own
+STORES = "pip install -e '.[gcs]'"  # brings what opens gs://
 
 
 @dataclasses.dataclass
@@ -95,6 +96,7 @@ def opened(
         UserError: the config, the weights or the workdir are not what they should be.
     """
     configs.validate(config)
+    _check_stores(config)
     method = method_of(config)
     root = epath.Path(workdir)
     with contextlib.ExitStack() as stack:
@@ -157,6 +159,16 @@ def _locked(root: epath.Path) -> Iterator[None]:
         lock.release()
 
 
+def _check_stores(config: ConfigDict) -> None:
+    """Raises UserError for a path in a store whose package is not installed."""
+    for key, value in configs.flatten_config(config).items():
+        if isinstance(value, str) and "://" in value:
+            try:
+                epath.Path(value).exists()
+            except ImportError as error:
+                raise UserError(f"config.{key}={value}: {error}; {STORES}") from None
+
+
 def _check_bucket(root: epath.Path) -> None:
     """Raises UserError where nothing can be written; making a folder there says nothing."""
     probe = root / ".writable"
@@ -164,7 +176,7 @@ def _check_bucket(root: epath.Path) -> None:
         probe.write_bytes(b"1")  # an empty object may lie there as a folder
         probe.unlink(missing_ok=True)
     except ImportError as error:
-        raise UserError(f"--workdir={root}: {error}; pip install -e '.[gcs]'") from None
+        raise UserError(f"--workdir={root}: {error}; {STORES}") from None
     except FileNotFoundError:
         raise UserError(f"--workdir={root}: there is no such bucket") from None
     except Exception as error:  # each store's client has its own
