@@ -65,8 +65,9 @@ def load_data(run: start.Run, *, training: bool = True) -> Data:
     tokenize = sources.CaptionTokenizer(run.method.text_slots(clip))
     texts = [c for captions in test.captions for c in captions]
     ids, cut = tokenize.with_cuts(texts)
-    in_train = train_split.captions if train_split else []
-    train_ids, cut_in_train = tokenize.with_cuts([c for captions in in_train for c in captions])
+    in_train = [c for captions in train_split.captions for c in captions] if train_split else []
+    train_ids, cut_in_train = tokenize.with_cuts(in_train)
+    tokenized = sources.TokenizedCaptions(in_train, train_ids)
     missed = test.skipped if config.eval.missing == "miss" else []
     missed_texts = sum(len(clip.captions) for clip in missed)
     shared = {
@@ -97,7 +98,7 @@ def load_data(run: start.Run, *, training: bool = True) -> Data:
         val_set=_val_set(run, packed, tokenize, in_evaluation),
         train_batches=lambda first: train_batches(
             packed.splits[config.data.train_split],
-            tokenize,
+            tokenized,
             augment=config.data.augment,
             scale=tuple(config.data.crop_scale),
             flip=config.data.flip,

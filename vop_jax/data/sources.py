@@ -176,3 +176,19 @@ class CaptionTokenizer:
     def with_cuts(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """(int32 [N, T], bool [N]: the caption was cut)."""
         return self._tokenizer(captions, self.slots)
+
+
+class TokenizedCaptions:
+    """The same for captions whose ids are at hand: drawing one epoch after epoch costs a lookup.
+
+    Args:
+        captions, ids: N, and int32 [N, T] of them.
+    """
+
+    def __init__(self, captions: Sequence[str], ids: np.ndarray):
+        self._ids = ids
+        self._row_of = {caption: row for row, caption in enumerate(captions)}
+
+    def __call__(self, captions: Sequence[str]) -> np.ndarray:
+        """int32 [N, T]."""
+        return self._ids[[self._row_of[caption] for caption in captions]]
