@@ -28,6 +28,7 @@ from ml_collections import ConfigDict
 from benchmarks.step_cost import counted_flops
 from vop_jax import atomic, experiment, report, start
 from vop_jax.config import first_difference
+from vop_jax.data import sources
 from vop_jax.main import set_up_logging
 from vop_jax.model import TextVideoModel
 from vop_jax.results import SUMMARY_FILE
@@ -174,12 +175,13 @@ def _run(config: ConfigDict, run: str) -> report.Run:
 
 
 def _run_side_by_side(pairs: list[tuple[ConfigDict, str]], workdir: str, jobs: int) -> None:
-    """Runs what is not there yet. The first of all makes the records that the others read."""
+    """Runs what is not there yet."""
     pairs = sorted(pairs, key=lambda pair: pair[0].seed)  # stopped early, all have as many
-    _run(*pairs[0])
+    config, run = pairs[0]
+    sources.load(config.data, run, select=config.train.select)  # records that all of them read
     spawned = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, spawned, use_compile_cache, (workdir,)) as pool:
-        for done in [pool.submit(_run, *pair) for pair in pairs[1:]]:
+        for done in [pool.submit(_run, *pair) for pair in pairs]:
             done.result()
 
 
