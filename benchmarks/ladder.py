@@ -29,6 +29,7 @@ from benchmarks.step_cost import counted_flops
 from vop_jax import atomic, experiment, report, start
 from vop_jax.config import first_difference
 from vop_jax.data import sources
+from vop_jax.data.builders import Making
 from vop_jax.main import set_up_logging
 from vop_jax.model import TextVideoModel
 from vop_jax.results import SUMMARY_FILE
@@ -177,12 +178,19 @@ def _run(config: ConfigDict, run: str) -> report.Run:
 def _run_side_by_side(pairs: list[tuple[ConfigDict, str]], workdir: str, jobs: int) -> None:
     """Runs what is not there yet."""
     pairs = sorted(pairs, key=lambda pair: pair[0].seed)  # stopped early, all have as many
-    config, run = pairs[0]
-    sources.load(config.data, run, select=config.train.select)  # records that all of them read
+    pairs = [(config, run) for config, run in pairs if not _finished(run, config)]
+    if not pairs:
+        return
+    _pack(*pairs[0])
     spawned = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, spawned, use_compile_cache, (workdir,)) as pool:
         for done in [pool.submit(_run, *pair) for pair in pairs]:
             done.result()
+
+
+def _pack(config: ConfigDict, run: str) -> None:
+    """Makes the records that all runs read, in as many processes as there are cores."""
+    sources.load(config.data, run, select=config.train.select, making=Making())
 
 
 def _cost(config: Mapping[str, Any]) -> dict[str, float]:

@@ -65,7 +65,8 @@ def test_methods_share_a_clip_and_finished_runs_are_read(run_study, monkeypatch)
 
 
 def test_runs_side_by_side_are_started_once_each_seed_by_seed(monkeypatch, tmp_path):
-    """The first alone, since it makes the records that the others read; no process here."""
+    """After the records that all of them read were made, and without what is finished; no
+    process here."""
     done = []
 
     class Pool(contextlib.nullcontext):
@@ -80,10 +81,14 @@ def test_runs_side_by_side_are_started_once_each_seed_by_seed(monkeypatch, tmp_p
 
     monkeypatch.setattr(ladder, "ProcessPoolExecutor", Pool)
     monkeypatch.setattr(ladder, "_run", lambda config, run: done.append(run))
+    monkeypatch.setattr(ladder, "_pack", lambda config, run: done.append(f"records of {run}"))
+    monkeypatch.setattr(ladder, "_finished", lambda run, config: run == "vop_p/0")
     pairs = [(ConfigDict({"seed": s}), f"{m}/{s}") for m in ("vop", "vop_p") for s in (0, 1)]
     ladder._run_side_by_side(pairs, str(tmp_path), 3)
     pool = (3, "spawn", (str(tmp_path),))
-    assert done == ["vop/0", pool, "vop_p/0", "vop/1", "vop_p/1"]
+    assert done == ["records of vop/0", pool, "vop/0", "vop/1", "vop_p/1"]
+    ladder._run_side_by_side([pairs[2]], str(tmp_path), 3)
+    assert len(done) == 5
 
 
 @pytest.mark.slow

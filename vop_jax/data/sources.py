@@ -56,7 +56,18 @@ def contrasts(kind: str, captions: Sequence[str]) -> dict[str, list[str]]:
     return {name: [row[name] for row in turned] for name in turned[0]}
 
 
-def load(data: ConfigDict, workdir: str, *, select: str = "last", training: bool = True) -> Packed:
+# Small sets start sooner without processes; vop_jax.data.prepare is for the others.
+IN_A_RUN = Making(isolated=False)
+
+
+def load(
+    data: ConfigDict,
+    workdir: str,
+    *,
+    select: str = "last",
+    training: bool = True,
+    making: Making = IN_A_RUN,
+) -> Packed:
     """The records of a run: packed on the first call, opened on the next.
 
     Args:
@@ -64,6 +75,7 @@ def load(data: ConfigDict, workdir: str, *, select: str = "last", training: bool
         workdir: where rendered videos and, without `data.records`, the records go.
         select: of the config's section `train`; "best" needs a validation split.
         training: whether the training split is needed at all.
+        making: how records are packed that are not there.
 
     Raises:
         UserError: see `folder.read_folder`, `benchmarks.read_benchmark` and `packing.pack`.
@@ -78,7 +90,7 @@ def load(data: ConfigDict, workdir: str, *, select: str = "last", training: bool
     if data.kind == "folder" and not data.annotations and find_records(root) is not None:
         packed = open_records(root, preprocessing, sorted(wanted), max_skipped=data.max_skipped)
     elif data.kind in BENCHMARKS:
-        packed = _benchmark(data, root, preprocessing, sorted(wanted))
+        packed = _benchmark(data, root, preprocessing, sorted(wanted), making)
     else:
         dataset = SOURCES[data.kind](data, workdir)
         _check_splits(data, wanted, {split: len(clips) for split, clips in dataset.items()})
@@ -87,19 +99,15 @@ def load(data: ConfigDict, workdir: str, *, select: str = "last", training: bool
             root,
             preprocessing,
             max_skipped=data.max_skipped,
-            making=IN_A_RUN,
+            making=making,
         )
     if training and select == "best" and data.val_share:
         packed.splits[data.train_split], packed.splits[data.val_split] = _held_out(data, packed)
     return packed
 
 
-# Small sets start sooner without processes; vop_jax.data.prepare is for the others.
-IN_A_RUN = Making(isolated=False)
-
-
 def _benchmark(
-    data: ConfigDict, root: str, preprocessing: Preprocessing, wanted: list[str]
+    data: ConfigDict, root: str, preprocessing: Preprocessing, wanted: list[str], making: Making
 ) -> Packed:
     """From its records alone, or from the official files as well."""
     sizes = BENCHMARKS[data.kind].sizes
@@ -128,7 +136,7 @@ def _benchmark(
             notes += more
     for note in notes:
         logging.warning("%s", note)
-    return pack(dataset, root, preprocessing, making=IN_A_RUN, **shared)
+    return pack(dataset, root, preprocessing, making=making, **shared)
 
 
 def _check_splits(data: ConfigDict, wanted: Collection[str], there: Mapping[str, int]) -> None:
