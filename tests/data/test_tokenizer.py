@@ -10,6 +10,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vop_jax.data.sources import CaptionTokenizer, TokenizedCaptions
 from vop_jax.data.tokenizer import EOT, SOT, VOCAB_SIZE, Tokenizer
 from vop_jax.errors import UserError
 
@@ -206,3 +207,16 @@ def test_the_portable_tokenizer_makes_the_same_rows():
     assert [text.ids for text in made.encode_batch(["a &amp; b"])] != TOKENIZER(["a &amp; b"], 20)[
         0
     ].tolist()
+
+
+def test_captions_that_are_tokenized_already_have_the_same_ids():
+    """Also after they were sent to another process, and the last id of the vocabulary."""
+    captions = ["a red circle", "", "un éléphant 🐘", "a red circle", "many words " * 40]
+    tokenize = CaptionTokenizer(20)
+    looked_up = TokenizedCaptions(captions, tokenize(captions))
+    drawn = ["un éléphant 🐘", captions[-1], "a red circle", ""]
+    for either in (looked_up, pickle.loads(pickle.dumps(looked_up))):
+        got = either(drawn)
+        assert got.dtype == np.int32
+        np.testing.assert_array_equal(got, tokenize(drawn))
+    assert got.max() == EOT

@@ -194,9 +194,9 @@ class TokenizedCaptions:
     """
 
     def __init__(self, captions: Sequence[str], ids: np.ndarray):
-        self._ids = ids
+        self._ids = ids.astype(np.uint16)  # VOCAB_SIZE fits; they are kept, and sent to workers
         self._row_of = {caption: row for row, caption in enumerate(captions)}
 
     def __call__(self, captions: Sequence[str]) -> np.ndarray:
         """int32 [N, T]."""
-        return self._ids[[self._row_of[caption] for caption in captions]]
+        return self._ids[[self._row_of[caption] for caption in captions]].astype(np.int32)
