@@ -5,12 +5,13 @@
     python -m benchmarks.everything --output=DIR --list            # the commands alone
 
 The same on a CPU, where sizes are smaller. DIR gets what each printed, and `everything.md` with
-all of it. What fails or runs out of time says so, and the others go on; in the order below, what
-matters most comes first.
+all of it. What fails or runs out of time says so, the others go on, and the exit status is 1.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import json
 import os
 import shlex
 import signal
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from vop_jax import atomic
 
@@ -40,9 +41,10 @@ class Task:
 
 
 _SPEED = "benchmarks.speed --json={output}/%s.json --methods %s --what %s"
-_LADDER = "benchmarks.ladder --workdir={output}/motion"
-_FULL_SIZE = "--config=configs/motion.py --jobs=12"
 _OTHERS = "vop_f vop_c full"
+_FULL_SIZE = "--config=configs/motion.py --jobs=12"
+_SWEEP = "benchmarks.ladder --workdir={output}/motion --study=learning_rates --output={output}/"
+_SWEPT = "bias,proj,adapter_attn,adapter_ffn,vop,vop_p,vop_c,vop_f,vop_f+p,vop_f+c"
 TASKS = {
     "vop": Task(_SPEED % ("vop", "vop", "step"), 600),
     "others": Task(_SPEED % ("others", _OTHERS, "step --compile_modes"), 600),
@@ -52,40 +54,64 @@ TASKS = {
     "epoch": Task("benchmarks.epoch", 300, small="--clips=32 --batch=2 --steps=4 --dtype=float32"),
     "ranks": Task("benchmarks.ranks", 300, large="--sizes 1000000x1000000"),
     "forward": Task(_SPEED % ("forward", f"vop {_OTHERS}", "forward evaluation"), 1800),
-    "step_cost": Task("benchmarks.step_cost --methods all --time=3", 1800),
-    "rates": Task(
-        f"{_LADDER} --study=learning_rates", 1800, f"{_FULL_SIZE} --steps=400", "--steps=50"
+    "step_cost": Task(
+        "benchmarks.step_cost --methods all --time=3", 1800, "--batch=64 --dtype=bfloat16"
     ),
-    "ladder": Task(_LADDER, 1800, f"{_FULL_SIZE} --seeds=0,1,2"),
+    "rates": Task(
+        f"{_SWEEP}rates --methods={_SWEPT} --rates=0.01,0.03,0.1",
+        1800,
+        f"{_FULL_SIZE} --steps=400",
+        "--steps=50",
+    ),
+    "rates_of_full": Task(
+        f"{_SWEEP}rates_of_full --methods=full --rates=0.0003,0.001,0.003",
+        600,
+        f"{_FULL_SIZE} --steps=400",
+        "--steps=50",
+    ),
+    "rates_of_partial": Task(
+        f"{_SWEEP}rates_of_partial --methods=partial --rates=0.003,0.01,0.03",
+        600,
+        f"{_FULL_SIZE} --steps=400",
+        "--steps=50",
+    ),
+    "ladder": Task(
+        "benchmarks.ladder --workdir={output}/motion", 1800, f"{_FULL_SIZE} --seeds=0,1,2"
+    ),
 }
 SLOWER = 4
 
 
 def command_of(task: Task, output: str, cpu: bool) -> list[str]:
     """What is run, with this Python."""
-    told = f"{task.command} {task.small if cpu else task.large}"
-    return [sys.executable, "-m", *shlex.split(told.format(output=shlex.quote(output)))]
+    arguments = f"{task.command} {task.small if cpu else task.large}"
+    return [sys.executable, "-m", *shlex.split(arguments.format(output=shlex.quote(output)))]
 
 
-def run(command: Sequence[str], log: str, seconds: float, env: dict[str, str]) -> str:
-    """How it ended; what it printed is in `log`, its errors beside it."""
-    with open(log, "w") as out, open(f"{log}.err", "w") as errors:
+def run(command: Sequence[str], log: str, seconds: float, env: Mapping[str, str]) -> str:
+    """How it ended, "done" if well; what it printed is in `log`, its errors in `log`.err."""
+    with open(log, "w") as printed, open(f"{log}.err", "w") as errors:
         process = subprocess.Popen(
-            command, stdout=out, stderr=errors, env=env, start_new_session=True
+            command, stdout=printed, stderr=errors, env=env, start_new_session=True
         )
         try:
             code = process.wait(timeout=seconds)
-        except BaseException as stopped:
-            os.killpg(process.pid, signal.SIGKILL)  # its own processes, too
-            process.wait()
-            if not isinstance(stopped, subprocess.TimeoutExpired):
-                raise
+        except subprocess.TimeoutExpired:
             return f"out of time after {seconds:.0f} s"
+        finally:  # its own processes, too, which may hold the device
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     if code:
-        with open(f"{log}.err") as errors:
-            last = errors.read().strip().splitlines()[-1:] or [""]
+        last = _text(f"{log}.err").splitlines()[-1:] or [""]
         return f"failed ({code}): {last[0][:200]}"
     return "done"
+
+
+def _text(path: str) -> str:
+    """What was killed may have ended within a letter."""
+    with open(path, errors="replace") as file:
+        return file.read().strip()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -97,14 +123,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--list", action="store_true", help="print the commands, run nothing")
     args = parser.parse_args(argv)
     output = os.path.abspath(args.output)
-    cpu = _backend() == "cpu"
-    commands = {name: command_of(TASKS[name], output, cpu) for name in args.only}
+    there = what_is_there()
+    cpu = there["backend"] == "cpu"
+    commands = {n: command_of(TASKS[n], output, cpu) for n in TASKS if n in args.only}
     if args.list:
         print("\n".join(shlex.join(["python", *command[1:]]) for command in commands.values()))
         return
     os.makedirs(output, exist_ok=True)
     begin = time.monotonic()
-    report = [f"# Measured by `python -m benchmarks.everything`, {time.strftime('%Y-%m-%d')}\n"]
+    bad = 0
     # Programs that several of them compile are compiled once; a fresh folder, since a compile
     # time read out of a cache would be none.
     with tempfile.TemporaryDirectory() as cache:
@@ -116,26 +143,42 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name, command in commands.items():
             started = time.monotonic()
             left = 60 * args.minutes - (started - begin)
-            limit = min(TASKS[name].limit * (SLOWER if cpu else 1), left)
+            if left <= 0:
+                print(f"{name}: no time was left for it", flush=True)
+                bad += 1
+                continue
             log = os.path.join(output, f"{name}.txt")
-            ended = run(command, log, limit, env) if left > 0 else "no time was left for it"
-            took = time.monotonic() - started
-            print(f"{name}: {ended}, {took:.0f} s", flush=True)
-            report.append(f"## {name}\n\n```\n{shlex.join(['python', *command[1:]])}\n```\n")
-            report.append(f"{ended}, {took:.0f} s\n")
-            if left > 0:
-                with open(log) as told:
-                    report.append(told.read().strip() + "\n")
-            atomic.write_atomic(f"{output}/everything.md", "\n".join(report).encode())
+            ended = run(command, log, min(TASKS[name].limit * (SLOWER if cpu else 1), left), env)
+            bad += ended != "done"
+            ended += f", {time.monotonic() - started:.0f} s"
+            print(f"{name}: {ended}", flush=True)
+            called = shlex.join(["python", *command[1:]])
+            about = f"{there['device']}, jax {there['jax']}, {time.strftime('%Y-%m-%d')}; {ended}"
+            section = f"## {name}\n\n```\n{called}\n```\n\n{about}\n\n{_text(log)}\n"
+            atomic.write_atomic(os.path.join(output, f"{name}.md"), section.encode())
+            _assemble(output)
+    if bad:
+        sys.exit(1)
 
 
-def _backend() -> str:
-    """Of the processes to come; asked in one of its own, which lets an accelerator go again."""
-    code = "import jax; print(jax.default_backend())"
-    return subprocess.run(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True
-    ).stdout.split()[-1]
+def _assemble(output: str) -> None:
+    """Everything that was measured into this folder, earlier calls' as well."""
+    paths = [os.path.join(output, f"{name}.md") for name in TASKS]
+    sections = ["# Measured by `python -m benchmarks.everything`\n"]
+    sections += [_text(path) + "\n" for path in paths if os.path.exists(path)]
+    atomic.write_atomic(os.path.join(output, "everything.md"), "\n".join(sections).encode())
+
+
+def what_is_there() -> dict[str, str]:
+    """Backend, device and version of jax, asked in a process that lets the device go again."""
+    code = (
+        "import jax, json; device = jax.devices()[0].device_kind\n"
+        "print(json.dumps(dict(backend=jax.default_backend(), device=device, jax=jax.__version__)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # nothing runs on
     main()

@@ -31,7 +31,7 @@ from vop_jax.data.packing import pack
 from vop_jax.data.pipeline import train_batches
 from vop_jax.data.records import Clip
 from vop_jax.data.resampling import BITS, Sides
-from vop_jax.data.sources import CaptionTokenizer
+from vop_jax.data.sources import CaptionTokenizer, TokenizedCaptions
 from vop_jax.model import TextVideoModel
 from vop_jax.training import device_cache, prefetch, sharding
 from vop_jax.training.optimizer import make_optimizer
@@ -60,7 +60,9 @@ def records(folder: str, count: int) -> Split:
 
 
 def reader(split: Split, threads: int, **options: Any) -> Batches:
-    tokenize = CaptionTokenizer(METHOD.text_slots(SMALL))
+    captions = [caption for captions in split.captions for caption in captions]
+    ids = CaptionTokenizer(METHOD.text_slots(SMALL))(captions)
+    tokenize = TokenizedCaptions(captions, ids)
     sizes: dict[str, Any] = {"batch_size": BATCH, "image_size": SIZE, "frames": FRAMES}
     return train_batches(split, tokenize, **sizes, threads=threads, **options)
 

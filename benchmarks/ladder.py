@@ -184,8 +184,12 @@ def _run_side_by_side(pairs: list[tuple[ConfigDict, str]], workdir: str, jobs: i
     _pack(*pairs[0])
     spawned = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, spawned, use_compile_cache, (workdir,)) as pool:
-        for done in [pool.submit(_run, *pair) for pair in pairs]:
-            done.result()
+        try:
+            for done in [pool.submit(_run, *pair) for pair in pairs]:
+                done.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # what waits is not begun
+            raise
 
 
 def _pack(config: ConfigDict, run: str) -> None:

@@ -24,7 +24,9 @@ from vop_jax.clip.memory import Memory
 from vop_jax.clip.precision import held
 from vop_jax.config import base_config
 from vop_jax.model import TextVideoModel
+from vop_jax.start import best_kernel
 from vop_jax.training.optimizer import make_optimizer
+from vop_jax.training.sharding import make_mesh
 from vop_jax.training.step import TrainState, batch_loss, make_train_step
 from vop_jax.tuning.methods import METHODS, MethodConfig
 from vop_jax.tuning.partition import merge, split
@@ -206,13 +208,15 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument(
         "--attention",
-        choices=("xla", "fused", "cudnn"),
-        default="xla",
+        choices=("auto", "xla", "fused", "cudnn"),
+        default="auto",
         help="see config.compute.attention",
     )
     parser.add_argument("--time", type=int, default=0, help="repeats; 0: count only")
     parser.add_argument("--json", metavar="FILE", help="also write the numbers here")
     args = parser.parse_args()
+    if args.attention == "auto":
+        args.attention = best_kernel(args.dtype, make_mesh(1, devices=jax.devices()[:1]))
     rows = []
     for name in tuned if "all" in args.methods else args.methods:
         rows.append(measure(name, args))

@@ -6,7 +6,7 @@ For an accelerator, or for hours on a CPU; `benchmarks/ladder.py` runs all metho
 import pathlib
 import runpy
 
-# The best of a sweep on the validation split, see docs/motion.md.
+# Of a sweep on the validation split the best or one within half a point, see docs/motion.md.
 LEARNING_RATES = {
     "full": 3e-4,
     "bias": 1e-1,
@@ -28,7 +28,7 @@ DEMO = runpy.run_path(str(pathlib.Path(__file__).with_name("demo.py")))
 def get_config(method: str = "vop"):
     c = DEMO["get_config"](method)
     c.clip.arch = "small"  # 32 px, 6 + 4 layers of width 128
-    c.data.rendered = 3072  # four clips of each caption: fewer are learnt by heart
+    c.data.rendered = 3072  # four clips of each caption; one of each was learnt by heart
     c.data.device_cache_gb = 1.0  # an accelerator takes clips faster than a host decodes them
     c.pretrain.steps = 600
     c.train.steps = 1000

@@ -172,7 +172,6 @@ def last(capsys):
     return capsys.readouterr().err.strip().splitlines()[-1]
 
 
-@pytest.mark.slow
 def test_the_best_checkpoint_is_chosen_on_held_out_training_clips(tmp_path, clip, capsys):
     write_miniature("msrvtt9k", tmp_path)
     assert prepared("msrvtt9k", tmp_path) == 0

@@ -2,7 +2,9 @@
 
 import argparse
 import importlib
+import os
 import sys
+import time
 
 import pytest
 
@@ -12,55 +14,95 @@ from benchmarks.everything import Task
 
 @pytest.fixture
 def call(monkeypatch, tmp_path, capsys):
-    """(tasks, options) -> (what is printed, everything.md); tasks are lines of Python."""
+    """(tasks, options) -> (exit status, what is printed, everything.md); tasks are Python."""
+    output = tmp_path / "a folder"
 
-    def run(tasks, *options):
-        monkeypatch.setattr(everything, "TASKS", {n: Task(c, 60) for n, c in tasks.items()})
+    def run(tasks, *options, limit=60):
+        monkeypatch.setattr(everything, "TASKS", {n: Task(c, limit) for n, c in tasks.items()})
         monkeypatch.setattr(
             everything, "command_of", lambda task, *_: [sys.executable, "-c", task.command]
         )
-        monkeypatch.setattr(everything, "_backend", lambda: "cpu")
-        everything.main([f"--output={tmp_path}", *options])
-        return capsys.readouterr().out, (tmp_path / "everything.md").read_text()
+        there = {"backend": "gpu", "device": "a chip", "jax": "1.2.3"}
+        monkeypatch.setattr(everything, "what_is_there", lambda: there)
+        try:
+            everything.main([f"--output={output}", *options])
+            status = 0
+        except SystemExit as stopped:
+            status = stopped.code
+        return status, capsys.readouterr().out, (output / "everything.md").read_text()
 
     return run
 
 
 def test_the_others_go_on(call):
+    """Also after one whose output ends within a letter."""
     tasks = {
-        "good": "print('| a | table |')",
         "bad": "raise SystemExit('no such device')",
-        "slow": "import time; print('begun', flush=True); time.sleep(60)",
-        "late": "print('never')",
+        "half": "import sys; sys.stdout.buffer.write(bytes([0xE2, 0x80])); print(6 * 7)",
+        "good": "print('ta' + 'ble')",
     }
-    printed, report = call(tasks, "--minutes=0.1")
-    assert [line.split(",")[0].split(" after")[0] for line in printed.splitlines()] == [
-        "good: done",
+    status, printed, report = call(tasks)
+    assert [line.split(",")[0] for line in printed.splitlines()] == [
         "bad: failed (1): no such device",
-        "slow: out of time",
-        "late: no time was left for it",
+        "half: done",
+        "good: done",
     ]
-    assert "| a | table |" in report and "begun" in report and "never\n" not in report
+    assert status == 1 and "table" in report and "42" in report and "a chip, jax 1.2.3" in report
+
+
+def test_what_is_out_of_time_is_killed_with_its_children(call, tmp_path):
+    """What it printed until then is kept."""
+    child = f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    code = (
+        "import os, subprocess, sys, time; print('be' + 'gun', flush=True); "
+        f"subprocess.Popen([sys.executable, '-c', {'import os, time; ' + child!r}]); time.sleep(60)"
+    )
+    status, printed, report = call({"slow": code}, limit=3)
+    assert status == 1 and printed.startswith("slow: out of time after 3 s") and "begun" in report
+    pid = int((tmp_path / "pid").read_text())
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and _runs(pid):
+        time.sleep(0.05)
+    assert not _runs(pid)
+
+
+def _runs(pid):
+    try:
+        os.kill(pid, 0)
+        with open(f"/proc/{pid}/stat") as file:  # one that nobody has waited for is dead, too
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+
+
+def test_no_time_at_all(call):
+    call({"one": "print('fir' + 'st')"})
+    status, printed, report = call({"one": "print(1)", "two": "print(2)"}, "--minutes=0")
+    assert printed == "one: no time was left for it\ntwo: no time was left for it\n"
+    assert status == 1 and "first" in report  # what an earlier call measured stays
 
 
 def test_one_cache_of_programs_for_all_and_none_from_before(call, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/from/before")
     show = "import os; print(os.environ['JAX_COMPILATION_CACHE_DIR'])"
-    _, report = call({"one": show, "two": show})
+    _, _, report = call({"one": show, "two": show})
     folders = [line for line in report.splitlines() if line.startswith("/")]
     assert len(folders) == 2 and len(set(folders)) == 1 and folders[0] != "/from/before"
 
 
-def test_only_some(call):
-    printed, report = call({"one": "print(1)", "two": "print(2)"}, "--only", "two")
-    assert printed.startswith("two: done") and "## one" not in report
+def test_some_of_them_one_call_after_the_other(call):
+    tasks = {"one": "print('fir' + 'st')", "two": "print('sec' + 'ond')"}
+    _, printed, report = call(tasks, "--only", "two")
+    assert printed.startswith("two: done") and "first" not in report
+    _, _, report = call(tasks, "--only", "one")
+    assert report.index("first") < report.index("second")
 
 
 @pytest.mark.parametrize("cpu", [True, False])
 @pytest.mark.parametrize("name", everything.TASKS)
 def test_each_command_is_one_that_its_benchmark_takes(name, cpu, monkeypatch, tmp_path):
     """Its parser goes through the arguments; what would be measured is not."""
-    command = everything.command_of(everything.TASKS[name], str(tmp_path), cpu)
+    command = everything.command_of(everything.TASKS[name], str(tmp_path / "a folder"), cpu)
 
     class Parsed(Exception):
         pass

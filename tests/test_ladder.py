@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import runpy
 from concurrent.futures import Future
 
 import pytest
@@ -22,7 +23,7 @@ def get_config(method="vop"):
     c.method.name = method
     c.clip.arch = "tiny"
     c.data.kind = "clips"
-    c.data.update(frames=8, short_side=32, augment=False, threads=2)
+    c.data.update(frames=8, short_side=32, augment=False, threads=2, rendered=16)
     c.pretrain.update(steps=1, batch_size=8)
     c.train.update(steps=1, batch_size=8)
     c.eval.batch_size = 8
@@ -37,7 +38,7 @@ def run_study(tmp_path_factory):
     root = tmp_path_factory.mktemp("ladder")
     (root / "config.py").write_text(CONFIG)
     patch = pytest.MonkeyPatch()
-    patch.setattr(shapes, "render", functools.partial(shapes.render, train=16, val=8, test=8))
+    patch.setattr(shapes, "render", functools.partial(shapes.render, val=8, test=8))
     patch.setattr(
         shapes, "render_stills", functools.partial(shapes.render_stills, train=16, test=8)
     )
@@ -91,6 +92,20 @@ def test_runs_side_by_side_are_started_once_each_seed_by_seed(monkeypatch, tmp_p
     assert len(done) == 5
 
 
+def test_records_are_packed_as_asked(tmp_path, monkeypatch):
+    from vop_jax.data import packing, sources
+    from vop_jax.data.builders import Making
+
+    asked = []
+    monkeypatch.setattr(sources, "pack", lambda *_, making, **__: asked.append(making))
+    monkeypatch.setattr(packing, "check_local", lambda root: None)
+    config = runpy.run_path(str(runs.ROOT / "configs/motion.py"))["get_config"]("vop")
+    monkeypatch.setitem(sources.SOURCES, "clips", lambda *_: {"train": [1], "test": [1]})
+    sources.load(config.data, str(tmp_path))
+    ladder._pack(config, str(tmp_path))
+    assert asked == [sources.IN_A_RUN, Making()] and asked[1].isolated
+
+
 @pytest.mark.slow
 def test_learning_rates_are_judged_on_the_val_split(run_study):
     (row,) = run_study("learning_rates", [0], only=["vop"], rates=[1e-3])
@@ -103,8 +118,6 @@ def test_learning_rates_are_judged_on_the_val_split(run_study):
 @pytest.mark.parametrize("study", ladder.STUDIES)
 def test_every_study_is_of_settings_that_can_be(study, config_file):
     """Each is accepted by the config's CLIP; all differ."""
-    import runpy
-
     from vop_jax import start
     from vop_jax.config import validate
 

@@ -247,3 +247,7 @@ def test_ctrl_c_keeps_what_is_done(many, clip, tmp_path):
     assert "stopped by SIGINT; what is done is kept, the same command goes on" in err
     assert "Traceback" not in err
     assert 3 <= committed(tmp_path / "index") < 20
+    process = library.start("index", "--index", tmp_path / "index")
+    assert process.wait() == 0, process.communicate()
+    process.communicate()
+    library.assert_same(library.content(tmp_path / "index"), many[1])

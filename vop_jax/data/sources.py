@@ -187,10 +187,11 @@ class CaptionTokenizer:
 
 
 class TokenizedCaptions:
-    """The same for captions whose ids are at hand: drawing one epoch after epoch costs a lookup.
+    """Captions -> ids that were made before: drawing one, epoch after epoch, costs a lookup.
 
     Args:
-        captions, ids: N, and int32 [N, T] of them.
+        captions: N.
+        ids: int32 [N, T], row i of caption i.
     """
 
     def __init__(self, captions: Sequence[str], ids: np.ndarray):
