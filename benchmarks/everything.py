@@ -129,7 +129,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.list:
         print("\n".join(shlex.join(["python", *command[1:]]) for command in commands.values()))
         return
-    os.makedirs(output, exist_ok=True)
+    try:
+        os.makedirs(output, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--output={output}: not a folder to write in ({error.strerror})")
     begin = time.monotonic()
     bad = 0
     # Programs that several of them compile are compiled once; a fresh folder, since a compile

@@ -82,6 +82,14 @@ def test_no_time_at_all(call):
     assert status == 1 and "first" in report  # what an earlier call measured stays
 
 
+def test_a_folder_that_cannot_be(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(everything, "what_is_there", lambda: {"backend": "cpu"})
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="2"):
+        everything.main([f"--output={tmp_path / 'file'}", "--only", "ranks"])
+    assert "file: not a folder to write in (File exists)" in capsys.readouterr().err
+
+
 def test_one_cache_of_programs_for_all_and_none_from_before(call, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/from/before")
     show = "import os; print(os.environ['JAX_COMPILATION_CACHE_DIR'])"
