@@ -17,7 +17,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from benchmarks.input import records
+from benchmarks.input import records, tokenized
 from benchmarks.speed_jax import JaxPrograms, draw
 from benchmarks.step_cost import Programs
 from vop_jax.clip.config import PRESETS
@@ -26,7 +26,6 @@ from vop_jax.data.decoded import Drawn
 from vop_jax.data.packed import Part
 from vop_jax.data.pipeline import train_batches
 from vop_jax.data.resampling import BITS
-from vop_jax.data.sources import CaptionTokenizer, TokenizedCaptions
 from vop_jax.start import best_kernel
 from vop_jax.training import device_cache, prefetch, sharding
 from vop_jax.training.optimizer import make_optimizer
@@ -74,11 +73,9 @@ def main() -> None:
     cache = device_cache.DeviceCache(mesh, frames, sides.first, sides.weights, BITS)
     with tempfile.TemporaryDirectory() as folder:
         split = records(folder, REAL)
-        captions = [caption for captions in split.captions for caption in captions]
-        ids = CaptionTokenizer(method.text_slots(clip))(captions)
         batches = train_batches(
             Part(split, "many", [i % REAL for i in range(args.clips)]),
-            TokenizedCaptions(captions, ids),
+            tokenized(split, method.text_slots(clip)),
             batch_size=args.batch,
             image_size=clip.image_size,
             frames=args.frames,

@@ -40,44 +40,38 @@ class Task:
     small: str = ""
 
 
-_SPEED = "benchmarks.speed --json={output}/%s.json --methods %s --what %s"
 _OTHERS = "vop_f vop_c full"
 _FULL_SIZE = "--config=configs/motion.py --jobs=12"
-_SWEEP = "benchmarks.ladder --workdir={output}/motion --study=learning_rates --output={output}/"
+_LADDER = "benchmarks.ladder --workdir={output}/motion"
+
+
+def _speed(name: str, methods: str, what: str, limit: int) -> Task:
+    arguments = f"--methods {methods} --what {what}"
+    return Task(f"benchmarks.speed --json={{output}}/{name}.json {arguments}", limit)
+
+
+def _rates(name: str, methods: str, rates: str, limit: int) -> Task:
+    sweep = f"--study=learning_rates --output={{output}}/{name} --methods={methods} --rates={rates}"
+    return Task(f"{_LADDER} {sweep}", limit, f"{_FULL_SIZE} --steps=400", "--steps=50")
+
+
 _SWEPT = "bias,proj,adapter_attn,adapter_ffn,vop,vop_p,vop_c,vop_f,vop_f+p,vop_f+c"
 TASKS = {
-    "vop": Task(_SPEED % ("vop", "vop", "step"), 600),
-    "others": Task(_SPEED % ("others", _OTHERS, "step --compile_modes"), 600),
+    "vop": _speed("vop", "vop", "step", 600),
+    "others": _speed("others", _OTHERS, "step --compile_modes", 600),
     "recurrence": Task(
         "benchmarks.recurrence", 300, "--batch=64 --dtype=bfloat16", "--batch=2 --dtype=float32"
     ),
     "epoch": Task("benchmarks.epoch", 300, small="--clips=32 --batch=2 --steps=4 --dtype=float32"),
     "ranks": Task("benchmarks.ranks", 300, large="--sizes 1000000x1000000"),
-    "forward": Task(_SPEED % ("forward", f"vop {_OTHERS}", "forward evaluation"), 1800),
+    "forward": _speed("forward", f"vop {_OTHERS}", "forward evaluation", 1800),
     "step_cost": Task(
         "benchmarks.step_cost --methods all --time=3", 1800, "--batch=64 --dtype=bfloat16"
     ),
-    "rates": Task(
-        f"{_SWEEP}rates --methods={_SWEPT} --rates=0.01,0.03,0.1",
-        1800,
-        f"{_FULL_SIZE} --steps=400",
-        "--steps=50",
-    ),
-    "rates_of_full": Task(
-        f"{_SWEEP}rates_of_full --methods=full --rates=0.0003,0.001,0.003",
-        600,
-        f"{_FULL_SIZE} --steps=400",
-        "--steps=50",
-    ),
-    "rates_of_partial": Task(
-        f"{_SWEEP}rates_of_partial --methods=partial --rates=0.003,0.01,0.03",
-        600,
-        f"{_FULL_SIZE} --steps=400",
-        "--steps=50",
-    ),
-    "ladder": Task(
-        "benchmarks.ladder --workdir={output}/motion", 1800, f"{_FULL_SIZE} --seeds=0,1,2"
-    ),
+    "rates": _rates("rates", _SWEPT, "0.01,0.03,0.1", 1800),
+    "rates_of_full": _rates("rates_of_full", "full", "0.0003,0.001,0.003", 600),
+    "rates_of_partial": _rates("rates_of_partial", "partial", "0.003,0.01,0.03", 600),
+    "ladder": Task(_LADDER, 1800, f"{_FULL_SIZE} --seeds=0,1,2"),
 }
 SLOWER = 4
 

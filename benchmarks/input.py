@@ -59,10 +59,14 @@ def records(folder: str, count: int) -> Split:
     ]
 
 
-def reader(split: Split, threads: int, **options: Any) -> Batches:
+def tokenized(split: Split, slots: int) -> TokenizedCaptions:
+    """The split's captions as a run keeps them, T = `slots`."""
     captions = [caption for captions in split.captions for caption in captions]
-    ids = CaptionTokenizer(METHOD.text_slots(SMALL))(captions)
-    tokenize = TokenizedCaptions(captions, ids)
+    return TokenizedCaptions(captions, CaptionTokenizer(slots)(captions))
+
+
+def reader(split: Split, threads: int, **options: Any) -> Batches:
+    tokenize = tokenized(split, METHOD.text_slots(SMALL))
     sizes: dict[str, Any] = {"batch_size": BATCH, "image_size": SIZE, "frames": FRAMES}
     return train_batches(split, tokenize, **sizes, threads=threads, **options)
 
