@@ -114,7 +114,6 @@ def test_two_processes_train_as_one(places, alone):
     assert "step 60/60" in hosts.said(0) and "step 60/60" not in hosts.said(1)
 
 
-@pytest.mark.slow
 def test_two_processes_train_from_frames_on_their_devices(places, alone):
     steps = f"--config.train.steps={STEPS}"
     hosts = start(places, "cached", steps, "--config.data.device_cache_gb=1")

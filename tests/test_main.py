@@ -95,7 +95,6 @@ def test_a_run_leaves_what_the_contract_says(finished, clip):
     assert metadata["clip_fingerprint"] == load_clip(clip).fingerprint
 
 
-@pytest.mark.slow
 def test_a_run_that_saves_memory_and_goes_on_without(call, clip, tmp_path):
     """bfloat16 with every knob; what is frozen is held in it, what is written is float32."""
     half = ("--config.compute.dtype=bfloat16", "--config.mesh.data=4", "--config.train.steps=4")

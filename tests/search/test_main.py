@@ -221,7 +221,6 @@ def many(tmp_path_factory, clip):
     return root / "films", library.content(root / "index")
 
 
-@pytest.mark.slow
 def test_kills_lose_nothing(many, clip, tmp_path):
     films, whole = many
     index = tmp_path / "index"

@@ -202,7 +202,6 @@ def test_a_step_sends_embeddings_and_the_gradient_and_nothing_else(name):
     assert_only_what_it_must(*step_of(name))
 
 
-@pytest.mark.slow
 def test_left_to_the_compiler_a_step_of_context_sends_more(monkeypatch):
     """Else the test above could not fail, and `each_on_its_own` would be of no use."""
     monkeypatch.setattr(step, "each_on_its_own", lambda mesh, function: function)

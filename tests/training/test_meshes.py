@@ -121,16 +121,17 @@ def held(tree):
     return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
 
 
-def test_frozen_weights_and_optimizer_state_are_cut_over_fsdp():
-    whole, cut = (Placed("full", shape) for shape in ((8, 1, 1), (1, 8, 1)))
+@pytest.mark.parametrize("kind", [Placed, pytest.param(Trained, marks=pytest.mark.slow)])
+def test_frozen_weights_and_optimizer_state_are_cut_over_fsdp(kind):
+    whole, cut = (kind("full", shape) for shape in ((8, 1, 1), (1, 8, 1)))
     # What does not divide by 8, such as biases and positions, is whole on each device.
     assert held(cut.state.opt_state) < held(whole.state.opt_state) / 3
-    vop = Placed("vop", (1, 8, 1))
-    assert held(vop.frozen) < held(Placed("vop", (8, 1, 1)).frozen) / 3
+    vop = kind("vop", (1, 8, 1))
+    assert held(vop.frozen) < held(kind("vop", (8, 1, 1)).frozen) / 3
 
 
 def test_moments_live_where_their_parameter_does():
-    state = Placed("full", (2, 2, 2)).state
+    state = Trained("full", (2, 2, 2)).state  # and stay there
     name = "clip/visual/transformer/resblocks.0/mlp/c_fc/kernel"
     moments = [s for s in jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, "mu"))]
     adam = next(s for s in moments if hasattr(s, "mu"))

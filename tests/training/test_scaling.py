@@ -44,7 +44,6 @@ def test_assumptions_can_be_changed():
     assert scaling.assumed(SWITCHED, ["group=4"]).group == 4
 
 
-@pytest.mark.slow
 def test_a_table_of_a_tiny_step(monkeypatch):
     monkeypatch.setitem(PRESETS, "ViT-B/32", tiny.CLIP)
     args = argparse.Namespace(
