@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import runpy
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -30,7 +31,8 @@ from vop_jax import atomic, experiment, report, start
 from vop_jax.config import first_difference
 from vop_jax.data import sources
 from vop_jax.data.builders import Making
-from vop_jax.main import set_up_logging
+from vop_jax.errors import UserError
+from vop_jax.main import set_up_logging, told
 from vop_jax.model import TextVideoModel
 from vop_jax.results import SUMMARY_FILE
 from vop_jax.tuning.methods import METHODS
@@ -116,7 +118,12 @@ def run_study(
         rates: of the study of that name.
         steps: instead of the config's.
         jobs: runs at a time, each a process of its own; small ones leave an accelerator idle.
+
+    Raises:
+        UserError: there is no such file, or a run cannot be as it says.
     """
+    if not os.path.isfile(config_file):
+        raise UserError(f"--config={config_file}: no such file")
     get_config = runpy.run_path(config_file)["get_config"]
     use_compile_cache(workdir)
     backbone = _backbone(get_config("zero_shot"), workdir)
@@ -255,6 +262,11 @@ def main() -> None:
     set_up_logging()
     if args.jobs > 1:  # else the first process takes most of a GPU's memory
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    sys.exit(told(lambda: measure(args)))
+
+
+def measure(args: argparse.Namespace) -> int:
+    """Runs the study, prints and writes its table; the exit status."""
     begin = time.time()
     rows = run_study(
         args.config,
@@ -273,6 +285,7 @@ def main() -> None:
     table = report.markdown(rows)
     atomic.write_atomic(f"{output}.md", table.encode())
     print(table)
+    return 0
 
 
 if __name__ == "__main__":

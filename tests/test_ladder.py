@@ -13,6 +13,7 @@ from benchmarks import ladder
 from tests import runs
 from vop_jax import experiment
 from vop_jax.data import shapes
+from vop_jax.errors import UserError
 from vop_jax.tuning.methods import METHODS
 
 CONFIG = """
@@ -93,17 +94,47 @@ def test_runs_side_by_side_are_started_once_each_seed_by_seed(monkeypatch, tmp_p
 
 
 def test_records_are_packed_as_asked(tmp_path, monkeypatch):
-    from vop_jax.data import packing, sources
+    from vop_jax.data import sources
     from vop_jax.data.builders import Making
 
     asked = []
     monkeypatch.setattr(sources, "pack", lambda *_, making, **__: asked.append(making))
-    monkeypatch.setattr(packing, "check_local", lambda root: None)
     config = runpy.run_path(str(runs.ROOT / "configs/motion.py"))["get_config"]("vop")
     monkeypatch.setitem(sources.SOURCES, "clips", lambda *_: {"train": [1], "test": [1]})
     sources.load(config.data, str(tmp_path))
     ladder._pack(config, str(tmp_path))
     assert asked == [sources.IN_A_RUN, Making()] and asked[1].isolated
+
+
+def test_rates_are_of_the_val_split_and_its_records(monkeypatch, tmp_path):
+    """As the runs are told; with the runs themselves below, which is slow."""
+    asked = []
+    monkeypatch.setattr(ladder, "use_compile_cache", lambda workdir: None)
+    monkeypatch.setattr(ladder, "_backbone", lambda config, workdir: {"init.clip": "clip"})
+
+    def stop(pairs, workdir, jobs):
+        asked.extend(config for config, _ in pairs)
+        raise UserError("enough")
+
+    monkeypatch.setattr(ladder, "_run_side_by_side", stop)
+    config = str(runs.ROOT / "configs/motion.py")
+    for study in ("learning_rates", "methods"):
+        with pytest.raises(UserError, match="enough"):
+            ladder.run_study(config, str(tmp_path), study, [0], only=["vop"], jobs=2)
+    *swept, tested = asked
+    assert [c.train.learning_rate for c in swept] == list(ladder.RATES)
+    assert {c.data.eval_split for c in swept} == {"val"} and tested.data.eval_split == "test"
+    assert {c.data.records for c in swept} == {str(tmp_path / "records_val")}
+    assert tested.data.records == str(tmp_path / "records_test")
+
+
+def test_wrong_calls_are_one_line(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(ladder, "set_up_logging", lambda: None)
+    call = ["ladder", f"--workdir={tmp_path}", "--config=nowhere.py"]
+    monkeypatch.setattr("sys.argv", call)
+    with pytest.raises(SystemExit, match="2"):
+        ladder.main()
+    assert capsys.readouterr().err == "error: --config=nowhere.py: no such file\n"
 
 
 @pytest.mark.slow
