@@ -197,7 +197,6 @@ def released_clip(tmp_path_factory):
     return runs.write_clip(tmp_path_factory.mktemp("released") / "clip.safetensors", 0, config)
 
 
-@pytest.mark.slow
 def test_the_released_layout_is_converted_back(released_clip, trained, export, tmp_path):
     pytest.importorskip("torch", reason="writes PyTorch files")
     given = trained(RELEASED, released_clip)

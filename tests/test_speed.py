@@ -47,7 +47,6 @@ def test_both_frameworks_have_a_row_of_everything(call):
     assert len(table) == len(rows) and "| 1.00 |" in table[0]
 
 
-@pytest.mark.slow
 def test_a_variant_that_fails_says_so_and_the_others_go_on(call, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("no | compiler\nhere")

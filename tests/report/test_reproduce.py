@@ -278,7 +278,6 @@ def test_the_papers_tables_agree_with_each_other():
         assert rows[method]["t2v"][0] == pytest.approx(full + less)
 
 
-@pytest.mark.slow
 def test_the_papers_parameters_are_those_of_its_methods():
     rows = reproduce.load_paper()["printed"]["msrvtt9k"]["rows"]
     counts = parameters.count_parameters(base_config())
