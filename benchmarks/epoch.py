@@ -1,4 +1,4 @@
-"""Training from frames that lie on the device: pace, and the share of time spent waiting for data.
+"""Training from frames that lie on the device: pace, and the share of time it waits for data.
 
     python -m benchmarks.epoch
     python -m benchmarks.epoch --clips 32 --batch 2 --steps 4 --dtype float32    # on a CPU
@@ -81,16 +81,15 @@ def main() -> None:
             frames=args.frames,
             drawn=drawn,
         )
-        waiting = 0.0
+        waiting, metrics = 0.0, None
         left = itertools.islice(batches, WARM + args.steps)
         with contextlib.closing(prefetch.placed(mesh, left)) as placed:
             for k in range(WARM + args.steps):
                 if k == WARM:
                     jax.block_until_ready(state)
                     waiting, begin = 0.0, time.perf_counter()
-                since = time.perf_counter()
-                batch = next(placed)
-                waiting += time.perf_counter() - since
+                batch, waited = prefetch.timed_next(placed, metrics)
+                waiting += waited
                 state, metrics = programs.step(state, side.frozen, cache.pictures(batch))
                 if k % 20 == 0:  # as often as a run logs
                     jax.block_until_ready(metrics)

@@ -95,14 +95,13 @@ class Loop:
         self.step = jax.jit(make_train_step(model, optimizer))
 
     def run(self, batches: Batches, cut: Callable[[Any], Any]) -> tuple[float, float]:
-        """(clips a second, share of the time spent waiting); metrics are read every eighth step."""
-        state, waiting, begin = self.state, 0.0, 0.0
+        """(clips a second, share of the time waited); metrics are read every eighth step."""
+        state, waiting, begin, metrics = self.state, 0.0, 0.0, None
         for k in range(-2, STEPS):
             if not k:  # compiled, and what was read ahead meanwhile is used up
                 waiting, begin = 0.0, time.perf_counter()
-            since = time.perf_counter()
-            batch = next(batches)
-            waiting += time.perf_counter() - since
+            batch, waited = prefetch.timed_next(batches, metrics)
+            waiting += waited
             state, metrics = self.step(state, self.frozen, cut(batch))
             if k % 8 == 7 or k < 0:
                 jax.block_until_ready(metrics)

@@ -3,12 +3,15 @@
 import contextlib
 import itertools
 import threading
+import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from vop_jax.training import sharding
-from vop_jax.training.prefetch import AHEAD, placed
+from vop_jax.training.prefetch import AHEAD, placed, timed_next
 
 
 def rows(k):
@@ -69,3 +72,34 @@ def test_a_reader_that_leaves_early_takes_the_thread_along():
         assert threads()
         raise RuntimeError("the reader's")
     assert not threads()
+
+
+class Output:
+    """Of a step: whether it is there already."""
+
+    def __init__(self, ready):
+        self.is_ready = lambda: ready
+
+
+@pytest.mark.parametrize(
+    "running, waited",
+    [
+        (None, True),
+        ({"loss": Output(True), "grad_norm": Output(True)}, True),
+        ({"loss": Output(False), "grad_norm": Output(True)}, False),
+    ],
+)
+def test_a_wait_counts_where_no_step_runs_meanwhile(running, waited):
+    def slow():
+        time.sleep(0.05)
+        yield rows(0)
+
+    batch, seconds = timed_next(slow(), running)
+    assert batch["rows"].shape == (8, 2)
+    assert seconds >= 0.05 if waited else seconds == 0
+
+
+def test_what_a_step_put_out_and_was_read_runs_no_more():
+    running = jax.jit(lambda x: {"loss": x + 1})(jnp.zeros(()))
+    jax.block_until_ready(running)
+    assert timed_next(iter([rows(0)]), running)[1] > 0

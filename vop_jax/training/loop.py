@@ -31,11 +31,11 @@ class Clock:
     """What a stretch of steps spent its time on."""
 
     videos: int = 0
-    waiting: float = 0.0  # seconds until the next batch was on the devices
+    waiting: float = 0.0  # seconds that the devices stood still for the next batch, at most
     started: float = dataclasses.field(default_factory=time.perf_counter)
 
     def rates(self) -> dict[str, float]:
-        """Videos a second, and the share of the time spent waiting for data."""
+        """Videos a second, and the share of the time that devices waited for data."""
         elapsed = time.perf_counter() - self.started
         return {"videos_per_second": self.videos / elapsed, "data_wait": self.waiting / elapsed}
 
@@ -71,6 +71,7 @@ def fit(
     """
     first = step = int(state.step)
     unread: list[tuple[int, Metrics]] = []  # not fetched yet, so that the device runs ahead
+    running: Metrics | None = None
     clock = Clock()
     left = itertools.islice(batches, config.steps - first)  # none is read that is not needed
     with (
@@ -78,10 +79,10 @@ def fit(
         contextlib.closing(prefetch.placed(mesh, left)) as placed,
     ):
         while step < config.steps:
-            waiting_since = time.perf_counter()
-            batch = next(placed)
-            clock.waiting += time.perf_counter() - waiting_since
+            batch, waited = prefetch.timed_next(placed, running)
+            clock.waiting += waited
             state, metrics = step_fn(state, frozen, batch)
+            running = metrics
             step += 1
             clock.videos += config.batch_size
             unread.append((step, metrics))

@@ -5,8 +5,10 @@ which it holds some rows only (`sharding.process_rows`).
 """
 
 import collections
+import time
 from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import jax
 import numpy as np
@@ -43,3 +45,24 @@ def placed(
         finally:
             for future in pending:
                 future.cancel()
+
+
+def timed_next(
+    batches: Iterator[dict[str, jax.Array]], running: Any
+) -> tuple[dict[str, jax.Array], float]:
+    """The next batch, and for how many seconds the devices stood still for it, at most.
+
+    Steps are started ahead of the devices, so that waiting costs nothing while they still have
+    one to run; where they came to its end meanwhile, all of the wait counts.
+
+    Args:
+        running: what the step before puts out, arrays; None before the first.
+
+    Raises:
+        StopIteration: there is none.
+    """
+    since = time.perf_counter()
+    batch = next(batches)
+    waited = time.perf_counter() - since
+    busy = not all(array.is_ready() for array in jax.tree.leaves(running))
+    return batch, 0.0 if busy else waited
