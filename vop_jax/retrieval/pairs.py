@@ -37,10 +37,10 @@ def pair_ranks(
     # Videos of many texts first: a tile costs as much as its video with the most.
     count = np.bincount(video_of_text, minlength=len(videos))
     by_count = np.argsort(-count, kind="stable")
-    whole = np.zeros((math.ceil(len(videos) / wide) * wide, videos.shape[1]), np.float32)
-    np.take(videos, by_count, axis=0, out=whole[: len(videos)])
-    columns = jnp.asarray(whole)
-    del whole
+    columns = jnp.zeros((math.ceil(len(videos) / wide) * wide, videos.shape[1]), jnp.float32)
+    for left in range(0, len(videos), wide):  # a second copy of all is too much for the host
+        part = np.asarray(videos[by_count[left : left + wide]], np.float32)
+        columns = _put(columns, padded(part, wide), np.int32(left))
     place = np.empty(len(videos), np.int32)
     place[by_count] = np.arange(len(videos), dtype=np.int32)
     own = place[video_of_text]  # [N], each text's column
@@ -97,6 +97,11 @@ def tile_sizes(texts: int, videos: int, elements: int) -> tuple[int, int]:
 def _whole(rows: np.ndarray, size: int) -> np.ndarray:
     """Filled up with zeros to a multiple of `size` rows."""
     return padded(rows, math.ceil(len(rows) / size) * size)
+
+
+@jax.jit(donate_argnums=0)
+def _put(columns: jax.Array, part: jax.Array, left: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(columns, part, left, 0)
 
 
 @jax.jit(static_argnames="wide")

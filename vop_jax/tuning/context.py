@@ -14,6 +14,9 @@ from vop_jax.tuning.methods import MethodConfig
 
 TRANSFORMER_LAYERS = 4
 HEAD_WIDTH = 64
+# Frames of the recurrence in one turn of its loop. An accelerator is busy with each so briefly that
+# starting its operations counts, and there are fewer of them; more take long to compile.
+UNROLL = 4
 
 
 class Context(nn.Module):
@@ -107,7 +110,7 @@ def _advance(from_input: jax.Array, kernel: jax.Array) -> tuple[jax.Array, ...]:
         return (hidden, cell), (hidden, cell, jnp.stack([i, f, g, o]))
 
     zero = jnp.zeros_like(from_input[0, :, :, : kernel.shape[1]])
-    return jax.lax.scan(step, (zero, zero), from_input)[1]
+    return jax.lax.scan(step, (zero, zero), from_input, unroll=UNROLL)[1]
 
 
 def _recurrence(from_input: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple]:
@@ -138,7 +141,7 @@ def _recurrence_transposed(kept: tuple, given: jax.Array) -> tuple[jax.Array, ja
 
     zero = jnp.zeros_like(given[0])
     frames = given, cell, before(cell), gates
-    _, to_gates = jax.lax.scan(step, (zero, zero), frames, reverse=True)
+    _, to_gates = jax.lax.scan(step, (zero, zero), frames, reverse=True, unroll=UNROLL)
     left, right = (x.astype(kernel.dtype) for x in (before(hidden), to_gates))
     return to_gates, jnp.einsum("fkbd,fkbg->kdg", left, right)
 
