@@ -13,6 +13,7 @@ import contextlib
 import itertools
 import tempfile
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -81,26 +82,29 @@ def main() -> None:
             frames=args.frames,
             drawn=drawn,
         )
-        waiting, metrics = 0.0, None
+        waits: list[Callable[[], float]] = []
         left = itertools.islice(batches, WARM + args.steps)
-        with contextlib.closing(prefetch.placed(mesh, left)) as placed:
+        placing = contextlib.closing(prefetch.placed(mesh, left))
+        with placing as placed, prefetch.Idle() as idle:
             for k in range(WARM + args.steps):
                 if k == WARM:
                     jax.block_until_ready(state)
-                    waiting, begin = 0.0, time.perf_counter()
-                batch, waited = prefetch.timed_next(placed, metrics)
-                waiting += waited
+                    waits, begin = [], time.perf_counter()
+                batch, wait = idle.next(placed)
+                waits.append(wait)
                 state, metrics = programs.step(state, side.frozen, cache.pictures(batch))
+                idle.ran(metrics)
                 if k % 20 == 0:  # as often as a run logs
                     jax.block_until_ready(metrics)
             jax.block_until_ready(state)
-        elapsed = time.perf_counter() - begin
+            elapsed = time.perf_counter() - begin
+            waited = sum(wait() for wait in waits)
     pace = args.steps * args.batch / elapsed
     print(f"\n{args.arch}, {args.method}, {args.dtype}, batch {args.batch}; jax {jax.__version__},")
     print(f"{jax.devices()[0].device_kind}; {frames.nbytes / 1e9:.1f} GB of frames on it\n")
     print("| videos/s | ms a step | waiting for data | minutes for the pairs of an epoch |")
     print("| ---: | ---: | ---: | ---: |")
-    ms, share = 1e3 * elapsed / args.steps, 100 * waiting / elapsed
+    ms, share = 1e3 * elapsed / args.steps, 100 * waited / elapsed
     print(f"| {pace:,.0f} | {ms:.1f} | {share:.1f} % | {args.pairs / pace / 60:.1f} |")
 
 

@@ -96,17 +96,20 @@ class Loop:
 
     def run(self, batches: Batches, cut: Callable[[Any], Any]) -> tuple[float, float]:
         """(clips a second, share of the time waited); metrics are read every eighth step."""
-        state, waiting, begin, metrics = self.state, 0.0, 0.0, None
-        for k in range(-2, STEPS):
-            if not k:  # compiled, and what was read ahead meanwhile is used up
-                waiting, begin = 0.0, time.perf_counter()
-            batch, waited = prefetch.timed_next(batches, metrics)
-            waiting += waited
-            state, metrics = self.step(state, self.frozen, cut(batch))
-            if k % 8 == 7 or k < 0:
-                jax.block_until_ready(metrics)
-        elapsed = time.perf_counter() - begin
-        return STEPS * BATCH / elapsed, waiting / elapsed
+        state, begin = self.state, 0.0
+        waits: list[Callable[[], float]] = []
+        with prefetch.Idle() as idle:
+            for k in range(-2, STEPS):
+                if not k:  # compiled, and what was read ahead meanwhile is used up
+                    waits, begin = [], time.perf_counter()
+                batch, wait = idle.next(batches)
+                waits.append(wait)
+                state, metrics = self.step(state, self.frozen, cut(batch))
+                idle.ran(metrics)
+                if k % 8 == 7 or k < 0:
+                    jax.block_until_ready(metrics)
+            elapsed = time.perf_counter() - begin
+            return STEPS * BATCH / elapsed, sum(wait() for wait in waits) / elapsed
 
 
 def cutting_flops(height: int, width: int) -> float:

@@ -3,6 +3,7 @@
 import itertools
 import os
 import signal
+import time
 
 import jax
 import numpy as np
@@ -231,3 +232,31 @@ def test_progress_is_logged(tmp_path, caplog):
         Run(tmp_path).fit()
     lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("step 6/6")]
     assert lines and "videos/s" in lines[0] and "waiting for data" in lines[0]
+
+
+class Late(float):
+    """A number that a device puts out a second after its step was started."""
+
+    def block_until_ready(self):
+        time.sleep(1)
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_only_what_no_step_hides_is_told_as_waiting_for_data(tmp_path, hidden):
+    def slow(start):
+        for batch in batches(start):
+            time.sleep(0.25)
+            yield batch
+
+    run = Run(tmp_path, steps=4)
+    step = run.step
+
+    def late(*given):
+        state, metrics = step(*given)
+        return state, {key: Late(value) for key, value in metrics.items()}
+
+    if hidden:
+        run.step = late
+    run.fit(slow)
+    last = read_metrics(tmp_path)[-1]
+    assert last["data_wait"] < 0.1 if hidden else last["data_wait"] > 0.3

@@ -5,13 +5,11 @@ import itertools
 import threading
 import time
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from vop_jax.training import sharding
-from vop_jax.training.prefetch import AHEAD, placed, timed_next
+from vop_jax.training.prefetch import AHEAD, Idle, placed
 
 
 def rows(k):
@@ -75,31 +73,47 @@ def test_a_reader_that_leaves_early_takes_the_thread_along():
 
 
 class Output:
-    """Of a step: whether it is there already."""
+    """Of a step that comes to its end when it is told to."""
 
-    def __init__(self, ready):
-        self.is_ready = lambda: ready
+    def __init__(self):
+        self.over = threading.Event()
 
-
-@pytest.mark.parametrize(
-    "running, waited",
-    [
-        (None, True),
-        ({"loss": Output(True), "grad_norm": Output(True)}, True),
-        ({"loss": Output(False), "grad_norm": Output(True)}, False),
-    ],
-)
-def test_a_wait_counts_where_no_step_runs_meanwhile(running, waited):
-    def slow():
-        time.sleep(0.05)
-        yield rows(0)
-
-    batch, seconds = timed_next(slow(), running)
-    assert batch["rows"].shape == (8, 2)
-    assert seconds >= 0.05 if waited else seconds == 0
+    def block_until_ready(self):
+        assert self.over.wait(10)
 
 
-def test_what_a_step_put_out_and_was_read_runs_no_more():
-    running = jax.jit(lambda x: {"loss": x + 1})(jnp.zeros(()))
-    jax.block_until_ready(running)
-    assert timed_next(iter([rows(0)]), running)[1] > 0
+def slow_rows(k, meanwhile=lambda: None):
+    meanwhile()
+    time.sleep(0.5)
+    yield rows(k)
+
+
+def test_before_the_first_step_all_of_a_wait_counts():
+    with Idle() as idle:
+        batch, wait = idle.next(slow_rows(3))
+        assert batch["rows"][0, 0] == 3 and wait() >= 0.5
+
+
+def test_a_wait_counts_from_the_end_of_the_step_before():
+    output = Output()
+    with Idle() as idle:
+        idle.ran({"loss": output})
+        begin = time.perf_counter()
+        _, wait = idle.next(slow_rows(0, meanwhile=lambda: (time.sleep(0.2), output.over.set())))
+        assert 0.25 < wait() <= time.perf_counter() - begin - 0.2  # it is noted a little late
+
+
+def test_a_wait_that_a_step_outlasts_does_not_count():
+    output = Output()
+    with Idle() as idle:
+        idle.ran({"loss": output})
+        _, wait = idle.next(slow_rows(0))
+        time.sleep(0.1)
+        output.over.set()
+        assert wait() < 0.25
+
+
+def test_where_batches_end_so_does_the_loop():
+    with Idle() as idle, pytest.raises(StopIteration):
+        idle.next(iter([]))
+    assert not [t for t in threading.enumerate() if t.name.startswith("idle")]

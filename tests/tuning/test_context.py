@@ -11,7 +11,7 @@ from vop_jax.tuning.context import Lstm, recurrence
 @pytest.mark.parametrize("directions", [1, 2])
 def test_lstm_is_pytorchs(directions):
     torch = pytest.importorskip("torch", reason="the peer is torch.nn.LSTM")
-    width, frames = 6, 5
+    width, frames = 6, 11
     peer = torch.nn.LSTM(width, width, batch_first=True, bidirectional=directions == 2)
     x = np.random.default_rng(0).normal(size=(3, frames, width)).astype(np.float32)
     with torch.no_grad():
@@ -33,7 +33,7 @@ def test_lstm_is_pytorchs(directions):
     np.testing.assert_allclose(lstm.apply({"params": params}, x), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("frames", [1, 4])
+@pytest.mark.parametrize("frames", [1, 4, 8, 11])  # turns of the loop, and what is left
 @pytest.mark.parametrize("directions", [1, 2])
 def test_the_gradient_of_the_recurrence_is_that_of_the_loop(directions, frames):
     rng = np.random.default_rng(0)

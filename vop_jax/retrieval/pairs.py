@@ -40,7 +40,7 @@ def pair_ranks(
     columns = jnp.zeros((math.ceil(len(videos) / wide) * wide, videos.shape[1]), jnp.float32)
     for left in range(0, len(videos), wide):  # a second copy of all is too much for the host
         part = np.asarray(videos[by_count[left : left + wide]], np.float32)
-        columns = _put(columns, padded(part, wide), np.int32(left))
+        columns = jax.block_until_ready(_put(columns, padded(part, wide), np.int32(left)))
     place = np.empty(len(videos), np.int32)
     place[by_count] = np.arange(len(videos), dtype=np.int32)
     own = place[video_of_text]  # [N], each text's column

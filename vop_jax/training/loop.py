@@ -31,13 +31,14 @@ class Clock:
     """What a stretch of steps spent its time on."""
 
     videos: int = 0
-    waiting: float = 0.0  # seconds that the devices stood still for the next batch, at most
+    waits: list[Callable[[], float]] = dataclasses.field(default_factory=list)  # `prefetch.Idle`'s
     started: float = dataclasses.field(default_factory=time.perf_counter)
 
     def rates(self) -> dict[str, float]:
-        """Videos a second, and the share of the time that devices waited for data."""
+        """Videos a second, and the share of the time that devices stood still for batches."""
         elapsed = time.perf_counter() - self.started
-        return {"videos_per_second": self.videos / elapsed, "data_wait": self.waiting / elapsed}
+        waited = sum(wait() for wait in self.waits)
+        return {"videos_per_second": self.videos / elapsed, "data_wait": waited / elapsed}
 
 
 def fit(
@@ -71,18 +72,18 @@ def fit(
     """
     first = step = int(state.step)
     unread: list[tuple[int, Metrics]] = []  # not fetched yet, so that the device runs ahead
-    running: Metrics | None = None
     clock = Clock()
     left = itertools.islice(batches, config.steps - first)  # none is read that is not needed
     with (
         interrupt.deferred(),
         contextlib.closing(prefetch.placed(mesh, left)) as placed,
+        prefetch.Idle() as idle,
     ):
         while step < config.steps:
-            batch, waited = prefetch.timed_next(placed, running)
-            clock.waiting += waited
+            batch, wait = idle.next(placed)
+            clock.waits.append(wait)
             state, metrics = step_fn(state, frozen, batch)
-            running = metrics
+            idle.ran(metrics)
             step += 1
             clock.videos += config.batch_size
             unread.append((step, metrics))

@@ -6,7 +6,7 @@ which it holds some rows only (`sharding.process_rows`).
 
 import collections
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -47,22 +47,47 @@ def placed(
                 future.cancel()
 
 
-def timed_next(
-    batches: Iterator[dict[str, jax.Array]], running: Any
-) -> tuple[dict[str, jax.Array], float]:
-    """The next batch, and for how many seconds the devices stood still for it, at most.
+class Idle:
+    """How long this process's devices stand still for batches; enter it, it has a thread.
 
-    Steps are started ahead of the devices, so that waiting costs nothing while they still have
-    one to run; where they came to its end meanwhile, all of the wait counts.
-
-    Args:
-        running: what the step before puts out, arrays; None before the first.
-
-    Raises:
-        StopIteration: there is none.
+    Steps are started ahead of the devices, so that waiting for a batch costs nothing while they
+    still have one to run. It costs from the end of the step before until the batch is on the
+    devices; the thread notes both. Devices that wait in a step for another process are busy.
     """
-    since = time.perf_counter()
-    batch = next(batches)
-    waited = time.perf_counter() - since
-    busy = not all(array.is_ready() for array in jax.tree.leaves(running))
-    return batch, 0.0 if busy else waited
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "idle")
+        self._ended: Future[float] | None = None  # when the step before did
+
+    def __enter__(self) -> "Idle":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def next(
+        self, batches: Iterator[dict[str, jax.Array]]
+    ) -> tuple[dict[str, jax.Array], Callable[[], float]]:
+        """The next batch, and what tells the seconds stood still for it, once they are over.
+
+        Raises:
+            StopIteration: there is none.
+        """
+        since, ended = time.perf_counter(), self._ended
+        batch = next(batches)
+        arrived = self._thread.submit(_when_ready, batch)
+
+        def seconds() -> float:
+            begin = since if ended is None else max(since, ended.result())
+            return max(0.0, arrived.result() - begin)
+
+        return batch, seconds
+
+    def ran(self, output: Any) -> None:
+        """A step was started that puts out these arrays."""
+        self._ended = self._thread.submit(_when_ready, output)
+
+
+def _when_ready(arrays: Any) -> float:
+    jax.block_until_ready(arrays)
+    return time.perf_counter()
