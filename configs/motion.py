@@ -22,8 +22,8 @@ LEARNING_RATES = {
     "vop_f+c": 1e-2,
 }
 
-# `vop_f` has one table of frames to find the order by, and takes longer; weight decay, which goes
-# with the rate, would pull that table back as fast as it grows.
+# `vop_f` has one table of frames to find the order by, and takes longer; with weight decay at that
+# rate the table stays small and a run's end is a matter of luck, see docs/motion.md.
 OWN = {"vop_f": {"steps": 3000, "weight_decay": 0.0}}
 
 DEMO = runpy.run_path(str(pathlib.Path(__file__).with_name("demo.py")))
