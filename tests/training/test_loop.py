@@ -3,6 +3,7 @@
 import itertools
 import os
 import signal
+import threading
 import time
 
 import jax
@@ -260,3 +261,26 @@ def test_only_what_no_step_hides_is_told_as_waiting_for_data(tmp_path, hidden):
     run.fit(slow)
     last = read_metrics(tmp_path)[-1]
     assert last["data_wait"] < 0.1 if hidden else last["data_wait"] > 0.3
+
+
+def test_a_few_steps_are_started_ahead_of_the_devices_and_no_more(tmp_path):
+    waited, main = [], threading.current_thread()
+
+    class Output(float):
+        def block_until_ready(self):
+            if threading.current_thread() is main:
+                waited.append((self, started))
+
+    run = Run(tmp_path, steps=loop.STARTED + 2)
+    run.config.log_every = run.config.checkpoint_every = 100
+    step, started = run.step, 0
+
+    def counted(*given):
+        nonlocal started
+        started += 1
+        return step(*given)[0], {"loss": Output(started)}
+
+    run.step = counted
+    run.fit()
+    # The first is logged, and with that over.
+    assert waited == [(2, loop.STARTED + 1), (3, loop.STARTED + 2)]

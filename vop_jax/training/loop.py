@@ -19,6 +19,8 @@ from vop_jax.training.checkpoint import Checkpoints
 from vop_jax.training.step import Batch, Metrics, TrainState
 from vop_jax.training.writer import NoWriter
 
+STARTED = 4  # steps that devices have before them at most, each with its batch in their memory
+
 Step = Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]
 
 
@@ -87,6 +89,8 @@ def fit(
             step += 1
             clock.videos += config.batch_size
             unread.append((step, metrics))
+            if len(unread) >= STARTED:
+                jax.block_until_ready(unread[-STARTED][1])
             preempted = hosts.preempted(step)
             stop = preempted or interrupt.requested()
             last = step == config.steps

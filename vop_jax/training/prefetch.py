@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from vop_jax.training import sharding
 
-AHEAD = 2  # batches on the devices beside the one that a step reads
+AHEAD = 2  # batches on the devices beside those of steps that were started
 
 
 def placed(
