@@ -1,14 +1,14 @@
-"""Reading ahead: order, errors in their place, and no thread that outlives its reader."""
+"""Reading ahead: order, errors in their place, no thread that outlives its reader; idle devices."""
 
 import contextlib
 import itertools
 import threading
-import time
+import types
 
 import numpy as np
 import pytest
 
-from vop_jax.training import sharding
+from vop_jax.training import prefetch, sharding
 from vop_jax.training.prefetch import AHEAD, Idle, placed
 
 
@@ -72,6 +72,14 @@ def test_a_reader_that_leaves_early_takes_the_thread_along():
     assert not threads()
 
 
+@pytest.fixture
+def clock(monkeypatch):
+    """The time, which only the tests move on."""
+    clock = types.SimpleNamespace(now=0.0)
+    monkeypatch.setattr(prefetch, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
+    return clock
+
+
 class Output:
     """Of a step that comes to its end when it is told to."""
 
@@ -82,35 +90,44 @@ class Output:
         assert self.over.wait(10)
 
 
-def slow_rows(k, meanwhile=lambda: None):
-    meanwhile()
-    time.sleep(0.5)
-    yield rows(k)
+def test_before_the_first_step_all_of_a_wait_counts(clock):
+    def source():
+        clock.now = 5.0
+        yield rows(3)
 
-
-def test_before_the_first_step_all_of_a_wait_counts():
     with Idle() as idle:
-        batch, wait = idle.next(slow_rows(3))
-        assert batch["rows"][0, 0] == 3 and wait() >= 0.5
+        batch, wait = idle.next(source())
+        assert batch["rows"][0, 0] == 3 and wait() == 5
 
 
-def test_a_wait_counts_from_the_end_of_the_step_before():
+def test_a_wait_counts_from_the_end_of_the_step_before(clock):
     output = Output()
-    with Idle() as idle:
-        idle.ran({"loss": output})
-        begin = time.perf_counter()
-        _, wait = idle.next(slow_rows(0, meanwhile=lambda: (time.sleep(0.2), output.over.set())))
-        assert 0.25 < wait() <= time.perf_counter() - begin - 0.2  # it is noted a little late
 
-
-def test_a_wait_that_a_step_outlasts_does_not_count():
-    output = Output()
-    with Idle() as idle:
-        idle.ran({"loss": output})
-        _, wait = idle.next(slow_rows(0))
-        time.sleep(0.1)
+    def source():
+        clock.now = 2.0
         output.over.set()
-        assert wait() < 0.25
+        idle._ended.result(10)  # it is noted
+        clock.now = 5.0
+        yield rows(0)
+
+    with Idle() as idle:
+        idle.ran({"loss": output})
+        assert idle.next(source())[1]() == 3
+
+
+def test_a_wait_that_a_step_outlasts_does_not_count(clock):
+    output = Output()
+
+    def source():
+        clock.now = 5.0
+        yield rows(0)
+
+    with Idle() as idle:
+        idle.ran({"loss": output})
+        _, wait = idle.next(source())
+        clock.now = 7.0
+        output.over.set()
+        assert wait() == 0
 
 
 def test_where_batches_end_so_does_the_loop():
