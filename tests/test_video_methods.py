@@ -29,6 +29,7 @@ BASE = MethodConfig(
     adapter_width=5,
     frames=tiny.FRAMES,
 )
+LATE = {"first_layer": 2, "last_layer": 2, "branches": "visual"}
 ABLATIONS = {
     "vop_c lstm": {"name": "vop_c", "cmm": "lstm"},
     "vop_c transformer": {"name": "vop_c", "cmm": "transformer"},
@@ -93,6 +94,28 @@ def test_features_equal_the_reference(label):
     ids = tiny.captions(3, method.text_slots(tiny.CLIP), seed=1)
     expected = np.array([reference(method).text(row) for row in ids])
     assert np.abs(text_of(method, ids) - expected).max() <= 1e-5
+
+
+@pytest.mark.parametrize("label", all_configs())
+def test_shapes_are_those_of_a_whole_initialisation(label):
+    for method in (all_configs()[label], dataclasses.replace(all_configs()[label], **LATE)):
+        model = TextVideoModel(tiny.CLIP, method)
+        whole = jax.eval_shape(model.init, jax.random.key(0), *model.example())
+        assert model.shapes() == flatten(whole["params"])
+
+
+@pytest.mark.parametrize("name", ["vop_f+c", "adapter_attn", "full"])
+def test_fresh_parameters_are_those_of_a_whole_initialisation(name):
+    model, key = TextVideoModel(tiny.CLIP, configured(name)), jax.random.key(3)
+
+    def of_all(key):
+        params = model.init(key, *model.example())["params"]
+        return {part: values for part, values in params.items() if part != "clip"}
+
+    whole, added = flatten(jax.jit(of_all)(key)), flatten(jax.jit(model.init_added)(key))
+    assert added.keys() == whole.keys() and bool(added) == (name != "full")
+    for leaf, value in added.items():
+        np.testing.assert_array_equal(value, whole[leaf], err_msg=leaf)
 
 
 def change_by_order(method, params=None):

@@ -10,6 +10,7 @@ from vop_jax.clip.config import ClipConfig
 from vop_jax.clip.layers import ACROSS_FRAMES, Beside, Kernel
 from vop_jax.clip.memory import Memory
 from vop_jax.clip.model import Clip, unit
+from vop_jax.clip.weights import parameter_shapes
 from vop_jax.tensorfile import flatten
 from vop_jax.tuning.adapters import Adapters
 from vop_jax.tuning.methods import MethodConfig
@@ -45,10 +46,33 @@ class TextVideoModel(nn.Module):
         frames = jnp.zeros((1, self.method.frames, size, size, 3), jnp.uint8)
         return frames, jnp.zeros((1, self.method.text_slots(self.clip_config)), jnp.int32)
 
+    @nn.nowrap
+    def init_added(self, key: jax.Array) -> dict[str, Any]:
+        """What the method adds to CLIP: {"prompts": ...}, {"adapters": ...} or {}.
+
+        The values are those of `init` with the same key, without the time to trace CLIP.
+        """
+        return self.init(key, method="_touch_added").get("params", {})
+
+    def _touch_added(self) -> None:
+        c, parts = self.clip_config, self.method.parts
+        if parts.prompts:  # a context is made by the first layer that asks for it
+            cls = jnp.zeros((1, self.method.frames, c.vision_width), self.dtype)
+            self.prompts.visual_at(self.method.first_layer - 1, cls)
+        for tower, depth, width in (
+            ("visual", c.vision_layers, c.vision_width),
+            ("text", c.text_layers, c.text_width),
+        ):
+            for layer in range(depth):
+                for branch in self._branches(tower, layer).values():
+                    branch(jnp.zeros((1, width), self.dtype))
+
+    @nn.nowrap  # whoever makes a module within is not its parent
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """All parameters' shapes, by name; nothing is computed."""
-        params = jax.eval_shape(lambda key: self.init(key, *self.example()), jax.random.key(0))
-        return flatten(params["params"])
+        clip = parameter_shapes(self.clip_config)
+        own = {f"clip/{name}": jax.ShapeDtypeStruct(s, jnp.float32) for name, s in clip.items()}
+        return own | flatten(jax.eval_shape(self.init_added, jax.random.key(0)))
 
     def encode_video(self, frames: jax.Array) -> jax.Array:
         """uint8 [B, F, S, S, 3] -> unit rows [B, E], float32."""

@@ -310,7 +310,7 @@ def _prepare(
     memory = Memory(config.compute.remat, config.compute.frame_chunk)
     model = TextVideoModel(clip.config, method, dtype, kernel, memory)
     params = {"clip": clip.params}
-    params |= _fresh(model, config.seed)
+    params |= jax.jit(model.init_added)(jax.random.key(config.seed))
     trainable, frozen = partition.split(params, method.trainable_patterns(clip.config))
     if config.init.prompts:
         trainable = _given_prompts(config, clip, method, trainable)
@@ -329,17 +329,6 @@ def _prepare(
         logging.info("continuing %s from step %d", root, int(state.step))
     frozen = sharding.place(mesh, held(frozen, dtype), rules)
     return Run(config, root, mesh, method, clip, model, state, frozen, checkpoints)
-
-
-def _fresh(model: TextVideoModel, seed: int) -> dict[str, Any]:
-    """What the method adds to CLIP: {"prompts": …}, {"adapters": …} or {}."""
-
-    @jax.jit  # the unused CLIP's own initialisation is not computed
-    def init(key):
-        params = model.init(key, *model.example())["params"]
-        return {name: subtree for name, subtree in params.items() if name != "clip"}
-
-    return init(jax.random.key(seed))
 
 
 def _given_prompts(

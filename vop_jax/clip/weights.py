@@ -1,8 +1,11 @@
 """A converted CLIP on disk: one safetensors file that says what it is."""
 
 import dataclasses
+import functools
 import json
 import os
+import types
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -39,12 +42,14 @@ class ClipWeights:
         return f"{arch_name(self.config)} from {self.source} ({self.fingerprint[:12]})"
 
 
-def parameter_shapes(config: ClipConfig) -> dict[str, tuple[int, ...]]:
+@functools.cache  # tracing all of a CLIP takes a second
+def parameter_shapes(config: ClipConfig) -> Mapping[str, tuple[int, ...]]:
     """{"visual/conv1/kernel": shape, ...} of a CLIP of these sizes."""
     frames = jax.ShapeDtypeStruct((1, config.image_size, config.image_size, 3), np.uint8)
     ids = jax.ShapeDtypeStruct((1, config.context_length), np.int32)
     variables = jax.eval_shape(Clip(config).init, jax.random.key(0), frames, ids)
-    return {k: v.shape for k, v in tensorfile.flatten(variables["params"]).items()}
+    shapes = {k: v.shape for k, v in tensorfile.flatten(variables["params"]).items()}
+    return types.MappingProxyType(shapes)
 
 
 def save_clip(
@@ -101,7 +106,7 @@ def load_clip(path: str | os.PathLike) -> ClipWeights:
 
 
 def check_shapes(
-    where: str | os.PathLike, tree: tensorfile.Tree, expected: dict[str, tuple[int, ...]]
+    where: str | os.PathLike, tree: tensorfile.Tree, expected: Mapping[str, tuple[int, ...]]
 ) -> None:
     """Raises UserError naming the first tensor that is missing, unknown or misshapen."""
     found = tensorfile.flatten(tree)
