@@ -11,7 +11,7 @@ import gc
 import pathlib
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -27,7 +27,7 @@ from vop_jax.tuning.partition import split
 from vop_jax.tuning.prompts_file import save_prompts
 
 
-def draw(shapes: dict[str, tuple[int, ...]], seed: int) -> dict:
+def draw(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict:
     """A tree of random parameters."""
     rng = np.random.default_rng(seed)
     flat = {name: rng.normal(0, 0.02, shape).astype(np.float32) for name, shape in shapes.items()}

@@ -16,8 +16,8 @@ from vop_jax import tensorfile
 from vop_jax.training.writer import read_metrics
 
 PROMPTS = "prompts.safetensors"
-STEPS = 60
-SETTINGS = ("--config.train.log_every=1", "--config.train.eval_every=40")
+STEPS = 30
+SETTINGS = ("--config.train.log_every=1", "--config.train.eval_every=20")
 
 
 @dataclasses.dataclass
@@ -111,9 +111,11 @@ def test_two_processes_train_as_one(places, alone):
     summaries = [json.loads((w / "summary.json").read_text()) for w in (alone, two)]
     for key in ("t2v", "v2t", "before", "num_texts", "num_videos", "steps"):
         assert summaries[0][key] == summaries[1][key], key
-    assert "step 60/60" in hosts.said(0) and "step 60/60" not in hosts.said(1)
+    last = f"step {STEPS}/{STEPS}"
+    assert last in hosts.said(0) and last not in hosts.said(1)
 
 
+@pytest.mark.slow
 def test_two_processes_train_from_frames_on_their_devices(places, alone):
     steps = f"--config.train.steps={STEPS}"
     hosts = start(places, "cached", steps, "--config.data.device_cache_gb=1")
