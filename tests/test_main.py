@@ -280,7 +280,8 @@ def test_bfloat16_and_rand_sampling_run(call):
         ("train", ("train: not a flag",)),
         ("--mode=eval", ("no checkpoint; train first",)),
         ("--mode=export", ("no checkpoint; train first",)),
-        ("--config=configs/nothing.py", ("nothing.py",)),
+        ("--config=configs/nothing.py", ("--config: configs/nothing.py: no such file or dir",)),
+        (f"--config={runs.ROOT}", (f"--config: {runs.ROOT}: is a directory",)),
         ("--workdir=", ("--workdir=DIR is missing",)),
     ],
 )
