@@ -121,17 +121,10 @@ def stepped(setting, steps=2):
     return losses, flatten(state.trainable)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "devices"),
-    [
-        ("vop_f", 8),
-        pytest.param("vop_f", 1, marks=pytest.mark.slow),
-        *(
-            pytest.param(name, devices, marks=pytest.mark.slow)
-            for name in ("vop", "vop_c", "adapter_attn")
-            for devices in (1, 8)
-        ),
-    ],
+    [(name, devices) for name in ("vop", "vop_c", "vop_f", "adapter_attn") for devices in (1, 8)],
 )
 def test_steps_learn_the_same(method, devices):
     losses, learnt = stepped(Setting(method, devices, **KNOBS["all"]))

@@ -22,7 +22,7 @@ from vop_jax.tuning.methods import MethodConfig
 
 # (data, fsdp, model); compiling for eight devices takes its time, so one of a kind is quick.
 MESHES = [(8, 1, 1), (1, 8, 1), (4, 1, 2), (2, 2, 2)]
-QUICK = [("vop", (8, 1, 1)), ("vop_f+c", (2, 2, 2))]
+QUICK = [("vop_f+c", (2, 2, 2))]
 CASES = [
     pytest.param(name, mesh, marks=() if (name, mesh) in QUICK else pytest.mark.slow)
     for name in ("vop", "vop_f+c", "full")
@@ -130,8 +130,9 @@ def test_frozen_weights_and_optimizer_state_are_cut_over_fsdp(kind):
     assert held(vop.frozen) < held(kind("vop", (8, 1, 1)).frozen) / 3
 
 
-def test_moments_live_where_their_parameter_does():
-    state = Trained("full", (2, 2, 2)).state  # and stay there
+@pytest.mark.parametrize("kind", [Placed, pytest.param(Trained, marks=pytest.mark.slow)])
+def test_moments_live_where_their_parameter_does(kind):
+    state = kind("full", (2, 2, 2)).state  # and stay there
     name = "clip/visual/transformer/resblocks.0/mlp/c_fc/kernel"
     moments = [s for s in jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, "mu"))]
     adam = next(s for s in moments if hasattr(s, "mu"))

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from etils import epath
-from tensorboardX import SummaryWriter
 
 from vop_jax.atomic import write_atomic
 from vop_jax.errors import UserError
@@ -45,6 +44,8 @@ class TensorBoard(NoWriter):
     """Scalars as TensorBoard events in the workdir; those after `resume_step` are redone."""
 
     def __init__(self, workdir: str | os.PathLike, resume_step: int = 0):
+        from tensorboardX import SummaryWriter  # which imports torch where it is installed: seconds
+
         purged = resume_step + 1 if resume_step else None
         try:
             self._events = SummaryWriter(str(workdir), purge_step=purged)
