@@ -39,7 +39,7 @@ def workdir(request, tmp_path, monkeypatch):
         return str(tmp_path)
     for name in Bucket.protocol:
         fsspec.register_implementation(name, Bucket, clobber=True)
-    monkeypatch.setattr(writer, "SummaryWriter", NoEvents)
+    monkeypatch.setattr("tensorboardX.SummaryWriter", NoEvents)
     epath.Path(f"gs://bucket/{tmp_path.name}").mkdir(parents=True)
     return f"gs://bucket/{tmp_path.name}"
 
@@ -72,7 +72,7 @@ def test_a_bucket_without_the_package_for_its_events(monkeypatch, tmp_path):
     def missing(*args, **kwargs):
         raise ImportError("`google-cloud-storage` must be installed")
 
-    monkeypatch.setattr(writer, "SummaryWriter", missing)
+    monkeypatch.setattr("tensorboardX.SummaryWriter", missing)
     with pytest.raises(UserError, match=r"workdir.*google-cloud-storage.*\.\[gcs\]"):
         MetricWriter(tmp_path)
 
