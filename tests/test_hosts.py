@@ -162,7 +162,8 @@ def test_two_processes_export_as_one(places, alone):
     assert not list(workdir.rglob(".*partial*"))
 
 
-@pytest.mark.parametrize("dies", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dies", [0, 1])
 def test_when_one_is_killed_the_other_ends_and_says_so(places, dies):
     name = f"killed{dies}"
     hosts = start(places, name, "--config.train.steps=1000000")

@@ -37,7 +37,7 @@ def test_values_and_gradients_are_those_of_plain_attention(queries, keys):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), ours, theirs)
 
 
-@pytest.mark.parametrize("name", ["vop_f", "vop"])
+@pytest.mark.parametrize("name", ["vop_f", pytest.param("vop", marks=pytest.mark.slow)])
 def test_across_frames_and_nowhere_else(monkeypatch, name):
     lengths = []
     interpreted = functools.partial(splash.attention, interpret=True)

@@ -153,7 +153,10 @@ def test_rows_stay_where_they_are(method):
     assert kinds == plain_kinds and everything <= 1.02 * nothing
 
 
-@pytest.mark.parametrize(("knob", "value"), [("frame_chunk", 4), ("microbatches", 4)])
+@pytest.mark.parametrize(
+    ("knob", "value"),
+    [("frame_chunk", 4), pytest.param("microbatches", 4, marks=pytest.mark.slow)],
+)
 def test_less_is_held(knob, value):
     """By the account of the CPU's compiler, which is of no use for `remat` without chunks: it
     schedules what is computed again as early as it can."""

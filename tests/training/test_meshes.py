@@ -88,7 +88,8 @@ def test_every_mesh_learns_the_same(name, shape):
             np.testing.assert_allclose(learnt[leaf], wanted, atol=atol, err_msg=leaf)
 
 
-@pytest.mark.parametrize("name", ["vop", pytest.param("vop_f+c", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vop", "vop_f+c"])
 def test_kernels_run_on_every_device(monkeypatch, name):
     """Each reads its own rows: nothing is gathered for them, and what is learnt is the same."""
     clip = dataclasses.replace(tiny.CLIP, text_heads=1)  # heads of 16, as the kernel takes them
