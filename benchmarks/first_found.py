@@ -1,0 +1,69 @@
+"""What stands first for a caption of the motion benchmark: its clip, the reversal, or another.
+
+    python -m benchmarks.ladder --workdir=DIR
+    python -m benchmarks.first_found --workdir=DIR/methods
+
+Splits the misses of R@1, text to video, by what was taken for the caption's clip.
+"""
+
+import argparse
+import collections
+import json
+import pathlib
+
+import numpy as np
+
+from vop_jax.data.shapes import contrasts
+from vop_jax.results import RANKINGS_FILE
+
+KINDS = ("own", "reversal", "other speed", "another")
+
+
+def first_found(rankings: pathlib.Path) -> dict[str, float]:
+    """{kind: percent of the captions}.
+
+    Args:
+        rankings: of a run on the clips, where each caption is written once.
+    """
+    lines = [json.loads(line) for line in rankings.read_text().splitlines()]
+    caption_of = {line["video"]: line["caption"] for line in lines}
+    counts: collections.Counter[str] = collections.Counter()
+    for line in lines:
+        turned = contrasts(line["caption"])
+        kinds = {
+            line["caption"]: "own",
+            turned["direction"]: "reversal",
+            turned["speed"]: "other speed",
+        }
+        counts[kinds.get(caption_of[line["top"][0]], "another")] += 1
+    return {kind: 100 * counts[kind] / len(lines) for kind in KINDS}
+
+
+def table(workdir: pathlib.Path) -> str:
+    """Markdown, a row for each folder of runs, one run a seed: mean, and deviation of several."""
+    runs: dict[pathlib.Path, list[dict[str, float]]] = collections.defaultdict(list)
+    for rankings in sorted(workdir.rglob(RANKINGS_FILE)):
+        runs[rankings.parent.parent].append(first_found(rankings))
+    if not runs:
+        raise SystemExit(f"--workdir={workdir}: no {RANKINGS_FILE} of a run below it")
+    rows = [f"| run | {' | '.join(KINDS)} |", f"| --- |{' ---: |' * len(KINDS)}"]
+    for folder, found in runs.items():
+        cells = []
+        for kind in KINDS:
+            values = [one[kind] for one in found]
+            spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+            cells.append(f"{np.mean(values):.1f}{spread}")
+        rows.append(f"| {folder.relative_to(workdir)} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workdir", required=True, type=pathlib.Path, help="of runs")
+    print(table(parser.parse_args().workdir))
+
+
+if __name__ == "__main__":
+    main()
