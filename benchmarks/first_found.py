@@ -40,20 +40,23 @@ def first_found(rankings: pathlib.Path) -> dict[str, float]:
 
 
 def table(workdir: pathlib.Path) -> str:
-    """Markdown, a row for each folder of runs, one run a seed: mean, and deviation of several."""
-    runs: dict[pathlib.Path, list[dict[str, float]]] = collections.defaultdict(list)
-    for rankings in sorted(workdir.rglob(RANKINGS_FILE)):
-        runs[rankings.parent.parent].append(first_found(rankings))
+    """Markdown, a row for each METHOD of METHOD/SEED/: mean, and deviation of several seeds."""
+    runs: dict[str, list[dict[str, float]]] = collections.defaultdict(list)
+    for rankings in sorted(workdir.glob(f"*/*/{RANKINGS_FILE}")):
+        try:
+            runs[rankings.parts[-3]].append(first_found(rankings))
+        except (KeyError, ValueError) as error:
+            raise SystemExit(f"{rankings}: not of the motion benchmark's clips ({error})") from None
     if not runs:
-        raise SystemExit(f"--workdir={workdir}: no {RANKINGS_FILE} of a run below it")
+        raise SystemExit(f"--workdir={workdir}: no METHOD/SEED/{RANKINGS_FILE} in it")
     rows = [f"| run | {' | '.join(KINDS)} |", f"| --- |{' ---: |' * len(KINDS)}"]
-    for folder, found in runs.items():
+    for method, found in runs.items():
         cells = []
         for kind in KINDS:
             values = [one[kind] for one in found]
             spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
             cells.append(f"{np.mean(values):.1f}{spread}")
-        rows.append(f"| {folder.relative_to(workdir)} | {' | '.join(cells)} |")
+        rows.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
@@ -61,7 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--workdir", required=True, type=pathlib.Path, help="of runs")
+    parser.add_argument("--workdir", required=True, type=pathlib.Path, help="with METHOD/SEED/")
     print(table(parser.parse_args().workdir))
 
 

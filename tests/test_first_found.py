@@ -40,6 +40,10 @@ def test_a_row_for_each_method(tmp_path):
     assert second == "| vop_c | 75.0 | 0.0 | 0.0 | 25.0 |"
 
 
-def test_a_folder_without_runs(tmp_path):
-    with pytest.raises(SystemExit, match=r"no rankings\.jsonl of a run below it"):
+def test_a_folder_without_such_runs(tmp_path):
+    with pytest.raises(SystemExit, match=r"no METHOD/SEED/rankings\.jsonl in it"):
+        table(tmp_path)
+    path = write(tmp_path / "vop/seed0", [LEFT, RIGHT, QUICK, OTHER])
+    path.write_text(path.read_text().replace(LEFT, "a squid talks"))
+    with pytest.raises(SystemExit, match=r"rankings\.jsonl: not of the motion benchmark's clips"):
         table(tmp_path)

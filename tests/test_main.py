@@ -280,8 +280,8 @@ def test_bfloat16_and_rand_sampling_run(call):
         ("train", ("train: not a flag",)),
         ("--mode=eval", ("no checkpoint; train first",)),
         ("--mode=export", ("no checkpoint; train first",)),
-        ("--config=configs/nothing.py", ("--config: configs/nothing.py: no such file or dir",)),
-        (f"--config={runs.ROOT}", (f"--config: {runs.ROOT}: is a directory",)),
+        ("--config=configs/nothing.py:vop", ("--config=configs/nothing.py: no such file",)),
+        (f"--config={runs.ROOT}", (f"--config={runs.ROOT}: no such file",)),
         ("--workdir=", ("--workdir=DIR is missing",)),
     ],
 )
@@ -301,6 +301,8 @@ def test_no_config_at_all(capsys):
         ("def get_config(:\n", ("c.py:1: SyntaxError",)),
         ("def get_config():\n    return {'seed': 1}\n", ("--config",)),
         ("x = 1\n", ("the file defines no get_config()",)),
+        ("open('lost.txt')\n", ("--config", "lost.txt")),
+        ("def get_config():\n    raise ValueError('no [Errno 2] this')\n", ("no [Errno 2] this",)),
     ],
 )
 def test_a_config_file_that_is_none(tmp_path, capsys, text, messages):

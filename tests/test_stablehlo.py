@@ -39,7 +39,6 @@ def test_each_program_takes_its_own_tower(tmp_path, name):
     assert bool(added) == (METHODS[name].prompts or bool(METHODS[name].adapter))
 
 
-@pytest.mark.slow
 def test_bfloat16_is_held_and_run_in_half(tmp_path):
     exported(tmp_path / "whole")
     model, params = exported(tmp_path / "half", dtype=jnp.bfloat16)

@@ -29,7 +29,10 @@ BASE = MethodConfig(
     adapter_width=5,
     frames=tiny.FRAMES,
 )
-LATE = {"first_layer": 2, "last_layer": 2, "branches": "visual"}
+PARTLY = (
+    {"first_layer": 2, "last_layer": 2, "branches": "visual"},
+    {"split_layer": 0, "branches": "text"},
+)
 ABLATIONS = {
     "vop_c lstm": {"name": "vop_c", "cmm": "lstm"},
     "vop_c transformer": {"name": "vop_c", "cmm": "transformer"},
@@ -98,10 +101,10 @@ def test_features_equal_the_reference(label):
 
 @pytest.mark.parametrize("label", ["zero_shot", "adapter_attn", "vop", *VIDEO_METHODS, *ABLATIONS])
 def test_shapes_are_those_of_a_whole_initialisation(label):
-    for method in (all_configs()[label], dataclasses.replace(all_configs()[label], **LATE)):
-        model = TextVideoModel(tiny.CLIP, method)
-        whole = jax.eval_shape(model.init, jax.random.key(0), *model.example())
-        assert model.shapes() == flatten(whole["params"])
+    for changes in ({}, *PARTLY):
+        model = TextVideoModel(tiny.CLIP, dataclasses.replace(all_configs()[label], **changes))
+        whole = flatten(jax.eval_shape(model.init, jax.random.key(0), *model.example())["params"])
+        assert model.shapes() == whole and list(model.shapes()) == list(whole)
 
 
 @pytest.mark.parametrize("name", ["vop_f+c", "adapter_attn", "full"])
@@ -223,7 +226,13 @@ def test_videos_of_a_batch_do_not_mix(name):
     np.testing.assert_allclose(video_of(method, frames), one_by_one, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["vop_p", "vop_f+c", "adapter_ffn"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("vop_p", "vop_f+c", "adapter_ffn"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("vop_c", "vop_f", "vop_f+p")),
+    ],
+)
 def test_bfloat16_stays_close(name):
     method = configured(name)
     _, params = made(method)

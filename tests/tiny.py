@@ -43,12 +43,14 @@ def frames(count: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
-def model_and_params(method: MethodConfig, seed: int = 0) -> tuple[TextVideoModel, dict]:
+def model_and_params(
+    method: MethodConfig, seed: int = 0, clip: ClipConfig = CLIP
+) -> tuple[TextVideoModel, dict]:
     """A model and random parameters, none of them zero or one.
 
     Drawn by shape: the initialisers themselves take seconds to compile.
     """
-    model = TextVideoModel(CLIP, method)
+    model = TextVideoModel(clip, method)
     shapes = unflatten(model.shapes())
     rng = np.random.default_rng(seed)
 

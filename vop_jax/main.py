@@ -42,6 +42,8 @@ def define_flags() -> None:
 def parse_flags(argv: Sequence[str]) -> list[str]:
     """Parses the command line; a wrong one is a single line on stderr and exit status 2."""
     try:
+        for given in (a.partition("=")[2] for a in argv if re.match("--?config=", a)):
+            _check_config_file(given.partition(":")[0])
         overrides = (a.lstrip("-") for a in argv if re.match("--?config[.]", a))
         check_keys(o.split("=")[0].removeprefix("config.") for o in overrides)
         rest = flags.FLAGS(argv)
@@ -49,12 +51,20 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
             raise UserError(f"{rest[1]}: not a flag; flags look like --config=FILE")
         _check_flags(flags.FLAGS.config)
         return rest
-    except (flags.Error, UserError, TypeError, ValueError, OSError) as error:
-        fail(_unreadable(error) or str(error))
+    except OSError as error:  # the config file could not be loaded, and is overridden
+        fail(f"--config: {error.filename}: {error.strerror}" if error.filename else str(error))
+    except (flags.Error, UserError, TypeError, ValueError) as error:
+        fail(str(error))
     except Exception as error:  # the config file's own
         if "has no attribute 'get_config'" in str(error):
             fail("--config: the file defines no get_config()")
         fail(f"--config: {_where(error)}{type(error).__name__}: {_last_line(error)}")
+
+
+def _check_config_file(path: str) -> None:
+    """Before ml_collections does, which tells it in many words or as Python's errno."""
+    if not os.path.isfile(path):
+        raise UserError(f"--config={path}: no such file")
 
 
 def _check_flags(config: Any) -> None:
@@ -64,18 +74,12 @@ def _check_flags(config: Any) -> None:
         try:
             config.seed  # noqa: B018  what went wrong in the file is raised on first use
         except Exception as error:
-            raise UserError(_unreadable(error) or f"--config: {_last_line(error)}") from None
+            raise UserError(f"--config: {_last_line(error)}") from None
     if "workdir" in flags.FLAGS and not flags.FLAGS.workdir and flags.FLAGS.mode != "params":
         raise UserError("--workdir=DIR is missing")
     # Other programs parse their flags here, and have none of this name.
     if "format" in flags.FLAGS and flags.FLAGS["format"].present and flags.FLAGS.mode != "export":
         raise UserError(f"--format goes with --mode=export, not with --mode={flags.FLAGS.mode}")
-
-
-def _unreadable(error: Exception) -> str:
-    """Of a config file that cannot be read, as Python says it within ml_collections' words."""
-    found = re.search(r"\[Errno \d+\] (.+): '(.+)'", str(error))
-    return f"--config: {found[2]}: {found[1].lower()}" if found else ""
 
 
 def _last_line(error: Exception) -> str:

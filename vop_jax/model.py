@@ -67,12 +67,13 @@ class TextVideoModel(nn.Module):
                 for branch in self._branches(tower, layer).values():
                     branch(jnp.zeros((1, width), self.dtype))
 
-    @nn.nowrap  # whoever makes a module within is not its parent
+    @nn.nowrap  # else a Clip that is made within becomes its child
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """All parameters' shapes, by name; nothing is computed."""
+        """All parameters' shapes, sorted by name; nothing is computed."""
         clip = parameter_shapes(self.clip_config)
-        own = {f"clip/{name}": jax.ShapeDtypeStruct(s, jnp.float32) for name, s in clip.items()}
-        return own | flatten(jax.eval_shape(self.init_added, jax.random.key(0)))
+        shapes = {f"clip/{name}": jax.ShapeDtypeStruct(s, jnp.float32) for name, s in clip.items()}
+        shapes |= flatten(jax.eval_shape(self.init_added, jax.random.key(0)))
+        return {name: shapes[name] for name in sorted(shapes)}
 
     def encode_video(self, frames: jax.Array) -> jax.Array:
         """uint8 [B, F, S, S, 3] -> unit rows [B, E], float32."""

@@ -13,7 +13,6 @@ import pytest
 from tests import kernels, tiny
 from vop_jax.clip import short
 from vop_jax.clip.attention import Keys, attention
-from vop_jax.model import TextVideoModel
 from vop_jax.tuning.methods import MethodConfig
 
 N, T, H, K, P = 4, 10, 2, 16, 3
@@ -69,8 +68,7 @@ def test_a_model_with_it_is_the_same_model(monkeypatch, name):
     clip = dataclasses.replace(tiny.CLIP, text_heads=1)  # heads of 16, as the kernel takes them
     calls, norms = kernels.interpret(monkeypatch)
     method = MethodConfig(name, visual_prompts=2, specific_prompts=1, frames=tiny.FRAMES)
-    model = TextVideoModel(clip, method)
-    params = jax.jit(model.init)(jax.random.key(0), *model.example())["params"]
+    model, params = tiny.model_and_params(method, clip=clip)
     fused = model.clone(kernel="fused")
     frames, ids = tiny.frames(2), tiny.captions(2, method.text_slots(clip))
 

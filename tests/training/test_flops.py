@@ -33,7 +33,6 @@ def test_a_prompt_tuning_step_costs_two_forward_passes():
     assert 1.8 <= ratio(deeper, "vop", frames=4) <= 2.1
 
 
-@pytest.mark.slow
 def test_prompts_are_no_part_of_the_sequence():
     """Their keys and values are made, once for all frames: next to nothing beside plain CLIP."""
     prompts = dataclasses.replace(MethodConfig("vop"), visual_prompts=64)

@@ -10,7 +10,6 @@ import pytest
 from tests import kernels, tiny
 from vop_jax.config import base_config
 from vop_jax.errors import UserError
-from vop_jax.model import TextVideoModel
 from vop_jax.tensorfile import flatten
 from vop_jax.training import sharding
 from vop_jax.training.collectives import collectives
@@ -88,20 +87,37 @@ def test_every_mesh_learns_the_same(name, shape):
             np.testing.assert_allclose(learnt[leaf], wanted, atol=atol, err_msg=leaf)
 
 
+def with_kernel(name):
+    """(model, the same with the kernels, parameters) of a CLIP with heads as they take them."""
+    method = MethodConfig(name, frames=tiny.FRAMES, visual_prompts=2, specific_prompts=1)
+    clip = dataclasses.replace(tiny.CLIP, text_heads=1)  # of 16
+    model, params = tiny.model_and_params(method, clip=clip)
+    return model, model.clone(kernel="fused"), params
+
+
+def test_kernels_embed_on_every_device(monkeypatch):
+    plain, fused, params = with_kernel("vop")
+    packed, _ = kernels.interpret(monkeypatch)
+    mesh, frames = sharding.make_mesh(), tiny.frames(BATCH)
+    encode_video, _ = make_encoders(fused, mesh)
+    batch = sharding.to_global(mesh, {"frames": frames})
+    video = encode_video(sharding.place(mesh, params), batch["frames"])
+    rows = jax.jit(lambda p, x: plain.apply({"params": p}, x, method="encode_video"))
+    np.testing.assert_allclose(video, rows(params, frames), atol=1e-5)
+    own = tiny.FRAMES * BATCH // mesh.size  # frames of a device
+    assert packed and {shape[0] for shape in packed} == {own}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["vop", "vop_f+c"])
 def test_kernels_run_on_every_device(monkeypatch, name):
     """Each reads its own rows: nothing is gathered for them, and what is learnt is the same."""
-    clip = dataclasses.replace(tiny.CLIP, text_heads=1)  # heads of 16, as the kernel takes them
-    method = MethodConfig(name, frames=tiny.FRAMES, visual_prompts=2, specific_prompts=1)
-    slots, mesh = method.text_slots(clip), sharding.make_mesh()
-    batch = {"frames": tiny.frames(BATCH), "ids": tiny.captions(BATCH, slots)}
-    plain = TextVideoModel(clip, method)
-    params = jax.jit(plain.init)(jax.random.key(0), *plain.example())["params"]
+    plain, fused, params = with_kernel(name)
+    clip, method, mesh = plain.clip_config, plain.method, sharding.make_mesh()
+    batch = {"frames": tiny.frames(BATCH), "ids": tiny.captions(BATCH, method.text_slots(clip))}
     trees = partition.split(params, method.trainable_patterns(clip))
     wanted = jax.jit(functools.partial(loss_and_gradient, plain))(*trees, batch)
     packed, backward = kernels.interpret(monkeypatch)
-    fused = plain.clone(kernel="fused")
     step = jax.jit(functools.partial(loss_and_gradient, fused, mesh=mesh))
     placed = sharding.place(mesh, trees), sharding.to_global(mesh, batch)
     program = step.lower(*placed[0], placed[1]).compile()
@@ -111,10 +127,6 @@ def test_kernels_run_on_every_device(monkeypatch, name):
     own = tiny.FRAMES * BATCH // mesh.size  # frames of a device
     assert packed[0] == (own, 5, 3, clip.vision_heads, 16) and "kernel" in backward
     assert sum(c.kind == "all-gather" for c in collectives(program.as_text())) == 1
-    encode_video, _ = make_encoders(fused, mesh)
-    video = encode_video(sharding.place(mesh, params), placed[1]["frames"])
-    rows = plain.apply({"params": params}, batch["frames"], method="encode_video")
-    np.testing.assert_allclose(video, rows, atol=1e-5)
 
 
 def held(tree):

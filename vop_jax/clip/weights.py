@@ -95,6 +95,7 @@ def load_clip(path: str | os.PathLike) -> ClipWeights:
     params, _ = tensorfile.load(path)
     try:
         config = ClipConfig(**json.loads(metadata["config"]))
+        hash(config)  # its sizes are numbers, not lists
         fingerprint, source = metadata["fingerprint"], metadata["source"]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: its metadata is not a converted CLIP's ({error!r})") from None
