@@ -103,7 +103,19 @@ def test_another_safetensors_file_is_refused(tmp_path, metadata):
         load_clip(tmp_path / "x")
 
 
-@pytest.mark.parametrize("damage", [{"config": "{"}, {"config": '{"image_size": 16}'}])
+def sizes(**changes):
+    return {"config": json.dumps(tiny.CLIP.to_dict() | changes)}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"config": "{"},
+        {"config": '{"image_size": 16}'},
+        sizes(vision_width=[32]),
+        sizes(vision_width=32.0),
+    ],
+)
 def test_damaged_metadata_is_refused(tmp_path, damage):
     with pytest.raises(UserError, match="x: its metadata is not a converted CLIP's"):
         load_clip(edited(tmp_path / "x", **damage))

@@ -95,7 +95,9 @@ def load_clip(path: str | os.PathLike) -> ClipWeights:
     params, _ = tensorfile.load(path)
     try:
         config = ClipConfig(**json.loads(metadata["config"]))
-        hash(config)  # its sizes are numbers, not lists
+        for name, size in config.to_dict().items():
+            if name != "activation" and type(size) is not int:
+                raise ValueError(f"{name}={size!r}: not a whole number")
         fingerprint, source = metadata["fingerprint"], metadata["source"]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: its metadata is not a converted CLIP's ({error!r})") from None
