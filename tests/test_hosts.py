@@ -49,13 +49,18 @@ def places(tmp_path_factory):
     return root
 
 
-def start(root, name, *overrides, processes=2, devices=4, timeout=10, own=None):
-    """`own`: what is added to the command line of each process, and of no other."""
+def start(root, name, *overrides, processes=2, devices=4, timeout=10, own=None, quick=True):
+    """The processes of a run, on their way.
+
+    Args:
+        own: what is added to the command line of each process, and of no other.
+        quick: see `xla.flags`.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     hosts = Hosts([], [])
-    env = runs.environment(devices)
+    env = runs.environment(devices, quick=quick)
     for i in range(processes):
         given = runs.arguments(root, root / "clip.safetensors", root / "workdirs" / name)
         argv = runs.command([*given, *SETTINGS, *overrides, *(own[i] if own else ())])
@@ -95,8 +100,9 @@ def assert_same_run(left, right):
 
 @pytest.fixture(scope="module")
 def alone(places):
-    """One process with eight devices."""
-    hosts = start(places, "alone", f"--config.train.steps={STEPS}", processes=1, devices=8)
+    """One process with eight devices, compiled as users' are."""
+    steps = f"--config.train.steps={STEPS}"
+    hosts = start(places, "alone", steps, processes=1, devices=8, quick=False)
     assert hosts.wait() == [0], hosts.said(0)
     return places / "workdirs/alone"
 

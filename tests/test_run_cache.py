@@ -44,13 +44,8 @@ def test_a_run_from_the_cache_is_the_run_from_records(inputs, records, tmp_path)
     assert len(learnt(tmp_path)[0]) == 3
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        pytest.param(("--config.mesh.data=1",), marks=pytest.mark.slow),
-        ("--config.data.augment=False",),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", [("--config.mesh.data=1",), ("--config.data.augment=False",)])
 def test_also_on_one_device_and_without_augmentation(inputs, records, tmp_path, overrides):
     assert call(inputs, tmp_path / "records", *overrides) == 0
     assert call(inputs, tmp_path / "cache", CACHE, *overrides) == 0

@@ -2,7 +2,8 @@
 
 # Tiny programs that run once: LLVM's optimizations cost them more than they save, and XLA's older
 # emitter makes less code (a gradient compiles in 1.5 s instead of 5.2). XLA's passes, which fuse
-# and place and count, stay. What users run is in the tests with `quick=False`.
+# and place and count, stay. What users run is in the tests with `quick=False`; `test_hosts` has
+# one in the quick suite.
 EMITTER = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"  # jax 0.10.0 to 0.11.2
 QUICK_TO_COMPILE = f"--xla_backend_optimization_level=0 {EMITTER}"
 
