@@ -11,9 +11,8 @@ import collections
 import json
 import pathlib
 
-import numpy as np
-
 from vop_jax.data.shapes import contrasts
+from vop_jax.report.runs import format_mean, mean_std
 from vop_jax.results import RANKINGS_FILE
 
 KINDS = ("own", "reversal", "other speed", "another")
@@ -51,11 +50,7 @@ def table(workdir: pathlib.Path) -> str:
         raise SystemExit(f"--workdir={workdir}: no METHOD/SEED/{RANKINGS_FILE} in it")
     rows = [f"| run | {' | '.join(KINDS)} |", f"| --- |{' ---: |' * len(KINDS)}"]
     for method, found in runs.items():
-        cells = []
-        for kind in KINDS:
-            values = [one[kind] for one in found]
-            spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-            cells.append(f"{np.mean(values):.1f}{spread}")
+        cells = [format_mean(*mean_std([one[kind] for one in found])) for kind in KINDS]
         rows.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(rows)
 

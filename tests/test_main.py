@@ -289,6 +289,11 @@ def test_wrong_calls_get_one_line(call, override, messages):
     assert_refused(call(override), *messages)
 
 
+def test_a_config_file_in_a_word_of_its_own(capsys):
+    assert runs.call("--config", "configs/nothing.py", "--workdir=x") == 2
+    assert "error: --config=configs/nothing.py: no such file" in capsys.readouterr().err
+
+
 def test_no_config_at_all(capsys):
     assert runs.call("--workdir=x") == 2
     assert "error: --config=FILE is missing" in capsys.readouterr().err

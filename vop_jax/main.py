@@ -42,8 +42,7 @@ def define_flags() -> None:
 def parse_flags(argv: Sequence[str]) -> list[str]:
     """Parses the command line; a wrong one is a single line on stderr and exit status 2."""
     try:
-        for given in (a.partition("=")[2] for a in argv if re.match("--?config=", a)):
-            _check_config_file(given.partition(":")[0])
+        _check_config_file(argv)
         overrides = (a.lstrip("-") for a in argv if re.match("--?config[.]", a))
         check_keys(o.split("=")[0].removeprefix("config.") for o in overrides)
         rest = flags.FLAGS(argv)
@@ -61,10 +60,14 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         fail(f"--config: {_where(error)}{type(error).__name__}: {_last_line(error)}")
 
 
-def _check_config_file(path: str) -> None:
+def _check_config_file(argv: Sequence[str]) -> None:
     """Before ml_collections does, which tells it in many words or as Python's errno."""
-    if not os.path.isfile(path):
-        raise UserError(f"--config={path}: no such file")
+    for flag, following in zip(argv, [*argv[1:], ""], strict=True):
+        if given := re.fullmatch("--?config(?:=(.*))?", flag):
+            value = following if given[1] is None else given[1]  # --config FILE, --config=FILE
+            path = value.partition(":")[0]
+            if not os.path.isfile(path):
+                raise UserError(f"--config={path}: no such file; configs/ has some")
 
 
 def _check_flags(config: Any) -> None:

@@ -46,7 +46,6 @@ class TextVideoModel(nn.Module):
         frames = jnp.zeros((1, self.method.frames, size, size, 3), jnp.uint8)
         return frames, jnp.zeros((1, self.method.text_slots(self.clip_config)), jnp.int32)
 
-    @nn.nowrap
     def init_added(self, key: jax.Array) -> dict[str, Any]:
         """What the method adds to CLIP: {"prompts": ...}, {"adapters": ...} or {}.
 
@@ -55,17 +54,13 @@ class TextVideoModel(nn.Module):
         return self.init(key, method="_touch_added").get("params", {})
 
     def _touch_added(self) -> None:
-        c, parts = self.clip_config, self.method.parts
-        if parts.prompts:  # a context is made by the first layer that asks for it
-            cls = jnp.zeros((1, self.method.frames, c.vision_width), self.dtype)
+        if self.method.parts.prompts:  # a context is made by the first layer that asks for it
+            frames, width = self.method.frames, self.clip_config.vision_width
+            cls = jnp.zeros((1, frames, width), self.dtype)
             self.prompts.visual_at(self.method.first_layer - 1, cls)
-        for tower, depth, width in (
-            ("visual", c.vision_layers, c.vision_width),
-            ("text", c.text_layers, c.text_width),
-        ):
-            for layer in range(depth):
-                for branch in self._branches(tower, layer).values():
-                    branch(jnp.zeros((1, width), self.dtype))
+        if self.method.parts.adapter:
+            for adapter in (*self.adapters.visual, *self.adapters.text):
+                adapter(jnp.zeros((1, adapter.width), self.dtype))
 
     @nn.nowrap  # else a Clip that is made within becomes its child
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:

@@ -122,11 +122,12 @@ def _row(label: str, group: Sequence[Run]) -> Row:
         "seeds": len(group),
         "trainable": first.summary["trainable_params"],
         "workdirs": [run.workdir for run in group],
-        "metrics": {key: _mean_std([s[key] for s in scalars]) for key in scalars[0]},
+        "metrics": {key: mean_std([s[key] for s in scalars]) for key in scalars[0]},
     }
 
 
-def _mean_std(values: Sequence[float]) -> tuple[float, float | None]:
+def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
+    """Over seeds; of one there is no deviation."""
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
