@@ -132,12 +132,15 @@ def test_two_processes_train_from_frames_on_their_devices(places, alone):
 
 def test_sigterm_to_one_stops_both_and_another_machine_continues(places, alone):
     steps = f"--config.train.steps={STEPS}"
-    hosts = start(places, "cut", steps, "--config.train.checkpoint_every=100")
+    # One of frames on the devices, which the machine that goes on does without.
+    cached = "--config.data.device_cache_gb=1"
+    hosts = start(places, "cut", steps, "--config.train.checkpoint_every=100", cached)
     cut = places / "workdirs/cut"
     until(hosts, cut, 1)  # the signal is looked for once a second, and the run must be under way
     hosts.processes[1].send_signal(signal.SIGTERM)
     assert hosts.wait() == [143, 143], hosts.said(0) + hosts.said(1)
     assert "stopped by SIGTERM; the same command continues" in hosts.said(0)
+    assert "16 clips on the devices" in hosts.said(0)
     saved = [int(p.name) for p in (cut / "checkpoints").iterdir() if p.name.isdigit()]
     assert saved and max(losses(cut)) == max(saved) < STEPS
     # Saved by 2 processes x 4 devices, continued by one with 4.

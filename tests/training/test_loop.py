@@ -207,7 +207,6 @@ def test_no_recompilation_after_the_first_step(tmp_path, caplog):
     assert run.step._cache_size() == 1
 
 
-@pytest.mark.slow
 def test_captions_in_buckets_teach_the_same_with_a_program_for_each_width(tmp_path):
     widths = []
 

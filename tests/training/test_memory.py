@@ -155,7 +155,7 @@ def test_rows_stay_where_they_are(method):
 
 @pytest.mark.parametrize(
     ("knob", "value"),
-    [("frame_chunk", 4), pytest.param("microbatches", 4, marks=pytest.mark.slow)],
+    [("frame_chunk", 4), ("microbatches", 4)],
 )
 def test_less_is_held(knob, value):
     """By the account of the CPU's compiler, which is of no use for `remat` without chunks: it

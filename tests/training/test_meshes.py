@@ -44,6 +44,7 @@ class Placed:
         trainable, frozen = partition.split(params, self.method.trainable_patterns(tiny.CLIP))
         self.frozen = sharding.place(self.mesh, frozen, rules)
         self.state = sharding.place(self.mesh, TrainState.create(trainable, self.optimizer), rules)
+        self.placement = jax.tree.map(lambda leaf: leaf.sharding, self.state)
 
 
 class Trained(Placed):
@@ -85,6 +86,10 @@ def test_every_mesh_learns_the_same(name, shape):
         # A softmax does not feel the bias of its keys: the gradient is rounding, AdamW its sign.
         if not leaf.endswith("attn/key/bias"):
             np.testing.assert_allclose(learnt[leaf], wanted, atol=atol, err_msg=leaf)
+    stays = jax.tree.map(
+        lambda x, to: x.sharding.is_equivalent_to(to, x.ndim), many.state, many.placement
+    )
+    assert all(jax.tree.leaves(stays)), stays
 
 
 def with_kernel(name):
