@@ -22,7 +22,7 @@ program = jax.jit(lambda x: jnp.sin(x @ x[:64]).sum())
 x = jnp.ones((2**19, 64), jnp.float32)  # 128 MB, and as much for the product
 program(x).block_until_ready()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(4):
+for _ in range(12):
     program(x).block_until_ready()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
@@ -38,7 +38,8 @@ def page_faults(how):
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
 def test_a_program_finds_the_memory_of_its_last_call():
-    assert page_faults("kept") < page_faults("freed") / 10
+    # Until it lies where nothing else comes, the piece is made once or twice more.
+    assert page_faults("kept") < page_faults("freed") / 3
 
 
 @pytest.mark.parametrize(
