@@ -27,7 +27,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from benchmarks.step_cost import counted_flops
-from vop_jax import atomic, experiment, heap, report, start
+from vop_jax import atomic, experiment, report, start
 from vop_jax.config import first_difference
 from vop_jax.data import sources
 from vop_jax.data.builders import Making
@@ -260,7 +260,6 @@ def main() -> None:
     args = parser.parse_args()
     logging.use_absl_handler()
     set_up_logging()
-    heap.keep_freed()
     if args.jobs > 1:  # else the first process takes most of a GPU's memory
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     sys.exit(told(lambda: measure(args)))

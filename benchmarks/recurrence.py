@@ -20,7 +20,6 @@ import numpy as np
 
 from benchmarks.speed_jax import JaxPrograms, draw
 from benchmarks.step_cost import Programs
-from vop_jax import heap
 from vop_jax.clip.config import PRESETS, ClipConfig
 from vop_jax.start import best_kernel
 from vop_jax.training.sharding import make_mesh
@@ -62,7 +61,6 @@ def measure(programs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, f
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    heap.keep_freed()  # as a run does
     parser = argparse.ArgumentParser("python -m benchmarks.recurrence", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--arch", choices=PRESETS, default="ViT-B/32")

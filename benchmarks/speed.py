@@ -26,7 +26,6 @@ import jax
 
 from benchmarks.speed_jax import JaxPrograms, draw, matmul
 from benchmarks.step_cost import Programs
-from vop_jax import heap
 from vop_jax.clip.config import PRESETS
 from vop_jax.start import best_kernel
 from vop_jax.tensorfile import flatten
@@ -233,7 +232,6 @@ def parsed() -> argparse.Namespace:
 
 
 def main() -> None:
-    heap.keep_freed()  # as a run does
     args = parsed()
     if torch is not None:
         speed_torch.prepare(threads())

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vop_jax import heap, tensorfile
+from vop_jax import tensorfile
 from vop_jax.clip.config import PRESETS, ClipConfig
 from vop_jax.clip.memory import Memory
 from vop_jax.clip.precision import held
@@ -199,7 +199,6 @@ def format_table(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    heap.keep_freed()  # as a run does
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", choices=PRESETS, default="ViT-B/32")
     parser.add_argument("--frames", type=int, default=12, help="of a clip")

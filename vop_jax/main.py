@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from vop_jax import heap, interrupt
+from vop_jax import interrupt
 from vop_jax.config import check_keys
 from vop_jax.errors import UserError
 
@@ -117,7 +117,6 @@ def set_up_logging() -> None:
 def main(argv: Sequence[str]) -> int:
     set_up_logging()
     interrupt.install()
-    heap.keep_freed()
     return finish(answer)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from absl import flags, logging
 
-from vop_jax import heap, interrupt
+from vop_jax import interrupt
 from vop_jax.command import Parser, number, whole
 from vop_jax.errors import UserError
 from vop_jax.search import show
@@ -78,7 +78,6 @@ def _index(args: argparse.Namespace) -> None:
     from vop_jax.search.make import make_index
 
     set_up_logging()
-    heap.keep_freed()
     asked = Request(
         args.folder, args.clip, args.prompts, args.window, args.stride, args.captions, args.store
     )
