@@ -145,7 +145,9 @@ class Mlp(nn.Module):
         self.c_proj = nn.Dense(self.width, dtype=self.dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.c_proj(ACTIVATIONS[self.activation](self.c_fc(x)))
+        # The backward pass works it out again from what goes in: kept, its parts are as wide.
+        activate = jax.checkpoint(ACTIVATIONS[self.activation])
+        return self.c_proj(activate(self.c_fc(x)))
 
 
 Branch = Callable[[jax.Array], jax.Array]  # [N, T, D] -> [N, T, D]
