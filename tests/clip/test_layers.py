@@ -77,6 +77,14 @@ def test_a_block_equals_its_formula(activation, causal):
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_mlp_keeps_one_wide_array_for_its_backward_pass(activation):
+    mlp, x = Mlp(8, activation), jnp.ones((2, 3, 8))
+    params = mlp.init(jax.random.key(0), x)
+    _, backward = jax.vjp(lambda x: mlp.apply(params, x), x)  # a tree of what it keeps
+    assert sum(leaf.shape == (2, 3, 32) for leaf in jax.tree.leaves(backward)) == 1
+
+
 def test_branches_read_the_normalised_input_and_are_added_beside():
     x = rows()
     block: Any = Block(WIDTH, HEADS, "gelu")
