@@ -39,7 +39,7 @@ class Backbone:
         self.dtype = jnp.dtype(dtype)
         local = jax.local_devices()
         if devices is not None and not 0 < devices <= len(local):
-            raise UserError(f"devices={devices}: there are {len(local)} devices")
+            raise UserError(f"devices={devices}: available: {len(local)}")
         self._mesh = sharding.make_mesh(devices=local[:devices])
         params = held({"clip": weights.params}, self.dtype)
         self._flat = tensorfile.flatten(sharding.place(self._mesh, params))

@@ -50,5 +50,5 @@ def filled(run: start.Run, plan: Plan) -> device_cache.DeviceCache:
     clips = clips_of(plan.split, plan.layout.here, data.frames, data.sampling, data.threads)
     frames = device_cache.fill(plan.layout, clips)
     gigabytes = plan.layout.bytes_per_device / 1e9
-    logging.info("%d clips on the devices, %.2f GB on each", len(plan.split), gigabytes)
+    logging.info("%d clips on the devices, %.3g GB on each", len(plan.split), gigabytes)
     return device_cache.DeviceCache(run.mesh, frames, sides.first, sides.weights, BITS)

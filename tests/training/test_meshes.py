@@ -189,8 +189,8 @@ def test_a_placement_that_matches_nothing():
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((-1, 3, 1), "mesh.fsdp=3, mesh.model=1: 3 does not divide the 8 devices; 1, 2, 4, 8"),
-        ((4, 2, 2), "mesh.data=4, mesh.fsdp=2, mesh.model=2: 16 devices, there are 8"),
+        ((-1, 3, 1), "mesh.model=1: 3 does not divide the number of devices, 8; 1, 2, 4, 8"),
+        ((4, 2, 2), "mesh.data=4, mesh.fsdp=2, mesh.model=2: takes 16 devices; available: 8"),
     ],
 )
 def test_a_mesh_that_cannot_be(shape, message):

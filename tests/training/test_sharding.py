@@ -19,7 +19,7 @@ def test_a_mesh_has_the_devices_asked_for(asked, got):
 
 
 def test_more_devices_than_there_are_is_an_error():
-    with pytest.raises(UserError, match=r"config.mesh.data=9: there are 8 devices"):
+    with pytest.raises(UserError, match=r"config.mesh.data=9: takes 9 devices; available: 8"):
         sharding.make_mesh(9)
 
 

@@ -54,13 +54,13 @@ def make_mesh(
     if data == -1 and len(devices) % inner:
         raise UserError(
             f"config.mesh.fsdp={fsdp}, mesh.model={model}: {inner} does not divide the "
-            f"{len(devices)} devices; {_listed(_divisors(len(devices)))} would"
+            f"number of devices, {len(devices)}; {_listed(_divisors(len(devices)))} would"
         )
     count = len(devices) if data == -1 else data * inner
     if count > len(devices):
         given = f"config.mesh.data={data}"
-        given += f", mesh.fsdp={fsdp}, mesh.model={model}: {count} devices," if inner > 1 else ":"
-        raise UserError(f"{given} there are {len(devices)} devices")
+        given += f", mesh.fsdp={fsdp}, mesh.model={model}" if inner > 1 else ""
+        raise UserError(f"{given}: takes {count} devices; available: {len(devices)}")
     if count < len(devices) and jax.process_count() > 1:
         raise UserError(
             f"config.mesh.data={data}: {count} of the {len(devices)} devices of "
