@@ -21,6 +21,7 @@ NUMBERS = (
     *configs.ABOVE_ZERO,
     *configs.SHARES,
     "data.jpeg_quality",
+    "seed",
 )
 
 
@@ -115,6 +116,12 @@ def test_what_may_be_zero(key):
 def test_what_may_not_be_zero(key):
     with pytest.raises(UserError, match=rf"config.{key}=0.0: must be more than 0"):
         configs.validate(with_raw(key, 0.0))
+
+
+def test_a_seed_has_as_many_bits_as_are_used():
+    with pytest.raises(UserError, match=r"config.seed=4294967296: must be 0 to 4294967295"):
+        configs.validate(with_raw("seed", 2**32))
+    configs.validate(with_raw("seed", 0))
 
 
 @pytest.mark.parametrize("key", configs.SHARES)

@@ -49,10 +49,13 @@ def places(tmp_path_factory):
     return root
 
 
-def start(root, name, *overrides, processes=2, devices=4, timeout=10, own=None, quick=True):
+def start(
+    root, name, *overrides, processes=2, devices=4, timeout=10, own=None, quick=True, folders=None
+):
     """The processes of a run, on their way.
 
     Args:
+        folders: where each process is.
         own: what is added to the command line of each process, and of no other.
         quick: see `xla.flags`.
     """
@@ -69,7 +72,13 @@ def start(root, name, *overrides, processes=2, devices=4, timeout=10, own=None, 
             argv += [f"--process={i}", f"--timeout={timeout}"]
         hosts.logs.append(root / f"{name}.{i}.log")
         with hosts.logs[-1].open("w") as log:
-            process = subprocess.Popen(argv, env=env, stdout=subprocess.DEVNULL, stderr=log)
+            process = subprocess.Popen(
+                argv,
+                env=env,
+                cwd=folders[i] if folders else None,
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+            )
         hosts.processes.append(process)
     return hosts
 
@@ -143,6 +152,14 @@ def test_sigterm_to_one_stops_both_and_another_machine_continues(places, alone):
     assert "16 clips on the devices" in hosts.said(0)
     saved = [int(p.name) for p in (cut / "checkpoints").iterdir() if p.name.isdigit()]
     assert saved and max(losses(cut)) == max(saved) < STEPS
+    # A signal while a run that continues still loads stops it after its first step.
+    hosts = start(places, "cut", steps, cached)
+    while "continuing" not in hosts.said(0):
+        assert all(process.poll() is None for process in hosts.processes), hosts.said(0)
+        time.sleep(0.01)
+    hosts.processes[1].send_signal(signal.SIGTERM)
+    assert hosts.wait() == [143, 143], hosts.said(0) + hosts.said(1)
+    assert f"stopped by a signal after step {max(saved) + 1};" in hosts.said(0)
     # Saved by 2 processes x 4 devices, continued by one with 4.
     hosts = start(places, "cut", steps, processes=1, devices=4)
     assert hosts.wait() == [0], hosts.said(0)
@@ -192,6 +209,28 @@ def test_processes_that_differ_are_told(places):
     assert hosts.wait() == [2, 2], hosts.said(0) + hosts.said(1)
     for process in range(2):
         assert "process 1 has another config than process 0" in hosts.said(process)
+        assert "Traceback" not in hosts.said(process)
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("data.records", "config.data.annotations is not set"),
+        pytest.param("init.clip", "here: no such file", marks=pytest.mark.slow),
+    ],
+)
+def test_what_one_machine_lacks_is_told_by_all(places, alone, tmp_path, key, message):
+    """A copy that is there for the first process alone."""
+    given = {"data.records": alone / "records", "init.clip": places / "clip.safetensors"}[key]
+    folders = [tmp_path / "0", tmp_path / "1"]
+    for folder in folders:
+        folder.mkdir()
+    (folders[0] / "here").symlink_to(given)
+    flags = (f"--config.{key}=here", "--config.data.annotations=")
+    hosts = start(places, "lacks", *flags, folders=folders)
+    assert hosts.wait() == [2, 2], hosts.said(0) + hosts.said(1)
+    for process in range(2):
+        assert message in hosts.said(process)
         assert "Traceback" not in hosts.said(process)
 
 

@@ -352,6 +352,32 @@ def test_a_workdir_of_another_config(call, finished, tmp_path):
     assert status == 0
 
 
+def test_a_workdir_that_learnt_from_other_data(call, finished, folder, tmp_path):
+    other = tmp_path / "folder"
+    shutil.copytree(folder, other)
+    text = (other / "captions.csv").read_text()
+    (other / "captions.csv").write_text(text.replace("clip number 2,", "another clip,"))
+    held = (finished / "prompts.safetensors").read_bytes()
+    records = f"--config.data.records={tmp_path / 'records'}"
+    refused = call(records, folder=other, workdir=finished)
+    assert_refused(refused, "learnt from other clips or captions than this 'train' split's")
+    assert (finished / "prompts.safetensors").read_bytes() == held
+    # The same data elsewhere is the same data.
+    shutil.copytree(finished / "records", tmp_path / "moved")
+    moved = f"--config.data.records={tmp_path / 'moved'}"
+    assert call(moved, workdir=finished)[0] == 0
+
+
+def test_a_workdir_that_learnt_nothing_starts_over_with_another_clip(call, clip, tmp_path):
+    zero_shot = "--config.method.name=zero_shot"
+    assert call(zero_shot)[0] == 0
+    first = summary_of(tmp_path / "run")
+    other = runs.write_clip(tmp_path / "other.safetensors", seed=1)
+    assert call(zero_shot, clip=other)[0] == 0
+    second = summary_of(tmp_path / "run")
+    assert first["before"] == first["t2v"] != second["t2v"] == second["before"]
+
+
 def test_two_runs_in_one_workdir(call, tmp_path):
     workdir = tmp_path / "run"
     workdir.mkdir()

@@ -6,7 +6,7 @@ a key that is not declared here cannot be set anywhere.
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -178,7 +178,6 @@ AT_LEAST_ONE = (
     "pretrain.batch_size",
 )
 AT_LEAST_ZERO = (
-    "seed",
     "method.init_std",
     "data.stored_fps",
     "data.folder_fps",
@@ -198,11 +197,9 @@ ABOVE_ZERO = ("train.clip_norm",)
 SHARES = ("data.max_skipped", "data.val_share", "train.warmup")
 
 # May differ when a run is taken up again: none of them changes what is learnt.
+INPUTS = ("init.clip", "data.annotations", "data.videos", "data.records")
 RESUMABLE = (
-    "init.clip",  # compared by content, through its fingerprint
-    "data.annotations",  # likewise, through the records
-    "data.videos",
-    "data.records",
+    *INPUTS,  # compared by content: CLIP's, and ids and captions of the training split
     "data.threads",
     "data.workers",
     "data.cache_gb",
@@ -310,6 +307,7 @@ def validate(config: ConfigDict) -> None:
         (AT_LEAST_ZERO, 0, math.inf),
         (SHARES, 0, 1),
         (("data.jpeg_quality",), 1, 100),
+        (("seed",), 0, 2**32 - 1),  # jax takes no more bits of it
     ):
         for key in keys:
             # Written so that NaN fails too.
@@ -363,14 +361,18 @@ def _check_buckets(buckets: Any) -> None:
 
 
 def first_difference(
-    mine: Mapping[str, Any], theirs: Mapping[str, Any]
+    mine: Mapping[str, Any], theirs: Mapping[str, Any], but: Collection[str] = RESUMABLE
 ) -> tuple[str, Any, Any] | None:
-    """The first key in which two configs would learn something else: (key, mine, theirs)."""
+    """The first key in which two configs would learn something else: (key, mine, theirs).
+
+    Args:
+        but: keys that are not compared.
+    """
     a, b = (flatten_config(completed(config)) for config in (mine, theirs))
     for key in [*a, *(k for k in b if k not in a)]:
         left, right = a.get(key), b.get(key)
         if isinstance(left, tuple | list) and isinstance(right, tuple | list):
             left, right = list(left), list(right)
-        if key not in RESUMABLE and left != right:
+        if key not in but and left != right:
             return key, left, right
     return None

@@ -1,5 +1,7 @@
 """What goes wrong for reasons outside this program."""
 
+import errno
+
 
 class UserError(Exception):
     """The call, the config or the input is wrong; the one exception a user is meant to read.
@@ -11,3 +13,27 @@ class UserError(Exception):
 
 class VideoError(Exception):
     """A video that cannot be used; the message is the reason."""
+
+
+def as_user_error(error: BaseException) -> UserError | None:
+    """What a user reads of an error that is theirs to mend; None: nobody expected it."""
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, PermissionError | NotADirectoryError | FileExistsError):
+        return UserError(f"{error.filename}: {error.strerror}")
+    if (full := no_space_left(error)) is not None:
+        return UserError(
+            f"{full}: no space left on the disk; free some, the same command continues"
+        )
+    return None
+
+
+def no_space_left(error: BaseException | None) -> str | None:
+    """The path of a full disk if that is what an exception comes from, else None."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return str(error.filename or "workdir")
+        if "No space left on device" in str(error):
+            return "workdir"
+        error = error.__cause__ or error.__context__
+    return None

@@ -81,7 +81,11 @@ def train(config: ConfigDict, workdir: str, writer: Writer | None = None) -> dic
                     mesh=run.mesh,
                     config=config.train,
                     checkpoints=run.checkpoints,
-                    meta={"clip_fingerprint": run.clip.fingerprint, "clip_name": run.clip.name},
+                    meta={
+                        "clip_fingerprint": run.clip.fingerprint,
+                        "clip_name": run.clip.name,
+                        "learnt_from": data.learnt_from,
+                    },
                     writer=metrics,
                     schedule=learning_rate(config.train),
                     evaluate=lambda state, step: evaluate_at(state.trainable, step, during),

@@ -3,7 +3,6 @@
 python -m vop_jax.main --config=configs/demo.py --workdir=DIR
 """
 
-import errno
 import os
 import re
 import sys
@@ -17,7 +16,7 @@ from ml_collections import ConfigDict, config_flags
 
 from vop_jax import interrupt
 from vop_jax.config import check_keys
-from vop_jax.errors import UserError
+from vop_jax.errors import UserError, as_user_error
 
 if TYPE_CHECKING:
     from vop_jax.training.writer import Writer
@@ -142,17 +141,13 @@ def told(work: Callable[[], int]) -> int:
     """The exit status of `work`, its errors as one line; what nobody expected is raised."""
     try:
         return work()
-    except UserError as error:
-        fail(str(error))
     except interrupt.Interrupted as signal:
         print(f"stopped by {signal}; the same command continues", file=sys.stderr)
         return signal.exit_status
-    except (PermissionError, NotADirectoryError, FileExistsError) as error:
-        fail(f"{error.filename}: {error.strerror}")
     except Exception as error:
-        if (full := no_space_left(error)) is not None:
-            fail(f"{full}: no space left on the disk; free some, the same command continues")
-        raise
+        if (wrong := as_user_error(error)) is None:
+            raise
+        fail(str(wrong))
 
 
 def join(
@@ -204,17 +199,6 @@ def run(
     if hosts.is_first():
         print(results.format_summary(summary, workdir))
     return 0
-
-
-def no_space_left(error: BaseException | None) -> str | None:
-    """The path of a full disk if that is what an exception comes from, else None."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return str(error.filename or "workdir")
-        if "No space left on device" in str(error):
-            return "workdir"
-        error = error.__cause__ or error.__context__
-    return None
 
 
 if __name__ == "__main__":

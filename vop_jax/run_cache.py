@@ -1,6 +1,7 @@
 """The training split's frames on the devices, where the config asks for it."""
 
 import dataclasses
+import json
 
 from absl import logging
 
@@ -37,7 +38,8 @@ def plan(run: start.Run, split: Split) -> Plan | None:
             f"{KEY}: data.sampling={data.sampling!r} takes other frames of the stored ones each "
             f"epoch, the devices keep {data.frames} of a clip; set it to 0, or data.stored_fps to 0"
         )
-    shapes = frame_shapes(split, data.frames, data.sampling, data.threads)
+    shapes = hosts.in_all(lambda: frame_shapes(split, data.frames, data.sampling, data.threads))
+    hosts.agree({"size of stored frames": json.dumps(shapes)})
     height, width = (max(sides) for sides in zip(*shapes, strict=True))
     layout = device_cache.Layout(run.mesh, len(split), (data.frames, height, width, 3))
     hosts.in_all(lambda: layout.check(data.device_cache_gb))

@@ -1,6 +1,7 @@
 """The two splits of a run: records as batches, captions as ids."""
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -26,6 +27,7 @@ class Data:
 
     Attributes:
         train_batches: start step -> this process's rows of that batch and all after it.
+        learnt_from: a hash of the training split's ids and captions; "" where it is not read.
         text_widths: of their captions, see `buckets.widths`.
         cache: what `train_batches` are cut out of, where frames live on the devices.
         val_set: what a checkpoint is chosen on, if one is.
@@ -37,6 +39,7 @@ class Data:
     eval_set: EvalSet
     val_set: EvalSet | None
     train_batches: Callable[[int], Iterator[dict[str, np.ndarray]]]
+    learnt_from: str
     text_widths: tuple[int, ...]
     num_texts: int
     num_videos: int
@@ -61,6 +64,8 @@ def load_data(run: start.Run, *, training: bool = True) -> Data:
     packed = packed_once(load)
     hosts.agree({f"split {name!r}": _content(split) for name, split in packed.splits.items()})
     train_split = packed.splits.get(config.data.train_split)
+    learnt_from = _digest(train_split) if training and train_split else ""
+    _check_continued(run, learnt_from)
     test = packed.splits[config.data.eval_split]
     tokenize = sources.CaptionTokenizer(run.method.text_slots(clip))
     texts = [c for captions in test.captions for c in captions]
@@ -111,6 +116,7 @@ def load_data(run: start.Run, *, training: bool = True) -> Data:
             **_batches_of(run, train_batch),
             **shared,
         ),
+        learnt_from=learnt_from,
         text_widths=buckets.widths(train_ids, train_buckets, train_batch) if in_train else (),
         num_texts=len(ids) + missed_texts,
         num_videos=len(test) + len(missed),
@@ -125,11 +131,27 @@ def packed_once(load: Callable[[], Packed]) -> Packed:
     """What `load` gives: called by the first process, then by the others, who find it packed."""
     first: list[Packed] = []
     hosts.on_first(lambda: first.append(load()))
-    return first[0] if first else load()
+    return hosts.in_all(lambda: first[0] if first else load())
+
+
+def _check_continued(run: start.Run, learnt_from: str) -> None:
+    """Raises UserError where the workdir's run learnt from another training split."""
+    if not learnt_from or run.checkpoints.latest_step() is None:
+        return
+    if run.checkpoints.meta().get("learnt_from", learnt_from) != learnt_from:  # older ones lack it
+        raise UserError(
+            f"--workdir={run.workdir}: holds a run that learnt from other clips or captions than "
+            f"this {run.config.data.train_split!r} split's; use another workdir, or that data to "
+            "continue it"
+        )
 
 
 def _content(split: Split) -> str:
     return json.dumps([split.ids, split.captions])
+
+
+def _digest(split: Split) -> str:
+    return hashlib.sha256(_content(split).encode()).hexdigest()
 
 
 def _batches_of(run: start.Run, batch_size: int) -> dict[str, Any]:

@@ -95,9 +95,7 @@ def opened(
     Raises:
         UserError: the config, the weights or the workdir are not what they should be.
     """
-    configs.validate(config)
-    _check_stores(config)
-    method = method_of(config)
+    method = hosts.in_all(lambda: _checked(config))
     root = epath.Path(workdir)
     with contextlib.ExitStack() as stack:
         hosts.on_first(lambda: stack.enter_context(_locked(root)))
@@ -115,7 +113,7 @@ def opened(
                 if pretrain is None:
                     raise UserError(f"--workdir={root}: no {CLIP_FILE} yet; train first")
                 pretrain(config, root)
-            clip = load_backbone(config, root)
+            clip = hosts.in_all(lambda: load_backbone(config, root))
             hosts.agree({"init.clip": clip.fingerprint})
             method.check_fits(clip.config)
             heads = {"visual": clip.config.vision_heads, "text": clip.config.text_heads}
@@ -124,6 +122,12 @@ def opened(
             yield _prepare(config, root, mesh, method, clip, checkpoints)
         finally:
             checkpoints.close()
+
+
+def _checked(config: ConfigDict) -> MethodConfig:
+    configs.validate(config)
+    _check_stores(config)
+    return method_of(config)
 
 
 def _facts(config: ConfigDict) -> dict[str, str]:
@@ -236,17 +240,17 @@ def _keep_compiled(cache: str, root: epath.Path, mesh: Mesh) -> None:
 def _claim(root: epath.Path, config: ConfigDict, checkpoints: Checkpoints) -> None:
     """Writes the workdir's config, unless it holds progress of a run with another one."""
     path = root / CONFIG_FILE
-    difference = None
-    if path.exists():
-        difference = configs.first_difference(config, json.loads(path.read_text()))
-    if difference and checkpoints.latest_step() is not None:
+    before = json.loads(path.read_text()) if path.exists() else config
+    if checkpoints.latest_step() is None:  # nothing was learnt yet: start over where it is another
+        passing = set(configs.RESUMABLE) - set(configs.INPUTS)
+        if configs.first_difference(config, before, passing):
+            (root / METRICS_FILE).unlink(missing_ok=True)
+    elif difference := configs.first_difference(config, before):
         key, mine, theirs = difference
         raise UserError(
             f"--workdir={root}: holds a run with config.{key}={theirs!r}, not {mine!r}; use "
             "another workdir, or that value to continue it"
         )
-    if difference:  # nothing was learnt yet: start over under the new config
-        (root / METRICS_FILE).unlink(missing_ok=True)
     atomic.write_json(path, config.to_dict())
 
 
@@ -313,7 +317,8 @@ def _prepare(
     params |= jax.jit(model.init_added)(jax.random.key(config.seed))
     trainable, frozen = partition.split(params, method.trainable_patterns(clip.config))
     if config.init.prompts:
-        trainable = _given_prompts(config, clip, method, trainable)
+        fresh = trainable
+        trainable = hosts.in_all(lambda: _given_prompts(config, clip, method, fresh))
     rules = sharding.rules_of(config.mesh.placement)
     sharding.check_rules(rules, list(tensorfile.flatten(params)))
     state = TrainState.create(trainable, make_optimizer(config.train))

@@ -4,6 +4,8 @@ import os
 import signal
 import time
 
+import numpy as np
+
 from vop_jax.data.encode import encode_clip
 from vop_jax.errors import VideoError
 
@@ -21,6 +23,11 @@ def obey(task):
     if task == "unusable":
         raise VideoError("zero bytes")
     return task, os.getpid()
+
+
+def group(task):
+    """The process group that this is called in."""
+    return {"group": np.int64(os.getpgrp())}
 
 
 def treacherous(clip, preprocessing):

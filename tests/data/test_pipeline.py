@@ -1,12 +1,15 @@
 """Batches: each a function of seed and step, on any number of threads, workers and hosts."""
 
+import contextlib
 import itertools
+import os
 
+import grain
 import numpy as np
 import pytest
 from absl import flags
 
-from tests.data import videos
+from tests.data import calls, videos
 from vop_jax.data import pipeline
 from vop_jax.data.builders import Making
 from vop_jax.data.encode import Preprocessing
@@ -106,6 +109,16 @@ def test_worker_processes_change_nothing(split):
     for workers in (1, 2):
         assert_same(batches(split, 5), batches(split, 5, workers=workers))
         assert_same(batches(split, 5)[2:], batches(split, 3, workers=workers, start_step=2))
+
+
+@pytest.mark.slow
+def test_worker_processes_are_no_part_of_the_parents_group():
+    """Whom a terminal's Ctrl-C is for; where they are, it ends them and so the run."""
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+    rows = grain.MapDataset.range(100).map(calls.group)
+    with contextlib.closing(pipeline._read(rows, 4, 0, threads=1, workers=1)) as batches:
+        assert os.getpgrp() not in next(batches)["group"]
 
 
 def test_augmentation_is_one_per_clip_and_can_be_off(split):

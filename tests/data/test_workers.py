@@ -78,6 +78,12 @@ def test_processes_end_with_a_parent_that_is_killed(tmp_path):
     assert not children
 
 
+def test_what_signals_the_group_of_a_parent_leaves_them_alone():
+    with contextlib.closing(in_processes(calls.obey, ["a"], 1, seconds=30)) as results:
+        _, process = next(results)
+        assert os.getpgid(process) == process != os.getpgrp()
+
+
 def alive(pid):
     try:
         with open(f"/proc/{pid}/stat") as file:

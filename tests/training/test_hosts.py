@@ -1,7 +1,15 @@
 """What several processes share, as far as one process shows it; tests/test_hosts.py has two."""
 
+import errno
+import json
+import os
+import socket
+import subprocess
+import sys
+
 import pytest
 
+from tests import runs
 from vop_jax.errors import UserError
 from vop_jax.training import hosts
 
@@ -10,10 +18,99 @@ def test_one_process_is_the_first_and_waits_for_nobody():
     assert hosts.is_first()
     assert hosts.on_first(lambda: {"a": 1}) == {"a": 1}
     hosts.agree({"config": "x"})
-    done: list[int] = []
-    hosts.in_all(lambda: done.append(1))
-    assert done == [1]
-    assert not hosts.preempted(3)
+    assert hosts.in_all(lambda: "done") == "done"
+    assert not hosts.preempted()
+
+
+class Store:
+    """What processes say to each other; `told` is what the others have said."""
+
+    def __init__(self, told):
+        self.told, self.said = told, []
+
+    def key_value_set(self, key, value):
+        self.said.append(json.loads(value))
+
+    def blocking_key_value_get(self, key, timeout):
+        place = int(key.rpartition("/")[2])
+        return json.dumps(self.told if place == 1 else self.said[-1])
+
+
+@pytest.fixture
+def among_two(monkeypatch):
+    """This process is the first of two; the other has found nothing wrong, or what is given."""
+
+    def first(told=""):
+        store = Store(told)
+        monkeypatch.setattr(hosts.jax, "process_count", lambda: 2)
+        monkeypatch.setattr(hosts, "_client", lambda: store)
+        return store
+
+    return first
+
+
+def raises(error):
+    raise error
+
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/disk")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (UserError("not there"), "not there"),
+        (PermissionError(errno.EACCES, "Permission denied", "/root"), "/root: Permission denied"),
+        (FULL, "/disk: no space left on the disk; free some, the same command continues"),
+    ],
+)
+def test_what_is_wrong_in_one_is_told_to_the_others(among_two, error, told):
+    store = among_two()
+    with pytest.raises(UserError, match=told):
+        hosts.in_all(lambda: raises(error))
+    with pytest.raises(type(error)):
+        hosts.on_first(lambda: raises(error))
+    assert store.said == [told, {"error": told}]
+
+
+def test_what_is_wrong_in_another_is_raised_here(among_two):
+    among_two("not there")
+    with pytest.raises(UserError, match="not there"):
+        hosts.in_all(lambda: "done")
+    among_two()
+    assert hosts.in_all(lambda: "done") == "done"
+
+
+def test_what_nobody_expected_is_not_told(among_two):
+    store = among_two()
+    for turn in (hosts.in_all, hosts.on_first):
+        with pytest.raises(ZeroDivisionError):
+            turn(lambda: 1 // 0)
+    assert store.said == []
+
+
+ALONE = """
+import functools, jax
+from vop_jax.training import hosts
+jax.distributed.initialize = functools.partial(jax.distributed.initialize, initialization_timeout=2)
+hosts.start("127.0.0.1:{port}", 2, {process})
+"""
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_process_that_nobody_joins_says_where(process):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = free.getsockname()[1]
+    found = subprocess.run(
+        [sys.executable, "-c", ALONE.format(port=where, process=process)],
+        env=runs.environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert found.returncode
+    assert f"error: no run to join at 127.0.0.1:{where}: " in found.stderr
 
 
 @pytest.mark.parametrize(

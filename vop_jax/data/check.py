@@ -28,7 +28,7 @@ from vop_jax.data.annotations.benchmarks import BENCHMARKS, check_sizes
 from vop_jax.data.encode import Preprocessing, encode_clip
 from vop_jax.data.sources import CaptionTokenizer
 from vop_jax.data.workers import in_processes
-from vop_jax.errors import UserError
+from vop_jax.errors import UserError, as_user_error
 
 Rows = list[dict[str, Any]]  # of a split, as in its index
 
@@ -218,13 +218,13 @@ def run(argv: Sequence[str]) -> int:
         found = check(config)
         if flags.FLAGS.json:
             atomic.write_json(flags.FLAGS.json, found)
-    except UserError as error:
-        main.fail(str(error))
-    except (PermissionError, NotADirectoryError, FileExistsError) as error:
-        main.fail(f"{error.filename}: {error.strerror}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        if (wrong := as_user_error(error)) is None:
+            raise
+        main.fail(str(wrong))
     print(table(found))
     return 1 if found["problems"] else 0
 

@@ -6,9 +6,11 @@ right. What a batch needs of them is told in a few numbers a row.
 
 import dataclasses
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
+from absl import logging
 from PIL import Image
 from tqdm import tqdm
 
@@ -18,6 +20,8 @@ from vop_jax.data.resampling import Sides, sides_of
 from vop_jax.data.sampling import sample_indices
 from vop_jax.data.workers import in_threads
 from vop_jax.errors import UserError
+
+T = TypeVar("T")
 
 RANDOM = ("rand", "segments")  # samplings that draw
 
@@ -72,7 +76,7 @@ def frame_shapes(split: Split, frames: int, sampling: str, threads: int) -> list
         return height, width
 
     shapes = in_threads(shape, range(len(split)), threads)
-    return list(tqdm(shapes, "sizes of frames", len(split), unit="clip"))
+    return list(_shown(shapes, "sizes of frames", len(split)))
 
 
 def clips_of(
@@ -84,7 +88,12 @@ def clips_of(
         return np.stack(decode(split[index], frames, sampling))
 
     clips = in_threads(pixels, numbers, threads)
-    yield from tqdm(clips, "frames to the devices", len(numbers), unit="clip")
+    yield from _shown(clips, "frames to the devices", len(numbers))
+
+
+def _shown(clips: Iterable[T], what: str, count: int) -> Iterable[T]:
+    """With a progress bar where progress is told, which of several processes is in the first."""
+    return tqdm(clips, what, count, unit="clip", disable=not logging.level_info())
 
 
 def draws_frames(split: Split, frames: int, sampling: str) -> bool:

@@ -15,6 +15,7 @@ from vop_jax import buckets
 from vop_jax.data.decoded import Drawn, decode, draws_frames
 from vop_jax.data.packed import Split
 from vop_jax.data.pixels import Cut, centre_cut, cut_out, draw_cut, eval_crop
+from vop_jax.data.workers import stand_apart
 
 Batch = dict[str, np.ndarray]
 Tokenize = Callable[[Sequence[str]], np.ndarray]  # N captions -> int32 [N, T]
@@ -218,6 +219,10 @@ def eval_videos(
     return _read(items, len(local), 0, threads, 0)
 
 
+def _stand_apart(worker: int, workers: int) -> None:
+    stand_apart()
+
+
 def _read(rows: Any, batch_size: int, start: int, threads: int, workers: int) -> Iterator[Batch]:
     """Batches `start`, `start + 1`, … of a `grain.MapDataset` of rows, read ahead."""
     import grain
@@ -225,7 +230,8 @@ def _read(rows: Any, batch_size: int, start: int, threads: int, workers: int) ->
     if workers:  # each takes whole batches, so that their number changes nothing
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=PREFETCH)
         batches = rows.batch(batch_size, drop_remainder=True)[start:].to_iter_dataset(options)
-        return iter(batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers)))
+        options = grain.MultiprocessingOptions(num_workers=workers)
+        return iter(batches.mp_prefetch(options, worker_init_fn=_stand_apart))
     options = grain.ReadOptions(
         num_threads=threads, prefetch_buffer_size=max(threads, PREFETCH * batch_size)
     )

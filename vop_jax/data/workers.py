@@ -164,7 +164,7 @@ class _Worker:
 
 def _serve(pipe: connection.Connection, call: Call) -> None:
     """The worker's side: until the other end closes."""
-    threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
+    stand_apart()
     pipe.send(("ready", None))
     while True:
         try:
@@ -181,6 +181,16 @@ def _serve(pipe: connection.Connection, call: Call) -> None:
             pipe.send(("result", result))
         except OSError:
             return
+
+
+def stand_apart() -> None:
+    """Of a child: what signals its parent's process group is the parent's to handle.
+
+    A Ctrl-C at a terminal goes to the whole group, as does what some schedulers send. Nor does it
+    outlive its parent, which may be killed.
+    """
+    os.setpgrp()
+    threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
 
 
 def _die_with(parent: int) -> None:

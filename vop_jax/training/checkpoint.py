@@ -16,6 +16,12 @@ from vop_jax.training import hosts
 from vop_jax.training.step import TrainState
 
 
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """Never: `hosts.preempted` asks that, and counts on nobody else asking jax."""
+        return False
+
+
 class Checkpoints:
     """The folder `checkpoints/` of a workdir."""
 
@@ -31,7 +37,7 @@ class Checkpoints:
 
         hosts.on_first(clean)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep)
-        self._manager = ocp.CheckpointManager(folder, options=options)
+        self._manager = _Manager(folder, options=options)
 
     def latest_step(self) -> int | None:
         """The newest complete checkpoint, None without one."""

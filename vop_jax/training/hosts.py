@@ -21,12 +21,13 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
 from vop_jax import interrupt
-from vop_jax.errors import UserError
+from vop_jax.errors import UserError, as_user_error
 
 T = TypeVar("T")
 
 TIMEOUT = 100  # seconds after which a process that does not answer counts as dead
 _turns = itertools.count()  # every process takes the same turns in the same order
+_asked = itertools.count(1)  # of `preempted`
 
 
 def start(
@@ -65,13 +66,20 @@ def start(
         return
     elif _one_a_node(os.environ):
         arguments["local_device_ids"] = []  # else Slurm's processes take one GPU each
+    where = coordinator or "the cluster's first process"
+    _leave_last_words(f"error: no run to join at {where}: not all processes came there in time")
     try:
         jax.distributed.initialize(**arguments)
     except (ValueError, RuntimeError) as error:
-        where = coordinator or "the cluster's first process"
         raise UserError(f"no run to join at {where}: {' '.join(str(error).split())}") from None
+    finally:
+        finish()
     if jax.process_count() > 1:
-        _leave_last_words()
+        _leave_last_words(
+            f"error: process {jax.process_index()} of {jax.process_count()} ended before the run "
+            "did, because it was killed or because another one died (its own log says why); what "
+            "was saved is kept, the same command on all processes continues"
+        )
     # A signal reaches one process; all of them stop after the same step, see `preempted`.
     signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
 
@@ -114,18 +122,13 @@ def _one_a_node(environment: Mapping[str, str]) -> bool:
 _last_words: subprocess.Popen | None = None
 
 
-def _leave_last_words() -> None:
+def _leave_last_words(message: str) -> None:
     """What is said if this process ends without `finish`.
 
-    When a process of the run dies, jax's C++ runtime aborts the others and Python has no say
-    any more; so a shell waits behind a pipe for the end of this one.
+    When a process of the run dies or does not come, jax's C++ runtime aborts the others and Python
+    has no say any more; so a shell waits behind a pipe for the end of this one.
     """
     global _last_words
-    message = (
-        f"error: process {jax.process_index()} of {jax.process_count()} ended before the run did, "
-        "because it was killed or because another one died (its own log says why); what was "
-        "saved is kept, the same command on all processes continues"
-    )
     _last_words = subprocess.Popen(
         ["sh", "-c", 'read -r done || echo "$0" >&2', message],
         stdin=subprocess.PIPE,
@@ -151,7 +154,7 @@ def on_first(work: Callable[[], T]) -> T:
     """What `work` returns in the first process; the others wait for it.
 
     Args:
-        work: returns what JSON can hold. Its UserError is raised in all processes.
+        work: returns what JSON can hold. What is wrong for a user is raised in all processes.
     """
     if jax.process_count() == 1:
         return work()
@@ -163,8 +166,9 @@ def on_first(work: Callable[[], T]) -> T:
         return outcome["result"]
     try:
         result = work()
-    except UserError as error:
-        _client().key_value_set(turn, json.dumps({"error": str(error)}))
+    except Exception as error:
+        if (wrong := as_user_error(error)) is not None:
+            _client().key_value_set(turn, json.dumps({"error": str(wrong)}))
         raise
     _client().key_value_set(turn, json.dumps({"result": result}))
     return result
@@ -195,28 +199,35 @@ def agree(facts: Mapping[str, str]) -> None:
     on_first(compare)
 
 
-def in_all(work: Callable[[], object]) -> None:
-    """Does `work` in every process; the UserError of one is raised in all of them."""
+def in_all(work: Callable[[], T]) -> T:
+    """What `work` returns in this process; what is wrong for a user in one is raised in all."""
     if jax.process_count() == 1:
-        work()
-        return
-    turn, said = f"vop_jax/turn/{next(_turns)}", ""
+        return work()
+    turn, said, done = f"vop_jax/turn/{next(_turns)}", "", []
     try:
-        work()
-    except UserError as error:
-        said = str(error)
+        done.append(work())
+    except Exception as error:
+        if (wrong := as_user_error(error)) is None:
+            raise
+        said = str(wrong)
     _client().key_value_set(f"{turn}/{jax.process_index()}", json.dumps(said))
     for process in range(jax.process_count()):
-        if wrong := json.loads(_wait_for(f"{turn}/{process}")):
-            raise UserError(wrong)
+        if theirs := json.loads(_wait_for(f"{turn}/{process}")):
+            raise UserError(theirs)
+    return done[0]
 
 
-def preempted(step: int) -> bool:
+def preempted() -> bool:
     """Whether all processes shall stop after this step, since one of them got SIGTERM.
 
-    To be asked after every step by all of them; they get the same answer at the same step.
+    To be asked after every step by all of them; they get the same answer at the same step. jax has
+    them stop at the number after the largest that one has asked with, and at no other: so it is
+    counted how often they asked. The step would be beyond that number where a run that continues
+    gets the signal before its first.
     """
-    return jax.distributed.is_initialized() and multihost_utils.reached_preemption_sync_point(step)
+    return jax.distributed.is_initialized() and multihost_utils.reached_preemption_sync_point(
+        next(_asked)
+    )
 
 
 def stop() -> None:

@@ -91,7 +91,7 @@ def fit(
             unread.append((step, metrics))
             if len(unread) >= STARTED:
                 jax.block_until_ready(unread[-STARTED][1])
-            preempted = hosts.preempted(step)
+            preempted = hosts.preempted()
             stop = preempted or interrupt.requested()
             last = step == config.steps
             if step == first + 1 or step % config.log_every == 0 or last:

@@ -152,6 +152,9 @@ def rules_of(placement: Sequence[tuple[str, Sequence[str | None]]]) -> list[tupl
                     f"config.mesh.placement: {axis!r} in {entry!r}: axes are "
                     f"{', '.join(CUTTING)}, or None for a dimension that is whole"
                 )
+        named = [axis for axis in axes if axis]
+        if len(set(named)) < len(named):
+            raise UserError(f"config.mesh.placement: {entry!r}: an axis cuts one dimension only")
         rules.append((regex.pattern, spec))
     return [*rules, *PARAMETER_RULES]
 
