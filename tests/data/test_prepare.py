@@ -229,10 +229,12 @@ def test_videos_that_came_later_are_taken_up(msvd, tmp_path, monkeypatch):
     planned = shards.plan(clips, staged, Preprocessing(4), 3)
     encode = functools.partial(builders.encode_clip, preprocessing=Preprocessing(4))
     results = builders.in_threads(encode, planned[0].clips, 1)
-    shards.write_shards(planned[:1], results)
+    shards.write_shards(shards.tasks_of(planned[:1]), results)
     assert planned[0].note()["clips"][0]["skipped"] == "no such file"
+    assert not shards.tasks_of(planned[:1])
     videos.write(late, 12, codec="mpeg4")
-    assert planned[0].note() is None
+    (again,) = shards.tasks_of(planned[:1])
+    assert again.to_encode == clips["test"][:1]
     made = pack(clips, tmp_path / "out", Preprocessing(4), making=making)
     assert made.splits["test"].ids[0] == "late"
 
@@ -357,6 +359,31 @@ def test_splits_can_be_added(msvd, tmp_path, monkeypatch):
         assert all(one[i] == other[i] for i in range(len(one)))
 
 
+def test_an_addition_that_was_cut_off_is_continued(msvd, tmp_path, monkeypatch):
+    out, done = tmp_path / "out", []
+    assert prepare.main(command(msvd, out, "--splits=test")) == 0
+    before, encode, write = digest(out), builders.in_processes, shards._record_file
+
+    def counted(call, tasks, workers, *, seconds):
+        done.append(list(tasks))
+        return encode(call, done[-1], workers, seconds=seconds)
+
+    def full(path):
+        if path.name.startswith("train-00002"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return write(path)
+
+    monkeypatch.setattr(builders, "in_processes", counted)
+    with monkeypatch.context() as patched:
+        patched.setattr(shards, "_record_file", full)
+        assert prepare.main(command(msvd, out, "--splits=test,train")) == 1
+    assert before.items() <= digest(out).items()
+    assert prepare.main(command(msvd, out, "--splits=test,train")) == 0
+    first, second = map(len, done)
+    assert second == first - 2 * 3  # two shards were finished
+    assert not layout.staging_of(out, "msvd").exists()
+
+
 STORED, NAMES = Preprocessing(4, short_side=32), ("whole", "grown")
 
 
@@ -376,6 +403,8 @@ def test_a_clip_that_was_left_out_is_tried_again_when_its_file_has_changed(msvd,
     before = digest(out)
     assert prepare.main(command((annotations, late), out)) == 0
     assert digest(out) == before
+    shutil.rmtree(late)  # the others are needed no more
+    late.mkdir()
     gone.write_bytes(content)
     assert prepare.main(command((annotations, late), out)) == 0
     assert not json.loads((packed.find_records(out) / "metadata.json").read_text())["skipped"]

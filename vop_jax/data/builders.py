@@ -146,29 +146,28 @@ class VideoBuilder(dataset_builder.FileReaderBuilder, skip_registration=True):  
 
     def _make_here(self, planned: list[shards.Shard]) -> None:
         making = self._making
-        pending = [shard for shard in planned if shard.note() is None]
-        tasks = (clip for shard in pending for clip in shard.clips)
+        tasks = shards.tasks_of(planned)
+        clips = [clip for task in tasks for clip in task.to_encode]
         encode = functools.partial(encode_clip, preprocessing=self._preprocessing)
         workers = making.workers or os.cpu_count() or 1
-        if making.isolated and pending:
-            results = in_processes(encode, tasks, workers, seconds=making.seconds)
+        if making.isolated and clips:
+            results = in_processes(encode, clips, workers, seconds=making.seconds)
         else:
-            results = in_threads(encode, tasks, workers)
+            results = in_threads(encode, clips, workers)
         total = sum(len(shard.clips) for shard in planned)
-        left = sum(len(shard.clips) for shard in pending)
         with (
             contextlib.closing(results),
             tqdm(
                 results,
                 f"packing {self.name}",
                 total,
-                initial=total - left,
+                initial=total - len(clips),
                 unit="clip",
                 disable=not making.progress,
             ) as bar,
         ):
             found = iter(bar)
-            shards.write_shards(pending, found)
+            shards.write_shards(tasks, found)
             next(found, None)  # the bar counts a clip when the next is asked for
 
     def _make_with_beam(self, planned: list[shards.Shard], download_config: Any) -> None:
@@ -177,11 +176,10 @@ class VideoBuilder(dataset_builder.FileReaderBuilder, skip_registration=True):  
         except ImportError:
             raise UserError("Apache Beam is not installed: pip install -e '.[beam]'") from None
         options, runner = download_config.beam_options, download_config.beam_runner
-        pending = [shard for shard in planned if shard.note() is None]
         with beam.Pipeline(runner=runner, options=options) as pipeline:
             _ = (
                 pipeline
-                | beam.Create(pending)
+                | beam.Create(shards.tasks_of(planned))
                 | beam.Reshuffle()
                 | beam.Map(write_alone, self._preprocessing, self._making.seconds)
             )
@@ -192,7 +190,7 @@ class VideoBuilder(dataset_builder.FileReaderBuilder, skip_registration=True):  
         """Links a split's shards into the dataset, writes its index; raises if nothing is left."""
         notes = []
         for shard in own:
-            note = shard.read_note()  # as it was made, even if a video has come since
+            note = shard.note()  # as it was made, even if a video has come since
             assert note is not None
             notes.append(note)
         rows = [row for note in notes for row in note["clips"]]
@@ -241,11 +239,11 @@ class VideoBuilder(dataset_builder.FileReaderBuilder, skip_registration=True):  
             shutil.rmtree(self._staging(), ignore_errors=True)
 
 
-def write_alone(shard: shards.Shard, preprocessing: Preprocessing, seconds: float) -> None:
+def write_alone(task: shards.Task, preprocessing: Preprocessing, seconds: float) -> None:
     """One shard, on whatever machine this runs."""
     encode = functools.partial(encode_clip, preprocessing=preprocessing)
-    with contextlib.closing(in_processes(encode, shard.clips, 1, seconds=seconds)) as results:
-        shards.write_shards([shard], results)
+    with contextlib.closing(in_processes(encode, task.to_encode, 1, seconds=seconds)) as results:
+        shards.write_shards([task], results)
 
 
 def check_share(

@@ -31,7 +31,7 @@ def reopen(records: epath.Path, staging: epath.Path) -> Dataset:
         split = made["split"]
         first, begin[split] = begin[split], begin[split] + made["clips"]
         path = staging / shards.file_name(split, first // layout["clips_per_shard"])
-        if shards.Shard(split, os.fspath(path), (), made["fingerprint"]).read_note() is not None:
+        if shards.Shard(split, os.fspath(path), (), made["fingerprint"]).note() is not None:
             continue  # an attempt that was cut off has been here
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)

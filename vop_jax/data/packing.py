@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import filelock
 import tensorflow_datasets as tfds
@@ -17,16 +17,18 @@ from vop_jax.data.layout import (
     SHARDS,
     VERSION,
     fingerprint,
+    index_name,
     read_index,
     reopen,
     staging_of,
 )
 from vop_jax.data.packed import Packed, differences, find_records, open_records
-from vop_jax.data.records import Dataset
+from vop_jax.data.records import Clip, Dataset
 from vop_jax.data.shards import has_changed
 from vop_jax.errors import UserError
 
 OLD = f"{VERSION}.old"  # records that are being replaced
+DONE = "done"  # beside shards whose dataset is whole: they are needed no more once it is in place
 
 
 def pack(
@@ -90,9 +92,17 @@ def _to_do(
     if any(made["clips"].get(s, fingerprint(c)) != fingerprint(c) for s, c in dataset.items()):
         return False
     return any(
-        split not in made["clips"] or (retry and has_changed(clips, read_index(records, split)))
+        split not in made["clips"] or (retry and _has_more(records, split, clips))
         for split, clips in dataset.items()
     )
+
+
+def _has_more(records: epath.Path, split: str, clips: Sequence[Clip]) -> bool:
+    """Whether a clip that was left out may be usable now."""
+    rows = read_index(records, split)
+    if len(rows) != len(clips):
+        raise UserError(f"{records / index_name(split)}: damaged; copy the records again")
+    return any(map(has_changed, clips, rows))
 
 
 def _make(
@@ -105,6 +115,7 @@ def _make(
 ) -> None:
     """Makes the missing shards, builds the dataset of all, and only then lets the old one go."""
     records, staging = find_records(root), staging_of(root, name)
+    (staging / DONE).unlink(missing_ok=True)
     if records is not None:
         dataset = {**reopen(records, staging), **dataset}
         per_shard = json.loads((records / SHARDS).read_text())["clips_per_shard"]
@@ -124,6 +135,7 @@ def _make(
         builder.download_and_prepare(
             download_dir=os.fspath(area / "downloads"), download_config=download_config
         )
+    (staging / DONE).touch()
     finished, old = root / name / VERSION, root / name / OLD
     if finished.exists():
         finished.rename(old)
@@ -139,9 +151,10 @@ def _mend(root: epath.Path) -> None:
             old.rmtree()
         else:
             old.rename(old.parent / VERSION)
-    for area in root.glob(f"*/{VERSION}.shards/dataset"):
-        if (area.parent.parent / VERSION).exists() and not any(area.glob(f"*/{VERSION}")):
-            area.parent.rmtree()
+    for done in root.glob(f"*/{VERSION}.shards/{DONE}"):
+        staging = done.parent
+        if (staging.parent / VERSION).exists() and not any(staging.glob(f"dataset/*/{VERSION}")):
+            staging.rmtree()
 
 
 def check_local(root: str | os.PathLike) -> None:

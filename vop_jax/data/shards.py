@@ -23,7 +23,7 @@ from etils import epath
 from vop_jax.atomic import write_json
 from vop_jax.data.encode import Encoded, Preprocessing
 from vop_jax.data.records import Clip, Dataset
-from vop_jax.errors import VideoError
+from vop_jax.errors import UserError, VideoError
 
 CLIPS_PER_SHARD = 256  # some 80 MB of 12 frames of 256 pixels
 
@@ -58,20 +58,43 @@ class Shard:
     fingerprint: str
 
     def note(self) -> dict[str, Any] | None:
-        """What is in the shard: a row a clip, and the file's "size"; None unless it is finished.
-
-        One that left out a clip whose file has changed since, or is looked for elsewhere, is not.
-        """
-        note = self.read_note()
-        return None if note is None or has_changed(self.clips, note["clips"]) else note
-
-    def read_note(self) -> dict[str, Any] | None:
-        """The same, whatever has become of the files since."""
+        """What is in the shard: a row a clip, and the file's "size"; None unless it was made."""
         try:
             note = json.loads(epath.Path(self.path + ".json").read_text())
         except (OSError, ValueError):
             return None
         return note if note["fingerprint"] == self.fingerprint else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A shard to be made, or made again for clips that were left out and whose files have changed.
+
+    Attributes:
+        kept: of each clip the row that stays, with its record; None: it is to be encoded.
+    """
+
+    shard: Shard
+    kept: tuple[dict[str, Any] | None, ...]
+
+    @property
+    def to_encode(self) -> list[Clip]:
+        return [clip for clip, row in zip(self.shard.clips, self.kept, strict=True) if row is None]
+
+
+def tasks_of(planned: Iterable[Shard]) -> list[Task]:
+    """Those of the shards that are not finished."""
+    tasks = []
+    for shard in planned:
+        note = shard.note()
+        rows = note["clips"] if note else [None] * len(shard.clips)
+        kept = [
+            None if row is None or has_changed(clip, row) else row
+            for clip, row in zip(shard.clips, rows, strict=True)
+        ]
+        if None in kept:
+            tasks.append(Task(shard, tuple(kept)))
+    return tasks
 
 
 def plan(
@@ -98,21 +121,33 @@ def content_of(clips: Sequence[Clip]) -> list[list[Any]]:
     return [[c.id, c.captions, c.start, c.end] for c in clips]
 
 
-def write_shards(shards: Iterable[Shard], encoded: Iterator[Encoded | VideoError]) -> None:
-    """Writes shards, taking as many results as they have clips.
+def write_shards(tasks: Iterable[Task], encoded: Iterator[Encoded | VideoError]) -> None:
+    """Writes shards, taking as many results as they have clips to encode.
 
     Raises:
-        OSError: the disk is full; this shard is not there, those before it are.
+        OSError: the disk is full; this shard is as it was, those before it are finished.
+        UserError: a shard to be made again is damaged.
     """
     serialize = _serializer()
-    for shard in shards:
+    for task in tasks:
+        shard = task.shard
         path, unfinished = epath.Path(shard.path), epath.Path(shard.path + ".unfinished")
         path.parent.mkdir(parents=True, exist_ok=True)
         rows = []
         size = 0
         try:
-            with _record_file(unfinished) as write:
-                for clip in shard.clips:
+            with (
+                _record_file(unfinished) as write,
+                contextlib.closing(_kept_records(task)) as records,
+            ):
+                for clip, kept in zip(shard.clips, task.kept, strict=True):
+                    if kept is not None:
+                        rows.append(kept)
+                        if "skipped" not in kept:
+                            record = next(records)
+                            size += len(record)
+                            write(record)
+                        continue
                     found = next(encoded)
                     row = row_of(clip, found)
                     if "skipped" in row:
@@ -147,13 +182,9 @@ def row_of(clip: Clip, found: Encoded | VideoError) -> dict[str, Any]:
     return {**row, "stored": stored, "distinct": distinct, "frames": found.count}
 
 
-def has_changed(clips: Sequence[Clip], rows: Sequence[dict[str, Any]]) -> bool:
+def has_changed(clip: Clip, row: dict[str, Any]) -> bool:
     """Whether the file of a clip that was skipped is another now; one that is gone is not."""
-    return any(
-        state_of(clip.path) not in (None, row["state"])
-        for clip, row in zip(clips, rows, strict=True)
-        if "skipped" in row
-    )
+    return "skipped" in row and state_of(clip.path) not in (None, row["state"])
 
 
 def state_of(path: str) -> list[int] | None:
@@ -172,6 +203,25 @@ def digest(path: epath.Path) -> str:
         while block := file.read(1 << 20):
             found.update(block)
     return found.hexdigest()
+
+
+def _kept_records(task: Task) -> Iterator[bytes]:
+    """The records of a shard that is made again; those to be encoded had none."""
+    count = sum(row is not None and "skipped" not in row for row in task.kept)
+    if not count:
+        return
+    damaged = UserError(f"{task.shard.path}: damaged; copy the records again")
+    try:
+        reader = array_record.ArrayRecordReader(
+            task.shard.path, "readahead_buffer_size:0,max_parallelism:0"
+        )
+        if reader.num_records() != count:
+            raise damaged
+        for number in range(count):
+            yield reader.read([number])[0]
+        reader.close()
+    except (RuntimeError, IndexError):
+        raise damaged from None
 
 
 @contextlib.contextmanager
@@ -197,7 +247,8 @@ def _disk_errors(path: epath.Path) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        code = errno.ENOSPC if "No space left" in str(error) else errno.EIO
+        full = {"No space left": errno.ENOSPC, "quota exceeded": errno.EDQUOT}
+        code = next((code for words, code in full.items() if words in str(error)), errno.EIO)
         raise OSError(code, os.strerror(code), os.fspath(path)) from None
 
 
