@@ -2,6 +2,8 @@
 
 import errno
 
+WRONG_PATHS = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
+
 
 class UserError(Exception):
     """The call, the config or the input is wrong; the one exception a user is meant to read.
@@ -19,7 +21,7 @@ def as_user_error(error: BaseException) -> UserError | None:
     """What a user reads of an error that is theirs to mend; None: nobody expected it."""
     if isinstance(error, UserError):
         return error
-    if isinstance(error, PermissionError | NotADirectoryError | FileExistsError):
+    if isinstance(error, WRONG_PATHS):
         return UserError(f"{error.filename}: {error.strerror}")
     if (full := no_space_left(error)) is not None:
         return UserError(

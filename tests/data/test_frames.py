@@ -1,6 +1,7 @@
 """Sampling against its definition, decoding against files whose frames are known."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.data import videos
-from vop_jax.data.frames import read_frames
+from vop_jax.data.frames import Stretch, read_frames
 from vop_jax.data.sampling import sample_indices
 from vop_jax.errors import VideoError
 
@@ -117,6 +118,15 @@ def test_stored_fps(tmp_path):
     assert read_frames(path, F, fps=100).indices == list(range(COUNT))
 
 
+def test_stored_fps_where_frames_are_numbered_as_stored(tmp_path):
+    """H.264 in AVI: the decoder hands frames out as they are shown, with other frames' times."""
+    path = videos.write(tmp_path / "a.avi", COUNT)
+    whole, frames = read_frames(path, COUNT), read_frames(path, F, fps=3)
+    assert whole.timestamps == sorted(whole.timestamps) == pytest.approx(np.arange(1, 25) / 10)
+    assert shown(frames) == frames.indices == [0, 3, 6, 9, 13, 16, 19, 23]
+    assert frames.timestamps == pytest.approx([0.1, 0.4, 0.7, 1.0, 1.4, 1.7, 2.0, 2.4])
+
+
 def test_rotation_is_applied(tmp_path):
     plain = read_frames(videos.write(tmp_path / "a.mp4", COUNT), 1).pixels[0]
     upright = read_frames(videos.rotate(tmp_path / "a.mp4"), 1).pixels[0]
@@ -169,6 +179,7 @@ def holes(path):
         (text, "not readable as video"),
         (holes, "truncated|damaged"),
         (videos.write_audio, "no video stream"),
+        (videos.write_music, "no video stream"),
         (lambda path: path.mkdir(), "a folder"),
         (lambda path: None, "no such file"),
     ],
@@ -185,6 +196,24 @@ def test_a_file_of_another_name_is_pointed_at(tmp_path, asked):
     videos.write(tmp_path / "a.webm", 5, codec="libvpx-vp9", width=32, height=32)
     with pytest.raises(VideoError, match=r"^no such file, but one that ends with \.webm$"):
         read_frames(tmp_path / asked, F)
+
+
+def test_a_stretch_that_a_truncated_file_lacks(tmp_path):
+    """What is asked for is more than the tenth of the whole that may be missing."""
+    path = tmp_path / "a.mp4"
+    videos.write(path, 400, width=320, height=240, options={"movflags": "faststart"})  # 40 s
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * 3 // 4])
+    end = Stretch(str(path), 0.0, math.inf, None).packet_times()[-1]
+    with pytest.raises(VideoError, match="truncated"):
+        read_frames(path, F, start=end - 2, end=end + 3)
+    assert read_frames(path, F, start=end - 5, end=end).count
+
+
+def test_a_time_in_the_wrong_unit(tmp_path):
+    path = videos.write(tmp_path / "a.mp4", COUNT)
+    with pytest.raises(VideoError, match=r"no frame decodes between 1e\+17 and the end"):
+        read_frames(path, F, start=1e17)
 
 
 def test_truncated_webm(tmp_path):

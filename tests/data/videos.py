@@ -56,6 +56,25 @@ def write_audio(path: Path) -> Path:
     return path
 
 
+def write_music(path: Path) -> Path:
+    """Sound with a picture of its record, as music files have."""
+    with av.open(str(path), "w", format="mp4") as container:
+        sound = container.add_stream("aac", rate=16000)
+        picture = container.add_stream("mjpeg", rate=1)
+        picture.width, picture.height, picture.pix_fmt = 64, 48, "yuvj420p"
+        picture.disposition = av.stream.Disposition.attached_pic
+        for i in range(40):
+            samples = np.zeros((1, 1024), np.float32)
+            frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")
+            frame.sample_rate, frame.pts = 16000, 1024 * i
+            container.mux(sound.encode(frame))
+        pixels = np.zeros((48, 64, 3), np.uint8)
+        container.mux(picture.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        for stream in (sound, picture):
+            container.mux(stream.encode(None))
+    return path
+
+
 def rotate(path: Path) -> Path:
     """Marks an mp4 as filmed upright: to be shown turned by 90 degrees clockwise."""
     data = bytearray(path.read_bytes())

@@ -2,10 +2,9 @@
 
 import contextlib
 import dataclasses
-import itertools
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 
 import av
@@ -20,14 +19,14 @@ from vop_jax.data.pixels import resize_short_side
 from vop_jax.data.sampling import sample_indices
 from vop_jax.errors import VideoError
 
-# A file whose pictures end this share before its stated duration has lost its end.
+# A file, or a stretch, whose pictures end this share before it should has lost its end.
 LOST_END = 0.1
+LOST_SECONDS = 0.5  # and of a stretch so much, in which few frames are shown
 # Undecodable packets a file may hold, as a share of all; decoders recover at the next key frame.
 DAMAGED = 0.05
 # A stretch that begins earlier, in seconds, is reached by decoding: some indexes are wrong.
 SEEK_FROM = 10.0
-
-Keep = Callable[[int, float], bool]  # (index in the stretch, seconds) -> wanted
+COVER = av.stream.Disposition.attached_pic  # of an audio file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,21 +75,19 @@ def read_frames(
     if epath.Path(path).is_dir():
         return _read_folder(path, frames, start, end, fps, short_side, sampling, folder_fps)
     clip = Stretch(os.fspath(path), start or 0.0, float("inf") if end is None else end, short_side)
-    if fps:
-        taken = clip.decode(ticks(clip.start, 1 / fps))
-    else:
-        # Sequential decoding beats seeking, but which frames to keep depends on how many there
-        # are. The number of packets is a cheap guess, nearly always right; if not, again.
-        count = len(clip.packet_times())
-        taken = clip.decode(_chosen(count, frames, sampling)) if count else {}
-        if len(clip.times) != count and len(clip.times):
-            taken = clip.decode(_chosen(len(clip.times), frames, sampling))
-    if not len(clip.times):
+    # Sequential decoding beats seeking, but which frames to keep depends on how many there are, and
+    # when they are shown. Packets tell cheaply and nearly always rightly; if not, again.
+    times = clip.packet_times()
+    for _ in range(2):
+        indices = _chosen(times, clip.start, frames, fps, sampling)
+        taken = clip.decode(indices)
+        if len(clip.times) == len(times):
+            break
+        times = sorted(clip.times)
+    if not times:
         raise VideoError(f"no frame decodes{_between(start, end)}")
-    indices = sorted(taken) if fps else sample_indices(len(clip.times), frames, sampling).tolist()
     # Decoders hand frames out in the order of display, but files such as AVI number them in
     # the order of storage: the k-th frame is shown at the k-th time.
-    times = sorted(clip.times)
     return Frames([taken[i] for i in indices], indices, [times[i] for i in indices], len(times))
 
 
@@ -131,8 +128,7 @@ def _read_folder(
     if not shown:
         raise VideoError(f"no frame{_between(start, end)}")
     if fps:
-        keep = ticks(first, 1 / fps)
-        indices = [k for k, i in enumerate(shown) if keep(k, times[i])]
+        indices = every([times[i] for i in shown], first, 1 / fps)
     else:
         indices = sample_indices(len(shown), frames, sampling).tolist()
     pixels = {k: read_picture(pictures[shown[k]], short_side) for k in dict.fromkeys(indices)}
@@ -147,25 +143,25 @@ def _between(start: float | None, end: float | None) -> str:
     return f" between {start or 0:g} and {'the end' if end is None else f'{end:g} s'}"
 
 
-def _chosen(count: int, frames: int, sampling: str) -> Keep:
-    wanted = set(sample_indices(count, frames, sampling).tolist())
-    return lambda index, time: index in wanted
+def _chosen(
+    times: Sequence[float], start: float, frames: int, fps: float, sampling: str
+) -> list[int]:
+    if fps:
+        return every(times, start, 1 / fps)
+    return sample_indices(len(times), frames, sampling).tolist() if times else []
 
 
-def ticks(start: float, interval: float) -> Keep:
-    """Keeps the first frame at or after each multiple of `interval`."""
-    due = itertools.count()
-    tick = next(due)
-
-    def keep(index: int, time: float) -> bool:
-        nonlocal tick
-        if time - start < tick * interval - 1e-6 and index:
-            return False
-        while tick * interval <= time - start + 1e-6:
-            tick = next(due)
-        return True
-
-    return keep
+def every(times: Sequence[float], start: float, interval: float) -> list[int]:
+    """Which of the times, ascending, are the first at or after a multiple of `interval`."""
+    found = []
+    due = 0
+    for index, time in enumerate(times):
+        if index and time - start < due * interval - 1e-6:
+            continue
+        while due * interval <= time - start + 1e-6:
+            due += 1
+        found.append(index)
+    return found
 
 
 class Stretch:
@@ -178,6 +174,10 @@ class Stretch:
     def __init__(self, path: str, start: float, end: float, short_side: int | None):
         self.path, self.start, self.end, self.short_side = path, start, end, short_side
         self.times: list[float] = []
+
+    @property
+    def whole(self) -> bool:
+        return not self.start and math.isinf(self.end)
 
     def packet_times(self) -> list[float]:
         """When the frames are shown, ascending, as the packets say without being decoded."""
@@ -194,9 +194,9 @@ class Stretch:
                 pass  # decoding will find the reason
         return sorted(found)
 
-    def decode(self, keep: Keep) -> dict[int, np.ndarray]:
-        """Pixels of the frames that `keep` chooses, by index in the stretch."""
-        kept: dict[int, np.ndarray] = {}
+    def decode(self, wanted: Iterable[int]) -> dict[int, np.ndarray]:
+        """Pixels of these of the frames in the stretch, by index."""
+        wanted, kept = frozenset(wanted), dict[int, np.ndarray]()
         self.times = []
         bad = packets = 0
         last = 0.0  # when the last frame ends
@@ -216,7 +216,7 @@ class Stretch:
                     time = self._time(stream, frame)
                     last = max(last, time + _seconds(frame.duration or 0, tick))
                     if self.start <= time < self.end:
-                        if keep(len(self.times), time):
+                        if len(self.times) in wanted:
                             kept[len(self.times)] = _upright(frame, reformatter, self.short_side)
                         self.times.append(time)
                 if last >= self.end:
@@ -224,7 +224,9 @@ class Stretch:
             if bad > DAMAGED * packets:
                 raise VideoError(f"damaged: {bad} of {packets} packets do not decode")
             stated = _duration(container, stream)
-            if last < min(stated, self.end) * (1 - LOST_END) and self.times:
+            finish = min(stated, self.end)
+            lost = max(LOST_END * (finish - self.start), 0 if self.whole else LOST_SECONDS)
+            if last < finish - lost and self.times:
                 raise VideoError(f"truncated: {last:.1f} s of {stated:.1f} s decode")
         return kept
 
@@ -253,15 +255,17 @@ class Stretch:
         file = source.open("rb") if "://" in self.path else None
         try:
             with av.open(file or self.path, metadata_errors="replace") as container:
-                if not container.streams.video:
+                films = [s for s in container.streams.video if not s.disposition & COVER]
+                if not films:
                     raise VideoError("no video stream")
-                stream = container.streams.video[0]
+                stream = films[0]
                 if stream.codec_context is None:
                     raise VideoError("unknown codec")
                 stream.codec_context.thread_count = 1  # clips are decoded in parallel instead
                 if self.start > SEEK_FROM:
                     first = int(self.start / _tick(stream)) + (stream.start_time or 0)
-                    container.seek(first, stream=stream)  # to the key frame before it
+                    with contextlib.suppress(OverflowError):  # later than any frame
+                        container.seek(first, stream=stream)  # to the key frame before it
                 yield container, stream
         except av.error.FFmpegError as error:
             raise VideoError(f"not readable as video ({error.strerror})") from None

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vop_jax.data.frames import Keep, Stretch, ticks
+from vop_jax.data.frames import Stretch, every
 from vop_jax.data.pixels import eval_crop
 from vop_jax.data.sampling import sample_indices
 from vop_jax.errors import VideoError
@@ -145,7 +145,7 @@ def read_pictures(task: Task) -> Pictures:
     kept: dict[float, np.ndarray] = {}
     for time in dict.fromkeys(task.times):
         at = Stretch(task.path, time, time + 1e-6, task.reading.short_side)
-        pixels = next(iter(at.decode(lambda index, _: index == 0).values()), None)
+        pixels = next(iter(at.decode([0]).values()), None)
         if pixels is None:  # its index is wrong, or its packets are no frames: all in their order
             return _read_spans(dataclasses.replace(task, times=(), spans=(WHOLE,)))
         kept[time] = pixels
@@ -182,7 +182,7 @@ def _read_spans(task: Task) -> Pictures:
     for _ in range(2):
         plan = [_within(expected, span, reading) for span in task.spans]
         wanted = sorted({i for indices in plan for i in indices or ()})
-        kept = stretch.decode(_among(frozenset(wanted)))
+        kept = stretch.decode(wanted)
         if len(stretch.times) == len(expected):
             break
         expected = sorted(stretch.times)
@@ -191,10 +191,6 @@ def _read_spans(task: Task) -> Pictures:
     rows = {index: row for row, index in enumerate(wanted)}
     clips = [None if indices is None else [rows[i] for i in indices] for indices in plan]
     return _cropped([kept[i] for i in wanted], clips, reading)
-
-
-def _among(wanted: frozenset[int]) -> Keep:
-    return lambda index, _: index in wanted
 
 
 def _within(times: Sequence[float], span: Span, reading: Reading) -> list[int] | None:
@@ -208,8 +204,7 @@ def _within(times: Sequence[float], span: Span, reading: Reading) -> list[int] |
 def _chosen(times: Sequence[float], start: float, reading: Reading) -> list[int]:
     candidates = list(range(len(times)))
     if reading.fps:
-        keep = ticks(start, 1 / reading.fps)
-        candidates = [i for i in candidates if keep(i, times[i])]
+        candidates = every(times, start, 1 / reading.fps)
     indices = sample_indices(len(candidates), reading.frames, reading.sampling)
     return [candidates[i] for i in indices]
 

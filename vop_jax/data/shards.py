@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 import array_record.python.array_record_module as array_record
@@ -205,7 +205,7 @@ def digest(path: epath.Path) -> str:
     return found.hexdigest()
 
 
-def _kept_records(task: Task) -> Iterator[bytes]:
+def _kept_records(task: Task) -> Generator[bytes, None, None]:
     """The records of a shard that is made again; those to be encoded had none."""
     count = sum(row is not None and "skipped" not in row for row in task.kept)
     if not count:

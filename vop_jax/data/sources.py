@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from vop_jax.data import shapes
 from vop_jax.data.annotations.benchmarks import BENCHMARKS, check_sizes, read_benchmark
-from vop_jax.data.annotations.folder import hash_of, read_folder
+from vop_jax.data.annotations.folder import hash_of, read_folder, video_of
 from vop_jax.data.builders import Making
 from vop_jax.data.encode import Preprocessing
 from vop_jax.data.locate import locate
@@ -151,10 +151,13 @@ def _check_splits(data: ConfigDict, wanted: Collection[str], there: Mapping[str,
 
 
 def _held_out(data: ConfigDict, packed: Packed) -> tuple[Part, Part]:
-    """(the rest of train, its share `data.val_share`), by a fixed hash of the ids."""
+    """(the rest of train, its share `data.val_share`), by a fixed hash of the videos' names."""
     train = packed.splits[data.train_split]
     # Salted: a folder's test split may have been taken from train by the plain hash.
-    held = [hash_of(f"val:{name}") < data.val_share for name in train.ids]
+    videos = [
+        video_of(row["id"], row["start"], row["end"]) for row in train.rows if "skipped" not in row
+    ]
+    held = [hash_of(f"val:{name}") < data.val_share for name in videos]
     parts = [
         Part(train, name, [i for i, out in enumerate(held) if out == wanted])
         for name, wanted in ((data.train_split, False), (data.val_split, True))

@@ -68,9 +68,49 @@ def test_without_splits_a_fixed_tenth_is_held_out(read):
     assert len(few["train"]) == len(few["test"]) == 1
 
 
+def test_stretches_of_a_video_are_held_out_together(read, caplog):
+    rows = "".join(
+        f"{i}.mp4,x,{start},{start + 10}\n" for i in range(60) for start in range(0, 50, 5)
+    )
+    dataset = read("video,caption,start,end\n" + rows)
+    train, test = ({clip.path for clip in dataset[split]} for split in ("train", "test"))
+    assert train and test and train.isdisjoint(test)
+    assert not [record for record in caplog.records if "clips both in" in record.message]
+    # A single video is torn apart nevertheless: there is nothing else to hold out.
+    alone = read("video,caption,start,end\n0.mp4,x,0,10\n0.mp4,y,10,20\n")
+    assert len(alone["train"]) == len(alone["test"]) == 1
+    few = read("video,caption,start,end\n0.mp4,x,0,9\n0.mp4,y,9,20\n1.mp4,x,0,9\n1.mp4,y,9,20\n")
+    assert len(few["train"]) == len(few["test"]) == 2
+    assert len({clip.path for clip in few["test"]}) == 1
+
+
+def test_a_video_in_two_splits_is_told(read, caplog):
+    with caplog.at_level("WARNING"):
+        read("video,caption,split,start,end\na.mp4,x,train,0,5\na.mp4,y,test,3,8\n")
+    assert "videos with clips both in train and in test: 1" in caplog.text
+
+
+@pytest.mark.parametrize("split", ["train", "test-dev", "Ünï", "val_1", " train "])
+def test_names_of_splits(read, split):
+    assert list(read(f"video,caption,split\na.mp4,x,{split}\n")) == [split.strip()]
+
+
+@pytest.mark.parametrize(
+    "split", ["my split", "val.1", "all", "train+x", "train[:50%]", "../x", "-"]
+)
+def test_names_that_splits_cannot_have(read, split):
+    with pytest.raises(
+        UserError, match=r"c.csv:2: split is .*; a name of letters, digits, _ and -"
+    ):
+        read(f"video,caption,split\na.mp4,x,{split}\n", "c.csv")
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
+        ("c.csv", "video,caption,caption\na.mp4,x,y\n", "c.csv:1: several columns 'caption'"),
+        ("c.jsonl", '{"video": "a", "caption": "x", "start": ' + "9" * 5000 + "}", "1: not JSON"),
+        ("c.jsonl", "[" * 100000, "c.jsonl:1: not JSON"),
         ("c.csv", "", "c.csv:1: no column 'video'; found nothing"),
         ("c.csv", "video,captoin\n", "unknown column 'captoin'; did you mean 'caption'"),
         ("c.csv", "video,caption,spilt\n", "unknown column 'spilt'; did you mean 'split'"),

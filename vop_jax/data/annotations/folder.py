@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,9 +20,10 @@ from vop_jax.errors import UserError
 
 COLUMNS = ("video", "caption", "start", "end", "split")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
+SPLIT = re.compile(r"\w+(-\w+)*")  # what tfds takes as the name of a split
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 
-# Without a column `split`, about this share of the clips is held out for evaluation.
+# Without a column `split`, about this share of the videos is held out for evaluation.
 HELD_OUT = 0.1
 
 
@@ -31,8 +33,8 @@ def read_folder(annotations: str | os.PathLike, videos: str | os.PathLike) -> Da
     The file is CSV (`.csv`, `.tsv`) with a header, or JSON Lines (`.jsonl`), with `video`
     (relative to `videos`), `caption` (one; in JSON Lines also a list) and, where wanted,
     `start` and `end` (seconds) and `split`. Rows of the same video, start, end and split are
-    one clip with several captions. Without any `split`, a tenth of the clips, chosen by a hash
-    of their ids, is the split "test" and the others are "train".
+    one clip with several captions. Without any `split`, the clips of a tenth of the videos, chosen
+    by a hash of their names, are the split "test" and the others are "train".
 
     Raises:
         UserError: a file or folder that does not exist, a column that is missing or misspelt,
@@ -60,7 +62,7 @@ def read_folder(annotations: str | os.PathLike, videos: str | os.PathLike) -> Da
         )
         location = video if os.path.isabs(video) else os.path.join(os.fspath(videos), video)
         clip = Clip(clip_id, location, tuple(dict.fromkeys(own)), start, end)
-        dataset.setdefault(split or _split_of(clip_id), []).append(clip)
+        dataset.setdefault(split or _split_of(clip), []).append(clip)
     if not all(with_split):
         _ensure_held_out(dataset)
         sizes = ", ".join(f"{len(clips)} {split}" for split, clips in dataset.items())
@@ -122,8 +124,9 @@ def _json_rows(path: epath.Path, text: str) -> Iterator[tuple[str, dict]]:
         where = f"{path}:{number}"
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: not JSON ({error.msg}); one object a line") from None
+        except (ValueError, RecursionError) as error:  # also numbers too long, lists too deep
+            why = getattr(error, "msg", error)
+            raise UserError(f"{where}: not JSON ({why}); one object a line") from None
         if not isinstance(row, dict):
             raise UserError(f"{where}: a JSON {type(row).__name__}; one object a line is needed")
         row = {key.lower(): value for key, value in row.items()}
@@ -133,6 +136,8 @@ def _json_rows(path: epath.Path, text: str) -> Iterator[tuple[str, dict]]:
 
 def _check_columns(where: str, names: list[str]) -> None:
     """Raises for a column that is needed and missing, or there under a misspelt name."""
+    if repeated := [name for name in names if name and names.count(name) > 1]:
+        raise UserError(f"{where}: several columns {repeated[0]!r}")
     absent = [name for name in COLUMNS if name not in names]
     if "captions" in names and "caption" in absent:
         absent.remove("caption")
@@ -166,10 +171,15 @@ def _parse(where: str, row: dict[str, Any]) -> tuple[tuple, list[str]]:
     split = row.get("split")
     if split is not None and not isinstance(split, str):
         raise UserError(f"{where}: split is {split!r}; a name is needed")
+    split = (split or "").strip()
+    if split and (not SPLIT.fullmatch(split) or split == "all"):
+        raise UserError(
+            f"{where}: split is {split!r}; a name of letters, digits, _ and - is needed, not 'all'"
+        )
     start, end = _seconds(where, row, "start") or None, _seconds(where, row, "end")
     if end is not None and end <= (start or 0):
         raise UserError(f"{where}: end={end:g} is not after start={start or 0:g}")
-    return ((split or "").strip(), video.strip(), start, end), [c.strip() for c in captions]
+    return (split, video.strip(), start, end), [c.strip() for c in captions]
 
 
 def _seconds(where: str, row: dict[str, Any], name: str) -> float | None:
@@ -190,27 +200,38 @@ def hash_of(clip_id: str) -> float:
     return int.from_bytes(hashlib.sha256(clip_id.encode()).digest()[:8]) / 2**64
 
 
-def _split_of(clip_id: str) -> str:
-    return "test" if hash_of(clip_id) < HELD_OUT else "train"
+def video_of(clip_id: str, start: float | None, end: float | None) -> str:
+    """The name of a clip's video: stretches of one are held out together, or not at all."""
+    whole = start is None and end is None
+    return clip_id if whole else clip_id.rpartition("@")[0] or clip_id
+
+
+def _split_of(clip: Clip) -> str:
+    video = video_of(clip.id, clip.start, clip.end)
+    return "test" if hash_of(video) < HELD_OUT else "train"
 
 
 def _ensure_held_out(dataset: Dataset) -> None:
-    """Moves one clip where a small dataset left a side empty."""
+    """Moves one video's clips, or else one clip, where a small dataset left a side empty."""
     for empty, other in (("test", "train"), ("train", "test")):
-        if not dataset.get(empty) and len(dataset.get(other, ())) > 1:
-            moved = min(dataset[other], key=lambda clip: hash_of(clip.id))
-            dataset[other].remove(moved)
-            dataset[empty] = [moved]
+        there = dataset.get(other, [])
+        if dataset.get(empty) or len(there) < 2:
+            continue
+        videos = {clip.path for clip in there}
+        first = min(there, key=lambda clip: hash_of(clip.id))
+        moved = [c for c in there if c is first or (len(videos) > 1 and c.path == first.path)]
+        dataset[other] = [clip for clip in there if clip not in moved]
+        dataset[empty] = moved
 
 
 def _warn_of_leaks(dataset: Dataset) -> None:
-    """A clip in two splits makes an evaluation look better than it is."""
+    """A video in two splits makes an evaluation look better than it is."""
     seen: dict[str, str] = {}
-    shared: dict[tuple[str, str], int] = {}
+    shared: dict[tuple[str, str], set[str]] = {}
     for split, clips in dataset.items():
         for clip in clips:
-            first = seen.setdefault(clip.id, split)
+            first = seen.setdefault(clip.path, split)
             if first != split:
-                shared[first, split] = shared.get((first, split), 0) + 1
-    for (first, second), count in shared.items():
-        logging.warning("%d clips are both in %s and in %s", count, first, second)
+                shared.setdefault((first, split), set()).add(clip.path)
+    for (first, second), videos in shared.items():
+        logging.warning("videos with clips both in %s and in %s: %d", first, second, len(videos))
