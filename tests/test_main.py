@@ -372,10 +372,25 @@ def test_a_workdir_that_learnt_nothing_starts_over_with_another_clip(call, clip,
     zero_shot = "--config.method.name=zero_shot"
     assert call(zero_shot)[0] == 0
     first = summary_of(tmp_path / "run")
-    other = runs.write_clip(tmp_path / "other.safetensors", seed=1)
+    other = runs.write_clip(tmp_path / "other.safetensors", seed=5)
     assert call(zero_shot, clip=other)[0] == 0
     second = summary_of(tmp_path / "run")
-    assert first["before"] == first["t2v"] != second["t2v"] == second["before"]
+    for summary in (first, second):
+        assert all(summary["before"][side] == summary[side] for side in ("t2v", "v2t"))
+    assert first["before"] != second["before"]
+
+
+def test_records_need_their_videos_no_more(call, folder, tmp_path):
+    moved = tmp_path / "folder"
+    shutil.copytree(folder, moved)
+    assert call(folder=moved)[0] == 0
+    shutil.rmtree(moved / "videos")
+    assert call(folder=moved)[0] == 0
+    assert call("--config.data.videos=", folder=moved)[0] == 0
+    # With annotations they are still compared.
+    text = (moved / "captions.csv").read_text()
+    (moved / "captions.csv").write_text(text.replace("clip number 2,", "another clip,"))
+    assert_refused(call(folder=moved), "were made of other clips or captions")
 
 
 def test_two_runs_in_one_workdir(call, tmp_path):

@@ -101,6 +101,19 @@ def test_without_records_the_videos_are_decoded(msrvtt):
     assert found["splits"] == check(msrvtt)[3]["splits"]
 
 
+def test_a_split_that_is_not_there(msrvtt):
+    sources = (
+        f"--config.data.annotations={msrvtt / 'annotations'}",
+        f"--config.data.videos={msrvtt / 'videos'}",
+    )
+    for records in (True, False):
+        status, told, _, _ = check(
+            msrvtt, *sources, "--config.data.train_split=training", records=records
+        )
+        assert status == 1
+        assert "config.data.train_split='training': no such split; found t" in told
+
+
 def test_wrong_calls(msrvtt, tmp_path):
     status, _, error, _ = check(tmp_path, records=False)
     assert status == 2 and "config.data.records='': no records there" in error

@@ -432,6 +432,19 @@ def test_a_wrong_folder_of_videos_leaves_nothing_in_the_way(tmp_path, capsys):
     assert prepare.main([*call, f"--videos={tmp_path / 'films'}"]) == 0
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["metadata.json", "shards.json", "features.json", "dataset_info.json", "clips-train.jsonl"],
+)
+def test_a_file_beside_records_that_was_copied_in_part(msvd, tmp_path, name, capsys):
+    assert prepare.main(command(msvd, tmp_path)) == 0
+    file = packed.find_records(tmp_path) / name
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join(lines[:-1]))
+    assert prepare.main(command(msvd, tmp_path)) == 2
+    assert f"{file}: damaged; copy the records again" in capsys.readouterr().err
+
+
 def test_records_that_were_copied_in_part_are_refused(msvd, tmp_path):
     assert prepare.main(command(msvd, tmp_path)) == 0
     made = packed.find_records(tmp_path)
@@ -453,7 +466,7 @@ def test_records_that_were_copied_in_part_are_refused(msvd, tmp_path):
         packed.open_records(tmp_path, STORED, ["test"], name="msvd")
     packed.open_records(tmp_path, STORED, ["train"], name="msvd")
     (made / "metadata.json").unlink()
-    with pytest.raises(UserError, match=r"no metadata\.json; copy the records again"):
+    with pytest.raises(UserError, match=r"metadata\.json: not there; copy the records again"):
         packed.open_records(tmp_path, STORED, ["train"], name="msvd")
 
 

@@ -86,6 +86,8 @@ def test_runs_are_found_in_folders_but_not_their_pre_training(tmp_path):
     found = [run.workdir for run in find_runs([str(tmp_path)])]
     assert found == [str(tmp_path / "a/seed0"), str(tmp_path / "b")]
     assert [run.workdir for run in find_runs([str(tmp_path / "b")])] == [str(tmp_path / "b")]
+    twice = find_runs([str(tmp_path), str(tmp_path / "b")])
+    assert len(twice) == 2  # or else it would count as two seeds
     with pytest.raises(UserError, match="no finished run"):
         find_runs([str(tmp_path / "none")])
 
@@ -150,6 +152,24 @@ def test_a_comparison_shows_what_one_run_gets_right_and_the_other_wrong(tmp_path
     assert len(frames) == 4 and all(f.startswith("data:image/jpeg;base64,") for f in frames)
     picture = Image.open(io.BytesIO(base64.b64decode(frames[0].partition(",")[2])))
     assert picture.size == (96, 72) and np.asarray(picture).std() > 0
+
+
+def test_runs_of_other_queries_are_not_compared(tmp_path):
+    one, two = write_run(tmp_path / "one"), write_run(tmp_path / "two", "vop_p")
+    lines = (two / "rankings.jsonl").read_text().split("\n")
+    (two / "rankings.jsonl").write_text("\n".join(lines[:2]))
+    with pytest.raises(UserError, match="ranked other queries"):
+        compare(read_run(one), read_run(two))
+
+
+def test_captions_may_hold_any_separator_of_lines(tmp_path):
+    runs = [write_run(tmp_path / name) for name in ("one", "two")]
+    for run in runs:
+        first = json.loads((run / "rankings.jsonl").read_text().split("\n")[0])
+        line = json.dumps(first | {"caption": "a\u2028b\u0085c"}, ensure_ascii=False)
+        (run / "rankings.jsonl").write_text(line + "\n")
+    found = compare(*map(read_run, runs))
+    assert [example.caption for example in found.examples] == ["a\u2028b\u0085c"]
 
 
 class Page(html.parser.HTMLParser):

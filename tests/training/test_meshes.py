@@ -13,6 +13,7 @@ from vop_jax.errors import UserError
 from vop_jax.tensorfile import flatten
 from vop_jax.training import sharding
 from vop_jax.training.collectives import collectives
+from vop_jax.training.compiled import CompiledStep
 from vop_jax.training.evaluate import make_encoders
 from vop_jax.training.optimizer import make_optimizer
 from vop_jax.training.step import TrainState, loss_and_gradient, make_train_step
@@ -53,7 +54,7 @@ class Trained(Placed):
     def __init__(self, name, shape):
         super().__init__(name, shape)
         method, model = self.method, self.model
-        step = jax.jit(make_train_step(model, self.optimizer, self.mesh))
+        step = CompiledStep(make_train_step(model, self.optimizer, self.mesh), self.mesh)
         self.losses = []
         slots = method.text_slots(tiny.CLIP)
         for k in range(STEPS):

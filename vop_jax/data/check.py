@@ -12,7 +12,7 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,12 +46,13 @@ def check(config: ConfigDict) -> dict[str, Any]:
     preprocessing = Preprocessing.from_mapping(data)
     problems: list[str] = []
     notes: list[str] = []
+    needs_val = config.train.select == "best" and not data.val_share
+    wanted = ("train_split", "eval_split", *(["val_split"] if needs_val else []))
     records = packed.find_records(data.records) if data.records else None
     if records is not None:
-        needs_val = config.train.select == "best" and not data.val_share
-        rows = _of_records(records, data, preprocessing, problems, needs_val)
+        rows = _of_records(records, data, preprocessing, problems, wanted)
     elif data.annotations and data.videos:
-        rows = _of_videos(data, preprocessing, notes)
+        rows = _of_videos(data, preprocessing, notes, problems, wanted)
     else:
         raise UserError(
             f"config.data.records={data.records!r}: no records there; without them "
@@ -92,7 +93,7 @@ def _of_records(
     data: ConfigDict,
     preprocessing: Preprocessing,
     problems: list[str],
-    needs_val: bool,
+    wanted: Sequence[str],
 ) -> dict[str, Rows]:
     made = json.loads((records / "metadata.json").read_text())
     name = builders.name_of(data.kind)
@@ -117,18 +118,32 @@ def _of_records(
             packed.check_content(records, split)
         except UserError as error:
             problems.append(str(error))
-    for key in ("train_split", "eval_split", *(["val_split"] if needs_val else [])):
-        if data[key] not in made["clips"]:
-            problems.append(f"no records of config.data.{key}={data[key]!r}")
+    _check_splits(data, wanted, made["clips"], problems)
     return rows
 
 
-def _of_videos(data: ConfigDict, preprocessing: Preprocessing, notes: list[str]) -> dict[str, Rows]:
+def _check_splits(
+    data: ConfigDict, wanted: Sequence[str], there: Collection[str], problems: list[str]
+) -> None:
+    for key in wanted:
+        if data[key] not in there:
+            found = ", ".join(there)
+            problems.append(f"config.data.{key}={data[key]!r}: no such split; found {found}")
+
+
+def _of_videos(
+    data: ConfigDict,
+    preprocessing: Preprocessing,
+    notes: list[str],
+    problems: list[str],
+    wanted: Sequence[str],
+) -> dict[str, Rows]:
     builder = builders.BUILDERS[builders.name_of(data.kind)]
     dataset, noticed = builder.read(
         data.annotations, data.videos, official_sizes=data.official_sizes
     )
     notes += noticed
+    _check_splits(data, wanted, dataset, problems)
     encode = functools.partial(encode_clip, preprocessing=preprocessing)
     clips = [(split, clip) for split, own in dataset.items() for clip in own]
     found = in_processes(

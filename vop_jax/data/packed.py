@@ -126,9 +126,13 @@ def find_records(directory: str | os.PathLike) -> epath.Path | None:
         if not version.replace(".", "").isdigit():
             continue  # an unfinished one
         if version.split(".")[0] == ours:
-            for name in ("metadata.json", "features.json", SHARDS):
-                if not (info.parent / name).exists():
-                    raise UserError(f"{info.parent}: no {name}; copy the records again")
+            for name in (info.name, "metadata.json", "features.json", SHARDS):
+                try:
+                    json.loads((info.parent / name).read_text())
+                except (FileNotFoundError, ValueError) as error:
+                    what = "damaged" if isinstance(error, ValueError) else "not there"
+                    file = info.parent / name
+                    raise UserError(f"{file}: {what}; copy the records again") from None
             return info.parent
         newer = int(version.split(".")[0]) > int(ours)
         what = "newer than this vop_jax; update it" if newer else "of an older vop_jax"

@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 from absl import logging
+from etils import epath
 from ml_collections import ConfigDict
 
 from vop_jax.data import shapes
@@ -21,10 +22,17 @@ from vop_jax.errors import UserError
 
 
 def _folder(data: ConfigDict, workdir: str) -> Dataset:
-    for key in ("annotations", "videos"):
-        if not data[key]:
+    videos = data.videos
+    if find_records(_records(data, workdir)) and not (videos and epath.Path(videos).is_dir()):
+        videos = os.path.dirname(data.annotations) or "."  # records need their videos no more
+    for key, value in (("annotations", data.annotations), ("videos", videos)):
+        if not value:
             raise UserError(f"config.data.{key} is not set: data.kind='folder' needs it")
-    return read_folder(data.annotations, data.videos)
+    return read_folder(data.annotations, videos)
+
+
+def _records(data: ConfigDict, workdir: str) -> str:
+    return data.records or os.path.join(workdir, "records")
 
 
 def _clips(data: ConfigDict, workdir: str) -> Dataset:
@@ -83,7 +91,7 @@ def load(
     wanted = {data.train_split, data.eval_split} if training else {data.eval_split}
     if training and select == "best" and not data.val_share:
         wanted.add(data.val_split)
-    root = data.records or os.path.join(workdir, "records")
+    root = _records(data, workdir)
     if find_records(root) is None:
         check_local(root)  # before anything is rendered
     preprocessing = Preprocessing.from_mapping(data)

@@ -63,9 +63,10 @@ def compare(one: Run, two: Run, count: int = 6) -> Comparison:
     Raises:
         UserError: a run without rankings, or the two ranked other queries.
     """
-    pairs = list(zip(_rankings(one), _rankings(two), strict=False))
-    if [a["caption"] for a, _ in pairs] != [b["caption"] for _, b in pairs]:
+    ranked = _rankings(one), _rankings(two)
+    if [a["caption"] for a in ranked[0]] != [b["caption"] for b in ranked[1]]:
         raise UserError(f"{one.workdir} and {two.workdir} ranked other queries")
+    pairs = list(zip(*ranked, strict=True))
     kinds: dict[tuple[bool, bool], list[tuple[Ranking, Ranking]]] = {
         kind: [] for kind in ((False, True), (True, False), (False, False), (True, True))
     }
@@ -90,7 +91,7 @@ def _rankings(run: Run) -> list[Ranking]:
     path = epath.Path(run.workdir) / "rankings.jsonl"
     if not path.exists():
         raise UserError(f"{path}: not there; --mode=eval on that workdir writes it")
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text().split("\n") if line]
 
 
 def _answers(ranking: Ranking, pictures: dict[str, list[str]]) -> list[Answer]:

@@ -51,7 +51,7 @@ def load_paper() -> dict[str, Any]:
     return json.loads(path.read_text("utf-8"))
 
 
-def filled(path: str | os.PathLike, runs: Iterable[Run]) -> bytes:
+def filled(path: str | os.PathLike, runs: Sequence[Run]) -> bytes:
     """A document with the tables between its markers made anew; all else stays as it is.
 
     Args:
@@ -66,10 +66,8 @@ def filled(path: str | os.PathLike, runs: Iterable[Run]) -> bytes:
         text = epath.Path(path).read_bytes().decode()
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error.reason})") from None
-    # A run that is given twice, as itself and in its folder, is one.
-    once = list({os.path.realpath(run.workdir): run for run in runs}.values())
     for name in TEST_SIZES:
-        text = _with_table(path, text, name, table(name, once))
+        text = _with_table(path, text, name, table(name, runs))
     return text.encode()
 
 

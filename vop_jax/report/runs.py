@@ -91,7 +91,8 @@ def find_runs(folders: Sequence[str]) -> list[Run]:
         if not found:
             raise UserError(f"{folder}: no finished run there, none has a summary.json")
         runs += found
-    return runs
+    # One that is given twice, as itself and in its folder, is one.
+    return list({os.path.realpath(run.workdir): run for run in runs}.values())
 
 
 def grouped(runs: Sequence[Run], labels: Mapping[str, str] | None = None) -> list[Row]:
