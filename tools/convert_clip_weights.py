@@ -17,6 +17,8 @@ from typing import NoReturn
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from safetensors import SafetensorError
+
 from vop_jax import tensorfile
 from vop_jax.clip import download
 from vop_jax.clip.convert import Converted, convert
@@ -122,7 +124,7 @@ def main(argv: list[str]) -> int:
     """Runs the command line; the exit status."""
     try:
         run(parse(argv))
-    except (UserError, OSError) as error:  # OSError: a place that cannot be read or written
+    except (UserError, OSError, SafetensorError) as error:  # a place, or a disk that is full
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -65,7 +65,7 @@ class Backbone:
         slots = method.text_slots(self.config)
         with self._lock:
             if slots not in self._tokenizers:
-                self._tokenizers[slots] = CaptionTokenizer(slots)
+                self._tokenizers[slots] = CaptionTokenizer(slots, self.config.vocab_size)
             return self._tokenizers[slots]
 
     def with_trained(self, trained: tensorfile.Tree) -> dict[str, Any]:

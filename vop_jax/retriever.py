@@ -223,6 +223,8 @@ def load(
 
 
 def _over(backbone: Backbone, prompts: Path | None, frames: int | None) -> Retriever:
+    if frames is not None and frames < 1:
+        raise UserError(f"frames={frames}: must be 1 or more")
     method, video, fingerprint = MethodConfig("zero_shot"), DEFAULT_VIDEO, ""
     trained: dict[str, Any] = {}
     if prompts is not None:

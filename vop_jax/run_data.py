@@ -67,7 +67,7 @@ def load_data(run: start.Run, *, training: bool = True) -> Data:
     learnt_from = _digest(train_split) if training and train_split else ""
     _check_continued(run, learnt_from)
     test = packed.splits[config.data.eval_split]
-    tokenize = sources.CaptionTokenizer(run.method.text_slots(clip))
+    tokenize = sources.CaptionTokenizer(run.method.text_slots(clip), clip.vocab_size)
     texts = [c for captions in test.captions for c in captions]
     ids, cut = tokenize.with_cuts(texts)
     in_train = [c for captions in train_split.captions for c in captions] if train_split else []

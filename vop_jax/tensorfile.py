@@ -79,6 +79,8 @@ def load(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str]]:
             with safe_open(local, framework="numpy") as file:
                 flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 return unflatten(flat), dict(file.metadata() or {})
+        except (IndexError, TypeError, AttributeError):
+            raise UserError(f"{path}: a tensor lies below the name of another") from None
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: not a readable safetensors file ({error})") from None
 

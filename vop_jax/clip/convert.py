@@ -113,7 +113,7 @@ def read_tensors(path: str | os.PathLike, local: str) -> tuple[layouts.Tensors, 
     if start[8:9] == b"{":  # after the header's length
         try:
             loaded = safetensors_numpy.load_file(local)
-        except (SafetensorError, OSError, ValueError, TypeError) as error:
+        except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: not a readable safetensors file ({error})") from None
         # numpy has no bfloat16 of its own; its kind is that of raw bytes.
         return {k: v.astype("f4") if v.dtype.kind == "V" else v for k, v in loaded.items()}, False
@@ -132,16 +132,23 @@ def read_tensors(path: str | os.PathLike, local: str) -> tuple[layouts.Tensors, 
     for name, value in state.items():
         if not hasattr(value, "detach"):
             raise UserError(f"{path}: {name} is a {type(value).__name__}, not a tensor")
-        value = value.detach()
-        tensors[str(name)] = (value.float() if value.is_floating_point() else value).numpy()
+        try:
+            value = value.detach()
+            tensors[str(name)] = (value.float() if value.is_floating_point() else value).numpy()
+        except (TypeError, RuntimeError, NotImplementedError) as error:
+            why = str(error).split("\n")[0]
+            raise UserError(f"{path}: {name} is not a plain tensor ({why})") from None
     return tensors, archive
 
 
 def _is_torchscript(local: str) -> bool:
     if not zipfile.is_zipfile(local):
         return False
-    with zipfile.ZipFile(local) as file:
-        return any(name.endswith("/constants.pkl") for name in file.namelist())
+    try:
+        with zipfile.ZipFile(local) as file:
+            return any(name.endswith("/constants.pkl") for name in file.namelist())
+    except zipfile.BadZipFile:
+        return False  # torch says what is wrong with it
 
 
 def _load_torch(path: str | os.PathLike, local: str, archive: bool) -> Any:

@@ -39,7 +39,7 @@ def read_config(path: str | os.PathLike, layout: layouts.Layout) -> Told:
     try:
         config = json.loads(file.read_text())
         return (_told_hugging_face if hugging_face else _told_open_clip)(str(file), config)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"{file}: not a readable config of a CLIP ({error!r})") from None
 
 
@@ -90,7 +90,7 @@ def choose_heads(
     """
     known = settle(f"{tower}-heads", asked, getattr(told, f"{tower}_heads"), told.by)
     heads = known or max(1, width // HEAD_WIDTH)
-    if heads < 1 or width % heads:
+    if type(heads) is not int or heads < 1 or width % heads:
         raise UserError(
             f"{path}: {tower} width {width} cannot be parted into {heads} heads; pass a divisor "
             f"of it as --{tower}-heads"

@@ -96,8 +96,8 @@ def load_clip(path: str | os.PathLike) -> ClipWeights:
     try:
         config = ClipConfig(**json.loads(metadata["config"]))
         for name, size in config.to_dict().items():
-            if name != "activation" and type(size) is not int:
-                raise ValueError(f"{name}={size!r}: not a whole number")
+            if name != "activation" and (type(size) is not int or size < 1):
+                raise ValueError(f"{name}={size!r}: not a whole number of 1 or more")
         fingerprint, source = metadata["fingerprint"], metadata["source"]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: its metadata is not a converted CLIP's ({error!r})") from None

@@ -17,7 +17,7 @@ from vop_jax.data.locate import locate
 from vop_jax.data.packed import Packed, Part, find_records, open_records
 from vop_jax.data.packing import check_local, pack
 from vop_jax.data.records import Dataset
-from vop_jax.data.tokenizer import Tokenizer
+from vop_jax.data.tokenizer import VOCAB_SIZE, Tokenizer
 from vop_jax.errors import UserError
 
 
@@ -178,9 +178,18 @@ def _held_out(data: ConfigDict, packed: Packed) -> tuple[Part, Part]:
 
 
 class CaptionTokenizer:
-    """Captions -> ids of a fixed number of slots; can be sent to worker processes."""
+    """Captions -> ids of a fixed number of slots; can be sent to worker processes.
 
-    def __init__(self, slots: int):
+    Raises:
+        UserError: the model's vocabulary is of another tokenizer.
+    """
+
+    def __init__(self, slots: int, vocab_size: int = VOCAB_SIZE):
+        if vocab_size != VOCAB_SIZE:
+            raise UserError(
+                f"a CLIP with a vocabulary of {vocab_size:,} tokens, which is of another tokenizer "
+                f"than CLIP's own, of {VOCAB_SIZE:,}: it cannot be told what captions say"
+            )
         self.slots = slots
         self._tokenizer = Tokenizer()
 

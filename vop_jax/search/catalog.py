@@ -79,6 +79,12 @@ class IndexInfo:
     folder: str
     store: str
 
+    @property
+    def model(self) -> tuple:
+        """What its vectors are by, and where they are."""
+        prompts = self.prompts_fingerprint, self.method
+        return self.clip_fingerprint, *prompts, self.frames, self.dim, self.store
+
 
 def stored_info(directory: str | os.PathLike) -> IndexInfo | None:
     """What an index was made with; None where there is none.
@@ -128,6 +134,8 @@ def told(path: pathlib.Path) -> Iterator[None]:
     except sqlite3.Error as error:
         if "disk is full" in str(error):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(path)) from None
+        if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_IOERR:  # also of a full disk
+            raise UserError(f"{path.parent}: cannot be read or written ({error})") from None
         if isinstance(error, sqlite3.IntegrityError | sqlite3.ProgrammingError):
             raise  # our mistake
         raise UserError(f"{path}: not a readable catalog of an index ({error})") from None

@@ -63,7 +63,8 @@ def _prefix(folder: str) -> str:
     inside = posixpath.normpath(folder)
     if inside.startswith(("/", "../")) or inside == "..":
         raise UserError(f"folder={folder!r}: must be inside the indexed folder, relative to it")
-    if "\0" in folder or not folder.isprintable():
+    # Half a character (a lone surrogate) is in no path that SQLite could hold.
+    if "\0" in folder or any("\ud800" <= c <= "\udfff" for c in folder):
         raise UserError(f"folder={folder!r}: not a name of a folder")
     return "" if inside == "." else inside
 

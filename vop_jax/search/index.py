@@ -93,6 +93,8 @@ class Index:
             folder, since, until, "captions.path" if to == "captions" else "files.path"
         )
         with catalog.reading(self.directory) as db:
+            if catalog.read_info(db).model != self.info.model:
+                raise UserError(f"{self.directory}: was made anew, by another model; open it again")
             return Search(db, self._store(to), to, where, per_file).run(vectors, k)
 
     def _store(self, target: str) -> VectorStore:

@@ -70,6 +70,8 @@ def make_index(
         check_same_model(directory, stored, retriever)
         check_folder(directory, stored, info, files)
     with locked(directory):
+        if catalog.stored_info(directory) != stored:
+            raise UserError(f"{directory}: another process made this index meanwhile; run it again")
         return _update(directory, info, retriever, files, making or Making(), captions)
 
 
@@ -125,9 +127,9 @@ def locked(directory: pathlib.Path) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.release()
         if fresh and catalog.stored_info(directory) is None:  # nothing came of it
             shutil.rmtree(directory, ignore_errors=True)
+        lock.release()
 
 
 def _update(

@@ -119,13 +119,21 @@ class Folder:
 
     def refresh(self) -> tuple[bool, np.ndarray]:
         """Reads what was written since; (whether in other files, which are read whole, changes)."""
-        old = self.head
+        old, mapped = self.head, self._mapped
         new = self._read_head(old.dim)
-        if new == old:
+        if new == old and self._identity(new) == mapped:
             return False, np.empty((0, 2), CHANGE)
         self.head, self.vectors, self.changes = self._read(old.dim)
-        anew = self.head.generation != old.generation
+        # A store that was removed and made again counts from 0 again, in files of the same names.
+        anew = self.head.generation != old.generation or self._mapped != mapped
         return anew, self.changes if anew else self.changes[old.changes :]
+
+    def _identity(self, head: Head) -> tuple[int, int] | None:
+        """Of the file of vectors; no other has it while that is mapped."""
+        with contextlib.suppress(FileNotFoundError):
+            stat = self._vectors(head).stat()
+            return stat.st_dev, stat.st_ino
+        return None
 
     def close(self) -> None:
         """Lets go of the lock."""
@@ -137,7 +145,7 @@ class Folder:
         for _ in range(ATTEMPTS):
             head = self._read_head(dim)
             with contextlib.suppress(FileNotFoundError):  # compacted since: read the head again
-                vectors = self._map(head)
+                self._mapped, vectors = self._identity(head), self._map(head)
                 changes = np.fromfile(self._changes(head), CHANGE, 2 * head.changes)
                 if len(changes) == 2 * head.changes:
                     return head, vectors, changes.reshape(-1, 2)

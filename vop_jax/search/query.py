@@ -87,8 +87,9 @@ class Search:
         hits: list[Hit] = []
         while len(hits) < k and len(ids):
             found, scores = self._store.search(vector[None], min(MOST, len(ids)), ids)
-            hits += self._hits(found[0], scores[0], k - len(hits))
-            if not self._per_file:
+            more = self._hits(found[0], scores[0], k - len(hits))
+            hits += more
+            if not self._per_file or not more:  # none: the store lacks the vectors of the others
                 break
             ids = np.setdiff1d(ids, self._of_same(hits), assume_unique=True)
         return hits

@@ -110,7 +110,9 @@ def open_searcher(
             retriever = other.with_prompts(its_prompts, frames=info.frames)
         else:
             its_clip = _there(directory, "--clip", clip or info.clip)
-            retriever = load(its_clip or "", its_prompts, frames=info.frames)
+            if its_clip is None:
+                raise UserError(f"{directory}: names no CLIP of its own; say --clip=FILE")
+            retriever = load(its_clip, its_prompts, frames=info.frames)
     return Searcher(index, retriever)
 
 

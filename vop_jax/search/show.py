@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import pathlib
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ def row_of(searcher: Searcher, hit: Hit, vector: np.ndarray | None = None) -> di
     row: dict[str, Any] = {"path": hit.path, "score": round(hit.score, 4)}
     row |= {"start": round(hit.start, 3), "end": end}
     if hit.file_id:
-        path = searcher.index.path_of(hit.file_id)
+        path = pathlib.Path(searcher.index.folder, hit.path)
         row |= {"path": str(path), "missing": not path.exists()}
     if hit.caption:
         return {"caption": hit.caption, **row}

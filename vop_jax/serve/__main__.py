@@ -23,6 +23,7 @@ from vop_jax.errors import UserError
 TOKEN = "VOP_JAX_TOKEN"  # in the environment: other users see the arguments of a process
 LIBRARIES = ("fastapi", "uvicorn", "python_multipart")
 CONNECTIONS = 1000
+SILENT_SECONDS = 10  # that a connection may take to ask for the first time
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -35,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--index", action="append", required=True, metavar="DIR", help="once or more")
     add("--clip", metavar="FILE", help="converted weights, if they have moved")
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all of this machine")
+    add("--name", action="append", default=[], metavar="HOST", help="of a proxy in front of it")
     add("--port", type=whole(0, 65535), default=8000, help="8000 if not said; 0: any free one")
     add("--token", default="", help=f"that must be given; better in ${TOKEN}")
     add("--max_upload_mb", type=number(0.001), default=200.0, help="of an uploaded file")
@@ -74,6 +76,12 @@ def _token(given: str) -> str:
     return token
 
 
+def _name(given: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)*", given):
+        raise UserError(f"--name={given}: must be a host's name, as search.example.org")
+    return given.lower()
+
+
 def _serve(args: argparse.Namespace) -> None:
     missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
     if missing:
@@ -88,11 +96,13 @@ def _serve(args: argparse.Namespace) -> None:
             "videos",
             file=sys.stderr,
         )
+    names = tuple(_name(name) for name in args.name)
     settings = Settings(
         token=token,
         max_upload=int(args.max_upload_mb * 2**20),
         max_seconds=args.max_seconds,
-        hosts=(*Settings.hosts, args.host) if is_local(args.host) else (),
+        hosts=(*Settings.hosts, args.host, *names) if is_local(args.host) else (),
+        names=names,
         workers=args.workers,
         decode_seconds=args.decode_seconds,
     )
@@ -105,11 +115,23 @@ def _serve(args: argparse.Namespace) -> None:
 
 def _run(library: Any, settings: Any, sock: socket.socket) -> None:
     import uvicorn
+    from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
     from vop_jax.serve.app import make_app
 
     host, port = sock.getsockname()[:2]
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+    class Protocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
+        """Closes connections that ask for nothing: they count among CONNECTIONS."""
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self.loop.call_later(SILENT_SECONDS, self._close_if_silent)
+
+        def _close_if_silent(self) -> None:
+            if self.cycle is None:  # no request has come as far as the end of its headers
+                self.transport.close()
 
     class Server(uvicorn.Server):
         """Says where it is once it answers, and ends cleanly from then on."""
@@ -120,6 +142,7 @@ def _run(library: Any, settings: Any, sock: socket.socket) -> None:
 
     config = uvicorn.Config(
         make_app(library, settings),
+        http=Protocol,
         log_level="warning",
         access_log=False,  # it would hold queries, and the token
         server_header=False,

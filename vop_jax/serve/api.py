@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
 import anyio
 import numpy as np
@@ -94,8 +94,16 @@ Upload = Annotated[UploadFile, File()]
 
 @router.get("/api/indexes")
 def indexes(served: Serving) -> list[About]:
-    """Which indexes there are."""
-    return [answers.about(name, searcher) for name, searcher in served.library.items()]
+    """Which indexes there are; one that is gone is left out."""
+    found, gone = [], ""
+    for name, searcher in served.library.items():
+        try:
+            found.append(answers.about(name, searcher))
+        except UserError as error:
+            gone = str(error)
+    if not found:
+        raise HTTPException(503, gone)
+    return found
 
 
 @router.get("/api/search")
@@ -171,6 +179,8 @@ async def thumbnail(
 ) -> Response:
     """A small picture of a video at a time."""
     folder, record = await _file(searcher, file_id)
+    # One that is kept is not shown where the file is gone.
+    await anyio.to_thread.run_sync(lambda: _open(folder, record).close())
     try:
         picture = await served.work.picture(decoding.thumbnail, folder, record, round(t, 2))
     except VideoError as error:
@@ -191,10 +201,7 @@ async def thumbnail(
 async def media(searcher: ChosenByPath, file_id: FileId) -> Response:
     """A video, or ranges of it."""
     folder, record = await _file(searcher, file_id)
-    try:
-        file = await anyio.to_thread.run_sync(open_indexed, folder, record)
-    except VideoError as error:
-        raise type(error)(f"{record.path}: {error}") from None
+    file = await anyio.to_thread.run_sync(_open, folder, record)
     return VideoResponse(file, record.path)
 
 
@@ -226,13 +233,24 @@ async def _nearest(
 async def _file(searcher: Searcher, file_id: int) -> tuple[str, writing.File]:
     """(indexed folder, what is known of a file in it) of a video that an index holds."""
     try:
-        file = await anyio.to_thread.run_sync(searcher.index.file_of, file_id)
         folder = await anyio.to_thread.run_sync(lambda: searcher.index.folder)
+    except UserError as error:
+        raise HTTPException(503, str(error)) from None
+    try:
+        file = await anyio.to_thread.run_sync(searcher.index.file_of, file_id)
     except UserError as error:
         raise HTTPException(404, str(error)) from None
     if file.reason is not None:
         raise HTTPException(404, f"{file.path}: could not be read when it was indexed")
     return folder, file
+
+
+def _open(folder: str, record: writing.File) -> BinaryIO:
+    """See `open_indexed`."""
+    try:
+        return open_indexed(folder, record)
+    except VideoError as error:
+        raise type(error)(f"{record.path}: {error}") from None
 
 
 async def _decoded(served: Served, upload: UploadFile, call: Callable, *arguments: Any) -> Any:

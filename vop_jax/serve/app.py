@@ -35,6 +35,7 @@ class Settings:
         max_seconds: of an uploaded video.
         hosts: names that requests may be addressed to; () for any. Where only this machine is to
             reach it, a page of another site could else get at it by a name of its own.
+        names: of those, what a proxy in front is called.
         workers: processes that decode.
         decode_seconds: that one file may take.
     """
@@ -43,6 +44,7 @@ class Settings:
     max_upload: int = 200 << 20
     max_seconds: float = 600.0
     hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "::1")
+    names: tuple[str, ...] = ()
     workers: int = 2
     decode_seconds: float = 60.0
 
@@ -74,7 +76,11 @@ def make_app(library: Library, settings: Settings) -> FastAPI:
     app.add_api_route("/docs", _docs, include_in_schema=False)
     _say_errors(app)
     app.add_middleware(
-        Guard, token=settings.token, hosts=settings.hosts, max_upload=settings.max_upload
+        Guard,
+        token=settings.token,
+        hosts=settings.hosts,
+        names=settings.names,
+        max_upload=settings.max_upload,
     )
     return app
 

@@ -36,11 +36,14 @@ class Guard:
     Args:
         token: that must be given; "" if none.
         hosts: names that requests may be addressed to; () for any.
+        names: of those, what a proxy in front is called: its pages may ask, too.
         max_upload: bytes.
     """
 
-    def __init__(self, app: ASGIApp, token: str, hosts: Sequence[str], max_upload: int):
-        self._app, self._token, self._hosts = app, token, hosts
+    def __init__(
+        self, app: ASGIApp, token: str, hosts: Sequence[str], names: Sequence[str], max_upload: int
+    ):
+        self._app, self._token, self._hosts, self._names = app, token, hosts, names
         self._max_upload = max_upload
         self._uploads = 0
 
@@ -75,7 +78,8 @@ class Guard:
         host, origin = request.headers.get("host", ""), request.headers.get("origin")
         if self._hosts and _hostname(host) not in self._hosts:
             return error(400, "Host: this server is not called so")
-        if origin and origin.partition("://")[2] != host:
+        site = (origin or "").partition("://")[2]
+        if origin and site != host and _hostname(site) not in self._names:
             return error(403, "a page of another site may not ask this server")
         if length := request.headers.get("content-length"):
             most = self._max_upload if request.scope["method"] == "POST" else 0
