@@ -202,6 +202,8 @@ def test_all_devices_give_the_vectors_of_one(retriever, places):
     texts, clips = [f"text number {i}" for i in range(11)], frames(11, 3, 16, 16, 3)
     np.testing.assert_allclose(many.embed_text(texts), retriever.embed_text(texts), atol=1e-6)
     np.testing.assert_allclose(many.embed_frames(clips), retriever.embed_frames(clips), atol=1e-6)
+    with pytest.raises(vop_jax.UserError, match="frames=0: must be 1 or more"):
+        vop_jax.load(places[1], frames=0)
     with pytest.raises(vop_jax.UserError, match="available: 8"):
         vop_jax.load(places[1], devices=9)
 

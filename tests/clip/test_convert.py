@@ -234,11 +234,31 @@ def test_a_config_of_another_model_is_refused(values, named, tmp_path):
         convert(save_safetensors(tmp_path / "model.safetensors", HUGGING_FACE))
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"vision_config": 3}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"vision_config": 3}',
+    ],
+)
 def test_a_broken_config_is_refused(text, tmp_path):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match=r"config\.json"):
         convert(save_safetensors(tmp_path / "model.safetensors", HUGGING_FACE))
+
+
+@pytest.mark.parametrize("heads", ["4", 4.0, True, [4]])
+def test_heads_that_are_no_number(heads, tmp_path):
+    hugging_face_config(tmp_path, heads=heads)
+    with pytest.raises(UserError, match="cannot be parted into"):
+        convert(save_safetensors(tmp_path / "model.safetensors", HUGGING_FACE))
+
+
+def test_a_head_width_of_nothing(tmp_path):
+    open_clip_config(tmp_path, vision_cfg={"head_width": 0}, text_cfg={})
+    with pytest.raises(UserError, match=r"open_clip_config\.json: not a readable config"):
+        convert(save_safetensors(tmp_path / "model.safetensors", STATE))
 
 
 # Tensors that are wrong.
@@ -366,6 +386,24 @@ def zipped(path):
         file.writestr("readme.txt", "no tensors")
 
 
+def unlisted(path):
+    FORMATS["state_dict.pt"](path)
+    data = bytearray(path.read_bytes())
+    data[data.index(b"PK\x01\x02")] = 0  # the first entry of its directory
+    path.write_bytes(data)
+
+
+def save_odd(path, make):
+    torch = pytest.importorskip("torch")
+    torch.save({"a": make(torch)}, path)
+
+
+def float8(path):
+    """Of a kind that numpy has no name for."""
+    header = json.dumps({"a": {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"ab")
+
+
 WRONG = {
     "empty": lambda p: p.write_bytes(b""),
     "page": lambda p: p.write_text("<!DOCTYPE html><html>Not found</html>"),
@@ -376,6 +414,10 @@ WRONG = {
     "truncated state": lambda p: truncated(p, FORMATS["state_dict.pt"]),
     "truncated safetensors": lambda p: truncated(p, FORMATS["open_clip.safetensors"]),
     "zip": zipped,
+    "zip without its directory": unlisted,
+    "sparse": lambda p: save_odd(p, lambda torch: torch.eye(2).to_sparse()),
+    "nowhere": lambda p: save_odd(p, lambda torch: torch.ones(2, device="meta")),
+    "float8": float8,
     "list": lambda p: p.write_bytes(pickle.dumps([1, 2], protocol=2)),
     "no tensor": lambda p: checkpoints.save_torch(p, STATE, "epoch"),
     "another model": lambda p: checkpoints.save_torch(p, {"fc.weight": np.zeros((2, 2))}),

@@ -3,6 +3,7 @@ import json
 
 import numpy as np
 import pytest
+from safetensors import numpy as safetensors_numpy
 
 from tests import tiny
 from vop_jax import tensorfile
@@ -114,11 +115,23 @@ def sizes(**changes):
         {"config": '{"image_size": 16}'},
         sizes(vision_width=[32]),
         sizes(vision_width=32.0),
+        sizes(patch_size=0),
+        sizes(vision_heads=0),
     ],
 )
 def test_damaged_metadata_is_refused(tmp_path, damage):
     with pytest.raises(UserError, match="x: its metadata is not a converted CLIP's"):
         load_clip(edited(tmp_path / "x", **damage))
+
+
+def test_a_tensor_below_another_is_refused(tmp_path):
+    safetensors_numpy.save_file(
+        {"logit_scale": np.zeros(()), "logit_scale/x": np.zeros(2)},
+        tmp_path / "x",
+        {"format": "vop_jax.clip"},
+    )
+    with pytest.raises(UserError, match="x: a tensor lies below the name of another"):
+        load_clip(tmp_path / "x")
 
 
 def test_a_truncated_file_is_refused(tmp_path):

@@ -87,6 +87,12 @@ def test_cutting_keeps_eot_and_is_reported(length):
     assert cut.any() and not cut.all()
 
 
+def test_a_vocabulary_of_another_tokenizer():
+    with pytest.raises(UserError, match=r"vocabulary of 901,629 tokens, .*CLIP's own, of 49,408"):
+        CaptionTokenizer(77, 901_629)
+    assert CaptionTokenizer(77, VOCAB_SIZE)(["a dog"]).shape == (1, 77)
+
+
 def test_no_captions():
     ids, cut = TOKENIZER([], 5)
     assert ids.shape == (0, 5) and cut.shape == (0,)

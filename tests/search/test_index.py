@@ -4,6 +4,7 @@ import concurrent.futures
 import datetime
 import os
 import pathlib
+import shutil
 import sqlite3
 
 import numpy as np
@@ -27,13 +28,13 @@ def unit(count, seed=0):
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
-def synthetic(directory, files=60, moments=7):
+def synthetic(directory, files=60, moments=7, seed=0, prompts=""):
     """An index of files that are not there: (vectors [files, moments, E], their paths)."""
     directory.mkdir()
-    info = IndexInfo(1, "", "c", "CLIP", "", "", "zero_shot", 3, DIM, 2.0, 1.0, "/films", "")
+    info = IndexInfo(1, "", "c", "CLIP", "", prompts, "zero_shot", 3, DIM, 2.0, 1.0, "/films", "")
     catalog = Catalog.open(directory, info)
     store = open_store(directory / "vectors", DIM, write=True)
-    vectors = unit(files * moments).reshape(files, moments, DIM)
+    vectors = unit(files * moments, seed).reshape(files, moments, DIM)
     paths = [f"{FOLDERS[i % len(FOLDERS)]}{i}.mp4" for i in range(files)]
     with catalog.transaction():
         for i, path in enumerate(paths):
@@ -117,6 +118,54 @@ def test_thousands_of_moments_of_one_file_hide_no_other(made, monkeypatch, asked
     assert_found(index.search(query, 9, **asked)[0], rows[:9])
 
 
+def test_what_the_store_has_lost_ends_a_search(made, monkeypatch):
+    """Vectors of all files but three are not there, and nine are asked for."""
+    for name, value in (("MOST", 10), ("FIRST", 3), ("EACH", 1), ("FEW", 0)):
+        monkeypatch.setattr(queries, name, value)
+    vectors, paths, index = made
+    whole = index._store("videos")
+
+    class Lossy:
+        def __len__(self):
+            return len(whole)
+
+        def search(self, asked, k, allowed=None):
+            kept = np.arange(1, 3 * vectors.shape[1] + 1)
+            return whole.search(
+                asked, k, kept if allowed is None else np.intersect1d(kept, allowed)
+            )
+
+    monkeypatch.setattr(index, "_store", lambda to: Lossy())
+    query = unit(1, seed=2)
+    rows = brute(vectors[:3], paths[:3], query[0], lambda i: True)
+    assert_found(index.search(query, 9)[0], rows)
+
+
+def test_an_index_that_was_made_anew_under_an_open_one(tmp_path):
+    """Of as many vectors under the same names: what was read of the old is not mixed into it."""
+    synthetic(tmp_path / "index", files=4, moments=2)
+    index, query = Index.open(tmp_path / "index"), unit(1, seed=3)
+    index.search(query, 4)
+    shutil.rmtree(tmp_path / "index")
+    vectors, paths = synthetic(tmp_path / "index", files=4, moments=2, seed=7)
+    rows = brute(vectors, paths, query[0], lambda i: True)
+    assert_found(index.search(query, 4)[0], rows)
+    shutil.rmtree(tmp_path / "index")
+    synthetic(tmp_path / "index", files=4, moments=2, prompts="other")
+    with pytest.raises(UserError, match="was made anew, by another model; open it again"):
+        index.search(query, 4)
+
+
+@pytest.mark.parametrize("name", ["旅行\u3000２", "a\u00a0b", "👨\u200d👩", "two words"])
+def test_folders_of_any_name(tmp_path, name):
+    synthetic(tmp_path / "index", files=1, moments=1)
+    catalog = Catalog.open(tmp_path / "index", Index.open(tmp_path / "index").info)
+    with catalog.transaction():
+        catalog.move(catalog.files()["0.mp4"], f"{name}/0.mp4", 1, 1)
+    catalog.close()
+    assert len(Index.open(tmp_path / "index").search(unit(1), 9, folder=name)[0]) == 1
+
+
 def test_what_the_catalog_does_not_know_is_not_found(tmp_path):
     vectors, paths = synthetic(tmp_path / "index", files=4, moments=2)
     store = open_store(tmp_path / "index/vectors", DIM, write=True)
@@ -152,6 +201,8 @@ def test_filters_are_answered_by_sql_indexes(made):
         ({"to": "sounds"}, "to='sounds': allowed are videos, captions"),
         ({"folder": "/etc"}, "must be inside the indexed folder"),
         ({"folder": "cats/../../x"}, "must be inside the indexed folder"),
+        ({"folder": "a\0b"}, "not a name of a folder"),
+        ({"folder": "a\ud83d"}, "not a name of a folder"),
         ({"since": "yesterday"}, "since='yesterday': must be a date such as 2026-11-25"),
         ({"until": "2026-02-30"}, "until='2026-02-30': must be a date"),
     ],
@@ -281,5 +332,7 @@ def test_an_index_and_its_model(shared, retriever, tmp_path):
         )
     with pytest.raises(UserError, match="3 frames a clip, not with no prompts and 4 frames"):
         vop_jax.search.open(shared[1], retriever=retriever.with_prompts(None, frames=4))
+    with pytest.raises(UserError, match=r"names no CLIP of its own; say --clip=FILE"):
+        vop_jax.search.open(shared[1])
     with pytest.raises(UserError, match=r"gone since .* was made; say --clip=FILE"):
         vop_jax.search.open(shared[1], clip=tmp_path / "gone.safetensors")

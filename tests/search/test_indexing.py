@@ -9,7 +9,7 @@ import pytest
 from tests.data import videos
 from tests.search import library
 from vop_jax import UserError
-from vop_jax.search import decoding, indexing
+from vop_jax.search import decoding, indexing, make
 from vop_jax.search.asked import Request, absolute
 from vop_jax.search.index import Index
 from vop_jax.search.make import locked, make_index
@@ -199,6 +199,21 @@ def test_two_writers(films, tmp_path, retriever):
     ):
         library.make(tmp_path / "index", films, retriever)
     assert library.make(tmp_path / "index", films, retriever).added == 4
+
+
+def test_an_index_that_another_made_meanwhile(films, tmp_path, retriever, monkeypatch):
+    """Looked at before it is locked, it is another once it is."""
+    real = make.find_videos
+
+    def slowly(*given):
+        monkeypatch.setattr(make, "find_videos", real)
+        library.make(tmp_path / "index", films, retriever, window=1.0)
+        return real(*given)
+
+    monkeypatch.setattr(make, "find_videos", slowly)
+    with pytest.raises(UserError, match="another process made this index meanwhile; run it again"):
+        library.make(tmp_path / "index", films, retriever)
+    assert Index.open(tmp_path / "index").info.window == 1.0
 
 
 def test_the_folder_may_move(films, tmp_path, retriever, monkeypatch):

@@ -255,6 +255,7 @@ def test_a_large_picture(client, monkeypatch):
 
 def test_a_file_that_vanished(own):
     client, folder, _searcher = own
+    assert client.get("/api/thumbnail/own/1").status_code == 200  # and is kept
     (folder / "a.mp4").unlink()
     for address in (
         "/media/own/1",
@@ -314,5 +315,14 @@ def test_what_nobody_foresaw(client, monkeypatch, searcher):
 def test_an_index_that_is_gone(own):
     client, _folder, searcher = own
     os.rename(searcher.index.directory, str(searcher.index.directory) + "-away")
-    answer = client.get("/api/search", params={"q": "white"})
-    assert answer.status_code == 503 and "no index" in answer.json()["error"]
+    for address in ("/api/search?q=white", "/api/indexes", "/api/thumbnail/own/1", "/media/own/1"):
+        answer = client.get(address)
+        assert answer.status_code == 503 and "no index" in answer.json()["error"], address
+
+
+def test_the_others_where_one_index_is_gone(own, serve, searcher):
+    _, _, gone = own
+    client = serve({"own": gone, "films": searcher})
+    assert [about["name"] for about in client.get("/api/indexes").json()] == ["own", "films"]
+    os.rename(gone.index.directory, str(gone.index.directory) + "-away")
+    assert [about["name"] for about in client.get("/api/indexes").json()] == ["films"]

@@ -63,6 +63,19 @@ def test_any_name_where_it_is_for_others(serve):
     assert client.get("/healthz", headers={"Host": "videos.example"}).status_code == 200
 
 
+def test_a_proxy_in_front(serve):
+    client = serve(hosts=("localhost", "films.example"), names=("films.example",))
+    for headers, status in [
+        ({"Host": "films.example"}, 200),
+        ({"Host": "films.example", "Origin": "https://films.example"}, 200),
+        ({"Host": "localhost:8000", "Origin": "https://films.example"}, 200),  # as nginx sends it
+        ({"Host": "localhost:8000", "Origin": "https://evil.example"}, 403),
+        ({"Host": "films.example", "Origin": "http://localhost"}, 403),
+        ({"Host": "evil.example"}, 400),
+    ]:
+        assert client.get("/api/indexes", headers=headers).status_code == status, headers
+
+
 def test_other_sites_pages(client):
     for origin, status in [
         ("http://localhost", 200),
