@@ -1,6 +1,7 @@
 """What a search finds, among what, while others write."""
 
 import concurrent.futures
+import contextlib
 import datetime
 import os
 import pathlib
@@ -123,7 +124,7 @@ def test_what_the_store_has_lost_ends_a_search(made, monkeypatch):
     for name, value in (("MOST", 10), ("FIRST", 3), ("EACH", 1), ("FEW", 0)):
         monkeypatch.setattr(queries, name, value)
     vectors, paths, index = made
-    whole = index._store("videos")
+    whole = index._vectors("videos")
 
     class Lossy:
         def __len__(self):
@@ -135,7 +136,8 @@ def test_what_the_store_has_lost_ends_a_search(made, monkeypatch):
                 asked, k, kept if allowed is None else np.intersect1d(kept, allowed)
             )
 
-    monkeypatch.setattr(index, "_store", lambda to: Lossy())
+    lossy = Lossy()
+    monkeypatch.setattr(index, "_vectors", lambda to: lossy)
     query = unit(1, seed=2)
     rows = brute(vectors[:3], paths[:3], query[0], lambda i: True)
     assert_found(index.search(query, 9)[0], rows)
@@ -234,6 +236,32 @@ def test_a_reader_sees_whole_states(tmp_path):
             after = list(pool.map(look, range(16)))
             assert set(inside) == {8 + 6 * round} and set(after) == {14 + 6 * round}
     catalog.close()
+
+
+def test_a_writer_between_reading_catalog_and_vectors(tmp_path, monkeypatch):
+    """A file is done again: its old vectors go, and the search that began before sees the new."""
+    synthetic(tmp_path / "index", files=2, moments=1)
+    index = Index.open(tmp_path / "index")
+    index.search(unit(1), 9)
+    real = index._vectors
+    asked = []
+
+    def slowly(to):
+        asked.append(to)
+        if len(asked) == 2:  # the catalog has been read
+            catalog = Catalog.open(tmp_path / "index", index.info)
+            with contextlib.closing(open_store(tmp_path / "index/vectors", DIM, write=True)) as s:
+                with catalog.transaction():
+                    (old,) = catalog.moments_at(["0.mp4"])
+                    ids = catalog.add("0.mp4", 1, 1, "", [(0.0, 1.0)])
+                    s.put(np.array(ids), unit(1))
+                s.delete(np.array([old]))
+            catalog.close()
+        return real(to)
+
+    monkeypatch.setattr(index, "_vectors", slowly)
+    assert {hit.path for hit in index.search(unit(1), 9)[0]} == {"0.mp4", "cats/1.mp4"}
+    assert len(asked) == 4
 
 
 def test_where_files_are(shared):

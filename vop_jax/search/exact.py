@@ -67,12 +67,17 @@ class View:
 
         return nearest.place(self.vectors, self.rows)
 
+    def __len__(self) -> int:
+        return len(self.ids)
+
     def search(
-        self, queries: np.ndarray, k: int, allowed: np.ndarray | None
+        self, queries: np.ndarray, k: int, allowed: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """As `VectorStore.search`."""
+        """See `store.Snapshot`."""
         from vop_jax.search import nearest
 
+        queries, k = checked_vectors(queries, self.vectors.shape[1], "queries"), checked_k(k)
+        allowed = None if allowed is None else checked_ids(allowed)
         ids = np.full((len(queries), k), NO_ID, np.int64)
         scores = np.full((len(queries), k), -np.inf, np.float32)
         positions = None
@@ -119,10 +124,8 @@ class ExactStore:
     def search(
         self, queries: np.ndarray, k: int, allowed: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The best k of all or of the allowed ids, see `VectorStore.search`."""
-        queries = checked_vectors(queries, self._dim, "queries")
-        allowed = None if allowed is None else checked_ids(allowed)
-        return self._view.search(queries, checked_k(k), allowed)
+        """The best k of all or of the allowed ids, see `store.Snapshot`."""
+        return self._view.search(queries, k, allowed)
 
     def put(self, ids: np.ndarray, vectors: np.ndarray) -> None:
         """Adds or replaces vectors; a kill at any time leaves all of them or none."""
@@ -135,12 +138,13 @@ class ExactStore:
         ids = ids[self._view.positions(ids)[1]]
         self._change(ids, np.full(len(ids), DELETED), np.empty((0, self._dim), np.float32))
 
-    def refresh(self) -> None:
+    def refresh(self) -> View:
         """Shows what a writer has written since; see `VectorStore.refresh`."""
         anew, changes = self._folder.refresh()
         if anew or len(changes):
             view = self._empty() if anew else self._view
             self._view = view.changed(*_last(changes), self._folder.vectors)
+        return self._view
 
     def close(self) -> None:
         """Lets go of the lock, and of the mapped file once no search uses it."""

@@ -11,8 +11,10 @@ from vop_jax.search import catalog
 from vop_jax.search.catalog import IndexInfo
 from vop_jax.search.filters import Date, make_filter
 from vop_jax.search.query import TARGETS, Hit, Search
-from vop_jax.search.store import MOST, VectorStore, open_store
+from vop_jax.search.store import MOST, Snapshot, VectorStore, open_store
 from vop_jax.search.writing import File
+
+ATTEMPTS = 10  # to read a catalog while nothing is written to its store
 
 
 def vectors_uri(directory: str | os.PathLike, store: str, target: str) -> str:
@@ -53,7 +55,7 @@ class Index:
         Raises:
             UserError: they are gone, or a database does not answer.
         """
-        self._store("videos")
+        self._vectors("videos")
 
     def close(self) -> None:
         """Lets go of the vectors."""
@@ -92,20 +94,25 @@ class Index:
         where = make_filter(
             folder, since, until, "captions.path" if to == "captions" else "files.path"
         )
-        with catalog.reading(self.directory) as db:
-            if catalog.read_info(db).model != self.info.model:
-                raise UserError(f"{self.directory}: was made anew, by another model; open it again")
-            return Search(db, self._store(to), to, where, per_file).run(vectors, k)
+        attempts = 0
+        while True:
+            attempts += 1
+            before = self._vectors(to)
+            with catalog.reading(self.directory) as db:
+                if catalog.read_info(db).model != self.info.model:
+                    anew = "was made anew, by another model; open it again"
+                    raise UserError(f"{self.directory}: {anew}")
+                # The same before and after: it has all vectors of the state that is read.
+                if (found := self._vectors(to)) is before or attempts == ATTEMPTS:
+                    return Search(db, found, to, where, per_file).run(vectors, k)
 
-    def _store(self, target: str) -> VectorStore:
-        """The vectors of the state of the catalog that is being read, or of a later one."""
+    def _vectors(self, target: str) -> Snapshot:
+        """The vectors that there are now."""
         with self._lock:
             if target not in self._stores:
                 uri = vectors_uri(self.directory, self.info.store, target)
                 self._stores[target] = open_store(uri, self.info.dim, write=False)
-            else:
-                self._stores[target].refresh()
-            return self._stores[target]
+            return self._stores[target].refresh()
 
     @property
     def folder(self) -> str:

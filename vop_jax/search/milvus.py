@@ -65,8 +65,9 @@ class MilvusStore:
     def __len__(self) -> int:
         return self._query(output_fields=["count(*)"])[0]["count(*)"]
 
-    def refresh(self) -> None:
+    def refresh(self) -> "MilvusStore":
         """Nothing to do: a database shows what others write."""
+        return self
 
     def ids(self) -> np.ndarray:
         """All ids, int64, sorted."""

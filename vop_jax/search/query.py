@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from vop_jax.search.filters import Filter
-from vop_jax.search.store import MOST, VectorStore
+from vop_jax.search.store import MOST, Snapshot
 
 TARGETS = ("videos", "captions")
 # So many vectors are told to a store one by one; of a larger share the best of all are filtered.
@@ -53,7 +53,7 @@ class Search:
     """One search of one state of an index."""
 
     def __init__(
-        self, db: sqlite3.Connection, store: VectorStore, to: str, where: Filter, per_file: bool
+        self, db: sqlite3.Connection, store: Snapshot, to: str, where: Filter, per_file: bool
     ):
         self._db, self._store, self._to, self._where = db, store, to, where
         self._per_file = per_file

@@ -11,7 +11,28 @@ MOST = 16_384  # results of one search that every store gives: Milvus' own limit
 NO_ID = -1  # fills up the answers where a store holds fewer than k vectors
 
 
-class VectorStore(Protocol):
+class Snapshot(Protocol):
+    """What can be searched at one moment, as far as a store tells moments apart."""
+
+    def search(
+        self, queries: np.ndarray, k: int, allowed: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The vectors with the largest inner products, best first, ties by smaller id.
+
+        Args:
+            queries: float32 [Q, E].
+            k: how many, 1 or more.
+            allowed: int64 ids to which the search is restricted; None for all.
+
+        Returns:
+            (ids int64 [Q, k], scores float32 [Q, k]), filled up with -1 and -inf.
+        """
+
+    def __len__(self) -> int:
+        """How many vectors there are."""
+
+
+class VectorStore(Snapshot, Protocol):
     """Vectors by id, searched by inner product, exactly.
 
     An id is an int64 of 0 or more; a vector is float32 and finite. Who may write and read at the
@@ -37,28 +58,15 @@ class VectorStore(Protocol):
             UserError: an id that is not there.
         """
 
-    def search(
-        self, queries: np.ndarray, k: int, allowed: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The vectors with the largest inner products, best first, ties by smaller id.
-
-        Args:
-            queries: float32 [Q, E].
-            k: how many, 1 or more.
-            allowed: int64 ids to which the search is restricted; None for all.
+    def refresh(self) -> Snapshot:
+        """Shows what others have written since; searches that are under way are not disturbed.
 
         Returns:
-            (ids int64 [Q, k], scores float32 [Q, k]), filled up with -1 and -inf.
+            What there is now: the same object as before where nothing was written.
         """
-
-    def refresh(self) -> None:
-        """Shows what others have written since; searches that are under way are not disturbed."""
 
     def ids(self) -> np.ndarray:
         """All ids, int64, sorted."""
-
-    def __len__(self) -> int:
-        """How many vectors there are."""
 
     def close(self) -> None:
         """Lets go of files, locks and connections; a second time does nothing."""
