@@ -387,6 +387,15 @@ def test_records_need_their_videos_no_more(call, folder, tmp_path):
     shutil.rmtree(moved / "videos")
     assert call(folder=moved)[0] == 0
     assert call("--config.data.videos=", folder=moved)[0] == 0
+    # For a split that they lack videos are asked for.
+    records = f"--config.data.records={tmp_path / 'run/records'}"
+    lacking = (records, "--config.data.eval_split=val", "--config.data.videos=")
+    text = (moved / "captions.csv").read_text()
+    (moved / "captions.csv").write_text(text + "9.mp4,more,val\n")
+    assert_refused(
+        call(*lacking, folder=moved, workdir=tmp_path / "other"), "config.data.videos is not set"
+    )
+    (moved / "captions.csv").write_text(text)
     # With annotations they are still compared.
     text = (moved / "captions.csv").read_text()
     (moved / "captions.csv").write_text(text.replace("clip number 2,", "another clip,"))

@@ -78,11 +78,13 @@ def load(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str]]:
         try:
             with safe_open(local, framework="numpy") as file:
                 flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                return unflatten(flat), dict(file.metadata() or {})
-        except (IndexError, TypeError, AttributeError):
-            raise UserError(f"{path}: a tensor lies below the name of another") from None
-        except (SafetensorError, OSError) as error:
+                metadata = dict(file.metadata() or {})
+        except (SafetensorError, OSError, AttributeError) as error:  # of a type numpy has not
             raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+    try:
+        return unflatten(flat), metadata
+    except (IndexError, TypeError):
+        raise UserError(f"{path}: a tensor lies below the name of another") from None
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, str]:

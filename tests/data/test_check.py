@@ -101,6 +101,14 @@ def test_without_records_the_videos_are_decoded(msrvtt):
     assert found["splits"] == check(msrvtt)[3]["splits"]
 
 
+def test_records_need_their_videos_no_more(msrvtt):
+    sources = (
+        f"--config.data.annotations={msrvtt / 'annotations'}",
+        f"--config.data.videos={msrvtt / 'nowhere'}",
+    )
+    assert check(msrvtt, *sources)[3] == check(msrvtt)[3]
+
+
 def test_a_split_that_is_not_there(msrvtt):
     sources = (
         f"--config.data.annotations={msrvtt / 'annotations'}",

@@ -206,6 +206,20 @@ def test_a_full_disk_loses_nothing(msvd, tmp_path, monkeypatch, capsys):
     assert digest(tmp_path / "full") == digest(whole)
 
 
+@pytest.mark.parametrize(
+    ("said", "code"),
+    [
+        ("No space left on device", errno.ENOSPC),
+        ("Disk quota exceeded", errno.EDQUOT),
+        ("something else", errno.EIO),
+    ],
+)
+def test_what_array_record_tells_of_the_disk(tmp_path, said, code):
+    with pytest.raises(OSError) as error, shards._disk_errors(tmp_path):
+        raise RuntimeError(said)
+    assert error.value.errno == code
+
+
 def test_array_record_tells_of_a_full_disk(tmp_path):
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full on this system")
@@ -357,6 +371,29 @@ def test_splits_can_be_added(msvd, tmp_path, monkeypatch):
         one, other = (made.splits[split] for made in both)
         assert one.ids == other.ids
         assert all(one[i] == other[i] for i in range(len(one)))
+
+
+def test_cut_off_between_a_shard_and_its_note(msvd, tmp_path, monkeypatch):
+    """The file that took the old one's place is not what the old note says."""
+    annotations, films = msvd
+    mine, out = tmp_path / "films", tmp_path / "out"
+    shutil.copytree(films, mine)
+    gone = sorted(mine.iterdir())[3]
+    content = gone.read_bytes()
+    gone.unlink()
+    assert prepare.main(command((annotations, mine), out)) == 0
+    gone.write_bytes(content)
+
+    def full(path, value):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shards, "write_json", full)
+        assert prepare.main(command((annotations, mine), out)) == 1
+    assert prepare.main(command((annotations, mine), out)) == 0
+    assert prepare.main(command(msvd, tmp_path / "whole")) == 0
+    records = {k: v for k, v in digest(out).items() if "array_record" in k}
+    assert records == {k: v for k, v in digest(tmp_path / "whole").items() if "array_record" in k}
 
 
 def test_an_addition_that_was_cut_off_is_continued(msvd, tmp_path, monkeypatch):

@@ -24,18 +24,18 @@ DIM = 8
 FOLDERS = ("", "cats/", "cats/black/", "cats2/", "dogs/")
 
 
-def unit(count, seed=0):
-    rows = np.random.default_rng(seed).standard_normal((count, DIM)).astype(np.float32)
+def unit(count, seed=0, dim=DIM):
+    rows = np.random.default_rng(seed).standard_normal((count, dim)).astype(np.float32)
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
-def synthetic(directory, files=60, moments=7, seed=0, prompts=""):
+def synthetic(directory, files=60, moments=7, seed=0, prompts="", dim=DIM):
     """An index of files that are not there: (vectors [files, moments, E], their paths)."""
     directory.mkdir()
-    info = IndexInfo(1, "", "c", "CLIP", "", prompts, "zero_shot", 3, DIM, 2.0, 1.0, "/films", "")
+    info = IndexInfo(1, "", "c", "CLIP", "", prompts, "zero_shot", 3, dim, 2.0, 1.0, "/films", "")
     catalog = Catalog.open(directory, info)
-    store = open_store(directory / "vectors", DIM, write=True)
-    vectors = unit(files * moments, seed).reshape(files, moments, DIM)
+    store = open_store(directory / "vectors", dim, write=True)
+    vectors = unit(files * moments, seed, dim).reshape(files, moments, dim)
     paths = [f"{FOLDERS[i % len(FOLDERS)]}{i}.mp4" for i in range(files)]
     with catalog.transaction():
         for i, path in enumerate(paths):
@@ -156,6 +156,26 @@ def test_an_index_that_was_made_anew_under_an_open_one(tmp_path):
     synthetic(tmp_path / "index", files=4, moments=2, prompts="other")
     with pytest.raises(UserError, match="was made anew, by another model; open it again"):
         index.search(query, 4)
+    shutil.rmtree(tmp_path / "index")
+    synthetic(tmp_path / "index", files=4, moments=2, dim=2 * DIM)
+    with pytest.raises(UserError, match="was made anew, by another model; open it again"):
+        index.search(query, 4)
+    shutil.rmtree(tmp_path / "index")
+    with pytest.raises(UserError, match="no index; make one with"):
+        index.search(query, 4)
+
+
+def test_what_sqlite_cannot_read_or_write(tmp_path):
+    from vop_jax.search.catalog import told
+
+    error = sqlite3.OperationalError("disk I/O error")
+    error.sqlite_errorcode = sqlite3.SQLITE_IOERR_SHMSIZE
+    for raised, message in (
+        (error, "index: cannot be read or written .disk I/O error"),
+        (sqlite3.OperationalError("Could not decode to UTF-8"), "not a readable catalog"),
+    ):
+        with pytest.raises(UserError, match=message), told(tmp_path / "index/catalog.sqlite"):
+            raise raised
 
 
 @pytest.mark.parametrize("name", ["旅行\u3000２", "a\u00a0b", "👨\u200d👩", "two words"])

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 from safetensors import numpy as safetensors_numpy
 
 from tests import checkpoints
@@ -131,6 +132,15 @@ def test_a_wrong_call_is_one_line(tool, argv, named, capsys):
 def test_a_place_that_cannot_be_written_is_one_line(tool, source, capsys):
     error = refused(tool, capsys, f"--source={source}", f"--output={source}/clip")
     assert str(source) in error
+
+
+def test_a_full_disk_is_one_line(tool, source, tmp_path, capsys, monkeypatch):
+    def full(*args, **kwargs):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    monkeypatch.setattr(tool, "save_clip", full)
+    message = refused(tool, capsys, f"--source={source}", f"--output={tmp_path / 'x'}")
+    assert "No space left on device" in message
 
 
 def test_a_refused_source_leaves_no_output(tool, source, tmp_path, capsys):

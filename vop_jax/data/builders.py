@@ -179,7 +179,7 @@ class VideoBuilder(dataset_builder.FileReaderBuilder, skip_registration=True):  
         with beam.Pipeline(runner=runner, options=options) as pipeline:
             _ = (
                 pipeline
-                | beam.Create(shards.tasks_of(planned))
+                | beam.Create([task.shard for task in shards.tasks_of(planned)])
                 | beam.Reshuffle()
                 | beam.Map(write_alone, self._preprocessing, self._making.seconds)
             )
@@ -239,11 +239,13 @@ class VideoBuilder(dataset_builder.FileReaderBuilder, skip_registration=True):  
             shutil.rmtree(self._staging(), ignore_errors=True)
 
 
-def write_alone(task: shards.Task, preprocessing: Preprocessing, seconds: float) -> None:
-    """One shard, on whatever machine this runs."""
+def write_alone(shard: shards.Shard, preprocessing: Preprocessing, seconds: float) -> None:
+    """One shard, on whatever machine this runs; nothing where it is finished by now."""
     encode = functools.partial(encode_clip, preprocessing=preprocessing)
-    with contextlib.closing(in_processes(encode, task.to_encode, 1, seconds=seconds)) as results:
-        shards.write_shards([task], results)
+    tasks = shards.tasks_of([shard])
+    clips = [clip for task in tasks for clip in task.to_encode]
+    with contextlib.closing(in_processes(encode, clips, 1, seconds=seconds)) as results:
+        shards.write_shards(tasks, results)
 
 
 def check_share(

@@ -104,7 +104,7 @@ def _of_records(
     if data.annotations:
         dataset, _ = builders.BUILDERS[name].read(
             data.annotations,
-            data.videos or None,
+            None,  # records need their videos no more
             official_sizes=data.official_sizes,
             only=list(made["clips"]),
         )

@@ -140,6 +140,11 @@ def find_records(directory: str | os.PathLike) -> epath.Path | None:
     return None
 
 
+def splits_of(records: epath.Path) -> set[str]:
+    """Those that finished records have."""
+    return set(json.loads((records / "metadata.json").read_text())["clips"])
+
+
 def open_records(
     directory: str | os.PathLike,
     preprocessing: Preprocessing,

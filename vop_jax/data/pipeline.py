@@ -5,7 +5,7 @@ start at batch k, with any number of threads, workers or hosts.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from vop_jax import buckets
 from vop_jax.data.decoded import Drawn, decode, draws_frames
 from vop_jax.data.packed import Split
 from vop_jax.data.pixels import Cut, centre_cut, cut_out, draw_cut, eval_crop
-from vop_jax.data.workers import stand_apart
+from vop_jax.data.workers import stand_apart, starting
 
 Batch = dict[str, np.ndarray]
 Tokenize = Callable[[Sequence[str]], np.ndarray]  # N captions -> int32 [N, T]
@@ -219,6 +219,14 @@ def eval_videos(
     return _read(items, len(local), 0, threads, 0)
 
 
+def _started(batches: Iterable[Batch]) -> Iterator[Batch]:
+    with starting():
+        rest = iter(batches)
+        first = next(rest)  # its processes are started by now
+    yield first
+    yield from rest
+
+
 def _stand_apart(worker: int, workers: int) -> None:
     stand_apart()
 
@@ -231,7 +239,7 @@ def _read(rows: Any, batch_size: int, start: int, threads: int, workers: int) ->
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=PREFETCH)
         batches = rows.batch(batch_size, drop_remainder=True)[start:].to_iter_dataset(options)
         options = grain.MultiprocessingOptions(num_workers=workers)
-        return iter(batches.mp_prefetch(options, worker_init_fn=_stand_apart))
+        return _started(batches.mp_prefetch(options, worker_init_fn=_stand_apart))
     options = grain.ReadOptions(
         num_threads=threads, prefetch_buffer_size=max(threads, PREFETCH * batch_size)
     )

@@ -158,6 +158,7 @@ def write_shards(tasks: Iterable[Task], encoded: Iterator[Encoded | VideoError])
                         record = serialize(clip, found)
                         size += len(record)
                         write(record)
+            epath.Path(shard.path + ".json").unlink(missing_ok=True)  # it tells of another file
             unfinished.replace(path)
             note = {
                 "fingerprint": shard.fingerprint,

@@ -14,16 +14,16 @@ from vop_jax.data.annotations.folder import hash_of, read_folder, video_of
 from vop_jax.data.builders import Making
 from vop_jax.data.encode import Preprocessing
 from vop_jax.data.locate import locate
-from vop_jax.data.packed import Packed, Part, find_records, open_records
+from vop_jax.data.packed import Packed, Part, find_records, open_records, splits_of
 from vop_jax.data.packing import check_local, pack
 from vop_jax.data.records import Dataset
 from vop_jax.data.tokenizer import VOCAB_SIZE, Tokenizer
 from vop_jax.errors import UserError
 
 
-def _folder(data: ConfigDict, workdir: str) -> Dataset:
+def _folder(data: ConfigDict, workdir: str, packed: bool) -> Dataset:
     videos = data.videos
-    if find_records(_records(data, workdir)) and not (videos and epath.Path(videos).is_dir()):
+    if packed and not (videos and epath.Path(videos).is_dir()):
         videos = os.path.dirname(data.annotations) or "."  # records need their videos no more
     for key, value in (("annotations", data.annotations), ("videos", videos)):
         if not value:
@@ -31,22 +31,19 @@ def _folder(data: ConfigDict, workdir: str) -> Dataset:
     return read_folder(data.annotations, videos)
 
 
-def _records(data: ConfigDict, workdir: str) -> str:
-    return data.records or os.path.join(workdir, "records")
-
-
-def _clips(data: ConfigDict, workdir: str) -> Dataset:
+def _clips(data: ConfigDict, workdir: str, packed: bool) -> Dataset:
     videos = data.videos or os.path.join(workdir, "videos")
     rendered = shapes.render(videos, train=data.rendered)
     return read_folder(rendered, os.path.dirname(rendered))
 
 
-def _stills(data: ConfigDict, workdir: str) -> Dataset:
+def _stills(data: ConfigDict, workdir: str, packed: bool) -> Dataset:
     rendered = shapes.render_stills(data.videos or os.path.join(workdir, "stills"))
     return read_folder(rendered, os.path.dirname(rendered))
 
 
-SOURCES: dict[str, Callable[[ConfigDict, str], Dataset]] = {
+# (data, workdir, whether all that is wanted of it is packed) -> clips
+SOURCES: dict[str, Callable[[ConfigDict, str, bool], Dataset]] = {
     "folder": _folder,
     "clips": _clips,
     "stills": _stills,
@@ -91,16 +88,18 @@ def load(
     wanted = {data.train_split, data.eval_split} if training else {data.eval_split}
     if training and select == "best" and not data.val_share:
         wanted.add(data.val_split)
-    root = _records(data, workdir)
-    if find_records(root) is None:
+    root = data.records or os.path.join(workdir, "records")
+    records = find_records(root)
+    if records is None:
         check_local(root)  # before anything is rendered
     preprocessing = Preprocessing.from_mapping(data)
-    if data.kind == "folder" and not data.annotations and find_records(root) is not None:
+    if data.kind == "folder" and not data.annotations and records is not None:
         packed = open_records(root, preprocessing, sorted(wanted), max_skipped=data.max_skipped)
     elif data.kind in BENCHMARKS:
         packed = _benchmark(data, root, preprocessing, sorted(wanted), making)
     else:
-        dataset = SOURCES[data.kind](data, workdir)
+        whole = records is not None and wanted <= splits_of(records)
+        dataset = SOURCES[data.kind](data, workdir, whole)
         _check_splits(data, wanted, {split: len(clips) for split, clips in dataset.items()})
         packed = pack(
             {split: clips for split, clips in dataset.items() if split in wanted},

@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing import connection, resource_tracker
 from typing import Any
@@ -104,14 +104,8 @@ class _Worker:
         context = multiprocessing.get_context("spawn")  # a fork would copy locks held by JAX
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, self._call), daemon=True)
-        # Ctrl-C is the parent's to handle, from the child's first moment on. What the first start
-        # would start, too, lets it through again when it runs.
-        resource_tracker.ensure_running()
-        kept = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
+        with starting():
             self.process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, kept)
         theirs.close()
         self._ready = False
 
@@ -181,6 +175,18 @@ def _serve(pipe: connection.Connection, call: Call) -> None:
             pipe.send(("result", result))
         except OSError:
             return
+
+
+@contextlib.contextmanager
+def starting() -> Iterator[None]:
+    """Around the start of children: from their first moment on Ctrl-C is their parent's."""
+    # What the first start would start, too, lets it through again when it runs.
+    resource_tracker.ensure_running()
+    kept = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, kept)
 
 
 def stand_apart() -> None:

@@ -134,7 +134,8 @@ def told(path: pathlib.Path) -> Iterator[None]:
     except sqlite3.Error as error:
         if "disk is full" in str(error):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(path)) from None
-        if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_IOERR:  # also of a full disk
+        code = getattr(error, "sqlite_errorcode", 0)  # Python's own errors have none
+        if code & 0xFF == sqlite3.SQLITE_IOERR:  # also of a full disk
             raise UserError(f"{path.parent}: cannot be read or written ({error})") from None
         if isinstance(error, sqlite3.IntegrityError | sqlite3.ProgrammingError):
             raise  # our mistake

@@ -1,8 +1,11 @@
 """An index to search: vectors in, moments of files out."""
 
+import contextlib
 import os
 import pathlib
+import sqlite3
 import threading
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -97,14 +100,21 @@ class Index:
         attempts = 0
         while True:
             attempts += 1
-            before = self._vectors(to)
-            with catalog.reading(self.directory) as db:
-                if catalog.read_info(db).model != self.info.model:
-                    anew = "was made anew, by another model; open it again"
-                    raise UserError(f"{self.directory}: {anew}")
+            with self._same():  # where it is gone, or another, its vectors are, too
+                before = self._vectors(to)
+            with self._same() as db:
                 # The same before and after: it has all vectors of the state that is read.
                 if (found := self._vectors(to)) is before or attempts == ATTEMPTS:
                     return Search(db, found, to, where, per_file).run(vectors, k)
+
+    @contextlib.contextmanager
+    def _same(self) -> Iterator[sqlite3.Connection]:
+        """A state of the catalog; UserError where it is not of the model that was opened."""
+        with catalog.reading(self.directory) as db:
+            if catalog.read_info(db).model != self.info.model:
+                anew = "was made anew, by another model; open it again"
+                raise UserError(f"{self.directory}: {anew}")
+            yield db
 
     def _vectors(self, target: str) -> Snapshot:
         """The vectors that there are now."""

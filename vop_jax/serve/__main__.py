@@ -23,7 +23,7 @@ from vop_jax.errors import UserError
 TOKEN = "VOP_JAX_TOKEN"  # in the environment: other users see the arguments of a process
 LIBRARIES = ("fastapi", "uvicorn", "python_multipart")
 CONNECTIONS = 1000
-SILENT_SECONDS = 10  # that a connection may take to ask for the first time
+SILENT_SECONDS = 10  # after which a connection is closed that waits for no answer
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -130,8 +130,13 @@ def _run(library: Any, settings: Any, sock: socket.socket) -> None:
             self.loop.call_later(SILENT_SECONDS, self._close_if_silent)
 
         def _close_if_silent(self) -> None:
-            if self.cycle is None:  # no request has come as far as the end of its headers
+            if self.transport.is_closing():
+                return
+            # A request that is there is one whose headers have come to their end.
+            if self.cycle is None or self.cycle.response_complete:
                 self.transport.close()
+            else:
+                self.loop.call_later(SILENT_SECONDS, self._close_if_silent)
 
     class Server(uvicorn.Server):
         """Says where it is once it answers, and ends cleanly from then on."""

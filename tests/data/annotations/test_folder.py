@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from vop_jax.data.annotations.folder import read_folder
+from vop_jax.data.annotations.folder import read_folder, video_of
 from vop_jax.errors import UserError
 
 
@@ -84,6 +84,23 @@ def test_stretches_of_a_video_are_held_out_together(read, caplog):
     assert len({clip.path for clip in few["test"]}) == 1
 
 
+@pytest.mark.parametrize(
+    ("clip_id", "start", "end", "video"),
+    [
+        ("a@b.mp4@2-12.5", 2.0, 12.5, "a@b.mp4"),
+        ("a.mp4@1e-05-end", 1e-5, None, "a.mp4"),
+        ("a@1-2", None, None, "a@1-2"),
+        ("54322086@N00_2408.mov", None, 30.0, "54322086@N00_2408.mov"),  # of DiDeMo
+    ],
+)
+def test_the_video_of_a_clip(clip_id, start, end, video):
+    assert video_of(clip_id, start, end) == video
+
+
+def test_columns_that_are_ignored_may_be_there_twice(read):
+    assert read("video,caption,note,note\na.mp4,x,1,2\n")
+
+
 def test_a_video_in_two_splits_is_told(read, caplog):
     with caplog.at_level("WARNING"):
         read("video,caption,split,start,end\na.mp4,x,train,0,5\na.mp4,y,test,3,8\n")
@@ -96,12 +113,10 @@ def test_names_of_splits(read, split):
 
 
 @pytest.mark.parametrize(
-    "split", ["my split", "val.1", "all", "train+x", "train[:50%]", "../x", "-"]
+    "split", ["my split", "val.1", "all", "train+x", "train[:50%]", "../x", "-", "train-"]
 )
 def test_names_that_splits_cannot_have(read, split):
-    with pytest.raises(
-        UserError, match=r"c.csv:2: split is .*; a name of letters, digits, _ and -"
-    ):
+    with pytest.raises(UserError, match=r"c.csv:2: split is .*; a name of letters, digits and _"):
         read(f"video,caption,split\na.mp4,x,{split}\n", "c.csv")
 
 

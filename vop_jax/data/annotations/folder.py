@@ -21,6 +21,7 @@ from vop_jax.errors import UserError
 COLUMNS = ("video", "caption", "start", "end", "split")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 SPLIT = re.compile(r"\w+(-\w+)*")  # what tfds takes as the name of a split
+STRETCH = re.compile(r"@[\d.e+-]+-(end|[\d.e+-]+)$")  # what an id of a stretch ends with
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 
 # Without a column `split`, about this share of the videos is held out for evaluation.
@@ -136,7 +137,7 @@ def _json_rows(path: epath.Path, text: str) -> Iterator[tuple[str, dict]]:
 
 def _check_columns(where: str, names: list[str]) -> None:
     """Raises for a column that is needed and missing, or there under a misspelt name."""
-    if repeated := [name for name in names if name and names.count(name) > 1]:
+    if repeated := [n for n in names if n in (*COLUMNS, "captions") and names.count(n) > 1]:
         raise UserError(f"{where}: several columns {repeated[0]!r}")
     absent = [name for name in COLUMNS if name not in names]
     if "captions" in names and "caption" in absent:
@@ -174,7 +175,8 @@ def _parse(where: str, row: dict[str, Any]) -> tuple[tuple, list[str]]:
     split = (split or "").strip()
     if split and (not SPLIT.fullmatch(split) or split == "all"):
         raise UserError(
-            f"{where}: split is {split!r}; a name of letters, digits, _ and - is needed, not 'all'"
+            f"{where}: split is {split!r}; a name of letters, digits and _ is needed, with - only "
+            "between them, and not 'all'"
         )
     start, end = _seconds(where, row, "start") or None, _seconds(where, row, "end")
     if end is not None and end <= (start or 0):
@@ -203,7 +205,7 @@ def hash_of(clip_id: str) -> float:
 def video_of(clip_id: str, start: float | None, end: float | None) -> str:
     """The name of a clip's video: stretches of one are held out together, or not at all."""
     whole = start is None and end is None
-    return clip_id if whole else clip_id.rpartition("@")[0] or clip_id
+    return clip_id if whole else STRETCH.sub("", clip_id)
 
 
 def _split_of(clip: Clip) -> str:
