@@ -381,15 +381,15 @@ def test_a_workdir_that_learnt_nothing_starts_over_with_another_clip(call, clip,
 
 
 def test_records_need_their_videos_no_more(call, folder, tmp_path):
-    moved = tmp_path / "folder"
+    moved, zero_shot = tmp_path / "folder", "--config.method.name=zero_shot"
     shutil.copytree(folder, moved)
-    assert call(folder=moved)[0] == 0
+    assert call(zero_shot, folder=moved)[0] == 0
     shutil.rmtree(moved / "videos")
-    assert call(folder=moved)[0] == 0
-    assert call("--config.data.videos=", folder=moved)[0] == 0
+    assert call(zero_shot, folder=moved)[0] == 0
+    assert call(zero_shot, "--config.data.videos=", folder=moved)[0] == 0
     # For a split that they lack videos are asked for.
     records = f"--config.data.records={tmp_path / 'run/records'}"
-    lacking = (records, "--config.data.eval_split=val", "--config.data.videos=")
+    lacking = (zero_shot, records, "--config.data.eval_split=val", "--config.data.videos=")
     text = (moved / "captions.csv").read_text()
     (moved / "captions.csv").write_text(text + "9.mp4,more,val\n")
     assert_refused(
@@ -398,8 +398,8 @@ def test_records_need_their_videos_no_more(call, folder, tmp_path):
     (moved / "captions.csv").write_text(text)
     # With annotations they are still compared.
     text = (moved / "captions.csv").read_text()
-    (moved / "captions.csv").write_text(text.replace("clip number 2,", "another clip,"))
-    assert_refused(call(folder=moved), "were made of other clips or captions")
+    (moved / "captions.csv").write_text(text.replace("clip number 20,", "another clip,"))
+    assert_refused(call(zero_shot, folder=moved), "were made of other clips or captions")
 
 
 def test_two_runs_in_one_workdir(call, tmp_path):

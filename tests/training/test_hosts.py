@@ -97,7 +97,7 @@ hosts.start("127.0.0.1:{port}", 2, {process})
 """
 
 
-@pytest.mark.parametrize("process", [0, 1])
+@pytest.mark.parametrize("process", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_process_that_nobody_joins_says_where(process):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
