@@ -177,6 +177,7 @@ class Stretch:
 
     @property
     def whole(self) -> bool:
+        """Whether it is the file from end to end."""
         return not self.start and math.isinf(self.end)
 
     def packet_times(self) -> list[float]:
