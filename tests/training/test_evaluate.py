@@ -123,7 +123,7 @@ def test_the_scale_of_dual_softmax_is_that_of_the_loss(monkeypatch):
     rows = np.eye(2, dtype=np.float32)
     for log_scale in (math.log(SCALE), math.log(1000.0)):
         evaluate._dual_softmax(rows, rows, {"clip": {"logit_scale": np.float32(log_scale)}})
-    assert seen == pytest.approx([SCALE, SCALE, 100.0, 100.0])  # both directions
+    assert seen == pytest.approx([SCALE, SCALE, 1000.0, 1000.0])  # both directions
 
 
 def test_misses_count_in_every_row():

@@ -44,9 +44,11 @@ class Run:
 
     def __init__(self, workdir, method=METHOD, devices=1, steps=6):
         self.model, params = tiny.model_and_params(method)
+        params["clip"]["logit_scale"] = np.float32(4.6052)  # as OpenAI's
         self.mesh = sharding.make_mesh(devices)
         self.config = train_config(steps)
-        trainable, frozen = partition.split(params, method.trainable_patterns(tiny.CLIP))
+        patterns = (*method.trainable_patterns(tiny.CLIP), "clip/logit_scale")
+        trainable, frozen = partition.split(params, patterns)
         self.frozen = sharding.place(self.mesh, frozen)
         optimizer = make_optimizer(self.config)
         state = TrainState.create(sharding.place(self.mesh, trainable), optimizer)
@@ -113,6 +115,8 @@ def test_resume_is_bit_identical(tmp_path):
     assert int(resumed.state.step) == 4
     state = resumed.fit()
     assert_same(whole.trainable, state.trainable)
+    scale = np.asarray(whole.trainable["clip"]["logit_scale"])
+    assert scale.dtype == np.float32 and 0 < scale < np.log(100) - 1e-3  # the temperature learns
     steps = [line["step"] for line in read_metrics(tmp_path / "cut")]
     assert steps == sorted(set(steps)) and steps[-1] == 6
 

@@ -7,8 +7,6 @@ import jax.numpy as jnp
 from vop_jax.clip.config import ClipConfig
 from vop_jax.clip.towers import TextTower, VisionTower
 
-MAX_LOGIT_SCALE = 100.0
-
 
 def unit(x: jax.Array) -> jax.Array:
     """[..., E] -> float32 rows of Euclidean length one."""
@@ -47,8 +45,8 @@ class Clip(nn.Module):
         return unit(self.text.project(x[:, 0]))
 
     def temperature(self) -> jax.Array:
-        """The factor on similarities: exp(logit_scale), at most 100."""
-        return jnp.minimum(jnp.exp(self.logit_scale), MAX_LOGIT_SCALE)
+        """The factor on similarities; its bound is the optimizer's, see `training.step`."""
+        return jnp.exp(self.logit_scale)
 
     def __call__(self, frames: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
         return self.encode_image(frames), self.encode_text(ids)

@@ -24,7 +24,7 @@ def dual_softmax(
     Args:
         queries: unit rows [Q, E], all that are ranked.
         candidates: unit rows [C, E].
-        scale: the factor on similarities that the model was trained with, at most 100.
+        scale: the factor on similarities that the model was trained with.
     """
     sums = log_sums(queries, candidates, scale, elements=elements)
     return jax.tree_util.Partial(_dual_softmax, sums, jnp.float32(scale))

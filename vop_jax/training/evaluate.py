@@ -11,7 +11,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vop_jax import buckets
-from vop_jax.clip.model import MAX_LOGIT_SCALE
 from vop_jax.model import TextVideoModel
 from vop_jax.retrieval import metrics, rescoring
 from vop_jax.retrieval.ranks import Score
@@ -160,7 +159,7 @@ def _sides(ranks: metrics.Ranks) -> dict[str, dict[str, float]]:
 
 def _dual_softmax(texts: np.ndarray, videos: np.ndarray, params: Any) -> tuple[Score, Score]:
     """At the scale of the loss, that of `Clip.temperature`."""
-    scale = min(math.exp(float(params["clip"]["logit_scale"])), MAX_LOGIT_SCALE)
+    scale = math.exp(float(params["clip"]["logit_scale"]))
     return (
         rescoring.dual_softmax(texts, videos, scale),
         rescoring.dual_softmax(videos, texts, scale),

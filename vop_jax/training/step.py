@@ -1,5 +1,6 @@
 """One step: pure functions of (state, frozen parameters, batch)."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,6 +19,8 @@ from vop_jax.tuning.partition import merge
 
 Batch = dict[str, jax.Array]  # "frames" uint8 [B, F, S, S, 3], "ids" int32 [B, T]
 Metrics = dict[str, jax.Array]  # scalars
+
+MAX_LOGIT_SCALE = math.log(100.0)
 
 
 @flax.struct.dataclass
@@ -97,6 +100,17 @@ def loss_and_gradient(
     return jax.value_and_grad(loss_of)(trainable)
 
 
+def clamp_logit_scale(trainable: Any) -> Any:
+    """A trained logit_scale is brought back to [0, ln 100], as in open_clip.
+
+    A bound in the forward pass instead would have no gradient at ln 100, where OpenAI's CLIPs are.
+    """
+    if "logit_scale" not in trainable.get("clip", {}):
+        return trainable
+    scale = jnp.clip(trainable["clip"]["logit_scale"], 0.0, MAX_LOGIT_SCALE)
+    return trainable | {"clip": trainable["clip"] | {"logit_scale": scale}}
+
+
 def make_train_step(
     model: TextVideoModel,
     optimizer: optax.GradientTransformation,
@@ -116,7 +130,7 @@ def make_train_step(
             model, state.trainable, frozen, batch, mesh, microbatches
         )
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
+        trainable = clamp_logit_scale(optax.apply_updates(state.trainable, updates))
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradient)}
         return TrainState(state.step + 1, trainable, opt_state), metrics
 
