@@ -10,7 +10,7 @@ from vop_jax.retrieval import metrics
 
 
 def brute_force(texts, videos, owner):
-    """(t2v, v2t, v2t per caption), in plain Python."""
+    """(t2v, v2t, v2t per caption, v2t grouped), in plain Python."""
 
     def similar(text, video):
         return sum(float(a) * float(b) for a, b in zip(texts[text], videos[video], strict=True))
@@ -25,7 +25,12 @@ def brute_force(texts, videos, owner):
         others = [similar(k, j) for k in range(len(texts)) if owner[k] != j]
         per_caption.append(rank(own, others))
     v2t = [min(per_caption[i] for i in range(len(texts)) if owner[i] == j) for j in set(owner)]
-    return t2v, v2t, per_caption
+    groups = [[i for i in range(len(texts)) if owner[i] == j] for j in range(len(videos))]
+    grouped = []
+    for j in range(len(videos)):
+        near = [max(similar(i, j) for i in group) for group in groups]
+        grouped.append(rank(near[j], [near[k] for k in range(len(videos)) if k != j]))
+    return t2v, v2t, per_caption, grouped
 
 
 @settings(max_examples=40, deadline=None)
@@ -33,10 +38,11 @@ def brute_force(texts, videos, owner):
 def test_ranks_equal_the_definition_with_ties_and_several_captions(drawn):
     texts, videos, owner, elements = drawn
     ranks = metrics.rank_pairs(texts, videos, owner, elements=elements)
-    t2v, v2t, per_caption = brute_force(texts, videos, owner)
+    t2v, v2t, per_caption, grouped = brute_force(texts, videos, owner)
     np.testing.assert_array_equal(ranks.t2v, t2v)
     np.testing.assert_array_equal(ranks.v2t, v2t)
     np.testing.assert_array_equal(ranks.v2t_per_caption, per_caption)
+    np.testing.assert_array_equal(ranks.v2t_grouped, grouped)
 
 
 @settings(max_examples=15, deadline=None)
@@ -51,6 +57,31 @@ def test_the_order_of_queries_does_not_matter(drawn, seed):
     np.testing.assert_array_equal(shuffled.t2v, straight.t2v[of_texts])
     np.testing.assert_array_equal(shuffled.v2t, straight.v2t[of_videos])
     np.testing.assert_array_equal(shuffled.v2t_per_caption, straight.v2t_per_caption[of_texts])
+    np.testing.assert_array_equal(shuffled.v2t_grouped, straight.v2t_grouped[of_videos])
+
+
+def clip4clip(texts, videos, owner):
+    """Video to text as its `eval_epoch` and `compute_metrics` have it, where nothing is tied."""
+    similar = texts[np.argsort(owner, kind="stable")] @ videos.T
+    ends = np.cumsum(np.bincount(owner))
+    longest = np.bincount(owner).max()
+    tensor = []
+    for start, end in zip([0, *ends[:-1]], ends, strict=True):
+        filler = np.full((longest - end + start, len(videos)), -np.inf)
+        tensor.append(np.concatenate([similar[start:end], filler]))
+    x = np.stack(tensor).max(axis=1).T
+    place = np.where(np.sort(-x, axis=1) - np.diag(-x)[:, None] == 0)[1]
+    recalls = {f"R@{k}": 100 * np.mean(place < k) for k in (1, 5, 10)}
+    return recalls | {"MnR": place.mean() + 1, "MdR": np.median(place) + 1}
+
+
+def test_groups_of_captions_are_those_of_clip4clip():
+    texts, videos, owner = random_pairs(150, 40, similar=0.3)
+    ranks = metrics.rank_pairs(texts, videos, owner, elements=1000)
+    found = metrics.summarize(ranks.v2t_grouped)
+    assert found == pytest.approx(clip4clip(texts, videos, owner))
+    any_caption = metrics.summarize(ranks.v2t)
+    assert found["R@1"] == any_caption["R@1"] and found["R@10"] > any_caption["R@10"]
 
 
 def test_one_caption_per_video_is_one_protocol():
@@ -102,11 +133,12 @@ def test_missing_videos_count_as_misses():
     assert list(ranks.t2v) == [1, 1, 1, 4, 4]
     assert list(ranks.v2t) == [1, 1, 1, 5]
     assert list(ranks.v2t_per_caption) == [1, 1, 1, 5, 5]
+    assert list(ranks.v2t_grouped) == [1, 1, 1, 4]
 
 
-def test_summary():
-    summary = metrics.summarize(np.array([1.0, 1.5, 5.0, 11.0]))
-    assert summary == {"R@1": 25.0, "R@5": 75.0, "R@10": 75.0, "MnR": 4.625, "MdR": 3.25}
+def test_half_ranks_of_ties_are_outside_the_recall_below_them():
+    summary = metrics.summarize(np.array([1.0, 1.5, 5.0, 5.5, 11.0]))
+    assert summary == {"R@1": 20.0, "R@5": 60.0, "R@10": 80.0, "MnR": 4.8, "MdR": 5.0}
 
 
 def test_contrast_accuracy_counts_captions_closer_than_their_contrast():

@@ -1,8 +1,9 @@
 """Ranks of both directions and what is reported of them.
 
 One rank per query, always: 1 + the number of strictly better candidates, ties counted at
-their mean rank. With several captions per video every caption is a text-to-video query, and a
-video-to-text query is answered by the best-ranked of its own captions.
+their mean rank. With several captions per video every caption is a text-to-video query. A
+video-to-text query is answered by the best-ranked of its own captions, among single captions of
+other videos or, as CLIP4Clip has it, among their groups of captions.
 """
 
 import dataclasses
@@ -10,7 +11,7 @@ import dataclasses
 import numpy as np
 
 from vop_jax.retrieval.pairs import pair_ranks
-from vop_jax.retrieval.ranks import PLAIN, Score, best_candidates, own_ranks
+from vop_jax.retrieval.ranks import PLAIN, Score, best_candidates, grouped_ranks, own_ranks
 
 RECALLS = (1, 5, 10)
 
@@ -23,11 +24,14 @@ class Ranks:
         t2v: float64 [texts], each caption's video among all videos.
         v2t: float64 [videos], each video's best caption among those of other videos.
         v2t_per_caption: float64 [texts], each caption for its video among those of other videos.
+        v2t_grouped: float64 [videos], each video's captions among the other videos' groups of
+            captions; a group is as near as its nearest caption.
     """
 
     t2v: np.ndarray
     v2t: np.ndarray
     v2t_per_caption: np.ndarray
+    v2t_grouped: np.ndarray
 
 
 def rank_pairs(
@@ -64,7 +68,10 @@ def rank_pairs(
         per_caption[text] = rank
     v2t = np.full(len(videos), np.inf)
     np.minimum.at(v2t, owner, per_caption)
-    return Ranks(t2v, v2t, per_caption)
+    grouped = v2t
+    if len(texts) > len(videos):  # else each group is one caption
+        grouped = grouped_ranks(videos, texts, owner, score=scores[1], elements=elements)
+    return Ranks(t2v, v2t, per_caption, grouped)
 
 
 def top_videos(
@@ -81,13 +88,14 @@ def with_misses(ranks: Ranks, texts: int, videos: int) -> Ranks:
     """Adds `texts` and `videos` queries that nothing answered, each at the last rank.
 
     A video that could not be read is still asked for: its captions rank behind every video
-    of the whole set, and it behind every caption.
+    of the whole set, and it behind every caption or group of captions.
     """
     all_texts, all_videos = len(ranks.t2v) + texts, len(ranks.v2t) + videos
     return Ranks(
         np.append(ranks.t2v, np.full(texts, float(all_videos))),
         np.append(ranks.v2t, np.full(videos, float(all_texts))),
         np.append(ranks.v2t_per_caption, np.full(texts, float(all_texts))),
+        np.append(ranks.v2t_grouped, np.full(videos, float(all_videos))),
     )
 
 
@@ -109,6 +117,9 @@ def contrast_accuracy(
 
 
 def summarize(ranks: np.ndarray) -> dict[str, float]:
-    """R@1, R@5, R@10 in percent, mean rank MnR and median rank MdR of one direction."""
+    """R@1, R@5, R@10 in percent, mean rank MnR and median rank MdR of one direction.
+
+    R@k is the share of ranks of at most k: a rank of 5.5, from a tie, is not in R@5.
+    """
     recalls = {f"R@{k}": 100.0 * float((ranks <= k).mean()) for k in RECALLS}
     return {**recalls, "MnR": float(ranks.mean()), "MdR": float(np.median(ranks))}

@@ -89,6 +89,41 @@ def own_ranks(
     return query, candidate, rank
 
 
+def grouped_ranks(
+    queries: np.ndarray,
+    candidates: np.ndarray,
+    group_of_candidate: np.ndarray,
+    *,
+    score: Score = PLAIN,
+    elements: int | None = None,
+) -> np.ndarray:
+    """The rank of group i for query i, where a group scores as the best of its candidates.
+
+    rank = 1 + (how many groups score more) + (how many others score the same) / 2
+
+    Args:
+        queries: float32 [Q, E].
+        candidates: float32 [C, E].
+        group_of_candidate: int [C], from 0 to Q - 1, each at least once.
+        score, elements: as in `own_ranks`.
+
+    Returns:
+        float64 [Q].
+
+    Raises:
+        FloatingPointError: a similarity that is not finite; it would silently rank.
+    """
+    placed = jnp.asarray(candidates, jnp.float32)
+    groups = jnp.asarray(group_of_candidate, jnp.int32)
+    ranks = np.empty(len(queries))
+    for rows, block in _blocks(queries, len(candidates), elements):
+        own = padded(rows.astype(np.int32), len(block))
+        twice, finite = _grouped_block(block, placed, groups, own, score, len(queries))
+        check(finite)
+        ranks[rows] = 1 + np.asarray(twice)[: len(rows)] / 2
+    return ranks
+
+
 def best_candidates(
     queries: np.ndarray, candidates: np.ndarray, count: int, *, elements: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -166,6 +201,23 @@ def _rank_block(
         return jax.lax.dynamic_update_slice_in_dim(twice, above.sum(1, keepdims=True), k, axis=1)
 
     return jax.lax.fori_loop(0, most, rank, jnp.zeros(own.shape, jnp.int32)), finite
+
+
+@partial(jax.jit, static_argnames="count")
+def _grouped_block(
+    block: jax.Array,
+    candidates: jax.Array,
+    groups: jax.Array,
+    own: jax.Array,
+    score: Score,
+    count: int,
+) -> tuple[jax.Array, jax.Array]:
+    """(twice the rank less one, int32 [B], of group `own` [B] among `count`; all finite)."""
+    similar, finite = _similarities(block, candidates)
+    best = jax.ops.segment_max(score(similar).T, groups, num_segments=count)  # [count, B]
+    target = jnp.take_along_axis(best, own[None, :], axis=0)
+    above = (best > target).astype(jnp.int32) + (best >= target)
+    return above.sum(0) - 1, finite  # less one: the group itself
 
 
 @partial(jax.jit, static_argnames="count")

@@ -67,8 +67,9 @@ class Evaluation:
 
     Attributes:
         results: {"t2v": {"R@1": …, "MdR": …}, "v2t": …}; where a video has several captions
-            also "v2t_per_caption"; for each extra also "t2v_dual_softmax" …; with contrasts also
-            {"accuracy": {what is turned: percent}}, of the texts that were read.
+            also "v2t_per_caption" and "v2t_grouped"; for each extra also "t2v_dual_softmax" …;
+            with contrasts also {"accuracy": {what is turned: percent}}, of the texts that were
+            read.
         ranks: of the texts and videos that were read.
         top: the best videos of each text, see `metrics.top_videos`.
     """
@@ -152,8 +153,9 @@ def evaluate(
 
 def _sides(ranks: metrics.Ranks) -> dict[str, dict[str, float]]:
     sides = {"t2v": metrics.summarize(ranks.t2v), "v2t": metrics.summarize(ranks.v2t)}
-    if len(ranks.t2v) > len(ranks.v2t):  # else both protocols are one
+    if len(ranks.t2v) > len(ranks.v2t):  # else all protocols are one
         sides["v2t_per_caption"] = metrics.summarize(ranks.v2t_per_caption)
+        sides["v2t_grouped"] = metrics.summarize(ranks.v2t_grouped)
     return sides
 
 
