@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -105,12 +106,20 @@ def test_without_records_the_videos_are_decoded(msrvtt):
     assert found["splits"] == check(msrvtt)[3]["splits"]
 
 
-def test_records_need_their_videos_no_more(msrvtt):
+def test_records_of_the_older_rule_whose_videos_are_gone(msrvtt, tmp_path):
+    shutil.copytree(msrvtt / "records", tmp_path / "records")
+    (metadata,) = tmp_path.glob("records/*/*/metadata.json")
+    made = json.loads(metadata.read_text())
+    assert made["preprocessing"].pop("uniform_rule")
+    metadata.write_text(json.dumps(made))
     sources = (
         f"--config.data.annotations={msrvtt / 'annotations'}",
         f"--config.data.videos={msrvtt / 'nowhere'}",
     )
-    assert check(msrvtt, *sources)[3]["splits"]["train"]["usable"]
+    found = check(tmp_path, *sources)[3]
+    assert found["splits"]["train"]["usable"]
+    (note,) = found["notes"]
+    assert note.startswith(f"{tmp_path / 'records'}: the frames were sampled by the older rule")
 
 
 def test_wrong_calls(msrvtt, tmp_path):

@@ -23,16 +23,15 @@ def shown(frames) -> list[int]:
     return [int(np.abs(known - videos.level_of(p)).argmin()) for p in frames.pixels]
 
 
-@given(count=st.integers(1, 500), frames=st.integers(1, 64))
-def test_uniform_indices_are_segment_middles(count, frames):
-    indices = sample_indices(count, frames)
-    if count < frames:
-        expected = [min(i, count - 1) for i in range(frames)]
-    else:
-        edges = [int(x) for x in np.linspace(0, count, frames + 1)]
-        expected = [(a + b) // 2 for a, b in itertools.pairwise(edges)]
-    assert indices.tolist() == expected
-    assert indices.min() >= 0 and indices.max() < count
+@pytest.mark.parametrize("frames", [1, 5, 12, 64])
+def test_uniform_indices_are_those_of_the_released_vop(frames):
+    """Which are X-Pool's and frozen-in-time's too: middles of ranges that include their ends."""
+    for count in range(1, 1501):
+        edges = np.linspace(start=0, stop=count, num=min(frames, count) + 1).astype(int)
+        ranges = [(first, after - 1) for first, after in itertools.pairwise(edges.tolist())]
+        expected = [(first + last) // 2 for first, last in ranges]
+        expected += expected[-1:] * (frames - len(expected))
+        assert sample_indices(count, frames).tolist() == expected, count
 
 
 @given(count=st.integers(1, 300), frames=st.integers(1, 40), seed=st.integers(0, 100))

@@ -2,7 +2,9 @@
 
 import dataclasses
 import errno
+import hashlib
 import io
+import json
 import os
 
 import numpy as np
@@ -11,7 +13,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from tests.data import videos
-from vop_jax.data import builders, encode, packed
+from vop_jax.data import builders, encode, packed, shards
 from vop_jax.data.builders import Making
 from vop_jax.data.encode import Preprocessing
 from vop_jax.data.frames import read_frames
@@ -65,13 +67,39 @@ def test_records_hold_the_sampled_frames(folder, tmp_path):
 def test_records_are_a_tfds_dataset_that_describes_itself(folder, tmp_path):
     make({"train": clips(folder, GOOD)}, tmp_path)
     builder = tfds.builder_from_directory(os.fspath(packed.find_records(tmp_path)))
-    assert builder.info.metadata["preprocessing"] == dataclasses.asdict(PREPROCESSING)
+    carried = {**dataclasses.asdict(PREPROCESSING), "uniform_rule": "(a + b - 1) // 2"}
+    assert builder.info.metadata["preprocessing"] == carried
     example = builder.as_data_source("train")[2]
     assert example["id"] == b"2.mp4" and list(example["captions"]) == [b"film 2.mp4", b"again"]
     frames = read_frames(folder / "2.mp4", F)
     assert [int(i) for i in example["indices"]] == frames.indices
     np.testing.assert_allclose([float(t) for t in example["timestamps"]], frames.timestamps)
     assert np.asarray(example["frames"]).shape[0] == F
+
+
+def test_records_of_the_older_rule_are_named_read_and_not_added_to(folder, tmp_path, caplog):
+    dataset = {"train": clips(folder, GOOD)}
+    make(dataset, tmp_path)
+    metadata = packed.find_records(tmp_path) / "metadata.json"
+    made = json.loads(metadata.read_text())
+    del made["preprocessing"]["uniform_rule"]
+    metadata.write_text(json.dumps(made))
+    assert "older rule" not in caplog.text
+    assert make(dataset, tmp_path).splits["train"].ids == GOOD
+    assert f"{tmp_path}: the frames were sampled by the older rule (a + b) // 2" in caplog.text
+    with pytest.raises(UserError, match=r"cannot be added to: .*older rule .*another folder"):
+        make({**dataset, "test": clips(folder, GOOD[:1])}, tmp_path)
+    # Of frames that are stored at a rate the rule chooses nothing: they carry none.
+    at_a_rate = dataclasses.replace(PREPROCESSING, stored_fps=5.0)
+    assert at_a_rate.described() == dataclasses.asdict(at_a_rate)
+
+
+def test_a_shard_of_the_older_rule_is_made_again(folder, tmp_path):
+    """One that an attempt finished which was cut off before the rule changed."""
+    of_today = shards.plan({"train": clips(folder, GOOD)}, tmp_path, PREPROCESSING, 3)
+    content = shards.content_of(clips(folder, GOOD[:3]))
+    asked = json.dumps([dataclasses.asdict(PREPROCESSING), content])
+    assert of_today[0].fingerprint != hashlib.sha256(asked.encode()).hexdigest()
 
 
 def test_packing_happens_once(folder, tmp_path, monkeypatch):

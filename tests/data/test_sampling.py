@@ -31,8 +31,8 @@ def test_indices_are_ascending_frames_of_the_clip(count, frames, sampling, seed)
 
 
 def test_the_rules():
-    assert sample_indices(10, 4, "uniform").tolist() == [1, 3, 6, 8]  # middles of 0 2 5 7 10
-    assert sample_indices(10, 4, "rand").tolist() == [1, 3, 6, 8]
+    assert sample_indices(10, 4, "uniform").tolist() == [0, 3, 5, 8]  # of 0 1, 2 3 4, 5 6, 7 8 9
+    assert sample_indices(10, 4, "rand").tolist() == [0, 3, 5, 8]
     assert sample_indices(10, 4, "linspace").tolist() == [0, 3, 6, 9]
     assert sample_indices(10, 4, "segments").tolist() == [1, 3, 6, 8]  # 1.25 3.75 6.25 8.75
     assert sample_indices(7, 3, "segments").tolist() == [1, 3, 5]  # 1.17 3.5 5.83

@@ -16,6 +16,7 @@ from etils import epath
 
 from vop_jax.config import base_config
 from vop_jax.data import shapes, sources
+from vop_jax.data.sampling import sample_indices
 from vop_jax.errors import UserError
 
 OPPOSITE = {"up": "down", "to the left": "to the right"}
@@ -79,8 +80,7 @@ def test_held_out_clips_of_opposite_directions_are_reversals_in_every_pixel(clip
 
 
 def test_eight_uniform_samples_of_a_clip_are_symmetric_in_time():
-    edges = np.linspace(0, shapes.FRAMES, 9).astype(int)
-    middles = (edges[:-1] + edges[1:]) // 2
+    middles = sample_indices(shapes.FRAMES, 8)
     assert sorted(shapes.FRAMES - 1 - middles) == middles.tolist()
 
 

@@ -126,7 +126,7 @@ class VideoBuilder(dataset_builder.FileReaderBuilder, skip_registration=True):  
         else:
             self._make_here(planned)
         self.info.metadata.update(
-            preprocessing=dataclasses.asdict(self._preprocessing),
+            preprocessing=self._preprocessing.described(),
             clips={split: fingerprint(clips) for split, clips in self._dataset.items()},
             skipped=[],
         )

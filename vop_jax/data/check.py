@@ -50,7 +50,7 @@ def check(config: ConfigDict) -> dict[str, Any]:
     wanted = ("train_split", "eval_split", *(["val_split"] if needs_val else []))
     records = packed.find_records(data.records) if data.records else None
     if records is not None:
-        rows = _of_records(records, data, preprocessing, problems, wanted)
+        rows = _of_records(records, data, preprocessing, notes, problems, wanted)
     elif data.annotations and data.videos:
         rows = _of_videos(data, preprocessing, notes, problems, wanted)
     else:
@@ -92,6 +92,7 @@ def _of_records(
     records: epath.Path,
     data: ConfigDict,
     preprocessing: Preprocessing,
+    notes: list[str],
     problems: list[str],
     wanted: Sequence[str],
 ) -> dict[str, Rows]:
@@ -101,6 +102,8 @@ def _of_records(
         raise UserError(f"{data.records}: records of {records.parent.name!r}, not of {name!r}")
     for key, theirs, mine in packed.differences(made["preprocessing"], preprocessing):
         problems.append(f"records were made with data.{key}={theirs!r}, the config says {mine!r}")
+    if older := packed.older_rule(made["preprocessing"], preprocessing):
+        notes.append(f"{data.records}: {older}")
     if data.annotations:
         dataset, _ = builders.BUILDERS[name].read(
             data.annotations,

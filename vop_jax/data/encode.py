@@ -13,7 +13,10 @@ from PIL import Image
 
 from vop_jax.data.frames import read_frames
 from vop_jax.data.records import Clip
+from vop_jax.data.sampling import UNIFORM_RULE
 from vop_jax.errors import VideoError
+
+RULE = "uniform_rule"  # the key of `described`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +38,16 @@ class Preprocessing:
         if made.sampling == "rand" or made.stored_fps:  # stored are all that may be drawn
             made = dataclasses.replace(made, sampling="uniform")
         return made
+
+    @property
+    def needs_rule(self) -> bool:
+        """Whether the rule of uniform sampling decides which frames are stored."""
+        return self.sampling == "uniform" and not self.stored_fps
+
+    def described(self) -> dict[str, Any]:
+        """What records say of how they were made."""
+        rule = {RULE: UNIFORM_RULE} if self.needs_rule else {}
+        return dataclasses.asdict(self) | rule
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,10 +7,11 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 import tensorflow_datasets as tfds
+from absl import logging
 from etils import epath
 
 from vop_jax.data.builders import Folder, check_share
-from vop_jax.data.encode import Preprocessing
+from vop_jax.data.encode import RULE, Preprocessing
 from vop_jax.data.layout import (
     SHARDS,
     VERSION,
@@ -19,6 +20,7 @@ from vop_jax.data.layout import (
     staging_of,
 )
 from vop_jax.data.records import Clip
+from vop_jax.data.sampling import OLDER_RULE, UNIFORM_RULE
 from vop_jax.data.shards import digest
 from vop_jax.errors import UserError
 
@@ -180,6 +182,8 @@ def open_records(
             f"{root}: records were made with data.{key}={theirs!r}, not {mine!r}; set "
             f"config.data.{key}={theirs!r}, {REMEDY}"
         )
+    if older := older_rule(made["preprocessing"], preprocessing):
+        logging.warning("%s: %s", root, older)
     packed = Packed({}, [s for s in made["skipped"] if s["split"] in splits])
     for split in splits:
         if split not in made["clips"]:
@@ -202,6 +206,16 @@ def differences(made: dict[str, Any], asked: Preprocessing) -> Iterator[tuple[st
     for key, value in dataclasses.asdict(asked).items():
         if made.get(key) != value:
             yield key, made.get(key), value
+
+
+def older_rule(made: dict[str, Any], asked: Preprocessing) -> str:
+    """What there is to say of records made by the older rule of uniform sampling; else ""."""
+    if not asked.needs_rule or made.get(RULE, OLDER_RULE) == UNIFORM_RULE:
+        return ""
+    return (
+        f"the frames were sampled by the older rule {OLDER_RULE}: about half of them are one frame "
+        f"later than by the published {UNIFORM_RULE}; delete that folder to make the records again"
+    )
 
 
 def stored_frames(

@@ -22,7 +22,7 @@ from vop_jax.data.layout import (
     reopen,
     staging_of,
 )
-from vop_jax.data.packed import Packed, differences, find_records, open_records
+from vop_jax.data.packed import Packed, differences, find_records, older_rule, open_records
 from vop_jax.data.records import Clip, Dataset
 from vop_jax.data.shards import has_changed
 from vop_jax.errors import UserError
@@ -115,6 +115,10 @@ def _make(
 ) -> None:
     """Makes the missing shards, builds the dataset of all, and only then lets the old one go."""
     records, staging = find_records(root), staging_of(root, name)
+    if records is not None:
+        made = json.loads((records / "metadata.json").read_text())
+        if older := older_rule(made["preprocessing"], preprocessing):
+            raise UserError(f"{root}: cannot be added to: {older}, or use another folder")
     (staging / DONE).unlink(missing_ok=True)
     if records is not None:
         dataset = {**reopen(records, staging), **dataset}

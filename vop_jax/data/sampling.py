@@ -3,6 +3,10 @@
 import numpy as np
 
 SAMPLINGS = ("uniform", "rand", "linspace", "segments")
+# The frame of a segment [a, b) that "uniform" takes, as the released VoP, X-Pool and
+# frozen-in-time do. Records and indexes carry it: those without it have the older rule.
+UNIFORM_RULE = "(a + b - 1) // 2"
+OLDER_RULE = "(a + b) // 2"
 
 
 def sample_indices(
@@ -10,8 +14,8 @@ def sample_indices(
 ) -> np.ndarray:
     """F of the frames 0 … count - 1, ascending: int [F].
 
-    - "uniform" (the paper's): the clip is cut into F equal segments, `linspace(0, count, F + 1)`;
-      the middle of each, `(a + b) // 2`.
+    - "uniform" (the paper's): the clip is divided into F equal segments, at
+      `linspace(0, count, F + 1)` truncated to int; the middle frame of each, `UNIFORM_RULE`.
     - "rand": in training, with `rng`, any frame of each of these segments.
     - "linspace" (CLIP4Clip, over frames stored at 1 a second): `linspace(0, count - 1, F)`, the
       first and the last among them.
@@ -36,4 +40,4 @@ def sample_indices(
     low, high = edges[:-1], edges[1:]
     if sampling == "rand" and rng is not None:
         return rng.integers(low, high)
-    return (low + high) // 2
+    return (low + high - 1) // 2

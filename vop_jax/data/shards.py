@@ -105,7 +105,7 @@ def plan(
     for split, clips in dataset.items():
         for number, start in enumerate(range(0, len(clips), per_shard)):
             own = tuple(clips[start : start + per_shard])
-            asked = json.dumps([dataclasses.asdict(preprocessing), content_of(own)])
+            asked = json.dumps([preprocessing.described(), content_of(own)])
             path = os.fspath(staging / file_name(split, number))
             shards.append(Shard(split, path, own, hashlib.sha256(asked.encode()).hexdigest()))
     return shards
