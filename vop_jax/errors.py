@@ -23,6 +23,11 @@ def as_user_error(error: BaseException) -> UserError | None:
         return error
     if isinstance(error, WRONG_PATHS):
         return UserError(f"{error.filename}: {error.strerror}")
+    # What etils raises of a path in a place that it does not know, or lacks a package for.
+    if isinstance(error, KeyError) and str(error.args[0]).endswith("://"):
+        return UserError(f"{error.args[0]}… is no folder or file; give a path of this machine")
+    if isinstance(error, ImportError) and " to access " in str(error):
+        return UserError(str(error))
     if (full := no_space_left(error)) is not None:
         return UserError(
             f"{full}: no space left on the disk; free some, the same command continues"

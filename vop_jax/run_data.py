@@ -16,6 +16,7 @@ from vop_jax.data import sources
 from vop_jax.data.annotations.folder import hash_of
 from vop_jax.data.packed import Packed, Part, Split
 from vop_jax.data.pipeline import eval_videos, train_batches
+from vop_jax.data.shards import label_of
 from vop_jax.errors import UserError
 from vop_jax.training import hosts, sharding
 from vop_jax.training.evaluate import Bank, EvalSet
@@ -225,7 +226,8 @@ def _report_data(run: start.Run, data: Data) -> None:
         left_out = f", {len(split.skipped)} videos left out" if split.skipped else ""
         logging.info("%s: %d videos, %d captions%s", name, len(split), captions, left_out)
     for skipped in data.packed.skipped:
-        logging.warning("skipped %s (%s): %s", skipped["path"], skipped["split"], skipped["reason"])
+        label = label_of(skipped)
+        logging.warning("skipped %s (%s): %s", label, skipped["split"], skipped["reason"])
     if data.cut_captions:
         slots = run.method.text_slots(run.clip.config)
         logging.warning("%d captions cut to %d token slots, EOT kept", data.cut_captions, slots)

@@ -4,9 +4,9 @@ import os
 
 import pytest
 
-from vop_jax.data.locate import locate
+from vop_jax.data.locate import locate, stat
 from vop_jax.data.records import Clip
-from vop_jax.errors import UserError
+from vop_jax.errors import UserError, VideoError
 
 
 def clips(*paths):
@@ -69,6 +69,35 @@ def test_other_extensions_places_names_and_frames(put):
         f"{root}: 1 of 6 videos are folders of frames, first film_00.01.02",
         f"{root}: 1 of 6 videos are missing, first empty.mp4",
     ]
+
+
+def test_names_that_downloads_and_file_systems_change(put):
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    names = ["a.mp4", "b.mp4", "x.mov", "c.mp4", "d.avi", f"{composed}.mp4", "e.mp4", "f.mp4"]
+    root = put(
+        *("a.mp4.webm", "b.mp4.mkv", "x.mov.mp4", "c.ts", "d.M2TS", f"{decomposed}.mp4"),
+        *("e.mp4/1.jpg", "sub/e.mp4/2.jpg", "f/._1.jpg", "._f.mp4"),
+    )
+    found, notes = locate(clips(*names), root)
+    assert located(found, root) == [
+        *("a.mp4.webm", "b.mp4.mkv", "x.mov.mp4", "c.ts", "d.M2TS", f"{decomposed}.mp4"),
+        *("e.mp4", "f.mp4"),
+    ]
+    assert f"{root}: 1 of 8 videos are missing, first f.mp4" in notes
+
+
+@pytest.mark.parametrize(
+    ("asked", "there", "hint"),
+    [
+        ("b.mp4", "b.mp4.webm", "b.mp4.webm"),
+        ("b", "b.ts", "b.ts"),
+        ("caf\u00e9.mp4", "cafe\u0301.mp4", r"'cafe\u0301.mp4'"),
+    ],
+)
+def test_a_file_of_nearly_that_name_is_pointed_at(put, asked, there, hint):
+    with pytest.raises(VideoError) as error:
+        stat(put(there) / asked)
+    assert str(error.value) == f"no such file, but there is {hint}"
 
 
 def test_of_two_the_official_extension_then_the_alphabet(put):

@@ -129,6 +129,37 @@ def test_unusable_clips_are_left_out_with_their_reasons(folder, tmp_path):
     assert stored.shape[0] == 32
 
 
+ROWS = [
+    *("", "https://youtu.be/x", "s3://bucket/x.mp4", "drawer", "nul\0.mp4", "bell\a.mp4"),
+    *("half \ud800.mp4", "long" * 99, "0.mp4/x.mp4"),
+]
+REASONS = [
+    *("no such file", "an address (https://), not a file", "Install s3fs", "a folder without"),
+    *("not the name of a file", "no such file", "not the name of a file"),
+    *("cannot be opened (File name too long)", "no such file"),
+]
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+def test_rows_that_cannot_be_files_are_named_and_the_others_go_on(
+    folder, tmp_path, caplog, isolated
+):
+    (folder / "drawer").mkdir(exist_ok=True)
+    rows = [{"video": name, "caption": "x", "split": "test"} for name in [*ROWS, *GOOD]]
+    annotations = tmp_path / "rows.jsonl"
+    annotations.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dataset, _ = builders.Folder.read(annotations, folder)
+    making = dataclasses.replace(HERE, isolated=isolated)
+    made = make(dataset, tmp_path / "records", making=making, max_skipped=0.9)
+    assert made.splits["test"].ids == GOOD
+    assert [clip.id for clip in made.splits["test"].skipped][1:] == ROWS[1:]
+    for line, (skipped, reason) in enumerate(zip(made.skipped, REASONS, strict=True), 1):
+        assert skipped["where"] == f"{annotations}:{line}"
+        assert skipped["reason"].startswith(reason)
+        name = shards.label_of(skipped)
+        assert name.isprintable() and f"skipped {name}: {reason}" in caplog.text
+
+
 def test_short_clips_can_be_used(folder, tmp_path):
     repeat = dataclasses.replace(PREPROCESSING, short_clips="repeat")
     made = make({"train": clips(folder, ["one.mp4"])}, tmp_path, repeat)

@@ -196,7 +196,8 @@ class VideoBuilder(dataset_builder.FileReaderBuilder, skip_registration=True):  
         rows = [row for note in notes for row in note["clips"]]
         kept = [sum("skipped" not in row for row in note["clips"]) for note in notes]
         skipped = [
-            {"id": row["id"], "path": row["path"], "split": split, "reason": row["skipped"]}
+            {"split": split, "reason": row["skipped"]}
+            | {key: row[key] for key in ("id", "path", "where") if key in row}
             for row in rows
             if "skipped" in row
         ]
@@ -252,15 +253,14 @@ def check_share(
     split: str, count: int, skipped: Sequence[dict[str, str]], max_skipped: float
 ) -> None:
     """Raises UserError if more than that share of a split, or all of it, was left out."""
+    first = f"{shards.label_of(skipped[0])} ({skipped[0]['reason']})" if skipped else "it is empty"
     if len(skipped) == count:
-        first = f"{skipped[0]['path']} ({skipped[0]['reason']})" if skipped else "it is empty"
         raise UserError(f"split {split!r}: none of {count} videos can be used: {first}")
     if len(skipped) > max_skipped * count:
         more = f", and {len(skipped) - 1} more" if len(skipped) > 1 else ""
         raise UserError(
             f"split {split!r}: {len(skipped)} of {count} videos cannot be used, more than "
-            f"config.data.max_skipped={max_skipped:g} allows: {skipped[0]['path']} "
-            f"({skipped[0]['reason']}){more}"
+            f"config.data.max_skipped={max_skipped:g} allows: {first}{more}"
         )
 
 
@@ -282,9 +282,10 @@ class Folder(VideoBuilder):
         for split in only or ():
             if split not in dataset:
                 raise UserError(f"{path}: no split {split!r}; there are {', '.join(dataset)}")
-        paths = [clip.path for clips in dataset.values() for clip in clips]
-        if videos is not None and not any(epath.Path(p).exists() for p in paths):
-            raise UserError(f"{videos}: none of the {len(paths)} videos is there; first {paths[0]}")
+        every = [clip for clips in dataset.values() for clip in clips]
+        if videos is not None and not any(shards.state_of(clip.path) for clip in every):
+            first = f"{every[0].where}: {every[0].path}"
+            raise UserError(f"{videos}: none of the {len(every)} videos is there; first {first}")
         return {k: v for k, v in dataset.items() if only is None or k in only}, []
 
 

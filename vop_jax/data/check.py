@@ -176,7 +176,8 @@ def _describe(rows: Rows, tokenize: CaptionTokenizer) -> dict[str, Any]:
         "repeating_frames": sum(row["distinct"] < row["stored"] for row in kept),
         "reasons": dict(reasons.most_common()),
         "skipped": [
-            {"id": row["id"], "path": row["path"], "reason": row["skipped"]}
+            {"reason": row["skipped"]}
+            | {key: row[key] for key in ("id", "path", "where") if key in row}
             for row in rows
             if "skipped" in row
         ],
@@ -210,7 +211,7 @@ def table(found: dict[str, Any]) -> str:
     for name, split in splits.items():
         for reason, count in split["reasons"].items():
             first = next(s for s in split["skipped"] if s["reason"] == reason)
-            lines.append(f"{name}: {count} not usable: {reason}; first {first['path']}")
+            lines.append(f"{name}: {count} not usable: {reason}; first {shards.label_of(first)}")
     lines.append("* least / median / most")
     lines += [f"note: {note}" for note in found["notes"]]
     lines += [f"problem: {problem}" for problem in found["problems"]]

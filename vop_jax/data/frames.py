@@ -13,7 +13,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from etils import epath
 
-from vop_jax.data.locate import VIDEOS
+from vop_jax.data.locate import stat
 from vop_jax.data.pictures import list_pictures, read_picture
 from vop_jax.data.pixels import resize_short_side
 from vop_jax.data.sampling import sample_indices
@@ -72,7 +72,7 @@ def read_frames(
         VideoError: the file cannot be opened, has no video, is damaged or truncated, or shows
             nothing between `start` and `end`.
     """
-    if epath.Path(path).is_dir():
+    if stat(path).is_directory:
         return _read_folder(path, frames, start, end, fps, short_side, sampling, folder_fps)
     clip = Stretch(os.fspath(path), start or 0.0, float("inf") if end is None else end, short_side)
     # Sequential decoding beats seeking, but which frames to keep depends on how many there are, and
@@ -246,14 +246,12 @@ class Stretch:
     @contextlib.contextmanager
     def _opened(self) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
         av.logging.set_level(av.logging.PANIC)  # reasons are raised, not printed
-        source = epath.Path(self.path)
-        if not source.exists():
-            raise VideoError(_no_such_file(self.path))
-        if source.is_dir():
+        found = stat(self.path)
+        if found.is_directory:
             raise VideoError("a folder, not a video")
-        if not source.stat().length:
+        if not found.length:
             raise VideoError("zero bytes")
-        file = source.open("rb") if "://" in self.path else None
+        file = epath.Path(self.path).open("rb") if "://" in self.path else None
         try:
             with av.open(file or self.path, metadata_errors="replace") as container:
                 films = [s for s in container.streams.video if not s.disposition & COVER]
@@ -320,16 +318,6 @@ def _duration(container: av.container.InputContainer, stream: av.VideoStream) ->
     if container.duration and len(container.streams) == 1:
         return container.duration / av.time_base
     return 0.0
-
-
-def _no_such_file(path: str) -> str:
-    """Why not; names are often given without their extension, or with another."""
-    if "://" not in path:  # asking a remote store so often is slow
-        stems = {path, os.path.splitext(path)[0]}
-        for extension in VIDEOS:
-            if any(os.path.exists(stem + extension) for stem in stems):
-                return f"no such file, but one that ends with {extension}"
-    return "no such file"
 
 
 def _upright(

@@ -1,23 +1,30 @@
 """Where the videos of official names really are: other extensions, other places, frames."""
 
 import dataclasses
+import functools
 import os
 import posixpath
+import unicodedata
 from collections.abc import Container, Sequence
 
 from etils import epath
+from etils.epath.stat_utils import StatResult
 
-from vop_jax.data.pictures import PICTURES
+from vop_jax.data.pictures import is_picture
 from vop_jax.data.records import Clip
-from vop_jax.errors import UserError
+from vop_jax.errors import UserError, VideoError
 from vop_jax.folders import walk
 
+# What names of videos end with, in lower case; also those that a search indexes.
 VIDEOS = (
-    *(".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v"),
-    *(".mpg", ".mpeg", ".wmv", ".flv", ".3gp"),
+    *(".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".asf", ".flv"),
+    *(".f4v", ".3gp", ".3g2", ".ts", ".mts", ".m2ts", ".vob", ".mxf", ".ogv", ".gif", ".divx"),
+    *(".qt", ".dv", ".m2v", ".rm", ".rmvb"),
 )
 # ActivityNet's ids are YouTube's with this before them; some downloads are named without.
 PREFIX = "v_"
+
+Match = tuple[str, bool]  # a relative path, and whether it is a folder of frames
 
 
 def locate(clips: Sequence[Clip], videos: str | os.PathLike) -> tuple[list[Clip], list[str]]:
@@ -51,7 +58,8 @@ def locate(clips: Sequence[Clip], videos: str | os.PathLike) -> tuple[list[Clip]
         else:
             remarks.setdefault("are missing", []).append(path)
         if len(matches) > 1:
-            remarks.setdefault("are there twice", []).append(" and ".join(matches))
+            twice = " and ".join(match for match, _ in matches)
+            remarks.setdefault("are there twice", []).append(twice)
     if clips and not there and not found:
         raise UserError(_nothing_found(root, clips))
     notes = [
@@ -67,8 +75,61 @@ def locate(clips: Sequence[Clip], videos: str | os.PathLike) -> tuple[list[Clip]
 
 def _names(path: str) -> tuple[str, ...]:
     """The names, without extension, that a video may have; the official one first."""
-    stem = posixpath.splitext(posixpath.basename(path))[0]
+    stem = name_of(path)
     return (stem, stem.removeprefix(PREFIX)) if stem.startswith(PREFIX) else (stem,)
+
+
+def name_of(path: str) -> str:
+    """The name of a video without its extensions, of which downloads add some: `ID.mp4.webm`.
+
+    Accents are composed (NFC); macOS decomposes them in the names of files.
+    """
+    name = unicodedata.normalize("NFC", posixpath.basename(path))
+    while name.lower().endswith(VIDEOS):
+        name = name.rpartition(".")[0]
+    return name
+
+
+def stat(path: str | os.PathLike) -> StatResult:
+    """Kind, size and time of a file or folder that a user or an annotation file names.
+
+    Raises:
+        VideoError: it is not there or cannot be a file, and why.
+    """
+    text = os.fspath(path)
+    try:
+        if not text:
+            raise FileNotFoundError
+        return epath.Path(text).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise VideoError("no such file" + _hint(text)) from None
+    except (KeyError, NotImplementedError):  # etils looks the scheme up
+        scheme = text.partition("://")[0].rpartition("/")[2]
+        raise VideoError(f"an address ({scheme}://), not a file; download it") from None
+    except ImportError as error:  # what a bucket needs
+        raise VideoError(str(error)) from None
+    except ValueError:
+        raise VideoError("not the name of a file") from None
+    except OSError as error:
+        raise VideoError(f"cannot be opened ({error.strerror or error})") from None
+
+
+def _hint(path: str) -> str:
+    """The file of nearly that name, if there is one; names are often given without extension."""
+    folder, name = os.path.split(path)
+    if "://" in path or name_of(name) not in (there := _names_in(folder or ".")):
+        return ""
+    other = there[name_of(name)]
+    same = unicodedata.normalize("NFC", other) == unicodedata.normalize("NFC", name)
+    return f", but there is {ascii(other) if same or not other.isprintable() else other}"
+
+
+@functools.lru_cache(4)  # many files of a folder may be missing
+def _names_in(folder: str) -> dict[str, str]:
+    try:
+        return {name_of(name): name for name in sorted(os.listdir(folder))}
+    except OSError:
+        return {}
 
 
 def _at_official_paths(root: epath.Path, clips: Sequence[Clip]) -> set[str]:
@@ -80,33 +141,32 @@ def _at_official_paths(root: epath.Path, clips: Sequence[Clip]) -> set[str]:
     return there & {clip.path for clip in clips}
 
 
-def _index(root: epath.Path, names: Container[str]) -> dict[str, list[str]]:
-    """{name without extension: relative paths} of the videos and folders of frames below."""
-    index: dict[str, list[str]] = {}
+def _index(root: epath.Path, names: Container[str]) -> dict[str, list[Match]]:
+    """{name without extension: the videos and folders of frames below}."""
+    index: dict[str, list[Match]] = {}
     for folder, _, files in walk(root):
-        name = posixpath.basename(folder)
-        if name in names and any(file.lower().endswith(PICTURES) for file in files):
-            index.setdefault(name, []).append(folder)
+        name = name_of(folder)
+        if name in names and any(map(is_picture, files)):
+            index.setdefault(name, []).append((folder, True))
         for file in files:
-            stem, extension = posixpath.splitext(file)
-            if stem in names and extension.lower() in VIDEOS:
-                index.setdefault(stem, []).append(posixpath.join(folder, file))
+            if file.lower().endswith(VIDEOS) and (name := name_of(file)) in names:
+                index.setdefault(name, []).append((posixpath.join(folder, file), False))
     return index
 
 
-def _choose(path: str, matches: list[str]) -> tuple[str, str]:
+def _choose(path: str, matches: list[Match]) -> tuple[str, str]:
     """(the match to use, how it differs): the official extension first, frames last."""
     official = posixpath.splitext(path)[1].lower()
 
-    def rank(match: str) -> tuple[bool, bool, str]:
-        extension = posixpath.splitext(match)[1].lower()
-        return extension != official, extension not in VIDEOS, match
+    def rank(match: Match) -> tuple[bool, bool, str]:
+        found, is_folder = match
+        return is_folder, posixpath.splitext(found)[1].lower() != official, found
 
     matches.sort(key=rank)
-    other_extension, is_folder, match = rank(matches[0])
+    is_folder, other_extension, found = rank(matches[0])
     if is_folder:
-        return match, "are folders of frames"
-    return match, "have another extension" if other_extension else "lie elsewhere or are renamed"
+        return found, "are folders of frames"
+    return found, "have another extension" if other_extension else "lie elsewhere or are renamed"
 
 
 def _nothing_found(root: epath.Path, clips: Sequence[Clip]) -> str:

@@ -20,10 +20,15 @@ def list_pictures(folder: str | os.PathLike) -> list[epath.Path]:
     Raises:
         VideoError: there are none.
     """
-    found = [p for p in epath.Path(folder).iterdir() if p.suffix.lower() in PICTURES]
+    found = [path for path in epath.Path(folder).iterdir() if is_picture(path.name)]
     if not found:
         raise VideoError(f"a folder without pictures ({', '.join(PICTURES)})")
     return sorted(found, key=lambda path: _natural(path.name))
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file of that name is one; hidden ones are not, such as macOS's `._0001.jpg`."""
+    return name.lower().endswith(PICTURES) and not name.startswith(".")
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:

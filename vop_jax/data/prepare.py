@@ -22,7 +22,7 @@ from absl import flags, logging
 from etils import epath
 
 from vop_jax.command import Parser, number, whole
-from vop_jax.data import packed
+from vop_jax.data import packed, shards
 from vop_jax.data.builders import BUILDERS, CLIPS_PER_SHARD, Making
 from vop_jax.data.encode import Encoded, Preprocessing, encode_clip
 from vop_jax.data.packing import pack
@@ -121,8 +121,8 @@ def report(made: packed.Packed) -> str:
     if made.skipped:
         first = made.skipped[0]
         lines.append(
-            f"left out {len(made.skipped)}, first {first['path']} ({first['reason']}); the same "
-            "command tries those again whose files have changed"
+            f"left out {len(made.skipped)}, first {shards.label_of(first)} ({first['reason']}); "
+            "the same command tries those again whose files have changed"
         )
     return "\n".join(lines)
 

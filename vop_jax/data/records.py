@@ -12,6 +12,7 @@ class Clip:
         path: the video file.
         captions: at least one.
         start, end: seconds in the file; None is the file's own beginning or end.
+        where: "FILE:LINE" of its row, where it has one.
     """
 
     id: str
@@ -19,6 +20,7 @@ class Clip:
     captions: tuple[str, ...]
     start: float | None = None
     end: float | None = None
+    where: str = ""
 
 
 Dataset = dict[str, list[Clip]]  # split -> clips in file order

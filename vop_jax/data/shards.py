@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import array_record.python.array_record_module as array_record
@@ -22,6 +22,7 @@ from etils import epath
 
 from vop_jax.atomic import write_json
 from vop_jax.data.encode import Encoded, Preprocessing
+from vop_jax.data.locate import stat
 from vop_jax.data.records import Clip, Dataset
 from vop_jax.errors import UserError, VideoError
 
@@ -151,7 +152,7 @@ def write_shards(tasks: Iterable[Task], encoded: Iterator[Encoded | VideoError])
                     found = next(encoded)
                     row = row_of(clip, found)
                     if "skipped" in row:
-                        logging.warning("skipped %s: %s", clip.path, found)
+                        logging.warning("skipped %s: %s", label_of(row), found)
                         row["state"] = state_of(clip.path)
                     rows.append(row)
                     if isinstance(found, Encoded):
@@ -178,9 +179,15 @@ def row_of(clip: Clip, found: Encoded | VideoError) -> dict[str, Any]:
     row: dict[str, Any] = {"id": clip.id, "path": clip.path, "captions": list(clip.captions)}
     row |= {"start": clip.start, "end": clip.end}
     if isinstance(found, VideoError):
-        return {**row, "skipped": str(found)}
+        return {**row, "skipped": str(found), **({"where": clip.where} if clip.where else {})}
     stored, distinct = len(found.jpegs), len(set(found.indices))
     return {**row, "stored": stored, "distinct": distinct, "frames": found.count}
+
+
+def label_of(row: Mapping[str, Any]) -> str:
+    """A clip that was skipped, for people: its line in the annotations, if it has one, its file."""
+    path = row["path"] if row["path"].isprintable() else ascii(row["path"])
+    return f"{row['where']}: {path}" if "where" in row else path
 
 
 def has_changed(clip: Clip, row: dict[str, Any]) -> bool:
@@ -191,10 +198,10 @@ def has_changed(clip: Clip, row: dict[str, Any]) -> bool:
 def state_of(path: str) -> list[int] | None:
     """Changes when the file does."""
     try:
-        stat = epath.Path(path).stat()
-    except OSError:
+        found = stat(path)
+    except VideoError:
         return None
-    return [stat.length, int(stat.mtime)]
+    return [found.length, int(found.mtime)]
 
 
 def digest(path: epath.Path) -> str:

@@ -107,6 +107,16 @@ def test_a_video_in_two_splits_is_told(read, caplog):
     assert "videos with clips both in train and in test: 1" in caplog.text
 
 
+def test_spellings_of_a_path_are_one_video(read, tmp_path, caplog):
+    rows = ["./b.mp4,one,train", "b.mp4,two,train", f"{tmp_path}/videos//b.mp4,three,test"]
+    dataset = read("video,caption,split\n" + "\n".join(rows) + "\n")
+    assert "videos with clips both in train and in test: 1" in caplog.text
+    (clip,) = dataset["train"]
+    assert clip.id == "./b.mp4" and clip.captions == ("one", "two")
+    stored = read("video,caption,split\ngs://bucket/b.mp4,one,train\n")
+    assert stored["train"][0].path == "gs://bucket/b.mp4"
+
+
 @pytest.mark.parametrize("split", ["train", "test-dev", "Ünï", "val_1", " train "])
 def test_names_of_splits(read, split):
     assert list(read(f"video,caption,split\na.mp4,x,{split}\n")) == [split.strip()]
@@ -132,7 +142,6 @@ def test_names_that_splits_cannot_have(read, split):
         ("c.csv", "file,caption\na,b\n", "no column 'video'; found file, caption"),
         ("c.csv", "video,caption\n", "no captions in it"),
         ("c.csv", "video,caption\na.mp4,  \n", "c.csv:2: an empty caption"),
-        ("c.csv", "video,caption\n,dog\n", "c.csv:2: video is ''"),
         ("c.csv", "video,caption\na.mp4,x,y\n", "c.csv:2: 3 cells, the header has 2"),
         ("c.csv", 'video,caption\na.mp4,"x\n', "not CSV"),
         ("c.csv", b"video,caption\na.mp4,\xff\xfe\n", "not UTF-8 text"),
@@ -142,6 +151,8 @@ def test_names_that_splits_cannot_have(read, split):
         ("c.csv", "video,caption,start,end\na.mp4,x,3,2\n", "c.csv:2: end=2 is not after start=3"),
         ("c.csv", "video,caption,split\na,x,train\nb,y,\n", "b has no split, other rows do"),
         ("c.jsonl", "{}\n", "c.jsonl:1: no column 'video'"),
+        ("c.jsonl", '{"video": "a", "caption": "x", "caption": "y"}', "1: the key 'caption' twice"),
+        ("c.jsonl", '{"video": "a", "Video": "b", "caption": "x"}', "1: several columns 'video'"),
         ("c.jsonl", '{"video": "a", "caption": 3}', "c.jsonl:1: caption is 3; text"),
         ("c.jsonl", '{"video": "a", "caption": []}', "c.jsonl:1: an empty list of captions"),
         ("c.jsonl", '{"video": 1, "caption": "x"}', "c.jsonl:1: video is 1"),

@@ -2,6 +2,7 @@
 
 import csv
 import difflib
+import functools
 import hashlib
 import io
 import json
@@ -34,7 +35,8 @@ def read_folder(annotations: str | os.PathLike, videos: str | os.PathLike) -> Da
     The file is CSV (`.csv`, `.tsv`) with a header, or JSON Lines (`.jsonl`), with `video`
     (relative to `videos`), `caption` (one; in JSON Lines also a list) and, where wanted,
     `start` and `end` (seconds) and `split`. Rows of the same video, start, end and split are
-    one clip with several captions. Without any `split`, the clips of a tenth of the videos, chosen
+    one clip with several captions. A `video` that cannot be a file is left for the decoding to
+    report, which knows its line. Without any `split`, the clips of a tenth of the videos, chosen
     by a hash of their names, are the split "test" and the others are "train".
 
     Raises:
@@ -47,9 +49,14 @@ def read_folder(annotations: str | os.PathLike, videos: str | os.PathLike) -> Da
     if not epath.Path(videos).is_dir():
         raise UserError(f"{videos}: no such folder of videos")
     captions: dict[tuple, list[str]] = {}  # (split, video, start, end) -> captions
+    spelling: dict[str, str] = {}  # file -> its first name: `a.mp4` and `./a.mp4` are one video
+    lines: dict[tuple, str] = {}
     for where, row in _rows(path):
-        key, own = _parse(where, row)
+        (split, video, *segment), own = _parse(where, row)
+        video = spelling.setdefault(_normalised(os.fspath(videos), video), video)
+        key = (split, video, *segment)
         captions.setdefault(key, []).extend(own)
+        lines.setdefault(key, where)
     if not captions:
         raise UserError(f"{path}: no captions in it")
     with_split = [bool(split) for split, *_ in captions]
@@ -61,8 +68,9 @@ def read_folder(annotations: str | os.PathLike, videos: str | os.PathLike) -> Da
         clip_id = (
             video if start is None and end is None else f"{video}@{_short(start or 0)}-{_to(end)}"
         )
-        location = video if os.path.isabs(video) else os.path.join(os.fspath(videos), video)
-        clip = Clip(clip_id, location, tuple(dict.fromkeys(own)), start, end)
+        where = lines[split, video, start, end]
+        location = _location(os.fspath(videos), video)
+        clip = Clip(clip_id, location, tuple(dict.fromkeys(own)), start, end, where)
         dataset.setdefault(split or _split_of(clip), []).append(clip)
     if not all(with_split):
         _ensure_held_out(dataset)
@@ -70,6 +78,16 @@ def read_folder(annotations: str | os.PathLike, videos: str | os.PathLike) -> Da
         logging.info("%s has no splits; chosen by a hash of the ids: %s", path, sizes)
     _warn_of_leaks(dataset)
     return dataset
+
+
+def _location(videos: str, video: str) -> str:
+    return video if os.path.isabs(video) or "://" in video else os.path.join(videos, video)
+
+
+def _normalised(videos: str, video: str) -> str:
+    """One text for all spellings of a path; links are not followed."""
+    scheme, separator, path = _location(videos, video).rpartition("://")
+    return scheme + separator + os.path.normpath(path)
 
 
 def _to(end: float | None) -> str:
@@ -124,15 +142,24 @@ def _json_rows(path: epath.Path, text: str) -> Iterator[tuple[str, dict]]:
             continue
         where = f"{path}:{number}"
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=functools.partial(_once, where))
         except (ValueError, RecursionError) as error:  # also numbers too long, lists too deep
             why = getattr(error, "msg", error)
             raise UserError(f"{where}: not JSON ({why}); one object a line") from None
         if not isinstance(row, dict):
             raise UserError(f"{where}: a JSON {type(row).__name__}; one object a line is needed")
-        row = {key.lower(): value for key, value in row.items()}
-        _check_columns(where, list(row))
-        yield where, row
+        _check_columns(where, [key.lower() for key in row])
+        yield where, {key.lower(): value for key, value in row.items()}
+
+
+def _once(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; `json` would keep the last of two values alone."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in row if keys.count(key) > 1)
+        raise UserError(f"{where}: the key {twice!r} twice; several captions are a list")
+    return row
 
 
 def _check_columns(where: str, names: list[str]) -> None:
@@ -155,8 +182,9 @@ def _check_columns(where: str, names: list[str]) -> None:
 def _parse(where: str, row: dict[str, Any]) -> tuple[tuple, list[str]]:
     """((split, video, start, end), captions) of one row."""
     video = row["video"]
-    if not isinstance(video, str) or not video.strip():
+    if not isinstance(video, str):
         raise UserError(f"{where}: video is {video!r}; a file name is needed")
+    video = video.strip() or f"{os.path.basename(where)} (no video)"
     given = row.get("caption", row.get("captions"))
     captions: list[Any] = given if isinstance(given, list) else [given]
     if not captions:
@@ -166,7 +194,7 @@ def _parse(where: str, row: dict[str, Any]) -> tuple[tuple, list[str]]:
             raise UserError(f"{where}: caption is {caption!r}; text is needed")
         if not caption.strip():
             raise UserError(f"{where}: an empty caption")
-    for text in (video, *captions):
+    for text in captions:
         if NO_TEXT.search(text):
             raise UserError(f"{where}: a NUL or half a character (lone surrogate) in {text!r}")
     split = row.get("split")
@@ -181,7 +209,7 @@ def _parse(where: str, row: dict[str, Any]) -> tuple[tuple, list[str]]:
     start, end = _seconds(where, row, "start") or None, _seconds(where, row, "end")
     if end is not None and end <= (start or 0):
         raise UserError(f"{where}: end={end:g} is not after start={start or 0:g}")
-    return (split, video.strip(), start, end), [c.strip() for c in captions]
+    return (split, video, start, end), [c.strip() for c in captions]
 
 
 def _seconds(where: str, row: dict[str, Any], name: str) -> float | None:
@@ -199,7 +227,8 @@ def _seconds(where: str, row: dict[str, Any], name: str) -> float | None:
 
 def hash_of(clip_id: str) -> float:
     """A fixed number in [0, 1) for an id."""
-    return int.from_bytes(hashlib.sha256(clip_id.encode()).digest()[:8]) / 2**64
+    digest = hashlib.sha256(clip_id.encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8]) / 2**64
 
 
 def video_of(clip_id: str, start: float | None, end: float | None) -> str:
