@@ -24,9 +24,9 @@ class Bucket(MemoryFileSystem):
 
 class NoEvents:
     def __init__(self, *args, **kwargs):
-        pass
+        self.file_writer = self
 
-    def add_scalar(self, *args):
+    def add_summary(self, *args):
         pass
 
     def close(self):
@@ -59,6 +59,28 @@ def test_lines_that_are_about_to_be_redone_go(workdir):
     with MetricWriter(workdir, resume_step=2) as metrics:
         metrics.write_scalars(3, {"loss": 30})
     assert [line["loss"] for line in read_metrics(workdir)] == [1, 2, 30]
+
+
+def events(folder):
+    """(step, {tag: value}) of what TensorBoard reads; each event is [length, 4 bytes, it, 4]."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    (file,) = folder.glob("events.out.tfevents.*")
+    content, at = file.read_bytes(), 0
+    while at < len(content):
+        size = int.from_bytes(content[at : at + 8], "little")
+        event = Event.FromString(content[at + 12 : at + 12 + size])
+        at += size + 16
+        if event.HasField("summary"):
+            yield event.step, {value.tag: value.simple_value for value in event.summary.value}
+
+
+def test_names_are_the_same_in_both_files(tmp_path):
+    scalars = {"loss": 0.5, "t2v/R@1": 25.0, "val_v2t_per_caption/MnR": 2.0, "accuracy/a b": 50.0}
+    with MetricWriter(tmp_path) as metrics:
+        metrics.write_scalars(3, scalars)
+    assert list(events(tmp_path)) == [(3, scalars)]
+    assert read_metrics(tmp_path) == [{"step": 3, **scalars}]
 
 
 def test_processes_but_the_first_write_nothing(tmp_path):

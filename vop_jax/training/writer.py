@@ -53,8 +53,11 @@ class TensorBoard(NoWriter):
             raise UserError(f"workdir {workdir}: {error}; pip install -e '.[gcs]'") from None
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        for key, value in scalars.items():
-            self._events.add_scalar(key, value, step)
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        # `add_scalar` would write R@1 as R_1, a name that is in no other file.
+        values = [Summary.Value(tag=key, simple_value=value) for key, value in scalars.items()]
+        self._events.file_writer.add_summary(Summary(value=values), step)
 
     def flush(self) -> None:
         self._events.flush()
