@@ -443,16 +443,21 @@ def test_damaged_videos_are_named_and_left_out(call, folder, tmp_path):
     assert summary_of(tmp_path / "drop")["num_videos"] == runs.TEST - 1
 
 
-def test_captions_that_are_cut_are_counted(call, folder, tmp_path):
+def test_captions_that_are_cut_or_say_left_are_counted(call, folder, tmp_path, caplog):
     long = tmp_path / "folder"
     shutil.copytree(folder, long)
     text = (long / "captions.csv").read_text()
-    text = text.replace("clip number 2,", "clip " * 60 + ",").replace("clip number 17", "w " * 40)
+    for old, new in (("2,", "clip " * 60), ("3,", "a left turn"), ("17,", "w " * 40 + "left")):
+        text = text.replace(f"clip number {old}", f"{new},")
     (long / "captions.csv").write_text(text)
     assert call("--config.train.steps=1", folder=long)[0] == 0
+    assert "train: 1 of 16 captions (6.2 %) say left" in caplog.text
+    assert "train with --config.data.flip=False" in caplog.text
+    caplog.clear()
     assert summary_of(tmp_path / "run")["cut_captions"] == 2
     # Where nothing is trained the training split is not read.
     assert call("--config.train.steps=0", folder=long, workdir=tmp_path / "eval")[0] == 0
+    assert "say left" not in caplog.text
     assert summary_of(tmp_path / "eval")["cut_captions"] == 1
 
 

@@ -228,6 +228,11 @@ def _report_data(run: start.Run, data: Data) -> None:
     for skipped in data.packed.skipped:
         label = label_of(skipped)
         logging.warning("skipped %s (%s): %s", label, skipped["split"], skipped["reason"])
+    if data.learnt_from:
+        split = data.packed.splits[run.config.data.train_split]
+        texts = [caption for captions in split.captions for caption in captions]
+        if warning := sources.flip_warning(run.config.data, texts):
+            logging.warning("%s", warning)
     if data.cut_captions:
         slots = run.method.text_slots(run.clip.config)
         logging.warning("%d captions cut to %d token slots, EOT kept", data.cut_captions, slots)

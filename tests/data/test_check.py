@@ -10,7 +10,8 @@ import pytest
 
 from tests.data import videos
 from tests.data.annotations.official import write_official
-from vop_jax.data import prepare
+from vop_jax.config import base_config
+from vop_jax.data import prepare, sources
 
 SIZES = {"train": 6, "test": 4}
 
@@ -22,6 +23,8 @@ def msrvtt(tmp_path_factory):
     films = root / "videos"
     films.mkdir()
     paths = write_official("msrvtt9k", root / "annotations", SIZES, captions_per_video=3)
+    texts = root / "annotations" / "MSRVTT_data.json"
+    texts.write_text(texts.read_text().replace("a dog", "a left-hand dog"))  # video 0's
     for i, path in enumerate(p for split in paths.values() for p in split):
         videos.write(films / path, 12 + i)
     (films / paths["train"][2]).write_bytes(b"")
@@ -74,6 +77,23 @@ def test_a_split_that_is_not_whole(msrvtt):
     assert test["stored_frames"] == [4, 4, 4] and test["video_frames"] == [18, 19, 21]
     assert found["slots"] == 69 and test["cut_captions"] == 0
     assert test["caption_tokens"][0] >= 3
+    assert (train["captions_with_sides"], test["captions_with_sides"]) == (3, 0)
+    assert "note: train: 3 of 18 captions (16.7 %) say left" in told
+    assert "train with --config.data.flip=False" in told
+
+
+def test_sides_are_whole_words():
+    said = ["LEFT!", "turn right.", "the leftmost", "a right-hand bend", "righthand", "leftward"]
+    said += ["counter-clockwise", "anticlockwise", "Clockwise"]
+    other = ["bright lights", "copyright", "a cleft", "leftovers", "clockwork", ""]
+    assert sources.count_sides([*said, *other]) == len(said)
+    data = base_config().data
+    assert "9 of 15 captions (60.0 %)" in sources.flip_warning(data, [*said, *other])
+    assert not sources.flip_warning(data, other)
+    for key in ("flip", "augment"):
+        data = base_config().data
+        data[key] = False
+        assert not sources.flip_warning(data, said)
 
 
 def test_the_slots_are_the_methods(msrvtt):

@@ -26,7 +26,7 @@ from vop_jax.config import validate
 from vop_jax.data import builders, layout, packed, shards
 from vop_jax.data.annotations.benchmarks import BENCHMARKS, check_sizes
 from vop_jax.data.encode import Preprocessing, encode_clip
-from vop_jax.data.sources import CaptionTokenizer
+from vop_jax.data.sources import CaptionTokenizer, count_sides, flip_warning
 from vop_jax.data.workers import in_processes
 from vop_jax.errors import UserError, as_user_error
 
@@ -63,6 +63,9 @@ def check(config: ConfigDict) -> dict[str, Any]:
     slots = start.method_of(config).text_slots(start.preset(config, default="ViT-B/32"))
     tokenize = CaptionTokenizer(slots)
     splits = {split: _describe(own, tokenize) for split, own in rows.items()}
+    learnt = [caption for row in rows.get(data.train_split, ()) for caption in row["captions"]]
+    if warning := flip_warning(data, learnt):
+        notes.append(warning)
     for split, found in splits.items():
         if found["usable"] < found["videos"]:
             missing, limit = found["videos"] - found["usable"], data.max_skipped
@@ -171,6 +174,7 @@ def _describe(rows: Rows, tokenize: CaptionTokenizer) -> dict[str, Any]:
         "captions": len(captions),
         "caption_tokens": _spread(lengths),
         "cut_captions": int((lengths > tokenize.slots).sum()),
+        "captions_with_sides": count_sides(captions),
         "stored_frames": _spread([row["stored"] for row in kept]),
         "video_frames": _spread([row["frames"] for row in kept]),
         "repeating_frames": sum(row["distinct"] < row["stored"] for row in kept),
@@ -201,6 +205,7 @@ def table(found: dict[str, Any]) -> str:
         ("captions", lambda s: f"{s['captions']:,}"),
         ("tokens a caption *", lambda s: _between(s["caption_tokens"])),
         (f"cut at {found['slots']} slots", lambda s: _share(s["cut_captions"], s["captions"])),
+        ("say left or right", lambda s: _share(s["captions_with_sides"], s["captions"])),
         ("frames of a video *", lambda s: _between(s["video_frames"])),
         ("frames stored *", lambda s: _between(s["stored_frames"])),
         ("with repeated frames", lambda s: f"{s['repeating_frames']:,}"),

@@ -1,6 +1,7 @@
 """Datasets by name: the config's `data` section becomes packed records and captions."""
 
 import os
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
@@ -174,6 +175,35 @@ def _held_out(data: ConfigDict, packed: Packed) -> tuple[Part, Part]:
             f"config.data.val_share={data.val_share:g} of {len(train)} clips leaves one side empty"
         )
     return parts[0], parts[1]
+
+
+# What a mirror image makes wrong.
+SIDES = re.compile(
+    r"\b(?:(?:left|right)(?:most|wards?|hand(?:ed)?)?|(?:anti|counter)?clockwise)\b", re.IGNORECASE
+)
+
+
+def count_sides(captions: Sequence[str]) -> int:
+    """How many captions say left, right or clockwise, as whole words in any case."""
+    return sum(SIDES.search(caption) is not None for caption in captions)
+
+
+def flip_warning(data: ConfigDict, captions: Sequence[str]) -> str:
+    """What to say of training captions with sides where clips are mirrored; "" of no such.
+
+    Args:
+        data: the config's section of that name.
+        captions: all of `data.train_split`.
+    """
+    count = count_sides(captions) if data.augment and data.flip else 0
+    if not count:
+        return ""
+    return (
+        f"{data.train_split}: {count:,} of {len(captions):,} captions "
+        f"({100 * count / len(captions):.1f} %) say left, right or clockwise, and "
+        "config.data.flip=True mirrors half of the clips; where these words are sides, train with "
+        "--config.data.flip=False"
+    )
 
 
 class CaptionTokenizer:
