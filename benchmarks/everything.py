@@ -2,7 +2,7 @@
 
     python -m benchmarks.everything --output=DIR
     python -m benchmarks.everything --output=DIR --minutes=10 --only vop ranks epoch
-    python -m benchmarks.everything --output=DIR --list            # the commands alone
+    python -m benchmarks.everything --list                         # the commands alone
 
 The same on a CPU, where sizes are smaller. DIR gets what each printed, and `everything.md` with
 all of it. What fails or runs out of time says so, the others go on, and the exit status is 1.
@@ -111,12 +111,14 @@ def _text(path: str) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m benchmarks.everything", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--output", required=True, metavar="DIR")
+    parser.add_argument("--output", metavar="DIR", help="where results are written")
     parser.add_argument("--only", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--minutes", type=float, default=1e6, help="of all together")
     parser.add_argument("--list", action="store_true", help="print the commands, run nothing")
     args = parser.parse_args(argv)
-    output = os.path.abspath(args.output)
+    if not (args.output or args.list):
+        parser.error("--output=DIR is missing")
+    output = os.path.abspath(args.output) if args.output else "DIR"
     there = what_is_there()
     cpu = there["backend"] == "cpu"
     commands = {n: command_of(TASKS[n], output, cpu) for n in TASKS if n in args.only}

@@ -82,6 +82,17 @@ def test_no_time_at_all(call):
     assert status == 1 and "first" in report  # what an earlier call measured stays
 
 
+def test_a_list_needs_no_folder(capsys, monkeypatch):
+    monkeypatch.setattr(everything, "what_is_there", lambda: {"backend": "cpu"})
+    everything.main(["--list"])
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == len(everything.TASKS)
+    assert any(line.startswith("python -m benchmarks.ladder --workdir=DIR/") for line in printed)
+    with pytest.raises(SystemExit, match="2"):
+        everything.main([])
+    assert "--output=DIR is missing" in capsys.readouterr().err
+
+
 def test_a_folder_that_cannot_be(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(everything, "what_is_there", lambda: {"backend": "cpu"})
     (tmp_path / "file").touch()
