@@ -4,6 +4,7 @@ import os
 import tempfile
 
 from tests import xla
+from tests.processes import ended_processes  # noqa: F401  for all tests
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla.flags(8)}"
@@ -24,10 +25,10 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 @pytest.fixture(scope="module")
 def quiet():
     """Leaves logging to pytest where a test calls the command line in its process."""
-    from vop_jax import main
+    from vop_jax import command
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(main, "set_up_logging", lambda: None)
+        patch.setattr(command, "set_up_logging", lambda: None)
         yield
 
 

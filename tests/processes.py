@@ -1,0 +1,119 @@
+"""Processes that tests start: they end with their test, however it ends.
+
+Each has a session of its own, which holds its children too. The session is killed after the test;
+a shell that waits behind a pipe kills it where the process of the test dies first.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+
+HANG = 1800  # seconds; only guards against what never ends, whatever else uses the machine
+UNLESS_TOLD = 'read -r ended || exec "$0" "$@"'
+_running: list["Process"] = []
+
+
+class Process(subprocess.Popen):
+    """A process that is killed, with all that it started, at the end of the test."""
+
+    def __init__(self, command: Sequence[Any], **options: Any):
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        super().__init__(command, **pipes | options, start_new_session=True)
+        self._guard = subprocess.Popen(
+            ["sh", "-c", UNLESS_TOLD, sys.executable, __file__, str(self.pid)],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
+        _running.append(self)
+
+    def wait(self, timeout: float | None = HANG) -> int:
+        return super().wait(timeout)
+
+    def communicate(self, input: Any = None, timeout: float | None = HANG) -> tuple[Any, Any]:
+        return super().communicate(input, timeout)
+
+    def end(self) -> None:
+        """Kills what is left of it."""
+        kill_session(self.pid)
+        self.wait()
+        for pipe in (self.stdin, self.stdout, self.stderr):
+            if pipe is not None:
+                pipe.close()
+        self._guard.communicate(b"ended\n")
+        _running.remove(self)
+
+
+def run(command: Sequence[Any], **options: Any) -> subprocess.CompletedProcess:
+    """As `subprocess.run`: what it prints is kept as text unless `options` say otherwise."""
+    check = options.pop("check", False)
+    process = Process(command, **options)
+    try:
+        out, err = process.communicate()
+    finally:
+        process.end()
+    done = subprocess.CompletedProcess(command, process.returncode, out, err)
+    if check:
+        assert done.returncode == 0, f"{out}\n{err}"
+    return done
+
+
+def until(condition: Callable[[], Any], *processes: subprocess.Popen) -> None:
+    """Waits for a condition; fails when one of the processes ends before."""
+    deadline = time.monotonic() + HANG
+    while not condition():
+        for process in processes:
+            if process.poll() is not None:
+                said = process.communicate() if process.stderr else ()
+                pytest.fail(f"{process.args} ended with status {process.returncode}: {said}")
+        assert time.monotonic() < deadline, "it never comes"
+        time.sleep(0.01)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that nobody has waited for does not."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def kill_session(session: int) -> None:
+    """Kills all processes of a session, until there are none."""
+    while pids := [pid for pid in _all() if _session_of(pid) == session and is_alive(pid)]:
+        for pid in pids:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        time.sleep(0.001)
+
+
+def _all() -> Iterator[int]:
+    return (int(name) for name in os.listdir("/proc") if name.isdecimal())
+
+
+def _session_of(pid: int) -> int:
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return -1
+
+
+@pytest.fixture(autouse=True)
+def ended_processes() -> Iterator[None]:
+    """Ends what a test has started; what fixtures of a module started is theirs."""
+    before = [*_running]
+    yield
+    for process in [p for p in _running if p not in before]:
+        process.end()
+
+
+if __name__ == "__main__":
+    kill_session(int(sys.argv[1]))
