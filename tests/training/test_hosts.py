@@ -4,12 +4,11 @@ import errno
 import json
 import os
 import socket
-import subprocess
 import sys
 
 import pytest
 
-from tests import runs
+from tests import processes, runs
 from vop_jax.errors import UserError
 from vop_jax.training import hosts
 
@@ -89,11 +88,18 @@ def test_what_nobody_expected_is_not_told(among_two):
     assert store.said == []
 
 
+def test_every_wait_of_jax_takes_as_long_as_asked(monkeypatch):
+    given = {}
+    monkeypatch.setattr(hosts.jax.distributed, "initialize", lambda **kwargs: given.update(kwargs))
+    with runs.kept_signals():
+        hosts.start("127.0.0.1:1", 2, 1, timeout=7)
+    waits = {key: value for key, value in given.items() if "timeout" in key}
+    assert len(waits) == 3 and set(waits.values()) == {7}
+
+
 ALONE = """
-import functools, jax
 from vop_jax.training import hosts
-jax.distributed.initialize = functools.partial(jax.distributed.initialize, initialization_timeout=2)
-hosts.start("127.0.0.1:{port}", 2, {process})
+hosts.start("127.0.0.1:{port}", 2, {process}, timeout=2)
 """
 
 
@@ -102,13 +108,8 @@ def test_a_process_that_nobody_joins_says_where(process):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         where = free.getsockname()[1]
-    found = subprocess.run(
-        [sys.executable, "-c", ALONE.format(port=where, process=process)],
-        env=runs.environment(),
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    alone = ALONE.format(port=where, process=process)
+    found = processes.run([sys.executable, "-c", alone], env=runs.environment())
     assert found.returncode
     assert f"error: no run to join at 127.0.0.1:{where}: " in found.stderr
 

@@ -53,6 +53,7 @@ def start(
     given = {"coordinator": coordinator, "processes": processes, "process": process}
     missing = [f"--{name}" for name, value in given.items() if value is None]
     arguments: dict[str, Any] = {
+        "initialization_timeout": timeout,
         "heartbeat_timeout_seconds": timeout,
         "shutdown_timeout_seconds": timeout,
     }
