@@ -27,12 +27,11 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from benchmarks.step_cost import counted_flops
-from vop_jax import atomic, experiment, report, start
+from vop_jax import atomic, command, experiment, report, start
 from vop_jax.config import first_difference
 from vop_jax.data import sources
 from vop_jax.data.builders import Making
 from vop_jax.errors import UserError
-from vop_jax.main import set_up_logging, told
 from vop_jax.model import TextVideoModel
 from vop_jax.results import SUMMARY_FILE
 from vop_jax.tuning.methods import METHODS
@@ -258,11 +257,10 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, on one device")
     parser.add_argument("--output", help="PREFIX.json and PREFIX.md; default: in the workdir")
     args = parser.parse_args()
-    logging.use_absl_handler()
-    set_up_logging()
+    command.set_up_logging()
     if args.jobs > 1:  # else the first process takes most of a GPU's memory
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    sys.exit(told(lambda: measure(args)))
+    sys.exit(command.run(lambda: measure(args), resumes=True))
 
 
 def measure(args: argparse.Namespace) -> int:

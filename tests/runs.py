@@ -78,10 +78,7 @@ def call(*argv: str) -> int:
     sys.modules.pop("config_config", None)  # the config file of an earlier call
     with kept_signals():
         try:
-            main.parse_flags(sys.argv)
-            return main.main([])
-        except SystemExit as exit:
-            return int(exit.code or 0)
+            return main.main(sys.argv)
         finally:
             sys.argv = kept_argv
             for name in list(flag_values):

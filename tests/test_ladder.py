@@ -129,7 +129,7 @@ def test_rates_are_of_the_val_split_and_its_records(monkeypatch, tmp_path):
 
 
 def test_wrong_calls_are_one_line(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(ladder, "set_up_logging", lambda: None)
+    monkeypatch.setattr(ladder.command, "set_up_logging", lambda: None)
     call = ["ladder", f"--workdir={tmp_path}", "--config=nowhere.py"]
     monkeypatch.setattr("sys.argv", call)
     with pytest.raises(SystemExit, match="2"):

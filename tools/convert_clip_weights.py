@@ -11,7 +11,6 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 # Conversion needs no accelerator, and must not occupy one.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -19,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from safetensors import SafetensorError
 
-from vop_jax import tensorfile
+from vop_jax import command, tensorfile
 from vop_jax.clip import download
 from vop_jax.clip.convert import Converted, convert
 from vop_jax.clip.layers import ACTIVATIONS
@@ -29,23 +28,14 @@ from vop_jax.tuning.prompts_file import save_prompts
 from vop_jax.tuning.released import released_method
 
 
-class Parser(argparse.ArgumentParser):
-    """A wrong call is one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line.
 
     Raises:
         UserError: an unknown flag, a missing one, or a value that is not allowed.
     """
-    parser = Parser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    parser = command.Parser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--source", required=True, metavar="FILE_OR_NAME", help="what to convert")
@@ -121,15 +111,15 @@ def write_prompts(path: str | None, converted: Converted, clip: ClipWeights) -> 
 
 
 def main(argv: list[str]) -> int:
-    """Runs the command line; the exit status."""
-    try:
-        run(parse(argv))
-    except (UserError, OSError, SafetensorError) as error:  # a place, or a disk that is full
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    """The command line; returns the exit status."""
+
+    def program() -> None:
+        try:
+            run(parse(argv))
+        except SafetensorError as error:  # a place that is none, a disk that is full
+            raise UserError(str(error)) from error
+
+    return command.run(program)
 
 
 if __name__ == "__main__":

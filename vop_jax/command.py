@@ -1,11 +1,100 @@
-"""What the command lines of argparse share."""
+"""What all programs share: arguments, logging, signals, and how errors become an exit status."""
 
 import argparse
+import io
 import math
+import os
+import select
+import signal
+import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from logging import WARNING, Formatter, LogRecord
+from typing import Any, NoReturn, TextIO
 
-from vop_jax.errors import UserError
+from absl import flags, logging
+
+from vop_jax import interrupt
+from vop_jax.errors import UserError, as_user_error
+
+BROKEN_PIPE = 128 + signal.SIGPIPE
+_PACKAGE = os.path.dirname(__file__)
+
+
+def run(program: Callable[[], int | None], *, resumes: bool = False) -> int:
+    """Runs a program and returns its exit status.
+
+    0: done. 2: the call, the config or the input is wrong, which is one line on stderr. 130 and
+    143: stopped by SIGINT or SIGTERM. 141: the reader of the output left, as in `… | head`.
+
+    Args:
+        program: returns another status, or None.
+        resumes: the same command continues what a signal stopped, and a line says so.
+
+    Raises: what nobody expected.
+    """
+    interrupt.install()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # file names are any bytes
+    try:
+        return _status_of(program, resumes)
+    except BrokenPipeError:
+        if not any(map(_reader_left, (1, 2))):
+            raise
+        return BROKEN_PIPE
+    finally:
+        for descriptor, stream in ((1, sys.stdout), (2, sys.stderr)):
+            try:
+                _flush(stream)
+            except OSError:  # Python would try again at its end, and complain
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+
+
+def _status_of(program: Callable[[], int | None], resumes: bool) -> int:
+    try:
+        try:
+            status = program() or 0
+        except SystemExit as end:  # of --help
+            status = int(end.code or 0)
+        _flush(sys.stdout)
+        return status
+    except interrupt.Interrupted as stopped:
+        if resumes:
+            print(f"stopped by {stopped}; the same command continues", file=sys.stderr)
+        return stopped.exit_status
+    except Exception as error:
+        if (wrong := as_user_error(error)) is None:
+            raise
+        print(f"error: {' '.join(str(wrong).split())}", file=sys.stderr)
+        return 2
+
+
+def _flush(stream: TextIO | None) -> None:
+    if stream is not None:  # None: it was closed before the start
+        stream.flush()
+
+
+def _reader_left(descriptor: int) -> bool:
+    """Whether nobody reads a pipe any more."""
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def set_up_logging(level: int = logging.INFO) -> None:
+    """Logs our own progress, and the warnings of other packages, on stderr."""
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # absl would warn that it logs before that
+    logging.use_absl_handler()
+    handler = logging.get_absl_handler()
+    if _is_of_interest not in handler.filters:
+        handler.addFilter(_is_of_interest)
+    handler.setFormatter(Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logging.set_verbosity(level)
+
+
+def _is_of_interest(record: LogRecord) -> bool:
+    return record.levelno >= WARNING or record.pathname.startswith(_PACKAGE)
 
 
 class Parser(argparse.ArgumentParser):
@@ -16,7 +105,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """One line, not the whole usage."""
-        raise UserError(f"{message}; --help tells all")
+        raise UserError(f"{message}; --help lists the options")
 
 
 def whole(low: int, high: int | None = None) -> Callable[[str], int]:

@@ -2,13 +2,11 @@
 
 import errno
 
-WRONG_PATHS = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
-
 
 class UserError(Exception):
     """The call, the config or the input is wrong; the one exception a user is meant to read.
 
-    The message is one line: what is wrong, where, and what is allowed. `main` prints it
+    The message is one line: what is wrong, where, and what is allowed. `command.run` prints it
     without a traceback and exits with status 2.
     """
 
@@ -18,13 +16,11 @@ class VideoError(Exception):
 
 
 def as_user_error(error: BaseException) -> UserError | None:
-    """What a user reads of an error that is theirs to mend; None: nobody expected it."""
+    """What a user reads of an error that is theirs to correct; None: nobody expected it."""
     if isinstance(error, UserError):
         return error
-    if isinstance(error, WRONG_PATHS):
-        return UserError(f"{error.filename}: {error.strerror}")
     # What etils raises of a path in a place that it does not know, or lacks a package for.
-    if isinstance(error, KeyError) and str(error.args[0]).endswith("://"):
+    if isinstance(error, KeyError) and error.args and str(error.args[0]).endswith("://"):
         return UserError(f"{error.args[0]}… is no folder or file; give a path of this machine")
     if isinstance(error, ImportError) and " to access " in str(error):
         return UserError(str(error))
@@ -32,6 +28,8 @@ def as_user_error(error: BaseException) -> UserError | None:
         return UserError(
             f"{full}: no space left on the disk; free some, the same command continues"
         )
+    if isinstance(error, OSError) and error.filename is not None:
+        return UserError(f"{error.filename}: {error.strerror}")
     return None
 
 

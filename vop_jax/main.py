@@ -1,22 +1,23 @@
-"""The command line: flags, distributed start-up, mode; nothing else.
+"""Trains, evaluates or exports a model: flags, distributed start-up, mode; nothing else.
 
 python -m vop_jax.main --config=configs/demo.py --workdir=DIR
+python -m vop_jax.main --config=configs/msrvtt9k.py:vop_f+c --workdir=DIR --config.KEY=VALUE …
 """
 
 import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
-from logging import WARNING, Formatter
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from vop_jax import interrupt
+from vop_jax import command
 from vop_jax.config import check_keys
-from vop_jax.errors import UserError, as_user_error
+from vop_jax.errors import UserError
 
 if TYPE_CHECKING:
     from vop_jax.training.writer import Writer
@@ -38,25 +39,39 @@ def define_flags() -> None:
     flags.DEFINE_string("json", None, "with --mode=params: also write the table to this file")
 
 
-def parse_flags(argv: Sequence[str]) -> list[str]:
-    """Parses the command line; a wrong one is a single line on stderr and exit status 2."""
+def parse_flags(argv: Sequence[str], usage: str) -> None:
+    """Parses the command line into `flags.FLAGS`; `--help` prints `usage` and every flag.
+
+    Raises:
+        UserError: it is wrong, or the config file is.
+    """
+    if {"--help", "-help", "-h", "--helpfull", "--helpshort"} & {*argv}:
+        module = flags.FLAGS.find_module_defining_flag("config")
+        print(f"{usage.strip()}\n\n{flags.FLAGS.module_help(module)}")
+        sys.exit(0)
     try:
         _check_config_file(argv)
         overrides = (a.lstrip("-") for a in argv if re.match("--?config[.]", a))
         check_keys(o.split("=")[0].removeprefix("config.") for o in overrides)
-        rest = flags.FLAGS(argv)
+        with warnings.catch_warnings():
+            # ml_collections' way to load the file, under `python -W error`.
+            warnings.filterwarnings("ignore", "the load_module", DeprecationWarning)
+            rest = flags.FLAGS(argv)
         if len(rest) > 1:
             raise UserError(f"{rest[1]}: not a flag; flags look like --config=FILE")
         _check_flags(flags.FLAGS.config)
-        return rest
     except OSError as error:  # the config file could not be loaded, and is overridden
-        fail(f"--config: {error.filename}: {error.strerror}" if error.filename else str(error))
-    except (flags.Error, UserError, TypeError, ValueError) as error:
-        fail(str(error))
+        where = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        raise UserError(f"--config: {where}") from None
+    except (flags.Error, TypeError, ValueError) as error:
+        raise UserError(str(error)) from None
+    except UserError:
+        raise
     except Exception as error:  # the config file's own
         if "has no attribute 'get_config'" in str(error):
-            fail("--config: the file defines no get_config()")
-        fail(f"--config: {_where(error)}{type(error).__name__}: {_last_line(error)}")
+            raise UserError("--config: the file defines no get_config()") from None
+        why = f"{_where(error)}{type(error).__name__}: {_last_line(error)}"
+        raise UserError(f"--config: {why}") from None
 
 
 def _check_config_file(argv: Sequence[str]) -> None:
@@ -96,58 +111,25 @@ def _where(error: Exception) -> str:
     return f"{frame.filename}:{frame.lineno}: "
 
 
-def fail(message: str) -> NoReturn:
-    """One line, exit status 2."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
-
-
-def set_up_logging() -> None:
-    """Our own progress, and what others warn of."""
-    package = os.path.dirname(__file__)
-    handler = logging.get_absl_handler()
-    handler.addFilter(
-        lambda record: record.levelno >= WARNING or record.pathname.startswith(package)
-    )
-    handler.setFormatter(Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    logging.set_verbosity(logging.INFO)
-
-
 def main(argv: Sequence[str]) -> int:
-    set_up_logging()
-    interrupt.install()
-    return finish(answer)
+    """The command line; returns the exit status."""
+
+    def program() -> int:
+        parse_flags(argv, __doc__)
+        given = flags.FLAGS
+        command.set_up_logging()
+        join(given.coordinator, given.processes, given.process, given.timeout, given.mode)
+        return run(given.config, given.workdir or "", given.mode, given.json, given.format)
+
+    return finish(program)
 
 
-def answer() -> int:
-    """Does what the flags ask for; the exit status."""
-    given = flags.FLAGS
-    join(given.coordinator, given.processes, given.process, given.timeout, given.mode)
-    return run(given.config, given.workdir or "", given.mode, given.json, given.format)
-
-
-def finish(work: Callable[[], int]) -> int:
-    """`told`, and the run's other processes are taken leave of."""
-    try:
-        status = told(work)
-    except SystemExit as exit:  # told by `fail`
-        status = int(exit.code or 0)
+def finish(program: Callable[[], int]) -> int:
+    """`command.run`, after which this process has said how it ended."""
+    status = command.run(program, resumes=True)
     if (hosts := sys.modules.get("vop_jax.training.hosts")) is not None:
         hosts.finish()
     return status
-
-
-def told(work: Callable[[], int]) -> int:
-    """The exit status of `work`, its errors as one line; what nobody expected is raised."""
-    try:
-        return work()
-    except interrupt.Interrupted as signal:
-        print(f"stopped by {signal}; the same command continues", file=sys.stderr)
-        return signal.exit_status
-    except Exception as error:
-        if (wrong := as_user_error(error)) is None:
-            raise
-        fail(str(wrong))
 
 
 def join(
@@ -203,4 +185,4 @@ def run(
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main, flags_parser=parse_flags)
+    sys.exit(main(sys.argv))

@@ -199,8 +199,8 @@ def test_a_full_disk_loses_nothing(msvd, tmp_path, monkeypatch, capsys):
 
     with monkeypatch.context() as patched:
         patched.setattr(shards, "_record_file", full)
-        assert prepare.main(command(msvd, tmp_path / "full")) == 1
-    assert "the disk is full; make room and run the same command" in capsys.readouterr().err
+        assert prepare.main(command(msvd, tmp_path / "full")) == 2
+    assert "no space left on the disk; free some, the same command" in capsys.readouterr().err
     assert len(list(layout.staging_of(tmp_path / "full", "msvd").glob("*.json"))) == 2
     assert prepare.main(command(msvd, tmp_path / "full")) == 0
     assert digest(tmp_path / "full") == digest(whole)
@@ -315,7 +315,7 @@ def test_finished_records_outlive_whatever_happens_to_the_videos(msvd, tmp_path,
 
     with monkeypatch.context() as patched:
         patched.setattr(builders, "write_json", fail)
-        assert prepare.main(command((annotations, mine), out)) == 1
+        assert prepare.main(command((annotations, mine), out)) == 2
     kept = packed.find_records(out)
     assert {k: v for k, v in digest(out).items() if ".shards/" not in k} == before
     again = packed.open_records(out, STORED, ["train", "test"], name="msvd", max_skipped=1.0)
@@ -389,7 +389,7 @@ def test_cut_off_between_a_shard_and_its_note(msvd, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(shards, "write_json", full)
-        assert prepare.main(command((annotations, mine), out)) == 1
+        assert prepare.main(command((annotations, mine), out)) == 2
     assert prepare.main(command((annotations, mine), out)) == 0
     assert prepare.main(command(msvd, tmp_path / "whole")) == 0
     records = {k: v for k, v in digest(out).items() if "array_record" in k}
@@ -413,7 +413,7 @@ def test_an_addition_that_was_cut_off_is_continued(msvd, tmp_path, monkeypatch):
     monkeypatch.setattr(builders, "in_processes", counted)
     with monkeypatch.context() as patched:
         patched.setattr(shards, "_record_file", full)
-        assert prepare.main(command(msvd, out, "--splits=test,train")) == 1
+        assert prepare.main(command(msvd, out, "--splits=test,train")) == 2
     assert before.items() <= digest(out).items()
     assert prepare.main(command(msvd, out, "--splits=test,train")) == 0
     first, second = map(len, done)
@@ -548,7 +548,7 @@ def test_control_c_is_one_line(msvd, tmp_path):
     assert process.returncode in (0, 130)  # it may have been done
     assert "Traceback" not in told
     if process.returncode == 130:
-        assert told.strip().splitlines()[-1] == "interrupted; the same command goes on"
+        assert told.strip().splitlines()[-1] == "stopped by SIGINT; the same command continues"
 
 
 def test_two_processes_do_not_share_an_output(msvd, tmp_path, capsys):

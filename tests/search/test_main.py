@@ -183,9 +183,8 @@ def test_a_full_disk_is_told_in_one_line(place, call, monkeypatch, tmp_path):
     monkeypatch.setattr("vop_jax.search.make._update", full)
     status, _, err = call("index", "--index", index)
     assert (status, err) == (
-        1,
-        "error: vectors.f32: the disk is full; make room and run the same command, what is done "
-        "is kept\n",
+        2,
+        "error: vectors.f32: no space left on the disk; free some, the same command continues\n",
     )
 
 
@@ -243,7 +242,7 @@ def test_ctrl_c_keeps_what_is_done(many, clip, tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate()
     assert process.returncode == 130
-    assert "stopped by SIGINT; what is done is kept, the same command goes on" in err
+    assert "stopped by SIGINT; the same command continues" in err
     assert "Traceback" not in err
     assert 3 <= committed(tmp_path / "index") < 20
     process = library.start("index", "--index", tmp_path / "index")

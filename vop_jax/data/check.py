@@ -16,19 +16,19 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from vop_jax import atomic, main
+from vop_jax import atomic, command, main
 from vop_jax.config import validate
 from vop_jax.data import builders, layout, packed, shards
 from vop_jax.data.annotations.benchmarks import BENCHMARKS, check_sizes
 from vop_jax.data.encode import Preprocessing, encode_clip
 from vop_jax.data.sources import CaptionTokenizer, count_sides, flip_warning
 from vop_jax.data.workers import in_processes
-from vop_jax.errors import UserError, as_user_error
+from vop_jax.errors import UserError
 
 Rows = list[dict[str, Any]]  # of a split, as in its index
 
@@ -233,31 +233,24 @@ def _share(part: int, whole: int) -> str:
     return f"{part:,} ({100 * part / whole:.1f} %)" if whole else "-"
 
 
-def run(argv: Sequence[str]) -> int:
-    """The command line behind its flags; returns the exit status."""
-    main.set_up_logging()
-    try:
-        config = flags.FLAGS.config
-        validate(config)
-        found = check(config)
-        if flags.FLAGS.json:
-            atomic.write_json(flags.FLAGS.json, found)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except Exception as error:
-        if (wrong := as_user_error(error)) is None:
-            raise
-        main.fail(str(wrong))
-    print(table(found))
-    return 1 if found["problems"] else 0
-
-
 def define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "FILE or FILE:METHOD, see configs/")
     flags.DEFINE_string("json", None, "also write what was found to this file")
 
 
+def run(argv: Sequence[str]) -> int:
+    """The program; returns its exit status."""
+    main.parse_flags(argv, __doc__)
+    command.set_up_logging()
+    config = flags.FLAGS.config
+    validate(config)
+    found = check(config)
+    if flags.FLAGS.json:
+        atomic.write_json(flags.FLAGS.json, found)
+    print(table(found))
+    return 1 if found["problems"] else 0
+
+
 if __name__ == "__main__":
     define_flags()
-    app.run(run, flags_parser=main.parse_flags)
+    sys.exit(command.run(lambda: run(sys.argv)))

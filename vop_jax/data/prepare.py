@@ -8,19 +8,22 @@ left out and named. `python -m vop_jax.data.check` tells what came of it.
 """
 
 import argparse
+import contextlib
 import difflib
-import errno
 import functools
+import io
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import tensorflow_datasets as tfds
-from absl import flags, logging
+from absl import logging
 from etils import epath
 
+from vop_jax import command
 from vop_jax.command import Parser, number, whole
 from vop_jax.data import packed, shards
 from vop_jax.data.builders import BUILDERS, CLIPS_PER_SHARD, Making
@@ -30,12 +33,7 @@ from vop_jax.data.records import Clip
 from vop_jax.data.sampling import SAMPLINGS
 from vop_jax.data.workers import in_processes
 from vop_jax.errors import UserError
-from vop_jax.main import set_up_logging
 
-OF_THE_CALL = (
-    *(errno.EACCES, errno.EPERM, errno.EROFS),
-    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT),
-)
 PROBED = 8  # clips encoded to estimate the size
 
 
@@ -179,54 +177,42 @@ def _beam(options: str | None) -> Any:
     if options is None:
         return None
     try:
+        import apache_beam
         from apache_beam.options.pipeline_options import PipelineOptions
     except ImportError:
         raise UserError("Apache Beam is not installed: pip install -e '.[beam]'") from None
-    return tfds.download.DownloadConfig(beam_options=PipelineOptions(options.split()))
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):  # argparse prints its whole usage
+            parsed = PipelineOptions(shlex.split(options))
+            parsed.get_all_options()
+            apache_beam.Pipeline(options=parsed)
+    except (Exception, SystemExit) as error:
+        why = (printed.getvalue().strip() or str(error)).splitlines()[-1]
+        raise UserError(f"--beam_options={options}: {why}") from None
+    return tfds.download.DownloadConfig(beam_options=parsed)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    try:
-        args = vars(_parser().parse_args(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    flags.FLAGS.mark_as_parsed()  # absl would warn that it logs before that
-    logging.use_absl_handler()
-    set_up_logging()
-    try:
-        made = prepare(
-            args["dataset"],
-            args["videos"],
-            args["annotations"],
-            args["output"],
-            Preprocessing.from_mapping(args),
-            Making(args["workers"], True, args["seconds"], True, args["clips_per_shard"]),
-            splits=args["splits"].split(",") if args["splits"] else None,
-            official_sizes=not args["other_sizes"],
-            beam=_beam(args["beam_options"]),
-        )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.errno in OF_THE_CALL:
-            print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-            return 2
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        print(
-            f"error: {error.filename or args['output']}: the disk is full; make room and run "
-            "the same command, finished shards are kept",
-            file=sys.stderr,
-        )
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
-        return 130
+    return command.run(lambda: _run(argv), resumes=True)
+
+
+def _run(argv: Sequence[str] | None) -> None:
+    args = vars(_parser().parse_args(argv))
+    command.set_up_logging()
+    made = prepare(
+        args["dataset"],
+        args["videos"],
+        args["annotations"],
+        args["output"],
+        Preprocessing.from_mapping(args),
+        Making(args["workers"], True, args["seconds"], True, args["clips_per_shard"]),
+        splits=args["splits"].split(",") if args["splits"] else None,
+        official_sizes=not args["other_sizes"],
+        beam=_beam(args["beam_options"]),
+    )
     print(report(made))
-    return 0
 
 
 if __name__ == "__main__":

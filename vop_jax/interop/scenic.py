@@ -153,7 +153,7 @@ def main(rng: Any, config: ConfigDict, workdir: str, writer: Writer) -> dict[str
 
 def _run() -> None:
     """The program: `scenic.app.run`, with our exit statuses."""
-    from vop_jax import interrupt
+    from vop_jax import command
     from vop_jax import main as command_line
     from vop_jax.training import hosts
 
@@ -162,16 +162,15 @@ def _run() -> None:
             ours = scenic_config.translate(config)
             return command_line.run(ours, workdir, "train", writer=writer)
 
-        command_line.set_up_logging()
-        interrupt.install()
+        command.set_up_logging()
         sys.exit(command_line.finish(work))
 
-    try:
+    def program() -> None:
         app = imported("scenic.app")  # defines the flags config and workdir
         hosts.start()  # scenic looks at the devices before it calls us
-    except UserError as error:
-        command_line.fail(str(error))
-    app.run(project)
+        app.run(project)
+
+    sys.exit(command.run(program))
 
 
 if __name__ == "__main__":

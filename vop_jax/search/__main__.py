@@ -8,15 +8,14 @@ Kill `index` whenever you like: the same command goes on.
 """
 
 import argparse
-import errno
 import json
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from absl import flags, logging
+from absl import logging
 
-from vop_jax import interrupt
+from vop_jax import command
 from vop_jax.command import Parser, number, whole
 from vop_jax.errors import UserError
 from vop_jax.search import show
@@ -72,12 +71,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _index(args: argparse.Namespace) -> None:
-    from vop_jax.main import set_up_logging
     from vop_jax.search.asked import Request
     from vop_jax.search.indexing import Making
     from vop_jax.search.make import make_index
 
-    set_up_logging()
+    command.set_up_logging()
     asked = Request(
         args.folder, args.clip, args.prompts, args.window, args.stride, args.captions, args.store
     )
@@ -96,7 +94,7 @@ def _query(args: argparse.Namespace) -> None:
         raise UserError("the query is empty; say what to look for")
     if args.explain and args.to == "captions":
         raise UserError("--explain: is of videos' frames, not --to=captions")
-    logging.set_verbosity(logging.ERROR)  # what is warned of is said below
+    command.set_up_logging(logging.ERROR)  # warnings are printed below
     searcher = open_searcher(args.index, args.clip or None, args.prompts or None)
     retriever = searcher.retriever
     if args.text is not None:
@@ -127,35 +125,13 @@ COMMANDS: dict[str, Any] = {"index": _index, "query": _query, "info": _info}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    try:
+    argv = sys.argv[1:] if argv is None else argv
+
+    def program() -> None:
         args = _parser().parse_args(argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # absl would warn that it logs before that
-    logging.use_absl_handler()
-    interrupt.install()
-    try:
         COMMANDS[args.command](args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        where = error.filename or args.index
-        print(
-            f"error: {where}: the disk is full; make room and run the same command, what is done "
-            "is kept",
-            file=sys.stderr,
-        )
-        return 1
-    except interrupt.Interrupted as signal:
-        also = "; what is done is kept, the same command goes on" if args.command == "index" else ""
-        print(f"\nstopped by {signal}{also}", file=sys.stderr)
-        return signal.exit_status
-    return 0
+
+    return command.run(program, resumes="index" in argv[:1])
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from absl import flags, logging
+from absl import logging
 
-from vop_jax import interrupt
+from vop_jax import command
 from vop_jax.command import Parser, number, whole
 from vop_jax.errors import UserError
 
@@ -159,20 +159,13 @@ def _run(library: Any, settings: Any, sock: socket.socket) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    try:
+
+    def program() -> None:
         args = _parser().parse_args(argv)
-        if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # absl would warn that it logs before that
-        logging.use_absl_handler()
-        logging.set_verbosity(logging.ERROR)  # cut queries are told to who asked
-        interrupt.install()
+        command.set_up_logging(logging.ERROR)  # whoever asks is told of truncated queries
         _serve(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except interrupt.Interrupted as signal:
-        return signal.exit_status
-    return 0
+
+    return command.run(program)
 
 
 if __name__ == "__main__":
