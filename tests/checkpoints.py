@@ -8,7 +8,7 @@ import numpy as np
 from vop_jax.clip.config import ClipConfig
 
 # Odd on purpose, with two heads and one by the rule width // 64.
-SIZES = ClipConfig(24, 8, 128, 3, 2, 40, 2, 1, 20, context_length=19, vocab_size=61)
+SIZES = ClipConfig(24, 8, 128, 3, 2, 10, 2, 1, 20, context_length=19)
 
 
 def openai_state(sizes: ClipConfig, seed: int = 0) -> dict[str, np.ndarray]:
@@ -100,6 +100,54 @@ def hugging_face_state(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
                 for letter, part in zip("qkv", packed, strict=True):
                     renamed[f"{layer}.self_attn.{letter}_proj.{kind}"] = part
     return {k: np.array(v, order="C") for k, v in renamed.items()}
+
+
+def open_clip_config(sizes: ClipConfig, **preprocess) -> dict:
+    """open_clip_config.json of these sizes, as open_clip's `push_to_hf_hub` writes it."""
+    vision = {
+        "image_size": sizes.image_size,
+        "layers": sizes.vision_layers,
+        "width": sizes.vision_width,
+        "head_width": sizes.vision_width // sizes.vision_heads,
+        "patch_size": sizes.patch_size,
+        "mlp_ratio": (sizes.vision_mlp or 4 * sizes.vision_width) / sizes.vision_width,
+    }
+    text = {
+        "context_length": sizes.context_length,
+        "vocab_size": sizes.vocab_size,
+        "width": sizes.text_width,
+        "heads": sizes.text_heads,
+        "layers": sizes.text_layers,
+        "mlp_ratio": (sizes.text_mlp or 4 * sizes.text_width) / sizes.text_width,
+    }
+    model = {"embed_dim": sizes.embed_dim, "vision_cfg": vision, "text_cfg": text}
+    model["quick_gelu"] = sizes.activation == "quick_gelu"
+    return {"model_cfg": model, "preprocess_cfg": preprocess}
+
+
+def hugging_face_config(sizes: ClipConfig) -> dict:
+    """config.json of these sizes, as transformers writes it."""
+
+    def tower(name, **more):
+        width = getattr(sizes, f"{name}_width")
+        return {
+            "model_type": f"clip_{name}_model",
+            "hidden_act": sizes.activation,
+            "hidden_size": width,
+            "intermediate_size": getattr(sizes, f"{name}_mlp") or 4 * width,
+            "layer_norm_eps": 1e-5,
+            "num_attention_heads": getattr(sizes, f"{name}_heads"),
+            "num_hidden_layers": getattr(sizes, f"{name}_layers"),
+            **more,
+        }
+
+    lengths = {"max_position_embeddings": sizes.context_length, "vocab_size": sizes.vocab_size}
+    return {
+        "model_type": "clip",
+        "projection_dim": sizes.embed_dim,
+        "text_config": tower("text", eos_token_id=sizes.vocab_size - 1, **lengths),
+        "vision_config": tower("vision", image_size=sizes.image_size, patch_size=sizes.patch_size),
+    }
 
 
 def released_state(

@@ -4,7 +4,10 @@ python tools/convert_clip_weights.py --source=FILE_OR_NAME --output=clip.safeten
 
 Sources: OpenAI's TorchScript archives, by file or name (ViT-B/32, ViT-B/16, ViT-L/14,
 ViT-L/14@336px: downloaded and checked); PyTorch state dicts and safetensors in the layout of
-OpenAI, open_clip or Hugging Face; the released VoP_msrvtt9k.pth, which also holds prompts.
+OpenAI, open_clip or Hugging Face, in one file or by the index of its shards; the released
+VoP_msrvtt9k.pth, which also holds prompts.
+
+python tools/convert_clip_weights.py --verify=clip.safetensors
 """
 
 import argparse
@@ -22,7 +25,7 @@ from vop_jax import command, tensorfile
 from vop_jax.clip import download
 from vop_jax.clip.convert import Converted, convert
 from vop_jax.clip.layers import ACTIVATIONS
-from vop_jax.clip.weights import ClipWeights, save_clip
+from vop_jax.clip.weights import ClipWeights, load_clip, save_clip
 from vop_jax.errors import UserError
 from vop_jax.tuning.prompts_file import save_prompts
 from vop_jax.tuning.released import released_method
@@ -38,15 +41,21 @@ def parse(argv: list[str]) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--source", required=True, metavar="FILE_OR_NAME", help="what to convert")
-    add("--output", required=True, metavar="FILE", help="the converted CLIP, safetensors")
+    add("--source", metavar="FILE_OR_NAME", help="what to convert")
+    add("--output", metavar="FILE", help="the converted CLIP, safetensors")
     add("--prompts-output", metavar="FILE", help="the prompts of a released VoP checkpoint")
-    add("--activation", choices=ACTIVATIONS, help="where nothing beside the file tells it")
-    add("--vision-heads", type=int, metavar="N", help="as --activation; default width // 64")
-    add("--text-heads", type=int, metavar="N", help="as --activation; default width // 64")
+    add("--activation", choices=ACTIVATIONS, help="where nothing beside the file states it")
+    add("--vision-heads", type=int, metavar="N", help="where nothing beside the file states them")
+    add("--text-heads", type=int, metavar="N", help="likewise")
+    add("--ema", action="store_true", help="take the running average in the file")
+    add("--verify", metavar="FILE", help="check all of a converted CLIP against its fingerprint")
     add("--cache", default=download.CACHE, metavar="DIR", help="of downloads; %(default)s")
     add("--base-url", default=download.BASE_URL, metavar="URL", help="a mirror of OpenAI's server")
     args = parser.parse_args(argv)
+    if args.verify and (args.source or args.output):
+        raise UserError("--verify takes neither --source nor --output")
+    if not args.verify and not (args.source and args.output):
+        raise UserError("--source and --output are required, or --verify")
     for flag, heads in (("vision", args.vision_heads), ("text", args.text_heads)):
         if heads is not None and heads < 1:
             raise UserError(f"--{flag}-heads={heads}: must be 1 or more")
@@ -61,6 +70,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     """Converts, writes and says what was written."""
+    if args.verify:
+        print(f"{args.verify}: {load_clip(args.verify, verify=True).name}, as it was converted")
+        return
     source: str | Path = args.source
     if args.source in download.PUBLISHED:
         source = download.fetch(args.source, args.cache, args.base_url)
@@ -72,10 +84,11 @@ def run(args: argparse.Namespace) -> None:
         activation=args.activation,
         vision_heads=args.vision_heads,
         text_heads=args.text_heads,
+        ema=args.ema,
     )
     if args.prompts_output and converted.prompts is None:
         raise UserError(f"--prompts-output={args.prompts_output}: {source} holds no prompts")
-    for sentence in converted.assumed:
+    for sentence in converted.notes:
         print(f"note: {sentence}")
     params, config = converted.params, converted.config
     name = Path(source).name
@@ -93,7 +106,13 @@ def write_prompts(path: str | None, converted: Converted, clip: ClipWeights) -> 
     """The prompts of a released checkpoint, and the method that they are of."""
     assert converted.prompts is not None
     visual, text = converted.prompts["visual"].shape[1], converted.prompts["text"].shape[1]
-    method = released_method(visual, text)
+    stated = converted.configuration
+    method = released_method(visual, text, stated.text_prefix if stated else None)
+    if stated is None:
+        print(
+            f"note: no configuration.json beside {clip.source} states the lengths of its text "
+            "prompts: half of them are prefix"
+        )
     method.check_fits(clip.config)
     found = f"{visual} visual, {method.text_prefix} + {method.text_suffix} text prompts a layer"
     if not path:
@@ -106,6 +125,7 @@ def write_prompts(path: str | None, converted: Converted, clip: ClipWeights) -> 
         clip_fingerprint=clip.fingerprint,
         clip_name=clip.name,
         clip_config=clip.config,
+        video={"frames": stated.frames} if stated and stated.frames else None,
     )
     print(f"{path}: {found}")
 

@@ -229,7 +229,7 @@ def _over(backbone: Backbone, prompts: Path | None, frames: int | None) -> Retri
     trained: dict[str, Any] = {}
     if prompts is not None:
         given = load_prompts(prompts)
-        check_same_clip(prompts, given, backbone.fingerprint, backbone.name)
+        check_same_clip(prompts, given, backbone.fingerprint, backbone.name, backbone.config)
         given.method.check_fits(backbone.config)
         method, video = given.method, {**DEFAULT_VIDEO, **given.video}
         trained, fingerprint = given.params, given.fingerprint

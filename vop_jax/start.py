@@ -341,7 +341,7 @@ def _given_prompts(
 ) -> dict[str, Any]:
     path = config.init.prompts
     given = load_prompts(path)
-    check_same_clip(path, given, clip.fingerprint, clip.name)
+    check_same_clip(path, given, clip.fingerprint, clip.name, clip.config)
     params, theirs = given.params, dataclasses.asdict(given.method)
     if given.method.frames != method.frames and has_frame_tables(params):
         if not config.init.interpolate_frames:

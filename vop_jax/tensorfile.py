@@ -5,6 +5,7 @@ import json
 import os
 import stat
 import tempfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,8 @@ from safetensors import numpy as safetensors_numpy
 
 from vop_jax import atomic
 from vop_jax.errors import UserError
+
+CHECKSUM = "checksum"  # in the metadata
 
 Tree = Mapping[str, Any]  # nested dicts of arrays
 
@@ -45,9 +48,32 @@ def fingerprint(tree: Tree) -> str:
     return digest.hexdigest()
 
 
+def checksum(flat: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
+    """CRC-32 over metadata, names, shapes and bytes: 0.2 s a GB, a third of `fingerprint`."""
+    stated = sorted((k, v) for k, v in metadata.items() if k != CHECKSUM)
+    crc = zlib.crc32(json.dumps(stated).encode())
+    for name in sorted(flat):
+        leaf = np.ascontiguousarray(flat[name])
+        crc = zlib.crc32(f"{name}{leaf.dtype}{leaf.shape}".encode(), crc)
+        crc = zlib.crc32(leaf.reshape(-1).view(np.uint8).data, crc)
+    return f"{crc:08x}"
+
+
+def check_finite(where: str | os.PathLike, flat: Mapping[str, np.ndarray]) -> None:
+    """Raises UserError naming the first tensor with a NaN or an infinity."""
+    for name, leaf in flat.items():
+        # Both pass a NaN on; no array of booleans is made.
+        if leaf.size and not np.isfinite([leaf.min(), leaf.max()]).all():
+            raise UserError(f"{where}: tensor {name} holds numbers that are not finite")
+
+
 def save(path: str | os.PathLike, tree: Tree, metadata: Mapping[str, str]) -> None:
-    """Writes a parameter tree as safetensors, atomically; equal trees give equal files."""
+    """Writes a parameter tree as safetensors, atomically; equal trees give equal files.
+
+    A checksum of all that is written joins the metadata.
+    """
     flat = {name: np.asarray(leaf, order="C") for name, leaf in flatten(tree).items()}
+    metadata = {**metadata, CHECKSUM: checksum(flat, metadata)}
     with atomic.replacing(path) as place:
         _write(os.fspath(place), flat, metadata)
 
@@ -72,7 +98,8 @@ def load(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str]]:
     """Reads what `save` wrote: (tree of numpy arrays, metadata).
 
     Raises:
-        UserError: no such file, or not a safetensors file.
+        UserError: no such file, not a safetensors file, a tensor with numbers that are not finite,
+            or a file that was changed since it was written.
     """
     with _local(path) as local:
         try:
@@ -81,6 +108,11 @@ def load(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str]]:
                 metadata = dict(file.metadata() or {})
         except (SafetensorError, OSError, AttributeError) as error:  # of a type numpy has not
             raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+    check_finite(path, flat)
+    if CHECKSUM in metadata and metadata[CHECKSUM] != checksum(flat, metadata):
+        raise UserError(
+            f"{path}: damaged, its checksum is not that of its content; write or copy it anew"
+        )
     try:
         return unflatten(flat), metadata
     except (IndexError, TypeError):

@@ -12,7 +12,7 @@ from etils import epath
 
 from vop_jax import atomic
 from vop_jax.errors import UserError
-from vop_jax.tensorfile import Tree
+from vop_jax.tensorfile import Tree, check_finite, flatten
 
 PARAMS, METADATA = "params", "metadata.json"
 ORBAX_OWN = ("_METADATA", "manifest.ocdbt")  # in PARAMS
@@ -36,7 +36,7 @@ def load(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str]]:
     """Reads what `save` wrote: (tree of numpy arrays, metadata).
 
     Raises:
-        UserError: no such folder, or not such a one.
+        UserError: no such folder, not such a one, or numbers in it that are not finite.
     """
     folder = epath.Path(path) if "://" in os.fspath(path) else epath.Path(path).absolute()
     if not (folder / PARAMS).is_dir() or not (folder / METADATA).exists():
@@ -52,7 +52,9 @@ def load(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str]]:
     except Exception as error:  # of a torn folder orbax raises almost anything
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: not a readable orbax folder ({reason})") from None
-    return jax.tree.map(np.asarray, params), metadata
+    params = jax.tree.map(np.asarray, params)
+    check_finite(path, flatten(params))
+    return params, metadata
 
 
 def _checkpointer() -> ocp.Checkpointer:

@@ -17,7 +17,7 @@ from safetensors import numpy as safetensors_numpy
 from tests import checkpoints
 from tests.checkpoints import SIZES
 from vop_jax.clip import layouts
-from vop_jax.clip.convert import convert
+from vop_jax.clip.convert import convert as convert_any
 from vop_jax.clip.weights import load_clip, parameter_shapes, save_clip
 from vop_jax.errors import UserError
 from vop_jax.tensorfile import fingerprint, flatten
@@ -28,6 +28,11 @@ ROOT = Path(__file__).parents[2]
 STATE = checkpoints.openai_state(SIZES)
 HUGGING_FACE = checkpoints.hugging_face_state(STATE)
 RELEASED = checkpoints.released_state(STATE, 3, 5)
+OTHER = {name: np.zeros_like(tensor) for name, tensor in STATE.items()}  # than the weights
+
+
+def convert(path, **flags):
+    return convert_any(path, **{"vision_heads": 2, "text_heads": 1, **flags})
 
 
 def save_safetensors(path, state):
@@ -37,6 +42,23 @@ def save_safetensors(path, state):
 
 def prefixed(prefix, state):
     return {prefix + name: value for name, value in state.items()}
+
+
+def tensors(state):
+    import torch
+
+    return {k: torch.from_numpy(np.array(v)) for k, v in state.items()}
+
+
+def save_shards(path, state, **changes):
+    """Two shards and their index; `changes` of its weight map."""
+    owner = {}
+    for i, names in enumerate((sorted(state)[::2], sorted(state)[1::2]), start=1):
+        shard = f"model-0000{i}-of-00002.safetensors"
+        save_safetensors(path.parent / shard, {name: state[name] for name in names})
+        owner |= dict.fromkeys(names, shard)
+    path.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": owner | changes}))
+    return path
 
 
 def half(state):
@@ -59,6 +81,20 @@ FORMATS = {
     "scale.safetensors": lambda p: save_safetensors(
         p, {**STATE, "logit_scale": STATE["logit_scale"].reshape(1)}
     ),
+    "prefixes.pt": lambda p: checkpoints.save_torch(
+        p, prefixed("_orig_mod.module.model.clip.", STATE), "model", "state_dict"
+    ),
+    "compiled.safetensors": lambda p: save_safetensors(
+        p, {k.replace("visual.", "visual._orig_mod."): v for k, v in STATE.items()}
+    ),
+    "deepspeed.pt": lambda p: checkpoints.save_torch(
+        p, STATE, "module", optimizer={"lr": 0.1}, ds_config={"zero": {}}
+    ),
+    "averaged.pt": lambda p: checkpoints.save_torch(p, STATE, "model", model_ema=tensors(OTHER)),
+    "averaged.safetensors": lambda p: save_safetensors(
+        p, prefixed("model.", STATE) | prefixed("model_ema.", OTHER)
+    ),
+    "model.safetensors.index.json": lambda p: save_shards(p, HUGGING_FACE),
     "hugging_face.bin": lambda p: checkpoints.save_torch(p, HUGGING_FACE),
     "hugging_face.safetensors": lambda p: save_safetensors(p, HUGGING_FACE),
     "released.pth": lambda p: checkpoints.save_torch(p, RELEASED, "state_dict"),
@@ -118,9 +154,15 @@ def by_hand():
     return tree
 
 
-@pytest.mark.parametrize("layout", [layouts.OPENAI, layouts.HUGGING_FACE], ids=lambda x: x.name)
-def test_the_rules_read_backwards(layout):
-    state = STATE if layout is layouts.OPENAI else HUGGING_FACE
+LAYOUTS = pytest.mark.parametrize(
+    ("layout", "state"),
+    [(layouts.OPENAI, STATE), (layouts.HUGGING_FACE, HUGGING_FACE)],
+    ids=["openai", "hugging_face"],
+)
+
+
+@LAYOUTS
+def test_the_rules_read_backwards(layout, state):
     state = {name: tensor for name, tensor in state.items() if "position_ids" not in name}
     tree = layouts.to_flax("here", {**state}, layout, SIZES)
     back = layouts.from_flax(tree, layout, SIZES)
@@ -152,132 +194,93 @@ def test_bfloat16_is_read(tmp_path):
     np.testing.assert_array_equal(embedding, state["token_embedding.weight"].astype(np.float32))
 
 
-# What a checkpoint tells beside its tensors.
-
-
-def write_config(folder, name, **values):
-    (folder / name).write_text(json.dumps(values))
-
-
-def hugging_face_config(folder, act="gelu", heads=4, **more):
-    tower = {"hidden_act": act, "num_attention_heads": heads, **more}
-    write_config(folder, "config.json", vision_config=tower, text_config=tower)
-
-
-def open_clip_config(folder, **more):
-    vision, text = {"width": 128, "head_width": 32}, {"width": 40, "heads": 5}
-    write_config(
-        folder, "open_clip_config.json", model_cfg={"vision_cfg": vision, "text_cfg": text, **more}
-    )
-
-
-def test_hugging_face_config_tells_activation_and_heads(tmp_path):
-    hugging_face_config(tmp_path)
-    open_clip_config(tmp_path, quick_gelu=True)  # of another file in the folder
-    converted = convert(save_safetensors(tmp_path / "model.safetensors", HUGGING_FACE))
-    config = converted.config
-    assert (config.activation, config.vision_heads, config.text_heads) == ("gelu", 4, 4)
-    assert converted.assumed == ()
+@pytest.mark.parametrize("name", ["averaged.pt", "averaged.safetensors"])
+def test_an_average_is_taken_when_it_is_asked_for(name, tmp_path):
+    path = FORMATS[name](tmp_path / name)
+    assert any("model_ema" in note and "--ema" in note for note in convert(path).notes)
+    asked = convert(path, ema=True)
+    assert not any("--ema" in note for note in asked.notes)
+    assert not any(leaf.any() for leaf in flatten(asked.params).values())
 
 
 @pytest.mark.parametrize(
-    ("given", "activation"), [({}, "gelu"), ({"quick_gelu": True}, "quick_gelu")]
-)
-def test_open_clip_config_tells_activation_and_heads(given, activation, tmp_path):
-    open_clip_config(tmp_path, **given)
-    hugging_face_config(tmp_path, heads=2)
-    config = convert(save_safetensors(tmp_path / "open_clip.safetensors", STATE)).config
-    assert (config.activation, config.vision_heads, config.text_heads) == (activation, 4, 5)
-
-
-def test_untold_activation_is_assumed_aloud(tmp_path):
-    path = save_safetensors(tmp_path / "a.safetensors", STATE)
-    [sentence] = convert(path).assumed
-    assert "quick_gelu" in sentence and "--activation" in sentence
-    asked = convert(path, activation="gelu")
-    assert asked.config.activation == "gelu" and asked.assumed == ()
-
-
-def test_archives_are_known_to_be_quick_gelu(tmp_path):
-    path = FORMATS["archive.pt"](tmp_path / "a.pt")
-    assert convert(path).assumed == ()
-    with pytest.raises(UserError, match="--activation=gelu contradicts"):
-        convert(path, activation="gelu")
-
-
-def test_contradicting_the_config_is_refused(tmp_path):
-    open_clip_config(tmp_path, quick_gelu=True)
-    path = save_safetensors(tmp_path / "a.safetensors", STATE)
-    for flags in ({"activation": "gelu"}, {"vision_heads": 2}, {"text_heads": 1}):
-        with pytest.raises(UserError, match=r"contradicts .*open_clip_config\.json"):
-            convert(path, **flags)
-    assert convert(path, vision_heads=4).config.vision_heads == 4
-
-
-def test_heads_that_do_not_divide_the_width(tmp_path):
-    path = save_safetensors(tmp_path / "a.safetensors", STATE)
-    with pytest.raises(UserError, match="--vision-heads"):
-        convert(path, vision_heads=3)
-    assert convert(path, text_heads=5).config.text_heads == 5
-
-
-@pytest.mark.parametrize(
-    ("values", "named"),
+    ("save", "flags", "named"),
     [
-        ({"act": "gelu_new"}, "gelu_new"),
-        ({"layer_norm_eps": 1e-6}, "layer_norm_eps"),
+        (FORMATS["state_dict.pt"], {"ema": True}, "--ema: .*x.pt holds no average"),
+        (
+            lambda p: checkpoints.save_torch(p, STATE, "ema", step=1),
+            {},
+            "holds ema, step; the weights must be under .*--ema ema",
+        ),
+        (lambda p: checkpoints.save_torch(p, STATE, "net"), {}, "holds net; the weights must"),
+        (
+            lambda p: checkpoints.save_torch(p, STATE, "model", module=tensors(STATE)),
+            {},
+            "holds model, module; the weights must",
+        ),
+        (
+            lambda p: checkpoints.save_torch(p, prefixed("module.", STATE) | {"x": np.ones(1)}),
+            {},
+            "no tensor of a CLIP.*there is module.ln_final",
+        ),
     ],
 )
-def test_a_config_of_another_model_is_refused(values, named, tmp_path):
-    hugging_face_config(tmp_path, **values)
+def test_a_container_that_is_not_clear(save, flags, named, tmp_path):
     with pytest.raises(UserError, match=named):
-        convert(save_safetensors(tmp_path / "model.safetensors", HUGGING_FACE))
+        convert(save(tmp_path / "x.pt"), **flags)
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("changes", "named"),
     [
-        "{",
-        "[]",
-        '{"vision_config": 3}',
+        ({"zzz": "model-00003-of-00002.safetensors"}, "model-00003.*no such file"),
+        ({"logit_scale": "../x.safetensors"}, "not a file beside it"),
+        ({"zzz": "model-00001-of-00002.safetensors"}, "tensor zzz is only in the index"),
     ],
 )
-def test_a_broken_config_is_refused(text, tmp_path):
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(UserError, match=r"config\.json"):
-        convert(save_safetensors(tmp_path / "model.safetensors", HUGGING_FACE))
+def test_an_index_that_is_wrong(changes, named, tmp_path):
+    path = save_shards(tmp_path / "model.safetensors.index.json", HUGGING_FACE, **changes)
+    with pytest.raises(UserError, match=named):
+        convert(path)
+    with pytest.raises(UserError, match=r"is one of 2 shards; give the index"):
+        convert(tmp_path / "model-00001-of-00002.safetensors")
 
 
-@pytest.mark.parametrize("heads", ["4", 4.0, True, [4]])
-def test_heads_that_are_no_number(heads, tmp_path):
-    hugging_face_config(tmp_path, heads=heads)
-    with pytest.raises(UserError, match="cannot be parted into"):
-        convert(save_safetensors(tmp_path / "model.safetensors", HUGGING_FACE))
+def test_the_prompts_lengths_are_those_of_the_configuration(tmp_path):
+    path = FORMATS["released.pth"](tmp_path / "r.pth")
+    assert convert(path).configuration is None
+    stated = {"tp_prefix_token_num": 4, "tp_suffix_token_num": 1, "num_frames": 8, "seed": 42}
+    file = tmp_path / "configuration.json"
+    file.write_text(json.dumps({"hyperparam": stated}))
+    assert convert(path).configuration == (4, 1, 8)
+    for wrong, named in (
+        ({"tp_suffix_token_num": 2}, r"4 \+ 2 text prompts, but .* has 5"),
+        ({"vp_token_num": 8}, "vp_token_num=8"),
+        ({"input_res": 224}, "input_res=224"),
+        ({"pooling_type": "max"}, "pooling_type='max'"),
+        ({"tp_prefix_token_num": None}, "not the configuration of a VoP"),
+    ):
+        file.write_text(json.dumps({"hyperparam": stated | wrong}))
+        with pytest.raises(UserError, match=rf"configuration\.json: .*{named}"):
+            convert(path)
 
 
-def test_a_head_width_of_nothing(tmp_path):
-    open_clip_config(tmp_path, vision_cfg={"head_width": 0}, text_cfg={})
-    with pytest.raises(UserError, match=r"open_clip_config\.json: not a readable config"):
-        convert(save_safetensors(tmp_path / "model.safetensors", STATE))
+def test_a_vocabulary_of_another_tokenizer_is_refused(tmp_path):
+    state = {**STATE, "token_embedding.weight": STATE["token_embedding.weight"][:-1]}
+    with pytest.raises(UserError, match="vocabulary of 49,407 tokens"):
+        convert(save_safetensors(tmp_path / "a.safetensors", state))
 
 
 # Tensors that are wrong.
 
 
-@pytest.mark.parametrize("name", sorted(STATE))
-def test_a_missing_tensor_is_named(name, tmp_path):
-    state = {k: v for k, v in STATE.items() if k != name}
-    with pytest.raises(UserError, match=rf"tensor {re.escape(name)} is missing"):
-        convert(save_safetensors(tmp_path / "a.safetensors", state))
-
-
-@pytest.mark.parametrize(
-    "name", sorted(HUGGING_FACE.keys() - {"text_model.embeddings.position_ids"})
-)
-def test_a_missing_hugging_face_tensor_is_named(name, tmp_path):
-    state = {k: v for k, v in HUGGING_FACE.items() if k != name}
-    with pytest.raises(UserError, match=rf"tensor {re.escape(name)} is missing"):
-        convert(save_safetensors(tmp_path / "a.safetensors", state))
+@LAYOUTS
+def test_every_missing_tensor_is_named(layout, state):
+    for name in state.keys() - {"text_model.embeddings.position_ids"}:
+        rest = {k: v for k, v in state.items() if k != name}
+        with pytest.raises(UserError, match=rf"here: tensor {re.escape(name)} is missing"):
+            layouts.read_sizes("here", rest, layout)
+            layouts.to_flax("here", rest, layout, SIZES)
 
 
 @pytest.mark.parametrize(
@@ -327,8 +330,8 @@ def test_an_unexpected_tensor_is_named(state, tmp_path):
         ({"module.head.weight": STATE["visual.proj"]}, "unexpected tensor head.weight"),
         ({"module.text_prompt_learner.text_prompts": None}, "text_prompts is missing"),
         (
-            {"module.text_prompt_learner.text_prompts": np.zeros((3, 5, 40), np.float32)},
-            r"text_prompts has shape \(3, 5, 40\)",
+            {"module.text_prompt_learner.text_prompts": np.zeros((3, 5, 10), np.float32)},
+            r"text_prompts has shape \(3, 5, 10\)",
         ),
         (
             {"module.visual_prompt_learner.visual_prompts": np.zeros((3, 3, 128), np.float32)},
@@ -442,7 +445,7 @@ sys.modules["torch"] = None  # importing it fails
 from vop_jax.clip.convert import convert
 from vop_jax.errors import UserError
 from vop_jax.tensorfile import fingerprint
-print(fingerprint(convert({str(safe)!r}).params))
+print(fingerprint(convert({str(safe)!r}, vision_heads=2, text_heads=1).params))
 try:
     convert({str(state)!r})
 except UserError as error:

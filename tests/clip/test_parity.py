@@ -1,12 +1,14 @@
 """Our CLIP with converted weights equals open_clip's and transformers' in every feature."""
 
 import dataclasses
+import json
 import warnings
 
 import jax
 import numpy as np
 import pytest
 
+from tests.checkpoints import hugging_face_config, open_clip_config
 from tests.peers import import_open_clip, import_transformers
 from vop_jax.clip.config import PRESETS, ClipConfig
 from vop_jax.clip.convert import convert
@@ -16,21 +18,27 @@ from vop_jax.clip.towers import PIXEL_MEAN, PIXEL_STD
 torch = pytest.importorskip("torch", reason="the peers are PyTorch models")
 
 TOLERANCE = 1e-5  # of the largest difference between unit features
-TINY = ClipConfig(24, 8, 32, 3, 2, 48, 2, 3, 20, context_length=19, vocab_size=61)
+TINY = ClipConfig(24, 8, 32, 3, 2, 48, 2, 3, 20, context_length=19)
+# A frame of 27 pixels has three that fill no patch; MLPs as wide as those of ViT-g and bigG.
+ODD = dataclasses.replace(TINY, image_size=27, activation="gelu", vision_mlp=140, text_mlp=200)
+CLIPS = (PIXEL_MEAN, PIXEL_STD)
+OTHERS = ((0.5, 0.5, 0.4), (0.5, 0.25, 1.0))  # pixel statistics
 LARGE = {"vision_layers": 4, "text_layers": 4}  # all of ViT-L/14 but its depth
-PUBLISHED = [
-    pytest.param(PRESETS["ViT-B/32"], id="ViT-B/32"),
-    pytest.param(dataclasses.replace(PRESETS["ViT-B/16"], activation="gelu"), id="ViT-B/16-gelu"),
-    pytest.param(dataclasses.replace(PRESETS["ViT-L/14"], **LARGE), id="ViT-L/14-shallow"),
-    pytest.param(
-        dataclasses.replace(PRESETS["ViT-L/14@336px"], activation="gelu", **LARGE),
-        id="ViT-L/14@336px-shallow-gelu",
+PUBLISHED = {
+    "ViT-B/32": PRESETS["ViT-B/32"],
+    "ViT-B/16-gelu": dataclasses.replace(PRESETS["ViT-B/16"], activation="gelu"),
+    "ViT-L/14-shallow": dataclasses.replace(PRESETS["ViT-L/14"], **LARGE),
+    "ViT-L/14@336px-shallow-gelu": dataclasses.replace(
+        PRESETS["ViT-L/14@336px"], activation="gelu", **LARGE
     ),
-]
+}
 SIZES = [
-    pytest.param(TINY, id="tiny"),
-    pytest.param(dataclasses.replace(TINY, activation="gelu"), id="tiny-gelu"),
-    *(pytest.param(*p.values, id=p.id, marks=pytest.mark.slow) for p in PUBLISHED),
+    pytest.param(TINY, CLIPS, id="tiny"),
+    pytest.param(ODD, OTHERS, id="odd"),
+    *(
+        pytest.param(config, CLIPS, id=name, marks=pytest.mark.slow)
+        for name, config in PUBLISHED.items()
+    ),
 ]
 
 
@@ -44,14 +52,15 @@ def shake(model):
     return model.eval()
 
 
-def inputs(config):
+def inputs(config, statistics):
     """uint8 [2, S, S, 3], the same normalised float [2, 3, S, S], and ids [3, T]."""
     rng = np.random.default_rng(0)
     # A few large areas of colour, noise on top: noise alone averages out over many patches.
     area = np.arange(config.image_size) * 4 // config.image_size
     colours = rng.integers(0, 192, (2, 4, 4, 3))[:, area][:, :, area]
     frames = (colours + rng.integers(0, 64, colours.shape)).astype(np.uint8)
-    pixels = (frames / 255 - np.array(PIXEL_MEAN)) / np.array(PIXEL_STD)
+    mean, std = np.array(statistics)
+    pixels = (frames / 255 - mean) / std
     ids = np.zeros((3, config.context_length), np.int32)
     for row, length in zip(ids, (1, 7, config.context_length - 1), strict=True):
         row[1:length] = rng.integers(0, config.vocab_size - 2, length - 1)
@@ -60,13 +69,9 @@ def inputs(config):
 
 
 def ours(path, config, frames, ids):
-    converted = convert(
-        path,
-        activation=config.activation,
-        vision_heads=config.vision_heads,
-        text_heads=config.text_heads,
-    )
+    converted = convert(path)
     assert converted.config == config
+    assert converted.notes == (), "the configs beside it state everything"
     image, text = jax.jit(Clip(config).apply)({"params": converted.params}, frames, ids)
     return np.asarray(image), np.asarray(text)
 
@@ -78,71 +83,37 @@ def largest_difference(features, peer):
     return np.abs(features - unit).max()
 
 
-@pytest.mark.parametrize("config", SIZES)
-def test_equals_open_clip(config, tmp_path):
+@pytest.mark.parametrize(("config", "statistics"), SIZES)
+def test_equals_open_clip(config, statistics, tmp_path):
     open_clip = import_open_clip()
     torch.manual_seed(0)
-    vision = {
-        "layers": config.vision_layers,
-        "width": config.vision_width,
-        "head_width": config.vision_width // config.vision_heads,
-        "patch_size": config.patch_size,
-        "image_size": config.image_size,
-    }
-    text = {
-        "context_length": config.context_length,
-        "vocab_size": config.vocab_size,
-        "width": config.text_width,
-        "heads": config.text_heads,
-        "layers": config.text_layers,
-    }
-    peer = shake(
-        open_clip.model.CLIP(
-            config.embed_dim, vision, text, quick_gelu=config.activation == "quick_gelu"
-        )
-    )
+    mean, std = statistics
+    stated = open_clip_config(config, mean=mean, std=std)
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(stated))
+    peer = shake(open_clip.model.CLIP(**stated["model_cfg"]))
     torch.save(peer.state_dict(), tmp_path / "open_clip.pt")
-    frames, pixels, ids = inputs(config)
+    frames, pixels, ids = inputs(config, statistics)
     image, caption = ours(tmp_path / "open_clip.pt", config, frames, ids)
     assert largest_difference(image, peer.encode_image(pixels)) <= TOLERANCE
     assert largest_difference(caption, peer.encode_text(torch.tensor(ids))) <= TOLERANCE
 
 
-@pytest.mark.parametrize("config", SIZES)
-def test_equals_transformers(config, tmp_path):
+@pytest.mark.parametrize(("config", "statistics"), SIZES)
+def test_equals_transformers(config, statistics, tmp_path):
     transformers = import_transformers()
     torch.manual_seed(0)
-    shared = {"hidden_act": config.activation, "projection_dim": config.embed_dim}
-    vision = {
-        "hidden_size": config.vision_width,
-        "intermediate_size": 4 * config.vision_width,
-        "num_hidden_layers": config.vision_layers,
-        "num_attention_heads": config.vision_heads,
-        "image_size": config.image_size,
-        "patch_size": config.patch_size,
-        **shared,
-    }
-    eot = config.vocab_size - 1
-    text = {
-        "hidden_size": config.text_width,
-        "intermediate_size": 4 * config.text_width,
-        "num_hidden_layers": config.text_layers,
-        "num_attention_heads": config.text_heads,
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.context_length,
-        "bos_token_id": eot - 1,
-        "eos_token_id": eot,
-        **shared,
-    }
+    mean, std = statistics
+    preprocessor = {"image_mean": mean, "image_std": std, "crop_size": config.image_size}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(preprocessor))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        settings = transformers.CLIPConfig(
-            text_config=text, vision_config=vision, projection_dim=config.embed_dim
-        )
+        settings = transformers.CLIPConfig(**hugging_face_config(config))
         peer = shake(transformers.CLIPModel(settings))
-        peer.save_pretrained(tmp_path)  # model.safetensors and config.json
-    frames, pixels, ids = inputs(config)
-    image, caption = ours(tmp_path / "model.safetensors", config, frames, ids)
+        # config.json, and model.safetensors or, of the odd one, shards and their index
+        peer.save_pretrained(tmp_path, max_shard_size="9MB" if config is ODD else "5GB")
+    [source] = tmp_path.glob("model.safetensors*")
+    frames, pixels, ids = inputs(config, statistics)
+    image, caption = ours(source, config, frames, ids)
     # The towers, not `get_*_features`: what these return differs between versions.
     vision_out = peer.vision_model(pixel_values=pixels).pooler_output
     text_out = peer.text_model(input_ids=torch.tensor(ids).long()).pooler_output

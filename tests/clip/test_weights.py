@@ -57,7 +57,7 @@ def test_weights_are_held_in_float32(tmp_path):
 def test_the_file_says_what_it_is(tmp_path):
     fingerprint = save(tmp_path / "x", random_clip())
     metadata = tensorfile.read_metadata(tmp_path / "x")
-    assert metadata.pop("config")
+    assert metadata.pop("config") and metadata.pop(tensorfile.CHECKSUM)
     assert metadata == {
         "format": FORMAT,
         "arch": "ViT-3x32/8@16px",
@@ -66,6 +66,23 @@ def test_the_file_says_what_it_is(tmp_path):
         "source_sha256": "ab" * 32,
         "fingerprint": fingerprint,
     }
+
+
+def test_the_fingerprint_is_that_of_the_tensors(tmp_path):
+    def change(flat):
+        flat["visual/proj/kernel"][0, 0] += 1e-6
+
+    path = edited(tmp_path / "x", change)  # with a checksum of its own
+    assert load_clip(path).params
+    with pytest.raises(UserError, match=r"x: its tensors have the fingerprint .*, not"):
+        load_clip(path, verify=True)
+    tree, metadata = tensorfile.load(path)
+    del metadata[tensorfile.CHECKSUM]  # as in files that older versions wrote
+    safetensors_numpy.save_file(tensorfile.flatten(tree), path, metadata)
+    with pytest.raises(UserError, match=r"x: its tensors have the fingerprint"):
+        load_clip(path)
+    save(path, random_clip())
+    assert load_clip(path, verify=True).fingerprint == tensorfile.fingerprint(random_clip())
 
 
 def test_a_missing_tensor_is_named(tmp_path):

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from vop_jax.tuning.prompts_file import check_same_clip, load_prompts
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "convert_clip_weights.py"
 STATE = checkpoints.openai_state(SIZES)
+HEADS = ["--vision-heads=2", "--text-heads=1"]
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +61,10 @@ def refused(tool, capsys, *argv):
 def test_runs_from_any_folder_without_the_package_installed(source, tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     command = [sys.executable, str(SCRIPT), f"--source={source.name}", "--output=new/clip.st"]
+    command += HEADS
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "note: nothing tells the activation" in done.stdout
+    assert "note: nothing states the activation" in done.stdout
     weights = load_clip(tmp_path / "new" / "clip.st")
     assert weights.config == SIZES
     assert weights.name in done.stdout
@@ -78,11 +81,33 @@ def test_writes_clip_and_prompts_of_a_released_checkpoint(tool, released, tmp_pa
     assert tool.main(argv) == 0
     assert "3 visual, 2 + 3 text prompts a layer" in capsys.readouterr().out
     weights, found = load_clip(clip), load_prompts(prompts)
-    check_same_clip(prompts, found, weights.fingerprint, weights.name)
+    check_same_clip(prompts, found, weights.fingerprint, weights.name, weights.config)
     assert found.clip_name == weights.name
     assert found.clip_config == weights.config == SIZES
     assert found.method.suffix == "released"
     assert (found.method.text_prefix, found.method.text_suffix) == (2, 3)
+
+
+def test_prompts_have_the_lengths_that_are_stated(tool, released, tmp_path, capsys):
+    stated = {"tp_prefix_token_num": 4, "tp_suffix_token_num": 1, "num_frames": 8}
+    (tmp_path / "configuration.json").write_text(json.dumps({"hyperparam": stated}))
+    prompts = tmp_path / "prompts.safetensors"
+    flags = [f"--output={tmp_path / 'clip'}", f"--prompts-output={prompts}"]
+    assert tool.main([f"--source={released}", *flags]) == 0
+    assert "3 visual, 4 + 1 text prompts a layer" in capsys.readouterr().out
+    found = load_prompts(prompts)
+    assert (found.method.text_prefix, found.method.text_suffix) == (4, 1)
+    assert found.video == {"frames": 8}
+
+
+def test_verifies_a_converted_clip(tool, source, tmp_path, capsys):
+    clip = tmp_path / "clip.safetensors"
+    assert tool.main([f"--source={source}", f"--output={clip}", *HEADS]) == 0
+    assert tool.main([f"--verify={clip}"]) == 0
+    assert load_clip(clip).name in capsys.readouterr().out.splitlines()[-1]
+    clip.write_bytes(clip.read_bytes()[:-1] + b"\1")
+    assert "damaged" in refused(tool, capsys, f"--verify={clip}")
+    assert "neither" in refused(tool, capsys, f"--verify={clip}", f"--source={source}")
 
 
 def test_says_that_prompts_were_left(tool, released, tmp_path, capsys):
@@ -139,13 +164,13 @@ def test_a_full_disk_is_one_line(tool, source, tmp_path, capsys, monkeypatch):
         raise SafetensorError("Error while serializing: I/O error: No space left on device")
 
     monkeypatch.setattr(tool, "save_clip", full)
-    message = refused(tool, capsys, f"--source={source}", f"--output={tmp_path / 'x'}")
+    message = refused(tool, capsys, f"--source={source}", f"--output={tmp_path / 'x'}", *HEADS)
     assert "No space left on device" in message
 
 
 def test_a_refused_source_leaves_no_output(tool, source, tmp_path, capsys):
     output = tmp_path / "clip"
-    with_prompts = [f"--prompts-output={tmp_path / 'prompts'}"]
+    with_prompts = [f"--prompts-output={tmp_path / 'prompts'}", *HEADS]
     error = refused(tool, capsys, f"--source={source}", f"--output={output}", *with_prompts)
     assert "holds no prompts" in error
     source.write_bytes(source.read_bytes()[:-5])

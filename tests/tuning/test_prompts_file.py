@@ -105,10 +105,13 @@ def test_a_method_this_version_does_not_know_is_refused(tmp_path):
 def test_prompts_over_another_clip_are_refused_naming_both(tmp_path):
     save(tmp_path / "p", random_params())
     given = load_prompts(tmp_path / "p")
-    check_same_clip(tmp_path / "p", given, "f" * 64, "the same, renamed")
+    check_same_clip(tmp_path / "p", given, "f" * 64, "the same, renamed", tiny.CLIP)
     with pytest.raises(UserError) as caught:
-        check_same_clip(tmp_path / "p", given, "0" * 64, "ViT-B/32 from y.pt (0000)")
+        check_same_clip(tmp_path / "p", given, "0" * 64, "ViT-B/32 from y.pt (0000)", tiny.CLIP)
     message = str(caught.value)
     for part in (str(tmp_path / "p"), "tiny from x.pt (ffff)", "ViT-B/32 from y.pt (0000)"):
         assert part in message
     assert "\n" not in message
+    other = dataclasses.replace(tiny.CLIP, activation="gelu")  # of the same parameters
+    with pytest.raises(UserError, match=r"over a CLIP with activation='quick_gelu'; .* 'gelu'"):
+        check_same_clip(tmp_path / "p", given, "f" * 64, "the same, renamed", other)

@@ -5,7 +5,11 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class ClipConfig:
-    """One CLIP with a ViT. Heads are width / 64 in every published model."""
+    """One CLIP with a ViT.
+
+    Attributes:
+        vision_mlp, text_mlp: width inside the MLPs; None is four times the tower's.
+    """
 
     image_size: int
     patch_size: int
@@ -19,13 +23,15 @@ class ClipConfig:
     context_length: int = 77
     vocab_size: int = 49408
     activation: str = "quick_gelu"
+    vision_mlp: int | None = None
+    text_mlp: int | None = None
 
     @property
     def patches(self) -> int:
         """G, the number of patches of a frame."""
         return (self.image_size // self.patch_size) ** 2
 
-    def to_dict(self) -> dict[str, int | str]:
+    def to_dict(self) -> dict[str, int | str | None]:
         return dataclasses.asdict(self)
 
 

@@ -134,14 +134,15 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two dense layers, four times as wide inside: [..., D] -> [..., D]."""
+    """Two dense layers, `hidden` wide inside or four times the width: [..., D] -> [..., D]."""
 
     width: int
     activation: str
     dtype: jnp.dtype = jnp.float32
+    hidden: int | None = None
 
     def setup(self):
-        self.c_fc = nn.Dense(4 * self.width, dtype=self.dtype)
+        self.c_fc = nn.Dense(self.hidden or 4 * self.width, dtype=self.dtype)
         self.c_proj = nn.Dense(self.width, dtype=self.dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -168,12 +169,13 @@ class Block(nn.Module):
     activation: str
     causal: bool = False
     dtype: jnp.dtype = jnp.float32
+    hidden: int | None = None
 
     def setup(self):
         self.ln_1 = LayerNorm(self.dtype)
         self.attn = Attention(self.width, self.heads, self.causal, self.dtype)
         self.ln_2 = LayerNorm(self.dtype)
-        self.mlp = Mlp(self.width, self.activation, self.dtype)
+        self.mlp = Mlp(self.width, self.activation, self.dtype, self.hidden)
 
     def __call__(
         self,
@@ -203,6 +205,7 @@ class Transformer(nn.Module):
     activation: str
     causal: bool = False
     dtype: jnp.dtype = jnp.float32
+    hidden: int | None = None
 
     def setup(self):
         self.blocks = [
@@ -212,6 +215,7 @@ class Transformer(nn.Module):
                 self.activation,
                 self.causal,
                 self.dtype,
+                self.hidden,
                 name=f"resblocks.{i}",
             )
             for i in range(self.layers)

@@ -128,17 +128,10 @@ class Rule(NamedTuple):
         return (count * shape[0], *shape[1:]) if count > 1 else shape
 
 
-def layout_of(where: str | os.PathLike, tensors: Mapping[str, Any]) -> Layout:
-    """The layout that the names speak of.
-
-    Raises:
-        UserError: the names are none of a CLIP with a ViT.
-    """
-    for layout in (HUGGING_FACE, OPENAI):
-        if any(name.startswith(layout.blocks["visual"]) for name in tensors):
-            return layout
-    allowed = f"{OPENAI.name} or {HUGGING_FACE.name} (model with both towers)"
-    raise UserError(f"{where}: no tensor of a CLIP with a ViT in a layout that is known: {allowed}")
+def layout_of(tensors: Mapping[str, Any]) -> Layout:
+    """The layout that the names speak of: Hugging Face's, else that of everybody else."""
+    face = any(name.startswith(HUGGING_FACE.blocks["visual"]) for name in tensors)
+    return HUGGING_FACE if face else OPENAI
 
 
 def expand(rows: tuple[Row, ...], source: str = "", target: str = "") -> list[Rule]:
@@ -171,15 +164,24 @@ def count_blocks(layout: Layout, tower: str, tensors: Mapping[str, Any]) -> int:
 
 
 def read_sizes(where: str | os.PathLike, tensors: Tensors, layout: Layout) -> dict[str, int]:
-    """The fields of `ClipConfig` that tensors tell: all but heads and activation.
+    """The fields of `ClipConfig` that tensors show: all but heads and activation.
 
     Raises:
-        UserError: a tensor that tells a size is missing or cannot be right.
+        UserError: a tensor that shows a size is missing or cannot be right.
     """
-    rules = {rule.targets[0]: rule for rule in expand(layout.ends)}
+    if not any(name.startswith(layout.blocks["visual"]) for name in tensors):
+        allowed = f"{OPENAI.name} or {HUGGING_FACE.name} (model with both towers)"
+        raise UserError(
+            f"{where}: no tensor of a CLIP with a ViT in a layout that is known, {allowed}; there "
+            f"is {min(tensors)}"
+        )
+    rows = {rule.targets[0]: rule for rule in expand(layout.ends)}
+    for tower, start in layout.blocks.items():
+        for rule in expand(layout.block, f"{start}0.", f"{tower}/0/"):
+            rows[rule.targets[0]] = rule
 
     def shape(target: str, rank: int) -> Shape:
-        source = rules[target].source
+        source = rows[target].source
         if source not in tensors:
             raise UserError(f"{where}: tensor {source} is missing")
         found = tensors[source].shape
@@ -192,7 +194,7 @@ def read_sizes(where: str | os.PathLike, tensors: Tensors, layout: Layout) -> di
     side = round((positions - 1) ** 0.5)
     if side < 1 or side**2 + 1 != positions:
         raise UserError(
-            f"{where}: tensor {rules['visual/positional_embedding'].source} has {positions} "
+            f"{where}: tensor {rows['visual/positional_embedding'].source} has {positions} "
             "positions, expected one more than a square"
         )
     projection = shape("visual/proj/kernel", 2)
@@ -201,8 +203,10 @@ def read_sizes(where: str | os.PathLike, tensors: Tensors, layout: Layout) -> di
         "patch_size": patch,
         "vision_width": shape("visual/ln_post/scale", 1)[0],
         "vision_layers": count_blocks(layout, "visual", tensors),
+        "vision_mlp": shape("visual/0/mlp/c_fc/bias", 1)[0],
         "text_width": shape("text/ln_final/scale", 1)[0],
         "text_layers": count_blocks(layout, "text", tensors),
+        "text_mlp": shape("text/0/mlp/c_fc/bias", 1)[0],
         "embed_dim": projection[0 if layout is HUGGING_FACE else 1],
         "context_length": shape("text/positional_embedding", 2)[0],
         "vocab_size": shape("text/token_embedding/embedding", 2)[0],

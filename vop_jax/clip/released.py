@@ -1,10 +1,12 @@
 """The checkpoint that VoP's authors released: CLIP, once more in its encoders, and prompts."""
 
+import json
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 
 from vop_jax import atomic
 from vop_jax.clip import layouts
@@ -59,6 +61,43 @@ def check_prompts(
         found = prompts[tower]
         count = found.shape[1] if found.ndim == 3 else 0
         check_tensor(path, name, found, (layers, max(1, count), width))
+
+
+class Configuration(NamedTuple):
+    """What the configuration.json beside a released checkpoint says of its method."""
+
+    text_prefix: int
+    text_suffix: int
+    frames: int | None
+
+
+def read_configuration(
+    path: str | os.PathLike, prompts: Mapping[str, np.ndarray], config: ClipConfig
+) -> Configuration | None:
+    """Reads the configuration.json beside a checkpoint; None without one.
+
+    Raises:
+        UserError: it contradicts the tensors, or asks for what the method does not do.
+    """
+    file = epath.Path(path).parent / "configuration.json"
+    if not file.exists():
+        return None
+    try:
+        stated = json.loads(file.read_text())["hyperparam"]
+        prefix, suffix = (int(stated[f"tp_{end}_token_num"]) for end in ("prefix", "suffix"))
+        frames = stated.get("num_frames")
+        found = Configuration(prefix, suffix, None if frames is None else int(frames))
+        others = {key: stated.get(key) for key in ("vp_token_num", "input_res", "pooling_type")}
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise UserError(f"{file}: not the configuration of a VoP ({error!r})") from None
+    visual, text = prompts["visual"].shape[1], prompts["text"].shape[1]
+    if min(prefix, suffix) < 0 or prefix + suffix != text:
+        raise UserError(f"{file}: {prefix} + {suffix} text prompts, but {path} has {text} a layer")
+    expected = {"vp_token_num": visual, "input_res": config.image_size, "pooling_type": "avg"}
+    for key, value in others.items():
+        if value not in (None, expected[key]):
+            raise UserError(f"{file}: {key}={value!r}, but {path} needs {expected[key]!r}")
+    return found
 
 
 def join(params: Tree, config: ClipConfig, prompts: Mapping[str, np.ndarray]) -> Tensors:

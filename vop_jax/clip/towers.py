@@ -72,7 +72,12 @@ class VisionTower(nn.Module):
         )
         self.ln_pre = LayerNorm(self.dtype)
         self.transformer = Transformer(
-            c.vision_width, c.vision_layers, c.vision_heads, c.activation, dtype=self.dtype
+            c.vision_width,
+            c.vision_layers,
+            c.vision_heads,
+            c.activation,
+            dtype=self.dtype,
+            hidden=c.vision_mlp,
         )
         self.ln_post = LayerNorm(self.dtype)
         self.proj = nn.Dense(c.embed_dim, use_bias=False, dtype=self.dtype)
@@ -113,7 +118,13 @@ class TextTower(nn.Module):
             (c.context_length, c.text_width),
         )
         self.transformer = Transformer(
-            c.text_width, c.text_layers, c.text_heads, c.activation, causal=True, dtype=self.dtype
+            c.text_width,
+            c.text_layers,
+            c.text_heads,
+            c.activation,
+            causal=True,
+            dtype=self.dtype,
+            hidden=c.text_mlp,
         )
         self.ln_final = LayerNorm(self.dtype)
         self.text_projection = nn.Dense(c.embed_dim, use_bias=False, dtype=self.dtype)

@@ -79,12 +79,16 @@ def save_clip(
     return fingerprint
 
 
-def load_clip(path: str | os.PathLike) -> ClipWeights:
+def load_clip(path: str | os.PathLike, *, verify: bool = False) -> ClipWeights:
     """Reads a CLIP written by `save_clip`.
 
+    Args:
+        verify: computes the fingerprint anew; else the checksum of the file is enough, where it
+            has one.
+
     Raises:
-        UserError: no such file, another kind of file, or tensors that are missing, unknown
-            or of the wrong shape for the sizes the file states.
+        UserError: no such file, another kind of file, tensors that are missing, unknown, not
+            finite or of the wrong shape for the sizes the file states, or a file that was changed.
     """
     metadata = tensorfile.read_metadata(path)
     if metadata.get("format") != FORMAT:
@@ -96,7 +100,9 @@ def load_clip(path: str | os.PathLike) -> ClipWeights:
     try:
         config = ClipConfig(**json.loads(metadata["config"]))
         for name, size in config.to_dict().items():
-            if name != "activation" and (type(size) is not int or size < 1):
+            if name == "activation" or (size is None and name in ("vision_mlp", "text_mlp")):
+                continue
+            if type(size) is not int or size < 1:
                 raise ValueError(f"{name}={size!r}: not a whole number of 1 or more")
         fingerprint, source = metadata["fingerprint"], metadata["source"]
     except (KeyError, TypeError, ValueError) as error:
@@ -105,6 +111,13 @@ def load_clip(path: str | os.PathLike) -> ClipWeights:
         allowed = ", ".join(ACTIVATIONS)
         raise UserError(f"{path}: activation {config.activation!r} is not one of {allowed}")
     check_shapes(path, params, parameter_shapes(config))
+    if verify or tensorfile.CHECKSUM not in metadata:
+        found = tensorfile.fingerprint(params)
+        if found != fingerprint:
+            raise UserError(
+                f"{path}: its tensors have the fingerprint {found[:12]}, not {fingerprint[:12]} as "
+                "it says; convert it anew"
+            )
     return ClipWeights(params, config, fingerprint, source)
 
 

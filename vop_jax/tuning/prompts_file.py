@@ -110,9 +110,21 @@ def _as_kept(*, folder: bool) -> Any:
     return treefolder
 
 
-def check_same_clip(where: str | os.PathLike, prompts: PromptSet, fingerprint: str, name: str):
-    """Raises UserError, naming both, when the prompts were trained over another CLIP."""
+def check_same_clip(
+    where: str | os.PathLike, prompts: PromptSet, fingerprint: str, name: str, config: ClipConfig
+) -> None:
+    """Raises UserError, naming both, when the prompts were trained over another CLIP.
+
+    Another activation or number of heads makes another CLIP of the same parameters.
+    """
     if prompts.clip_fingerprint != fingerprint:
         raise UserError(
             f"{where}: prompts were trained over {prompts.clip_name}, not over the given {name}"
         )
+    theirs = prompts.clip_config.to_dict()
+    for key, value in config.to_dict().items():
+        if theirs[key] != value:
+            raise UserError(
+                f"{where}: prompts were trained over a CLIP with {key}={theirs[key]!r}; that of "
+                f"the given {name} is {value!r}"
+            )

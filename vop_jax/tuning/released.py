@@ -8,15 +8,17 @@ from vop_jax.errors import UserError
 from vop_jax.tuning.methods import MethodConfig
 
 
-def released_method(visual: int, text: int) -> MethodConfig:
+def released_method(visual: int, text: int, prefix: int | None = None) -> MethodConfig:
     """The method of a checkpoint with so many prompt tokens in every layer of its towers.
 
-    The first half of the text prompts is prefix, the rest suffix.
+    Args:
+        prefix: how many of the text prompts are prefix; half of them if not said.
     """
+    prefix = text // 2 if prefix is None else prefix
     return MethodConfig(
         visual_prompts=visual,
-        text_prefix=text // 2,
-        text_suffix=text - text // 2,
+        text_prefix=prefix,
+        text_suffix=text - prefix,
         suffix="released",
     )
 
@@ -44,6 +46,8 @@ def check_released(where: str, method: MethodConfig, clip: ClipConfig) -> None:
         activation="quick_gelu",
         vision_heads=max(1, clip.vision_width // HEAD_WIDTH),
         text_heads=max(1, clip.text_width // HEAD_WIDTH),
+        vision_mlp=None,
+        text_mlp=None,
     )
     for key, value in known.to_dict().items():
         if (mine := getattr(clip, key)) != value:

@@ -1,0 +1,182 @@
+"""What each key of other people's config files is to us: one table for each kind of file.
+
+A key that is in none of the lists is refused by name, as an unknown tensor is: it may be what makes
+the model another one.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+NOTHING: tuple[Any, ...] = (None, {}, [], "")
+
+
+class Keys(NamedTuple):
+    """The keys of one kind of file, dotted where they lie in a section.
+
+    Attributes:
+        sizes: key -> (field of `ClipConfig`, its value where the file leaves it out). They are
+            compared with the tensors.
+        required: key -> the values under which the model is one of ours.
+        read: keys that `clip.source_config` reads.
+        ignored: keys without a part in the features, in any section.
+    """
+
+    sizes: Mapping[str, tuple[str, int]]
+    required: Mapping[str, tuple[Any, ...]]
+    read: frozenset[str]
+    ignored: frozenset[str]
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+def _both(towers: str, entries: Mapping[str, Any]) -> dict[str, Any]:
+    """`entries` in the sections of both towers, such as vision_cfg and text_cfg."""
+    return {f"{tower}_{towers}.{k}": v for tower in ("vision", "text") for k, v in entries.items()}
+
+
+OPEN_CLIP = Keys(
+    sizes={
+        "embed_dim": ("embed_dim", 0),
+        "vision_cfg.image_size": ("image_size", 224),
+        "vision_cfg.patch_size": ("patch_size", 16),
+        "vision_cfg.width": ("vision_width", 768),
+        "vision_cfg.layers": ("vision_layers", 12),
+        "text_cfg.width": ("text_width", 512),
+        "text_cfg.layers": ("text_layers", 12),
+        "text_cfg.heads": ("text_heads", 8),
+        "text_cfg.context_length": ("context_length", 77),
+        "text_cfg.vocab_size": ("vocab_size", 49408),
+    },
+    required={
+        "init_logit_bias": NOTHING,
+        "vision_cfg.timm_model_name": NOTHING,
+        "vision_cfg.attentional_pool": (False,),
+        "vision_cfg.global_average_pool": (False,),
+        "vision_cfg.input_patchnorm": (False,),
+        "vision_cfg.no_ln_pre": (False,),
+        "vision_cfg.pos_embed_type": ("learnable",),
+        "vision_cfg.pool_type": ("tok",),
+        "text_cfg.hf_model_name": NOTHING,
+        "text_cfg.hf_tokenizer_name": NOTHING,
+        "text_cfg.tokenizer_mode": NOTHING,
+        "text_cfg.tokenizer_kwargs": NOTHING,
+        "text_cfg.embed_cls": (False,),
+        "text_cfg.no_causal_mask": (False,),
+        "text_cfg.pool_type": ("argmax",),
+        "text_cfg.proj_type": ("linear",),
+        "text_cfg.proj_bias": (False,),
+        **_both(
+            "cfg",
+            {
+                "ls_init_value": (None,),
+                "act_kwargs": (*NOTHING, {"approximate": "none"}),
+                "norm_kwargs": (*NOTHING, {"eps": 1e-5}),
+                "block_type": (None, "default"),
+                **dict.fromkeys(("qk_norm", "scaled_cosine_attn", "scale_heads"), (False,)),
+                **dict.fromkeys(("scale_attn_inner", "scale_attn", "scale_fc"), (False,)),
+            },
+        ),
+        "preprocess_cfg.mode": ("RGB",),
+    },
+    read=frozenset(
+        {
+            "quick_gelu",
+            "vision_cfg.head_width",
+            "vision_cfg.mlp_ratio",
+            "text_cfg.mlp_ratio",
+            *(f"preprocess_cfg.{k}" for k in ("mean", "std", "size", "interpolation")),
+            "preprocess_cfg.resize_mode",
+        }
+    ),
+    ignored=frozenset(
+        {
+            "custom_text",  # names its tensors otherwise
+            "init_logit_scale",
+            "nonscalar_logit_scale",
+            "output_dict",
+            "output_tokens",
+            "patch_dropout",  # in training alone, as timm_drop
+            "final_ln_after_pool",  # the same for a token that is read
+            "attn_pooler_queries",  # of what is required to be off, as those that follow
+            "attn_pooler_heads",
+            "eos_id",
+            "pad_id",
+            "fill_color",
+            *(f"timm_{k}" for k in ("pool", "proj", "proj_bias", "drop", "drop_path")),
+            "timm_model_pretrained",
+            *(f"hf_{k}" for k in ("model_pretrained", "proj_type", "pooler_type")),
+        }
+    ),
+)
+
+# Of every config of transformers: about generation, training, files and outputs.
+_PRETRAINED = _words("""
+_attn_implementation_autoset _commit_hash _name_or_path add_cross_attention architectures
+attn_implementation bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
+cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype early_stopping
+encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
+forced_bos_token_id forced_eos_token_id id2label is_decoder is_encoder_decoder label2id
+length_penalty max_length min_length no_repeat_ngram_size num_beam_groups num_beams
+num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix
+problem_type remove_invalid_values repetition_penalty return_dict return_dict_in_generate
+sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder
+tie_word_embeddings tokenizer_class top_k top_p torch_dtype torchscript transformers_version
+typical_p use_bfloat16 use_cache
+""")
+
+HUGGING_FACE = Keys(
+    sizes={
+        "projection_dim": ("embed_dim", 512),
+        "vision_config.image_size": ("image_size", 224),
+        "vision_config.patch_size": ("patch_size", 32),
+        "vision_config.hidden_size": ("vision_width", 768),
+        "vision_config.intermediate_size": ("vision_mlp", 3072),
+        "vision_config.num_hidden_layers": ("vision_layers", 12),
+        "vision_config.num_attention_heads": ("vision_heads", 12),
+        "text_config.hidden_size": ("text_width", 512),
+        "text_config.intermediate_size": ("text_mlp", 2048),
+        "text_config.num_hidden_layers": ("text_layers", 12),
+        "text_config.num_attention_heads": ("text_heads", 8),
+        "text_config.max_position_embeddings": ("context_length", 77),
+        "text_config.vocab_size": ("vocab_size", 49408),
+    },
+    required={
+        "model_type": ("clip",),
+        "vision_config.model_type": ("clip", "clip_vision_model"),
+        "text_config.model_type": ("clip", "clip_text_model"),
+        "vision_config.num_channels": (3,),
+        **_both("config", {"layer_norm_eps": (1e-5,), "pruned_heads": NOTHING}),
+        "pruned_heads": NOTHING,
+    },
+    read=frozenset(
+        {"vision_config.hidden_act", "text_config.hidden_act", "text_config.eos_token_id"}
+    ),
+    ignored=frozenset(
+        {
+            *_PRETRAINED,
+            "attention_dropout",
+            "dropout",
+            "gradient_checkpointing",
+            "initializer_factor",
+            "initializer_range",
+            "logit_scale_init_value",
+            "projection_dim",  # within a tower: of the towers as models of their own
+        }
+    ),
+)
+
+PREPROCESSOR = Keys(
+    sizes={},
+    required={"do_rescale": (True,), "do_pad": (False, None)},
+    read=_words(
+        "rescale_factor image_mean image_std do_normalize do_resize size resample do_center_crop "
+        "crop_size"
+    ),
+    ignored=_words(
+        "_valid_processor_keys data_format default_to_square device disable_grouping "
+        "do_convert_rgb feature_extractor_type image_processor_type image_seq_length "
+        "input_data_format pad_size processor_class return_tensors"
+    ),
+)
