@@ -22,14 +22,16 @@ from vop_jax.errors import UserError
 from vop_jax.report import __main__ as command
 from vop_jax.report.ablations import find_ablations
 from vop_jax.report.examples import compare
-from vop_jax.report.runs import best, find_runs, grouped, markdown, read_run
+from vop_jax.report.runs import best, by_eval_data, find_runs, grouped, markdown, read_run
 
 TRAINED = {"zero_shot": 0, "vop": 3584, "vop_p": 10752, "full": 1000000}
 VIDEOS = [f"{i}.mp4" for i in range(4)]
 
 
-def write_run(folder, method="vop", r1=50.0, accuracy=True, ranks=(1, 2, 3, 4), **settings):
-    """A finished run's folder, as training leaves it."""
+def write_run(
+    folder, method="vop", r1=50.0, accuracy=True, ranks=(1, 2, 3, 4), film="film", **settings
+):
+    """A finished run's folder, as training leaves it; `film` is what captions are of."""
     folder.mkdir(parents=True)
     config = base_config()
     config.method.name = method
@@ -54,7 +56,7 @@ def write_run(folder, method="vop", r1=50.0, accuracy=True, ranks=(1, 2, 3, 4), 
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     rankings = [
         {
-            "caption": f"<i>film</i> {i}",
+            "caption": f"<i>{film}</i> {i}",
             "video": name,
             "rank": rank,
             "top": [*VIDEOS[i : i + 1] * (rank == 1), *(v for v in VIDEOS if v != name)][:5],
@@ -122,7 +124,7 @@ def test_ablations_are_what_differs_from_the_common_settings(tmp_path):
     write_run(tmp_path / "other", "vop_p")
     runs = find_runs([str(tmp_path)])
     rows = grouped(runs)
-    found = find_ablations(rows, {run.workdir: run.config for run in runs})
+    found = find_ablations(rows, {run.workdir: run.settings() for run in runs})
     assert [(a.method, a.keys) for a in found] == [
         ("vop", ("method.last_layer",)),
         ("vop", ("method.text_prefix", "method.visual_prompts")),
@@ -220,6 +222,47 @@ def test_the_page_is_whole_and_loads_nothing(tmp_path, records, monkeypatch, cap
     assert output.read_text() == text  # equal runs, equal bytes
 
 
+LONG = "the_captions_of_my_videos_" * 6 + ".csv"
+
+
+def test_each_test_data_has_a_table_of_its_own(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib"), pytest.importorskip("jinja2")
+    msvd = {"data.kind": "msvd", "train.steps": 7500, "data.stored_fps": 3.0, "film": "squid"}
+    mine = {"data.annotations": f"/a/{LONG}", "data.threads": 3}
+    write_run(tmp_path / "a", "vop", 30.0, **msvd)
+    write_run(tmp_path / "b", "full", 20.0, **msvd, **{"train.batch_size": 64})
+    write_run(tmp_path / "c", "full", 10.0, **msvd, **{"train.log_every": 7})
+    write_run(tmp_path / "d", "vop", 90.0, **mine)
+    write_run(tmp_path / "e", "vop", 80.0, **mine | {"data.annotations": "/b/same.csv"}, seed=1)
+    runs = find_runs([str(tmp_path)])
+    groups = {str(data): grouped(own) for data, own in by_eval_data(runs).items()}
+    names = [name.partition(" (")[0] for name in groups]
+    sizes = "4 captions x 4 videos"
+    assert names == [f"msvd, test: {sizes}", f"folder {LONG}, test: {sizes}"]
+    labels = [[row["label"] for row in rows] for rows in groups.values()]
+    assert labels == [["vop", "full batch_size=64", "full batch_size=32"], ["vop"]]
+    assert [row["seeds"] for row in groups[list(groups)[1]]] == [2]  # of the same data elsewhere
+    output = tmp_path / "report.html"
+    assert run_command(monkeypatch, tmp_path, f"--output={output}") == 0
+    text = output.read_text()
+    assert Page(text).open == [] and text.count("<table>") == 2
+    first, second = text.split("<section>")[1:]
+    assert '<td class="best">30.0</td>' in first and '<td class="best">' not in second
+    pair = "--compare=vop,full batch_size=64"
+    assert run_command(monkeypatch, tmp_path, pair, f"--output={output}") == 0
+    (tmp_path / "a/rankings.jsonl").unlink()
+    assert run_command(monkeypatch, tmp_path, pair, f"--output={output}") == 2
+    assert "are in different tables: their test data differ" in capsys.readouterr().err
+
+
+def test_runs_over_another_clip_are_not_the_same(tmp_path):
+    for name, source in (("a", "ViT-B/32 from x (12)"), ("b", "ViT-B/16 from x (34)")):
+        path = write_run(tmp_path / name) / "summary.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"clip": source}))
+    labels = [row["label"] for row in grouped(find_runs([str(tmp_path)]))]
+    assert labels == ["vop clip=ViT-B/32 from x", "vop clip=ViT-B/16 from x"]
+
+
 def test_wrong_calls_get_one_line(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib"), pytest.importorskip("jinja2")
     run = write_run(tmp_path / "run")
@@ -227,12 +270,15 @@ def test_wrong_calls_get_one_line(tmp_path, monkeypatch, capsys):
     (torn / "summary.json").write_text("{")
     other = write_run(tmp_path / "other", "vop_p")
     (other / "rankings.jsonl").unlink()
+    garbled = write_run(tmp_path / "garbled", "vop_p")
+    (garbled / "rankings.jsonl").write_text("{")
     for arguments, message in (
         ([tmp_path / "none"], "none: no finished run there"),
         ([torn], "summary.json: cannot be read"),
         ([run, "--compare=vop"], "two labels with a comma"),
         ([run, "--compare=vop,vop_x"], "no run 'vop_x'; there are vop"),
-        ([run, other, "--compare=vop,vop_p"], "rankings.jsonl: not there"),
+        ([run, other, "--compare=vop,vop_p"], "one has no rankings.jsonl"),
+        ([run, garbled], "rankings.jsonl: cannot be read"),
         ([run, f"--output={run}/summary.json/r.html"], "summary.json"),
     ):
         assert run_command(monkeypatch, *arguments) == 2

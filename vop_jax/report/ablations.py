@@ -5,8 +5,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vop_jax.config import flatten_config
-from vop_jax.report.runs import UNTOLD, Row
+from vop_jax.report.runs import Row
 
 _FOLLOWS = ("train.learning_rate", "train.steps")  # may be tuned along with what is varied
 
@@ -27,22 +26,21 @@ class Ablation:
     reference: tuple[Any, ...]
 
 
-def references(rows: Sequence[Row], configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Row]:
+def references(rows: Sequence[Row], settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Row]:
     """{method: its row with the most common settings}; of several, the one with the best R@1.
 
     Args:
-        configs: {workdir: config.json of that run}.
+        settings: {workdir: that run's, see `Run.settings`}.
     """
-    settings = {row["label"]: _settings(row, configs) for row in rows}
     chosen = {}
     for method, members in _by_method(rows).items():
         votes = {
-            key: collections.Counter(str(settings[row["label"]].get(key)) for row in members)
-            for key in settings[members[0]["label"]]
+            key: collections.Counter(str(_of(row, settings).get(key)) for row in members)
+            for key in _of(members[0], settings)
         }
 
         def commonness(row: Row, votes: dict[str, collections.Counter] = votes) -> tuple:
-            mine = settings[row["label"]]
+            mine = _of(row, settings)
             told = (key for key in votes if key not in _FOLLOWS)
             return sum(votes[k][str(mine.get(k))] for k in told), row["metrics"]["t2v/R@1"][0]
 
@@ -50,25 +48,27 @@ def references(rows: Sequence[Row], configs: Mapping[str, Mapping[str, Any]]) ->
     return chosen
 
 
-def find_ablations(rows: Sequence[Row], configs: Mapping[str, Mapping[str, Any]]) -> list[Ablation]:
+def find_ablations(
+    rows: Sequence[Row], settings: Mapping[str, Mapping[str, Any]]
+) -> list[Ablation]:
     """All there are among the rows: what differs from the reference in the same settings is one.
 
     Args:
-        configs: {workdir: config.json of that run}.
+        settings: {workdir: that run's, see `Run.settings`}.
     """
     found = []
-    for method, reference in references(rows, configs).items():
-        base = _settings(reference, configs)
+    for method, reference in references(rows, settings).items():
+        base = _of(reference, settings)
         varied: dict[tuple[str, ...], list[Row]] = {}
         for row in _by_method(rows)[method]:
-            mine = _settings(row, configs)
+            mine = _of(row, settings)
             differ = [key for key in base if str(mine.get(key)) != str(base[key])]
             keys = tuple(key for key in differ if key not in _FOLLOWS) or tuple(differ)
             if keys:
                 varied.setdefault(keys, []).append(row)
         for keys, members in varied.items():
             points = [
-                (tuple(_settings(row, configs).get(key) for key in keys), row)
+                (tuple(_of(row, settings).get(key) for key in keys), row)
                 for row in [reference, *members]
             ]
             points.sort(key=lambda point: _order(point[0]))
@@ -83,9 +83,8 @@ def _by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return groups
 
 
-def _settings(row: Row, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    flat = flatten_config(configs[row["workdirs"][0]])
-    return {key: value for key, value in flat.items() if key not in UNTOLD}
+def _of(row: Row, settings: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
+    return settings[row["workdirs"][0]]
 
 
 def _order(values: tuple[Any, ...]) -> tuple[Any, ...]:

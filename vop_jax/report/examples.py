@@ -3,13 +3,11 @@
 import base64
 import dataclasses
 import io
-import json
 import os
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from etils import epath
 from PIL import Image
 
 from vop_jax.data.packed import stored_frames
@@ -63,7 +61,7 @@ def compare(one: Run, two: Run, count: int = 6) -> Comparison:
     Raises:
         UserError: a run without rankings, or the two ranked other queries.
     """
-    ranked = _rankings(one), _rankings(two)
+    ranked = one.rankings(), two.rankings()
     if [a["caption"] for a in ranked[0]] != [b["caption"] for b in ranked[1]]:
         raise UserError(f"{one.workdir} and {two.workdir} ranked other queries")
     pairs = list(zip(*ranked, strict=True))
@@ -85,13 +83,6 @@ def compare(one: Run, two: Run, count: int = 6) -> Comparison:
         for a, b in chosen
     ]
     return Comparison(tally, examples)
-
-
-def _rankings(run: Run) -> list[Ranking]:
-    path = epath.Path(run.workdir) / "rankings.jsonl"
-    if not path.exists():
-        raise UserError(f"{path}: not there; --mode=eval on that workdir writes it")
-    return [json.loads(line) for line in path.read_text().split("\n") if line]
 
 
 def _answers(ranking: Ranking, pictures: dict[str, list[str]]) -> list[Answer]:

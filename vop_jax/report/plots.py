@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,16 +34,20 @@ METRICS = {key: heading for key, heading, _ in COLUMNS} | {
 
 
 def trade_off(rows: Sequence[Row], metric: str = "t2v/R@1") -> str:
-    """A metric against the number of trained parameters: the paper's figure 1."""
+    """A metric against the number of trained parameters: the paper's figure 1.
+
+    Args:
+        rows: one a method, by whose names they go.
+    """
     figure, axes = _figure(7.5, 4.6)
     points = []
     for row, colour in zip(rows, _colours(), strict=False):
         mean, std = row["metrics"][metric]
         if not row["trainable"]:  # has no place on a logarithmic axis
-            axes.axhline(mean, color=colour, ls="--", lw=1, label=f"{row['label']}, none trained")
+            axes.axhline(mean, color=colour, ls="--", lw=1, label=f"{row['method']}, none trained")
             continue
         axes.errorbar(row["trainable"], mean, yerr=std, fmt="o", color=colour, capsize=3)
-        points.append(((row["trainable"], mean), row["label"]))
+        points.append(((row["trainable"], mean), row["method"]))
     axes.set_xscale("log")
     axes.margins(x=0.2, y=0.1)
     axes.set_xlabel("trained parameters")
@@ -66,7 +71,7 @@ def trade_off(rows: Sequence[Row], metric: str = "t2v/R@1") -> str:
 def ablation(found: Ablation, metrics: Sequence[str]) -> str:
     """One setting's values against the metrics, the method's own value marked."""
     figure, axes = _figure(4.6, 3.0)
-    names = ["/".join(map(str, values)) for values, _ in found.points]
+    names = [_wrapped("/".join(map(str, values)), 14) for values, _ in found.points]
     at = range(len(names))
     for metric, colour in zip(metrics, _colours(), strict=False):
         means = [row["metrics"][metric][0] for _, row in found.points]
@@ -76,7 +81,7 @@ def ablation(found: Ablation, metrics: Sequence[str]) -> str:
         )
     axes.set_xticks(at, names)
     axes.axvline([v for v, _ in found.points].index(found.reference), color="0.6", ls=":", lw=1)
-    axes.set_xlabel(", ".join(key.rpartition(".")[2] for key in found.keys))
+    axes.set_xlabel(_wrapped(", ".join(key.rpartition(".")[2] for key in found.keys), 48))
     axes.set_title(found.method, fontsize=10)
     axes.margins(y=0.15)
     axes.legend(fontsize=8)
@@ -84,19 +89,30 @@ def ablation(found: Ablation, metrics: Sequence[str]) -> str:
 
 
 def learning_curves(rows: Sequence[Row], runs: Mapping[str, Run]) -> str:
-    """The loss of each row's first seed and, where it was evaluated on the way, t2v R@1."""
-    curves = {row["label"]: runs[row["workdirs"][0]].metrics for row in rows}
+    """The loss of each row's first seed and, where it was evaluated on the way, t2v R@1.
+
+    Args:
+        rows: one a method, by whose names they go.
+        runs: {workdir: run}.
+    """
+    curves = {row["method"]: runs[row["workdirs"][0]].metrics for row in rows}
     evaluated = any(len(_points(lines, "t2v/R@1")) > 2 for lines in curves.values())
     figure, *axes = _figure(10 if evaluated else 8, 3.6, columns=2 if evaluated else 1)
     for ax, key in zip(axes, ("loss", "t2v/R@1"), strict=False):
-        for (label, lines), colour in zip(curves.items(), _colours(), strict=False):
+        for (method, lines), colour in zip(curves.items(), _colours(), strict=False):
             if points := _points(lines, key):
-                ax.plot(*zip(*points, strict=True), color=colour, label=label, lw=1.4)
+                ax.plot(*zip(*points, strict=True), color=colour, label=method, lw=1.4)
         ax.set_xlabel("step")
         ax.set_ylabel(METRICS.get(key, key))
     axes[0].set_yscale("log")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return _svg(figure)
+
+
+def _wrapped(text: str, width: int) -> str:
+    """At most four lines; `$` is no formula."""
+    lines = textwrap.wrap(text.replace("$", r"\$"), width, max_lines=4, placeholder=" …")
+    return "\n".join(lines)
 
 
 def _points(lines: Sequence[Mapping[str, float]], key: str) -> list[tuple[float, float]]:

@@ -1,6 +1,7 @@
 """Run folders become rows: what was varied, and the mean over seeds of what came out."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import statistics
@@ -9,7 +10,7 @@ from typing import Any
 
 from etils import epath
 
-from vop_jax.config import completed, flatten_config
+from vop_jax.config import RESUMABLE, completed, flatten_config
 from vop_jax.errors import UserError
 from vop_jax.folders import walk
 from vop_jax.training.writer import read_metrics
@@ -27,10 +28,37 @@ COLUMNS = (
 )
 COSTS = (("gflop_per_clip", "GFLOP / clip", ".2f"), ("ms_per_clip", "ms / clip", ".2f"))
 
-# Where things lie and how they are read do not make two runs different.
-UNTOLD = ("seed", "init.clip", "data.annotations", "data.videos", "data.records")
+# Where things lie and how they are computed do not make two runs different.
+UNTOLD = ("seed", *RESUMABLE)
 
 Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalData:
+    """What a run was evaluated on; figures on different data are not compared.
+
+    Attributes:
+        name: of the dataset; for a folder also that of its annotations or records.
+        texts, videos: how many were ranked, misses included.
+        digest: of the captions that were read, each with its video; "" without rankings.jsonl.
+    """
+
+    name: str
+    split: str
+    texts: int
+    videos: int
+    digest: str
+
+    def __str__(self) -> str:
+        sizes = f"{self.texts:,} captions x {self.videos:,} videos"
+        return f"{self.name}, {self.split}: {sizes} ({self.digest or 'no rankings.jsonl'})"
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """Equal for the same data, wherever it lies and whatever its files are called."""
+        where = () if self.digest else (self.name, self.split)
+        return (*where, self.texts, self.videos, self.digest)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +82,38 @@ class Run:
             for side in ("t2v", "v2t", "accuracy")
             for name, value in self.summary.get(side, {}).items()
         }
+
+    def settings(self) -> dict[str, Any]:
+        """What may make its figures another's: the config's keys, and "clip"."""
+        flat = {k: v for k, v in flatten_config(self.config).items() if k not in UNTOLD}
+        clip = str(self.summary["clip"])  # ARCH from SOURCE (FINGERPRINT)
+        return flat | {"clip": clip.rpartition(" (")[0] or clip}
+
+    def rankings(self) -> list[dict[str, Any]]:
+        """The lines of rankings.jsonl, one a caption.
+
+        Raises:
+            UserError: it is not there, or cannot be read.
+        """
+        path = epath.Path(self.workdir) / "rankings.jsonl"
+        if not path.exists():
+            raise UserError(f"{path}: not there; --mode=eval on that workdir writes it")
+        try:
+            return [json.loads(line) for line in path.read_text().split("\n") if line]
+        except ValueError as error:
+            raise UserError(f"{path}: cannot be read ({error})") from None
+
+    def eval_data(self) -> EvalData:
+        """What it was evaluated on."""
+        data, summary = self.config["data"], self.summary
+        file = os.path.basename((data["annotations"] or data["records"]).rstrip("/"))
+        name = f"{data['kind']} {file}" if data["kind"] == "folder" and file else data["kind"]
+        digest = ""
+        if (epath.Path(self.workdir) / "rankings.jsonl").exists():
+            pairs = sorted((line["video"], line["caption"]) for line in self.rankings())
+            digest = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:8]
+        sizes = summary["num_texts"], summary["num_videos"]
+        return EvalData(name, summary["eval_split"], *sizes, digest)
 
 
 def read_run(workdir: str | os.PathLike) -> Run:
@@ -95,6 +155,16 @@ def find_runs(folders: Sequence[str]) -> list[Run]:
     return list({os.path.realpath(run.workdir): run for run in runs}.values())
 
 
+def by_eval_data(runs: Sequence[Run]) -> dict[EvalData, list[Run]]:
+    """The runs on each test data, in the order met."""
+    first: dict[tuple[Any, ...], EvalData] = {}
+    groups: dict[EvalData, list[Run]] = {}
+    for run in runs:
+        data = run.eval_data()
+        groups.setdefault(first.setdefault(data.identity, data), []).append(run)
+    return groups
+
+
 def grouped(runs: Sequence[Run], labels: Mapping[str, str] | None = None) -> list[Row]:
     """One row per setting, in the order met; runs that differ in their seed only share one.
 
@@ -123,7 +193,11 @@ def _row(label: str, group: Sequence[Run]) -> Row:
         "seeds": len(group),
         "trainable": first.summary["trainable_params"],
         "workdirs": [run.workdir for run in group],
-        "metrics": {key: mean_std([s[key] for s in scalars]) for key in scalars[0]},
+        "metrics": {
+            key: mean_std([s[key] for s in scalars])
+            for key in scalars[0]
+            if all(key in s for s in scalars)
+        },
     }
 
 
@@ -134,7 +208,7 @@ def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
 
 def label_runs(runs: Sequence[Run]) -> dict[str, str]:
     """{workdir: the method, and each setting in which runs of that method differ}."""
-    settings = {run.workdir: flatten_config(run.config) for run in runs}
+    settings = {run.workdir: run.settings() for run in runs}
     labels = {}
     for run in runs:
         of_method = [settings[r.workdir] for r in runs if _method(r) == _method(run)]
@@ -142,7 +216,7 @@ def label_runs(runs: Sequence[Run]) -> dict[str, str]:
         varied = [
             f"{key.rpartition('.')[2]}={value}"
             for key, value in mine.items()
-            if key not in UNTOLD and any(other.get(key) != value for other in of_method)
+            if any(other.get(key) != value for other in of_method)
         ]
         labels[run.workdir] = " ".join([_method(run), *varied])
     return labels
