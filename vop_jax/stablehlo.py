@@ -159,8 +159,8 @@ encode_video, encode_text = load("video"), load("text")
 - `encode_text` takes int32 [N, $text_slots]: ids of CLIP's tokenizer, start, words, end, zeros; of
   a longer text the first ids, the last of them the end. The package `tokenizers` makes them with
   `tokenizers.Tokenizer.from_file("tokenizer.json")`:
-  `ids = np.array([text.ids for text in tokenizer.encode_batch(texts)], np.int32)`. HTML entities
-  and broken encodings, which vop_jax mends first, stay as they are, and rare letters may differ.
+  `ids = np.array([text.ids for text in tokenizer.encode_batch(texts)], np.int32)`. Encodings that
+  were mixed up and HTML entities but the commonest, which vop_jax repairs first, stay as they are.
 
 Both give float32 rows of length 1 and $embed_dim values, so that
 `encode_text(ids) @ encode_video(frames).T` are the similarities. There may be any number of rows;

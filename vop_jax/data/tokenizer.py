@@ -24,6 +24,14 @@ SPECIAL = {"<|startoftext|>": SOT, "<|endoftext|>": EOT}
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _WORD = regex.compile("|".join([*map(regex.escape, SPECIAL), _WORDS]), regex.IGNORECASE)
 _SPACE = regex.compile(r"\s+")
+_LETTER_REPAIRS = (
+    ftfy.fixes.fix_c1_controls,
+    ftfy.fixes.fix_latin_ligatures,
+    ftfy.fixes.fix_character_width,
+    ftfy.fixes.uncurl_quotes,
+    ftfy.fixes.fix_line_breaks,
+    ftfy.fixes.remove_control_chars,
+)
 
 # BPE works on visible letters: a printable byte is its own Latin-1 letter, the others follow
 # from U+0100 on, in order.
@@ -101,16 +109,19 @@ class Tokenizer:
     def portable(self, length: int) -> str:
         """The JSON of `tokenizers.Tokenizer` that makes rows of `length` ids as this one does.
 
-        What it has not are the mending of encodings and HTML entities in `clean`, and this
-        module's Unicode tables.
+        Of `clean` it has what changes letter by letter and the commonest HTML entities; not the
+        repair of encodings that were mixed up, other entities, and this module's Unicode tables.
         """
         made = tokenizers.Tokenizer(self._bpe)
         made.add_special_tokens(sorted(SPECIAL, key=SPECIAL.__getitem__))
         made.normalizer = normalizers.Sequence(
             [
+                *_letters_repaired(),
                 normalizers.NFC(),
                 normalizers.Replace(tokenizers.Regex(r"\s+"), " "),
                 normalizers.Strip(),
+                # Python's lower case has a letter of its own for a sigma that ends a word.
+                normalizers.Replace(tokenizers.Regex(r"(?<=\p{L})Σ(?!\p{L})"), "ς"),
                 normalizers.Lowercase(),
             ]
         )
@@ -132,6 +143,32 @@ class Tokenizer:
 def _pair(line: str) -> tuple[str, str]:
     first, second = line.split()
     return first, second
+
+
+def _letters_repaired() -> list[normalizers.Normalizer]:
+    """The repairs of ftfy that look at one letter at a time, and HTML's commonest entities.
+
+    Curly quotes, ligatures, letters of full or half width, control characters, the escapes of
+    terminals.
+    """
+    steps = [
+        (f"&{entity};", html.unescape(f"&{entity};"))
+        for _ in range(2)  # as `clean`
+        for entity in ("lt", "gt", "quot", "apos", "#39", "nbsp", "amp")
+    ]
+    of_letter: dict[str, list[str]] = {}
+    for code in (*range(0xD800), *range(0xE000, 0x10000)):
+        letter = repaired = chr(code)
+        for repair in _LETTER_REPAIRS:
+            repaired = repair(repaired)
+        if repaired != letter:
+            of_letter.setdefault(repaired, []).append(letter)
+    replace: list[normalizers.Normalizer] = [normalizers.Replace(*step) for step in steps]
+    replace.append(normalizers.Replace(tokenizers.Regex(r"\x1b\[[0-9;]*[A-Za-z]"), ""))
+    for repaired, letters in of_letter.items():
+        inside = "".join(f"\\x{{{ord(letter):x}}}" for letter in letters)
+        replace.append(normalizers.Replace(tokenizers.Regex(f"[{inside}]"), repaired))
+    return replace
 
 
 def clean(text: str) -> str:
