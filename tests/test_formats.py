@@ -4,9 +4,7 @@ import dataclasses
 import errno
 import json
 import os
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -15,6 +13,7 @@ import pytest
 import vop_jax
 from tests import readers, runs
 from vop_jax import formats, main, tensorfile
+from vop_jax.clip.convert import convert
 from vop_jax.clip.weights import load_clip
 from vop_jax.data.sources import CaptionTokenizer
 from vop_jax.model import TextVideoModel
@@ -197,36 +196,26 @@ def released_clip(tmp_path_factory):
     return runs.write_clip(tmp_path_factory.mktemp("released") / "clip.safetensors", 0, config)
 
 
-def test_the_released_layout_is_converted_back(released_clip, trained, export, tmp_path):
-    pytest.importorskip("torch", reason="writes PyTorch files")
-    given = trained(RELEASED, released_clip)
-    status, path, err = export(given, RELEASED, "--format=pytorch", clip=released_clip)
-    assert status == 0 and path.endswith("run/vop.pt"), err
-    clip, prompts = tmp_path / "again.safetensors", tmp_path / "prompts.safetensors"
-    converter = [sys.executable, runs.ROOT / "tools/convert_clip_weights.py", f"--source={path}"]
-    flags = [f"--output={clip}", f"--prompts-output={prompts}"]
-    subprocess.run([*converter, *flags], check=True, timeout=300)
-    first, second = load_clip(released_clip), load_clip(clip)
-    assert (second.fingerprint, second.config) == (first.fingerprint, first.config)
-    ours, theirs = load_prompts(given), load_prompts(prompts)
-    assert tensorfile.fingerprint(theirs.params) == tensorfile.fingerprint(ours.params)
-    one, other = vop_jax.load(released_clip, given), vop_jax.load(clip, prompts)
-    [frames], _ = rows(3)
-    np.testing.assert_array_equal(one.embed_frames(frames), other.embed_frames(frames))
-    np.testing.assert_array_equal(one.embed_text(TEXTS), other.embed_text(TEXTS))
-
-
-def test_the_released_layout_in_an_independent_model(released_clip, trained, export, tmp_path):
-    """Which reads the file by the names and shapes of the authors' code."""
-    torch = pytest.importorskip("torch", reason="the reference is a PyTorch model")
+def test_what_is_trained_as_released_is_exported_whole(released_clip, tmp_path, capsys, caplog):
+    """From the first step to the authors' model and back, by the settings that the docs name."""
+    torch = pytest.importorskip("torch", reason="writes PyTorch files")
     from tests.reference_vop import ReferenceVop
 
     method = dataclasses.replace(RELEASED, text_prefix=2, text_suffix=2)
-    given = trained(method, released_clip)
-    status, path, err = export(given, method, "--format=pytorch", clip=released_clip)
-    assert status == 0, err
+    workdir = tmp_path / "run"
+    argv = runs.arguments(runs.write_folder(tmp_path), released_clip, workdir)
+    sizes = ("--config.method.text_prefix=2", "--config.method.text_suffix=2")
+    argv += [*sizes, "--config.method.suffix=released", "--config.train.steps=1"]
+    assert runs.call(*argv, "--config.train.warmup=0") == 0
+    assert "cannot be exported" not in caplog.text
+    assert runs.call(*argv, "--config.train.warmup=0", "--mode=export", "--format=pytorch") == 0
+    path = workdir / "vop.pt"
+    assert capsys.readouterr().out.strip().endswith(str(path))
     state = torch.load(path, weights_only=True)["state_dict"]
-    reference, ours = ReferenceVop(state), vop_jax.load(released_clip, given)
+    reference, ours = (
+        ReferenceVop(state),
+        vop_jax.load(released_clip, workdir / formats.PROMPTS_FILE),
+    )
     [frames], _ = rows(3)
     pooled = reference.encode_video(torch.from_numpy(frames))
     expected = torch.nn.functional.normalize(pooled, dim=-1).numpy()
@@ -236,7 +225,13 @@ def test_the_released_layout_in_an_independent_model(released_clip, trained, exp
     np.testing.assert_allclose(ours.embed_text(TEXTS), expected, atol=1e-5)
     # What is there under two names takes the place of one.
     once = sum({t.data_ptr(): t.nbytes for t in state.values()}.values())
-    assert once < Path(path).stat().st_size < 1.5 * once
+    assert once < path.stat().st_size < 1.5 * once
+    # Converted back, all bits are the same.
+    first, again = load_clip(released_clip), convert(path)
+    assert again.config == first.config
+    assert tensorfile.fingerprint(again.params) == tensorfile.fingerprint(first.params)
+    learnt = load_prompts(workdir / formats.PROMPTS_FILE).params["prompts"]
+    assert tensorfile.fingerprint(again.prompts) == tensorfile.fingerprint(learnt)
 
 
 @pytest.mark.parametrize(
@@ -282,13 +277,19 @@ def test_a_full_disk_leaves_what_was_there(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"name": "vop_f"}, "--format=pytorch: holds method vop alone, not vop_f"),
-        ({"suffix": "eot"}, "computes method.suffix='released', not 'eot'"),
-        ({"text_prefix": 2, "text_suffix": 0}, "computes method.text_prefix=1, not 2"),
+        (
+            {"name": "vop_f"},
+            "holds method vop alone, not vop_f; train with --config.method.name=vop",
+        ),
+        ({"suffix": "eot"}, "not 'eot'; train with --config.method.suffix=released"),
+        (
+            {"text_prefix": 2, "text_suffix": 0},
+            "method.text_prefix=1, not 2; train with --config.method.text_prefix=1",
+        ),
         ({"branches": "text"}, "holds prompts of both towers"),
         ({"visual_prompts": 0}, "holds prompts of both towers"),
-        ({"last_layer": 1}, "of method.first_layer=1, last_layer=1"),
-        ({}, "CLIP's vision_heads=1, not 2"),
+        ({"last_layer": 1}, "last_layer=1; train with --config.method.first_layer=1"),
+        ({}, "CLIP's vision_heads=1, not 2; train over a CLIP such as"),
     ],
 )
 def test_what_the_released_code_cannot_compute_is_refused(trained, export, changes, message):

@@ -9,6 +9,7 @@ import filelock
 import jax
 import numpy as np
 import pytest
+from absl import logging
 
 import vop_jax
 from tests import runs
@@ -444,6 +445,7 @@ def test_damaged_videos_are_named_and_left_out(call, folder, tmp_path):
 
 
 def test_captions_that_are_cut_or_say_left_are_counted(call, folder, tmp_path, caplog):
+    logging.set_verbosity(logging.INFO)
     long = tmp_path / "folder"
     shutil.copytree(folder, long)
     text = (long / "captions.csv").read_text()
@@ -453,6 +455,8 @@ def test_captions_that_are_cut_or_say_left_are_counted(call, folder, tmp_path, c
     assert call("--config.train.steps=1", folder=long)[0] == 0
     assert "train: 1 of 16 captions (6.2 %) say left" in caplog.text
     assert "train with --config.data.flip=False" in caplog.text
+    assert "cannot be exported with --format=pytorch: the released code" in caplog.text
+    assert "train with --config.method.suffix=released" in caplog.text
     caplog.clear()
     assert summary_of(tmp_path / "run")["cut_captions"] == 2
     # Where nothing is trained the training split is not read.

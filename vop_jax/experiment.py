@@ -35,6 +35,8 @@ def train(config: ConfigDict, workdir: str, writer: Writer | None = None) -> dic
     """
     with start.opened(config, workdir, _pretrain) as run:
         steps = config.train.steps if run.state.trainable else 0
+        if steps:
+            formats.log_limits(run)
         data = run_data.load_data(run, training=bool(steps))
         selection = Selection(run)
         first = int(run.state.step)

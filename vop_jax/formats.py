@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+from absl import logging
+
 from vop_jax import stablehlo, start
 from vop_jax.clip import released
 from vop_jax.clip.precision import held
@@ -25,6 +27,16 @@ def check(form: str) -> None:
         released.import_torch("--format=pytorch")
     elif form == "stablehlo":
         stablehlo.check_installed()
+
+
+def log_limits(run: start.Run) -> None:
+    """One line on what cannot be exported, said before a run is trained and not after it."""
+    if not run.method.parts.prompts:  # nobody expects these in the layout of VoP's authors
+        return
+    try:
+        check_released("--format=pytorch", run.method, run.clip.config)
+    except UserError as error:
+        logging.info("what is trained here cannot be exported with %s; see docs/export.md", error)
 
 
 def save(run: start.Run, trainable: Any, form: str) -> str:
