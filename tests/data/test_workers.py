@@ -5,12 +5,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
 from tests.data import calls
-from vop_jax.data.workers import in_processes, in_threads
+from vop_jax.data.workers import in_processes, in_threads, starting
 from vop_jax.errors import VideoError
 
 
@@ -98,6 +99,7 @@ from pathlib import Path
 from vop_jax.data.workers import _Worker
 if __name__ == "__main__":
     for worker in [_Worker(str, 5.0) for _ in range(2)]:
+        worker.launch()
         status = Path(f"/proc/{worker.process.pid}/status").read_text()
         print(int(re.search(r"SigBlk:\\s*(\\w+)", status)[1], 16) >> 1 & 1)  # signal 2, SIGINT
         worker.stop()
@@ -114,6 +116,23 @@ def test_control_c_never_reaches_a_process(tmp_path):
         [sys.executable, script], env=environment, capture_output=True, text=True
     )
     assert found.stdout.split() == ["1", "1"], found.stderr
+
+
+def test_a_signal_waits_for_the_end_of_a_start():
+    """Also one that another thread takes: its handler runs in the main thread."""
+    started, done = threading.Event(), False
+
+    def take():
+        started.wait()
+        signal.raise_signal(signal.SIGINT)
+
+    thread = threading.Thread(target=take)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt), starting():
+        started.set()
+        thread.join()
+        done = True
+    assert done
 
 
 def test_threads_do_the_same_but_raise_bugs():

@@ -20,6 +20,7 @@ from vop_jax.errors import VideoError
 
 Call = Callable[[Any], Any]
 AHEAD = 4  # results kept per worker while an earlier one is waited for; bounds the memory
+START = 600.0  # seconds for Python to start and import, before a task's time begins
 
 
 def in_threads(call: Call, tasks: Iterable[Any], workers: int) -> Generator[Any, None, None]:
@@ -60,6 +61,8 @@ def in_processes(
     following = 0  # the result to hand out next
     left = True
     try:
+        for worker in pool:
+            worker.launch()
         while True:
             for worker in pool:
                 ahead = len(done) + sum(w.task is not None for w in pool)
@@ -98,21 +101,22 @@ class _Worker:
         self._call, self._seconds = call, seconds
         self.task: int | None = None
         self.deadline = float("inf")
-        self._launch()
+        self.process: Any = None
 
-    def _launch(self) -> None:
+    def launch(self) -> None:
+        """Starts its process, or another one."""
         context = multiprocessing.get_context("spawn")  # a fork would copy locks held by JAX
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, self._call), daemon=True)
         with starting():
+            self.pipe, theirs = context.Pipe()
+            self.process = context.Process(target=_serve, args=(theirs, self._call), daemon=True)
             self.process.start()
-        theirs.close()
+            theirs.close()
         self._ready = False
 
     def start(self, number: int, task: Any) -> None:
         self.task = number
         # Loading Python is not the task's time.
-        self.deadline = time.monotonic() + self._seconds + (0 if self._ready else 60)
+        self.deadline = time.monotonic() + self._seconds + (0 if self._ready else START)
         with contextlib.suppress(OSError):  # it died while idle; `poll` sees to it
             self.pipe.send(task)
 
@@ -137,7 +141,7 @@ class _Worker:
         if not self._ready:
             raise RuntimeError(f"a decoding process could not start: {reason}")
         self.task = None
-        self._launch()
+        self.launch()
         return number, VideoError(reason)
 
     def _stop_and_say_why(self) -> str:
@@ -151,9 +155,10 @@ class _Worker:
         return f"its decoder crashed ({name})"
 
     def stop(self) -> None:
-        self.process.kill()
-        self.process.join()
-        self.pipe.close()
+        if self.process is not None:
+            self.process.kill()
+            self.process.join()
+            self.pipe.close()
 
 
 def _serve(pipe: connection.Connection, call: Call) -> None:
@@ -179,14 +184,28 @@ def _serve(pipe: connection.Connection, call: Call) -> None:
 
 @contextlib.contextmanager
 def starting() -> Iterator[None]:
-    """Around the start of children: from their first moment on Ctrl-C is their parent's."""
+    """Around the start of children: from their first moment on Ctrl-C is their parent's.
+
+    And the parent heeds a signal when they have started: half of a start leaves a child that
+    complains.
+    """
     # What the first start would start, too, lets it through again when it runs.
     resource_tracker.ensure_running()
-    kept = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    came: list[int] = []  # another thread may have taken them; handlers run in the main one
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not None:  # of C, which could not be put back
+                handlers[number] = signal.signal(number, lambda number, _: came.append(number))
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, kept)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for taken in came:
+            signal.raise_signal(taken)
 
 
 def stand_apart() -> None:
