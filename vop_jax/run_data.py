@@ -229,9 +229,8 @@ def _report_data(run: start.Run, data: Data) -> None:
         label = label_of(skipped)
         logging.warning("skipped %s (%s): %s", label, skipped["split"], skipped["reason"])
     if data.learnt_from:
-        split = data.packed.splits[run.config.data.train_split]
-        texts = [caption for captions in split.captions for caption in captions]
-        if warning := sources.flip_warning(run.config.data, texts):
+        learnt = data.packed.splits[run.config.data.train_split].captions
+        if warning := sources.flip_warning(run.config.data, learnt):
             logging.warning("%s", warning)
     if data.cut_captions:
         slots = run.method.text_slots(run.clip.config)

@@ -88,12 +88,12 @@ def test_sides_are_whole_words():
     other = ["bright lights", "copyright", "a cleft", "leftovers", "clockwork", ""]
     assert sources.count_sides([*said, *other]) == len(said)
     data = base_config().data
-    assert "9 of 15 captions (60.0 %)" in sources.flip_warning(data, [*said, *other])
-    assert not sources.flip_warning(data, other)
+    assert "9 of 15 captions (60.0 %)" in sources.flip_warning(data, [said, other])
+    assert not sources.flip_warning(data, [other])
     for key in ("flip", "augment"):
         data = base_config().data
         data[key] = False
-        assert not sources.flip_warning(data, said)
+        assert not sources.flip_warning(data, [said])
 
 
 def test_the_slots_are_the_methods(msrvtt):
@@ -138,8 +138,8 @@ def test_records_of_the_older_rule_whose_videos_are_gone(msrvtt, tmp_path):
     )
     found = check(tmp_path, *sources)[3]
     assert found["splits"]["train"]["usable"]
-    (note,) = found["notes"]
-    assert note.startswith(f"{tmp_path / 'records'}: the frames were sampled by the older rule")
+    told = f"{tmp_path / 'records'}: the frames were sampled by the older rule"
+    assert sum(note.startswith(told) for note in found["notes"]) == 1
 
 
 def test_wrong_calls(msrvtt, tmp_path):

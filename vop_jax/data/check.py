@@ -63,7 +63,7 @@ def check(config: ConfigDict) -> dict[str, Any]:
     slots = start.method_of(config).text_slots(start.preset(config, default="ViT-B/32"))
     tokenize = CaptionTokenizer(slots)
     splits = {split: _describe(own, tokenize) for split, own in rows.items()}
-    learnt = [caption for row in rows.get(data.train_split, ()) for caption in row["captions"]]
+    learnt = (row["captions"] for row in rows.get(data.train_split, ()))
     if warning := flip_warning(data, learnt):
         notes.append(warning)
     for split, found in splits.items():

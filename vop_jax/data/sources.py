@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 from absl import logging
@@ -188,13 +188,14 @@ def count_sides(captions: Sequence[str]) -> int:
     return sum(SIDES.search(caption) is not None for caption in captions)
 
 
-def flip_warning(data: ConfigDict, captions: Sequence[str]) -> str:
+def flip_warning(data: ConfigDict, captions_of: Iterable[Sequence[str]]) -> str:
     """What to say of training captions with sides where clips are mirrored; "" of no such.
 
     Args:
         data: the config's section of that name.
-        captions: all of `data.train_split`.
+        captions_of: those of each clip of `data.train_split`.
     """
+    captions = [caption for own in captions_of for caption in own]
     count = count_sides(captions) if data.augment and data.flip else 0
     if not count:
         return ""

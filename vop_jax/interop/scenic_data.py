@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 
 from vop_jax.config import validate
@@ -64,6 +65,8 @@ def build(
     splits = packed.splits
     train, test = splits[data.train_split], splits[data.eval_split]
     valid = splits[data.val_split] if select == "best" else None
+    if warning := sources.flip_warning(data, train.captions):
+        logging.warning("%s", warning)
     tokenize = sources.CaptionTokenizer(slots)
     reading = {
         "image_size": size,
