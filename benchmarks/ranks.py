@@ -1,11 +1,11 @@
 """What ranks of a whole test split cost: time and peak memory, each size in a fresh process.
 
     python -m benchmarks.ranks
-    python -m benchmarks.ranks --sizes 27763x670 --dense
+    python -m benchmarks.ranks --sizes 27763x670 --grouped --dense
     python -m benchmarks.ranks --sizes 1000000x1000000    # for an accelerator
 
-The rows are random unit vectors, captions shared out evenly. --dense adds NumPy with the whole
-matrix of similarities, for comparison.
+The rows are random unit vectors, captions shared out evenly. --grouped adds `v2t_grouped`, --dense
+NumPy with the whole matrix of similarities, for comparison.
 """
 
 import argparse
@@ -33,13 +33,14 @@ def measure(texts: int, videos: int, width: int, what: str) -> dict[str, Any]:
 
     text_rows, video_rows = unit(texts), unit(videos)
     owner = np.arange(texts) * videos // texts
-    if what == "blocks":
-        from vop_jax.retrieval import metrics
+    if what != "dense":
+        from vop_jax.retrieval import pairs, ranks
     started = bytes_so_far()
     begin = time.perf_counter()
     if what == "blocks":
-        ranks = metrics.rank_pairs(text_rows, video_rows, owner)
-        mean = float(ranks.t2v.mean())
+        mean = float(pairs.pair_ranks(text_rows, video_rows, owner)[0].mean())
+    elif what == "grouped":
+        mean = float(ranks.grouped_ranks(video_rows, text_rows, owner).mean())
     elif what == "dense":  # text to video alone, less than what blocks do
         similar = text_rows @ video_rows.T
         own = np.take_along_axis(similar, owner[:, None], axis=1)
@@ -47,7 +48,7 @@ def measure(texts: int, videos: int, width: int, what: str) -> dict[str, Any]:
         mean = float(1 + twice.mean() / 2)
     seconds = time.perf_counter() - begin
     found = {"seconds": seconds, "before": started, "peak": bytes_so_far(), "MnR": mean}
-    return found | (on_device() if what == "blocks" else {})
+    return found | (on_device() if what != "dense" else {})
 
 
 def on_device() -> dict[str, Any]:
@@ -100,9 +101,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", default=SIZES, metavar="TEXTSxVIDEOS")
     parser.add_argument("--width", type=int, default=512, help="E, of the embeddings")
+    parser.add_argument("--grouped", action="store_true", help="also v2t_grouped")
     parser.add_argument("--dense", action="store_true", help="also NumPy with the whole matrix")
     args = parser.parse_args()
-    ways = ("blocks", "dense") if args.dense else ("blocks",)
+    ways = ["blocks", *["grouped"] * args.grouped, *["dense"] * args.dense]
     rows = [in_a_fresh_process(size, args.width, what) for size in args.sizes for what in ways]
     device = next((row["device"] for row in rows if "device" in row), "")
     print(f"E={args.width}, {platform.machine()}, {device}\n")
