@@ -53,6 +53,12 @@ def test_a_torn_folder_is_one_line(tmp_path, spoil, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_number_that_is_not_finite_is_named(tmp_path):
+    treefolder.save(tmp_path / "p.orbax", {"a": {"b": np.array([1, np.nan])}}, {})
+    with pytest.raises(UserError, match=r"p\.orbax: tensor a/b holds numbers that are not finite"):
+        treefolder.load(tmp_path / "p.orbax")
+
+
 def test_a_kill_leaves_nothing_in_the_way(tmp_path):
     partial = tmp_path / ".p.orbax.partial"
     partial.mkdir()

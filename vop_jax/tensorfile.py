@@ -49,7 +49,7 @@ def fingerprint(tree: Tree) -> str:
 
 
 def checksum(flat: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
-    """CRC-32 over metadata, names, shapes and bytes: 0.2 s a GB, a third of `fingerprint`."""
+    """CRC-32 over metadata, names, shapes and bytes: 0.3 s a GB, where SHA-256 takes 0.7 s."""
     stated = sorted((k, v) for k, v in metadata.items() if k != CHECKSUM)
     crc = zlib.crc32(json.dumps(stated).encode())
     for name in sorted(flat):

@@ -98,6 +98,7 @@ def test_an_open_clip_config_that_converts(changes, expected, tmp_path):
     ("key", "value"),
     [
         ("model_cfg.embed_dim", 21),
+        ("model_cfg.quick_gelu", "false"),
         ("model_cfg.init_logit_bias", -10),
         ("model_cfg.multimodal_cfg", {"width": 512}),
         ("model_cfg.vision_cfg.layers", [3, 4, 6, 3]),

@@ -81,6 +81,7 @@ def convert(
     if stated and stated.value // sizes["patch_size"] == sizes["image_size"] // sizes["patch_size"]:
         sizes["image_size"] = stated.value  # what does not fill a patch shows in no tensor
     facts.check_sizes(path, sizes)
+    layouts.check_constants(path, tensors, sizes)
     if sizes["vocab_size"] != ClipConfig.vocab_size:
         raise UserError(
             f"{path}: a vocabulary of {sizes['vocab_size']:,} tokens, of another tokenizer than "

@@ -79,7 +79,7 @@ OPENAI = Layout(
         ("mlp.c_proj", "mlp/c_proj", DENSE),
     ),
     blocks={"visual": "visual.transformer.resblocks.", "text": "transformer.resblocks."},
-    # Sizes that OpenAI's archives state and that are read off the tensors instead; a constant.
+    # See `check_constants`.
     ignored=(r"input_resolution|context_length|vocab_size", r"attn_mask"),
 )
 
@@ -109,7 +109,6 @@ HUGGING_FACE = Layout(
         ("mlp.fc2", "mlp/c_proj", DENSE),
     ),
     blocks={"visual": "vision_model.encoder.layers.", "text": "text_model.encoder.layers."},
-    # 0, 1, 2, … as a buffer.
     ignored=(r"(vision_model|text_model)\.embeddings\.position_ids",),
 )
 
@@ -211,6 +210,27 @@ def read_sizes(where: str | os.PathLike, tensors: Tensors, layout: Layout) -> di
         "context_length": shape("text/positional_embedding", 2)[0],
         "vocab_size": shape("text/token_embedding/embedding", 2)[0],
     }
+
+
+def check_constants(where: str | os.PathLike, tensors: Tensors, sizes: Mapping[str, int]) -> None:
+    """Raises UserError unless the tensors that hold no parameter have the values they must have.
+
+    They are sizes, which OpenAI's archives state, the causal mask, and positions 0, 1, 2, ….
+    """
+    length = sizes["context_length"]
+    expected: dict[str, Any] = {
+        "input_resolution": sizes["image_size"],
+        "context_length": length,
+        "vocab_size": sizes["vocab_size"],
+        "attn_mask": np.triu(np.full((length, length), -np.inf), 1),
+        "text_model.embeddings.position_ids": np.arange(length)[None],
+        "vision_model.embeddings.position_ids": np.arange(
+            (sizes["image_size"] // sizes["patch_size"]) ** 2 + 1
+        )[None],
+    }
+    for name, value in expected.items():
+        if name in tensors and not np.array_equal(tensors[name], value):
+            raise UserError(f"{where}: tensor {name} is not as in a CLIP of these sizes")
 
 
 def to_flax(

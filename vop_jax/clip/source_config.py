@@ -11,7 +11,7 @@ from etils import epath
 
 from vop_jax.clip import layouts
 from vop_jax.clip.layers import ACTIVATIONS
-from vop_jax.clip.source_keys import HUGGING_FACE, OPEN_CLIP, PREPROCESSOR, Keys
+from vop_jax.clip.source_keys import HUGGING_FACE, NOTHING, OPEN_CLIP, PREPROCESSOR, Keys
 from vop_jax.clip.towers import PIXEL_MEAN, PIXEL_STD
 from vop_jax.errors import UserError
 
@@ -124,9 +124,8 @@ def check_keys(file: str, config: Flat, keys: Keys) -> None:
         if key in keys.required:
             if value not in keys.required[key]:
                 allowed = " or ".join(map(repr, keys.required[key]))
-                raise UserError(
-                    f"{file}: {key}={value!r:.80}: not supported, the only value is {allowed}"
-                )
+                allowed = "none" if keys.required[key] is NOTHING else allowed
+                raise UserError(f"{file}: {key}={value!r:.80}: not supported; allowed is {allowed}")
         elif key in keys.sizes or key in keys.read:
             continue
         elif key.rpartition(".")[2] not in keys.ignored:

@@ -50,6 +50,7 @@ OPEN_CLIP = Keys(
         "text_cfg.vocab_size": ("vocab_size", 49408),
     },
     required={
+        "quick_gelu": (True, False),
         "init_logit_bias": NOTHING,
         "vision_cfg.timm_model_name": NOTHING,
         "vision_cfg.attentional_pool": (False,),
@@ -82,7 +83,6 @@ OPEN_CLIP = Keys(
     },
     read=frozenset(
         {
-            "quick_gelu",
             "vision_cfg.head_width",
             "vision_cfg.mlp_ratio",
             "text_cfg.mlp_ratio",
@@ -169,10 +169,9 @@ HUGGING_FACE = Keys(
 
 PREPROCESSOR = Keys(
     sizes={},
-    required={"do_rescale": (True,), "do_pad": (False, None)},
+    required={"do_normalize": (True, False), "do_rescale": (True,), "do_pad": (False, None)},
     read=_words(
-        "rescale_factor image_mean image_std do_normalize do_resize size resample do_center_crop "
-        "crop_size"
+        "rescale_factor image_mean image_std do_resize size resample do_center_crop crop_size"
     ),
     ignored=_words(
         "_valid_processor_keys data_format default_to_square device disable_grouping "

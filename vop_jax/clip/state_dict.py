@@ -111,7 +111,11 @@ def _read_file(path: str | os.PathLike, local: str, ema: bool) -> StateDict:
     if start[8:9] == b"{":  # after the header's length
         try:
             held: Any = safetensors_numpy.load_file(local)
-        except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
+        except AttributeError as error:
+            raise UserError(
+                f"{path}: tensors of a type that NumPy has not ({error}); save them as float32"
+            ) from None
+        except (SafetensorError, OSError, ValueError, TypeError) as error:
             raise UserError(f"{path}: not a readable safetensors file ({error})") from None
     elif start.startswith((b"PK\x03\x04", b"\x80")):
         archive = _is_torchscript(local)
@@ -198,11 +202,11 @@ def _load_torch(path: str | os.PathLike, local: str, archive: bool) -> Any:
                 return torch.jit.load(local, map_location="cpu").state_dict()
             return torch.load(local, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        detail = str(error).replace("WeightsUnpickler error:", "").split("\n")
-        reason = next((line.strip() for line in detail[1:] if line.strip()), detail[0].strip())
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"holds {found[1]}: " if found else "truncated, or holds "
         raise UserError(
-            f"{path}: truncated, or holds Python objects other than tensors, which are never "
-            f"loaded ({reason}); save its state_dict alone"
+            f"{path}: {what}Python objects other than tensors, which are never loaded; save its "
+            "state_dict alone"
         ) from None
     except Exception as error:  # of a broken file torch raises almost anything
         lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -232,7 +236,7 @@ def local_copy(path: str | os.PathLike) -> Iterator[str]:
     if not source.exists():
         raise UserError(f"{path}: no such file")
     if source.is_dir():
-        raise UserError(f"{path}: is a directory, not a checkpoint")
+        raise UserError(f"{path}: is a directory, not a checkpoint; give the file in it")
     if not source.stat().length:
         raise UserError(f"{path}: is empty")
     if "://" not in os.fspath(path):

@@ -110,6 +110,8 @@ def clip_of(config: ClipConfig, *, underscores: bool = False) -> Any:
     Raises:
         UserError: scenic is not there, or has no such CLIP.
     """
+    if config.vision_mlp or config.text_mlp:
+        raise UserError(f"{WHERE}: its MLPs are four times as wide as the tower")
     if config.activation != "quick_gelu":
         raise UserError(f"{WHERE}: its activation is quick_gelu, not {config.activation}")
     return imported("scenic.projects.baselines.clip.layers").CLIP(
