@@ -4,6 +4,7 @@ import argparse
 import io
 import math
 import os
+import re
 import select
 import signal
 import sys
@@ -18,6 +19,9 @@ from vop_jax.errors import UserError, as_user_error
 
 BROKEN_PIPE = 128 + signal.SIGPIPE
 _PACKAGE = os.path.dirname(__file__)
+# What a terminal obeys instead of showing it, and what is no character: control characters, line
+# separators, changes of the writing direction, surrogates.
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def run(program: Callable[[], int | None], *, resumes: bool = False) -> int:
@@ -65,7 +69,7 @@ def _status_of(program: Callable[[], int | None], resumes: bool) -> int:
     except Exception as error:
         if (wrong := as_user_error(error)) is None:
             raise
-        print(f"error: {' '.join(str(wrong).split())}", file=sys.stderr)
+        print(f"error: {printable(' '.join(str(wrong).split()))}", file=sys.stderr)
         return 2
 
 
@@ -89,8 +93,20 @@ def set_up_logging(level: int = logging.INFO) -> None:
     handler = logging.get_absl_handler()
     if _is_of_interest not in handler.filters:
         handler.addFilter(_is_of_interest)
-    handler.setFormatter(Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(_Lines("%(asctime)s %(message)s", "%H:%M:%S"))
     logging.set_verbosity(level)
+
+
+class _Lines(Formatter):
+    """Lines that a terminal shows as they are, whatever a file is named."""
+
+    def format(self, record: LogRecord) -> str:
+        return "\n".join(map(printable, super().format(record).split("\n")))
+
+
+def printable(text: str) -> str:
+    """A file's name, or an error about one, as one line for a terminal; the rest is escaped."""
+    return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def _is_of_interest(record: LogRecord) -> bool:

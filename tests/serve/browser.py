@@ -34,19 +34,20 @@ def chromium():
 
 
 @contextlib.contextmanager
-def served(app):
-    """The address of an app that runs in a thread."""
-    uvicorn = pytest.importorskip("uvicorn", reason="needs the extra serve")
+def served(app, **limits):
+    """(address, server) of an app that runs in a thread."""
+    pytest.importorskip("uvicorn", reason="needs the extra serve")
+    from vop_jax.serve.server import Limits, make_server
+
     listening = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(app, log_level="error", ws="none", timeout_graceful_shutdown=1)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    server = make_server(app, Limits(**limits))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     try:
         while not server.started:
             assert thread.is_alive(), "the server did not start"
             time.sleep(0.05)
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}", server
     finally:
         server.should_exit = True
         thread.join()

@@ -96,24 +96,6 @@ def test_it_can_be_ended_as_soon_as_it_says_where_it_is(index):
     assert process.returncode == 128 + signal.SIGTERM and (out, err) == ("", "")
 
 
-@pytest.mark.slow
-def test_a_connection_that_asks_for_nothing_is_closed(index):
-    process, address = start(index)
-    try:
-        host, _, port = address.removeprefix("http://").strip("/").partition(":")
-        with (
-            socket.create_connection((host, int(port)), timeout=60) as silent,
-            socket.create_connection((host, int(port)), timeout=60) as slow,
-        ):
-            slow.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n")
-            assert silent.recv(1) == slow.recv(1) == b""
-        with urllib.request.urlopen(address + "healthz", timeout=60) as answer:
-            assert answer.status == 200
-    finally:
-        process.kill()
-        process.communicate()
-
-
 @pytest.mark.parametrize("name", ["films.example:80", "https://films.example", "a b", ""])
 def test_names_of_a_proxy_that_cannot_be(name, capsys):
     assert serve.main(["--index", "/none", "--name", name]) == 2

@@ -46,7 +46,7 @@ def address(films, retriever):
 
     names = ("moments", "whole")
     searchers = {name: open_searcher(films / name, retriever=retriever) for name in names}
-    with browsers.served(make_app(searchers, Settings(workers=1))) as at:
+    with browsers.served(make_app(searchers, Settings(workers=1)), ending=0.5) as (at, _):
         yield at
 
 

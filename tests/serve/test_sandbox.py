@@ -26,8 +26,8 @@ def sandbox():
     [
         (treacherous.crash, "crashed .SIGABRT"),
         (treacherous.hang, "more than 2 s"),
-        (treacherous.swell, "MemoryError"),
-        (treacherous.fail, "RuntimeError: secret /inside/path$"),
+        (treacherous.swell, "too much memory"),
+        (treacherous.fail, "^not decodable$"),
     ],
 )
 def test_what_goes_wrong_is_a_video_error_and_the_next_call_works(sandbox, call, reason):
@@ -46,7 +46,7 @@ def test_one_process_does_all_calls_and_is_replaced_when_it_dies_idle(sandbox):
 
 
 def test_no_file_is_written_by_a_decoder(sandbox, tmp_path):
-    with pytest.raises(VideoError, match="too large"):
+    with pytest.raises(VideoError, match="not decodable"):
         sandbox.submit(treacherous.write, tmp_path / "file").result(60)
     assert not (tmp_path / "file").read_bytes()
 

@@ -9,6 +9,9 @@ from vop_jax.errors import UserError
 
 Date = str | datetime.date | datetime.datetime | float | None
 
+DAY = datetime.timedelta(days=1)
+EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+
 
 @dataclasses.dataclass(frozen=True)
 class Filter:
@@ -70,8 +73,7 @@ def _prefix(folder: str) -> str:
 
 
 def _nanoseconds(what: str, given: Any) -> int:
-    """Since 1970; the end of a day for `until`."""
-    day_after = datetime.timedelta(days=what == "until")
+    """Since 1970, as near as int64 comes; of `until` a day its end."""
     try:
         if isinstance(given, str):
             try:
@@ -79,10 +81,16 @@ def _nanoseconds(what: str, given: Any) -> int:
             except ValueError:
                 given = datetime.datetime.fromisoformat(given)
         if isinstance(given, datetime.date) and not isinstance(given, datetime.datetime):
-            given = datetime.datetime.combine(given + day_after, datetime.time())
-        if isinstance(given, datetime.datetime):
-            given = given.timestamp()
-        nanoseconds = int(given * 10**9)
-    except (ValueError, OverflowError, OSError, TypeError):
+            days = int(what == "until" and given < datetime.date.max)
+            given = datetime.datetime.combine(given, datetime.time()) + days * DAY
+        nanoseconds = 10**9 * (_seconds(given) if isinstance(given, datetime.datetime) else given)
+        return int(max(min(nanoseconds, 2**63 - 1), -(2**63)))
+    except (ValueError, OverflowError, TypeError):
         raise UserError(f"{what}={given!r}: must be a date such as 2026-11-25") from None
-    return max(min(nanoseconds, 2**63 - 1), -(2**63))
+
+
+def _seconds(time: datetime.datetime) -> float:
+    try:
+        return time.timestamp()
+    except (ValueError, OverflowError, OSError):  # in the first or the last year there can be
+        return (time.replace(tzinfo=datetime.UTC) - EPOCH).total_seconds()

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from vop_jax.command import printable
 from vop_jax.errors import UserError
 from vop_jax.search.index import Hit, Index
 from vop_jax.search.indexing import Done
@@ -60,12 +61,12 @@ def _span(row: dict[str, Any]) -> str:
 
 def _what(row: dict[str, Any]) -> str:
     missing = "  (missing)" if row.get("missing") else ""
-    return "  ".join(filter(None, (row.get("caption"), row["path"]))) + missing
+    return printable("  ".join(filter(None, (row.get("caption"), row["path"]))) + missing)
 
 
 def _frames(row: dict[str, Any]) -> list[str]:
     if "unexplained" in row:
-        return [f"       {row['unexplained']}"]
+        return [f"       {printable(row['unexplained'])}"]
     frames = row.get("frames", [])
     best = max((frame["score"] for frame in frames), default=0.0)
     return [
@@ -90,7 +91,7 @@ def done(directory: str, what: Done) -> str:
             f"not readable: {len(failed)}, first {path} ({reason}); info --index {directory} "
             "lists all, --retry tries them again"
         )
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def about(index: Index) -> dict[str, Any]:
@@ -118,4 +119,4 @@ def about_text(index: Index) -> str:
     lines += [f"  {path}: {reason}" for path, reason in failed[:LISTED]]
     if len(failed) > LISTED:
         lines.append(f"  and {len(failed) - LISTED} more; --json lists all")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))

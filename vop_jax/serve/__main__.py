@@ -22,8 +22,6 @@ from vop_jax.errors import UserError
 
 TOKEN = "VOP_JAX_TOKEN"  # in the environment: other users see the arguments of a process
 LIBRARIES = ("fastapi", "uvicorn", "python_multipart")
-CONNECTIONS = 1000
-SILENT_SECONDS = 10  # after which a connection is closed that waits for no answer
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -114,47 +112,18 @@ def _serve(args: argparse.Namespace) -> None:
 
 
 def _run(library: Any, settings: Any, sock: socket.socket) -> None:
-    import uvicorn
-    from uvicorn.protocols.http.auto import AutoHTTPProtocol
-
     from vop_jax.serve.app import make_app
+    from vop_jax.serve.server import Limits, make_server, possible_connections
 
     host, port = sock.getsockname()[:2]
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-    class Protocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
-        """Closes connections that ask for nothing: they count among CONNECTIONS."""
-
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            self.loop.call_later(SILENT_SECONDS, self._close_if_silent)
-
-        def _close_if_silent(self) -> None:
-            if self.transport.is_closing():
-                return
-            # A request that is there is one whose headers have come to their end.
-            if self.cycle is None or self.cycle.response_complete:
-                self.transport.close()
-            else:
-                self.loop.call_later(SILENT_SECONDS, self._close_if_silent)
-
-    class Server(uvicorn.Server):
-        """Says where it is once it answers, and ends cleanly from then on."""
-
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)
-            print(f"{', '.join(library)}: http://{address}/", flush=True)
-
-    config = uvicorn.Config(
-        make_app(library, settings),
-        http=Protocol,
-        log_level="warning",
-        access_log=False,  # it would hold queries, and the token
-        server_header=False,
-        limit_concurrency=CONNECTIONS,
-        timeout_graceful_shutdown=3,
+    app = make_app(library, settings)
+    server = make_server(
+        app,
+        Limits(possible_connections(Limits.connections)),
+        ready=lambda: print(f"{', '.join(library)}: http://{address}/", flush=True),
     )
-    Server(config).run(sockets=[sock])
+    server.run(sockets=[sock])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,10 +5,13 @@ import os
 from collections.abc import Sequence
 from typing import Annotated
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field
 
 from vop_jax.search.index import Hit
 from vop_jax.search.searcher import Searcher
+from vop_jax.serve.files import displayable
+
+Name = Annotated[str, BeforeValidator(displayable)]
 
 
 class Error(BaseModel):
@@ -21,9 +24,9 @@ class About(BaseModel):
     """An index that is served."""
 
     name: str
-    method: Annotated[str, Field(description="of the prompts; zero_shot: plain CLIP")]
-    clip: str
-    folder: Annotated[str, Field(description="of the videos")]
+    method: Annotated[Name, Field(description="of the prompts; zero_shot: plain CLIP")]
+    clip: Name
+    folder: Annotated[Name, Field(description="of the videos")]
     files: int
     moments: int
     captions: int
@@ -34,18 +37,18 @@ class Found(BaseModel):
     """A moment of a video, or a caption."""
 
     file_id: Annotated[int, Field(description="of the video; 0: a caption of no indexed one")]
-    name: Annotated[str, Field(description="of the video, in the indexed folder")]
+    name: Annotated[Name, Field(description="of the video, in the indexed folder")]
     score: Annotated[float, Field(description="cosine of the angle to the query")]
     start: Annotated[float, Field(description="seconds")]
     end: Annotated[float | None, Field(description="seconds; null of a caption: to the end")]
-    caption: str
+    caption: Name
     missing: Annotated[bool, Field(description="whether the video is gone")]
 
 
 class Answer(BaseModel):
     """What a search found, best first."""
 
-    query: Annotated[str, Field(description="the text, or the name of the upload")]
+    query: Annotated[Name, Field(description="the text, or the name of the upload")]
     cut: Annotated[bool, Field(description="whether the text is longer than the model reads")]
     hits: list[Found]
 

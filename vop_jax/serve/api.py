@@ -1,6 +1,8 @@
 """The JSON API, and the videos themselves."""
 
 import dataclasses
+import email.utils
+import hashlib
 import os
 import shutil
 import tempfile
@@ -20,7 +22,7 @@ from vop_jax.serve import answers, decoding
 from vop_jax.serve.answers import About, Answer, Error, Explanation
 from vop_jax.serve.files import open_indexed
 from vop_jax.serve.library import Library
-from vop_jax.serve.media import VideoResponse
+from vop_jax.serve.media import VideoResponse, not_modified
 from vop_jax.serve.work import Work
 
 MOST = 100  # hits
@@ -36,9 +38,19 @@ class Served:
     max_seconds: float
 
 
-router = APIRouter(
+class Router(APIRouter):
+    """Answers HEAD wherever it answers GET."""
+
+    def add_api_route(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+        super().add_api_route(path, endpoint, **options)
+        if "GET" in (options.get("methods") or ["GET"]):
+            head = {"methods": ["HEAD"], "include_in_schema": False}
+            super().add_api_route(path, endpoint, **options | head)
+
+
+router = Router(
     responses={
-        code: {"model": Error} for code in (400, 401, 403, 404, 405, 408, 413, 416, 422, 503)
+        code: {"model": Error} for code in (400, 401, 403, 404, 405, 408, 413, 415, 416, 422, 503)
     }
 )
 
@@ -175,7 +187,7 @@ async def explain(
     responses={200: {"content": {"image/jpeg": {}}}},
 )
 async def thumbnail(
-    searcher: ChosenByPath, served: Serving, file_id: FileId, t: Seconds = 0.0
+    request: Request, searcher: ChosenByPath, served: Serving, file_id: FileId, t: Seconds = 0.0
 ) -> Response:
     """A small picture of a video at a time."""
     folder, record = await _file(searcher, file_id)
@@ -185,8 +197,13 @@ async def thumbnail(
         picture = await served.work.picture(decoding.thumbnail, folder, record, round(t, 2))
     except VideoError as error:
         raise type(error)(f"{record.path}: {error}") from None
-    headers = {"Cache-Control": "private, max-age=300"}
-    return Response(picture, media_type="image/jpeg", headers=headers)
+    headers = {
+        "Cache-Control": "private, max-age=300",
+        "ETag": f'"{hashlib.md5(picture, usedforsecurity=False).hexdigest()}"',
+        "Last-Modified": email.utils.formatdate(record.mtime / 1e9, usegmt=True),
+    }
+    response = Response(picture, media_type="image/jpeg", headers=headers)
+    return not_modified(response, request.scope) or response
 
 
 @router.get(
@@ -197,7 +214,6 @@ async def thumbnail(
         206: {"description": "the range that was asked for"},
     },
 )
-@router.head("/media/{index}/{file_id}", include_in_schema=False)
 async def media(searcher: ChosenByPath, file_id: FileId) -> Response:
     """A video, or ranges of it."""
     folder, record = await _file(searcher, file_id)

@@ -4,15 +4,15 @@ import asyncio
 import contextlib
 import dataclasses
 import html
-import importlib.resources
-import mimetypes
+import os
 from collections.abc import AsyncIterator
 from typing import Any
 
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, Response
-from starlette.exceptions import HTTPException as AnyHTTPException
+from starlette.exceptions import HTTPException
+from starlette.staticfiles import StaticFiles
 
 import vop_jax
 from vop_jax.errors import UserError, VideoError
@@ -23,6 +23,8 @@ from vop_jax.serve.guard import Guard, error
 from vop_jax.serve.library import Library
 from vop_jax.serve.sandbox import Busy, Sandbox
 from vop_jax.serve.work import Work
+
+PAGE = StaticFiles(directory=os.path.join(os.path.dirname(__file__), "static"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +72,12 @@ def make_app(library: Library, settings: Settings) -> FastAPI:
     )
     app.state.served = api.Served(library, Work(sandbox), settings.max_seconds)
     app.include_router(api.router)
-    app.add_api_route("/healthz", _health, response_model=Health)
-    app.add_api_route("/", _page, include_in_schema=False)
-    app.add_api_route("/static/{name}", _static, include_in_schema=False)
-    app.add_api_route("/docs", _docs, include_in_schema=False)
+    pages = api.Router()
+    pages.add_api_route("/healthz", _health, response_model=Health)
+    pages.add_api_route("/", _page, include_in_schema=False)
+    pages.add_api_route("/docs", _docs, include_in_schema=False)
+    app.include_router(pages)
+    app.mount("/static", PAGE)
     _say_errors(app)
     app.add_middleware(
         Guard,
@@ -90,18 +94,8 @@ async def _health() -> Health:
     return Health(status="ok")
 
 
-def _page() -> Response:
-    return _static("page.html")
-
-
-def _static(name: str) -> Response:
-    """Only the page's own files, by their names."""
-    for file in importlib.resources.files("vop_jax.serve").iterdir():
-        if file.name == name and name.startswith("page."):
-            kind = mimetypes.guess_type(name)[0]
-            headers = {"Cache-Control": "no-cache"}
-            return Response(file.read_bytes(), media_type=kind, headers=headers)
-    raise HTTPException(404, f"{name}: no such file")
+async def _page(request: Request) -> Response:
+    return await PAGE.get_response("page.html", request.scope)
 
 
 def _docs(request: Request) -> HTMLResponse:
@@ -140,7 +134,7 @@ def _say_errors(app: FastAPI) -> None:
         return answer
 
     app.add_exception_handler(RequestValidationError, invalid)
-    app.add_exception_handler(AnyHTTPException, http)
+    app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(UserError, status(400))
     app.add_exception_handler(VideoError, status(422))
     app.add_exception_handler(Gone, status(404))

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import stat
 from typing import BinaryIO
 
@@ -72,3 +73,9 @@ def _open_below(root: str, parts: tuple[str, ...]) -> int:
 def path_of(file: BinaryIO) -> str:
     """A path that leads to an open file, whatever now lies where it was."""
     return f"/dev/fd/{file.fileno()}"
+
+
+def displayable(name: str) -> str:
+    """A name as JSON and headers can hold it: of a file whose name is not UTF-8, a part is shown
+    as U+FFFD."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", name)

@@ -2,21 +2,31 @@
 
 import asyncio
 import hmac
+import math
 import urllib.parse
 from collections.abc import Sequence
 from typing import Any
 
+import anyio
 from absl import logging
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from vop_jax.command import printable
+from vop_jax.serve.files import displayable
+
 COOKIE = "token"
 BODY = 64 << 10  # bytes of a request that is no upload, and of what is around an upload
 UPLOADS = 8  # at the same time; bounds what lies on the disk
 UPLOAD_SECONDS = 600.0  # from the first byte to the answer
+UPLOAD_PAUSE = 30.0  # seconds in which nothing of an upload comes
+STREAMS = 64  # videos that are sent at the same time; bounds the open files
+CHARSETS = (b"utf-8", b"us-ascii")  # of what is written in an upload
+CLOSE = {"Connection": "close"}
 
 HEADERS = {
     "Content-Security-Policy": (
@@ -27,6 +37,7 @@ HEADERS = {
     "Referrer-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cross-Origin-Opener-Policy": "same-origin",
+    "Cache-Control": "no-cache",
 }
 
 
@@ -45,34 +56,63 @@ class Guard:
     ):
         self._app, self._token, self._hosts, self._names = app, token, hosts, names
         self._max_upload = max_upload
-        self._uploads = 0
+        self._uploads = self._streams = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
+        """One request; where its client goes away, nothing more is done for it."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
 
-        started = False
+        started = complete = False
 
         async def send_with_headers(message: Message) -> None:
-            nonlocal started
+            nonlocal started, complete
             started = True
+            complete = message["type"] == "http.response.body" and not message.get("more_body")
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 for name, value in HEADERS.items():
                     headers.setdefault(name, value)
             await send(message)
 
-        request = HTTPConnection(scope)
-        refusal = self._refusal(request)
-        answer = refusal or (self._upload if scope["method"] == "POST" else self._app)
+        upload = scope["method"] == "POST"
+        body = _Body(receive, self._max_upload if upload else None)
+        with anyio.move_on_after(UPLOAD_SECONDS if upload else math.inf) as work:
+
+            def stop(gone: asyncio.Task) -> None:
+                if not complete:
+                    work.cancel()
+
+            gone = asyncio.create_task(body.gone())
+            gone.add_done_callback(stop)
+            try:
+                await self._answer(scope, body.receive, send_with_headers)
+            except Exception:  # told here: what is outside of this knows none of the headers
+                logging.exception("%s %s", scope["method"], printable(scope["path"]))
+                if not started:
+                    failure = error(500, "the server failed; its log says more")
+                    await failure(scope, receive, send_with_headers)
+            finally:
+                gone.cancel()
+        if work.cancelled_caught and not started:
+            refusal = error(408, "the upload took too long", CLOSE)
+            await refusal(scope, receive, send_with_headers)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if refusal := self._refusal(HTTPConnection(scope)):
+            return await refusal(scope, receive, send)
+        upload, stream = scope["method"] == "POST", scope["path"].startswith("/media/")
+        if (upload and self._uploads >= UPLOADS) or (stream and self._streams >= STREAMS):
+            what = "uploads" if upload else "videos"
+            busy = error(503, f"too many {what} at a time; try again", {"Retry-After": "5"})
+            return await busy(scope, receive, send)
+        self._uploads += upload
+        self._streams += stream
         try:
-            await answer(scope, receive, send_with_headers)
-        except Exception:  # told here: what is outside of this knows none of the headers
-            logging.exception("%s %s", scope["method"], scope["path"])
-            if not started:
-                failure = error(500, "the server failed; its log says more")
-                await failure(scope, receive, send_with_headers)
+            await self._app(scope, receive, send)
+        finally:
+            self._uploads -= upload
+            self._streams -= stream
 
     def _refusal(self, request: HTTPConnection) -> Response | None:
         host, origin = request.headers.get("host", ""), request.headers.get("origin")
@@ -83,8 +123,11 @@ class Guard:
             return error(403, "a page of another site may not ask this server")
         if length := request.headers.get("content-length"):
             most = self._max_upload if request.scope["method"] == "POST" else 0
-            if not length.isdecimal() or int(length) > most + BODY:
-                return _too_large(most)
+            if not length.isdecimal() or len(length) > 15 or int(length) > most + BODY:
+                return error(413, _limit(most), CLOSE)
+        _, options = parse_options_header(request.headers.get("content-type", ""))
+        if options.get(b"charset", b"utf-8").lower() not in CHARSETS:
+            return error(415, "charset: must be utf-8")
         return self._without_token(request) if self._token else None
 
     def _without_token(self, request: HTTPConnection) -> Response | None:
@@ -105,35 +148,46 @@ class Guard:
     def _is_token(self, given: str) -> bool:
         return hmac.compare_digest(given.encode("utf-8", "replace"), self._token.encode())
 
-    async def _upload(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._uploads >= UPLOADS:
-            refusal = error(503, "too many uploads at a time; try again", {"Retry-After": "5"})
-            return await refusal(scope, receive, send)
-        started, taken = False, 0
 
-        async def noting(message: Message) -> None:
-            nonlocal started
-            started = True
-            await send(message)
+class _Body:
+    """What comes in of a request.
 
-        async def counting() -> Message:
-            nonlocal taken
-            message = await receive()
-            taken += len(message.get("body", b""))
-            if taken > self._max_upload + BODY:
-                raise HTTPException(413, _limit(self._max_upload), {"Connection": "close"})
-            return message
+    Args:
+        receive: the server's.
+        most: bytes of an upload; None of other requests, whose body nobody reads.
+    """
 
-        self._uploads += 1
+    def __init__(self, receive: Receive, most: int | None):
+        self._receive, self._most = receive, most
+        self._taken, self._read = 0, asyncio.Event()
+        if most is None:
+            self._read.set()
+
+    async def receive(self) -> Message:
+        """The next piece.
+
+        Raises:
+            HTTPException: it is too much, or does not come.
+        """
+        if self._most is None:
+            return await self._receive()
         try:
-            async with asyncio.timeout(UPLOAD_SECONDS):
-                await self._app(scope, counting, noting)
+            async with asyncio.timeout(UPLOAD_PAUSE):
+                message = await self._receive()
         except TimeoutError:
-            if not started:
-                refusal = error(408, "the upload took too long", {"Connection": "close"})
-                await refusal(scope, receive, send)
-        finally:
-            self._uploads -= 1
+            raise HTTPException(408, "the upload does not go on", CLOSE) from None
+        self._taken += len(message.get("body", b""))
+        if self._taken > self._most + BODY:
+            raise HTTPException(413, _limit(self._most), CLOSE)
+        if not message.get("more_body"):
+            self._read.set()
+        return message
+
+    async def gone(self) -> None:
+        """Waits for the client to go away, once the body is read."""
+        await self._read.wait()
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
 
 
 def _hostname(host: str) -> str:
@@ -147,10 +201,7 @@ def _limit(most: int) -> str:
     return f"more than the {most / 2**20:g} MB that are taken"
 
 
-def _too_large(most: int) -> Response:
-    return error(413, _limit(most), {"Connection": "close"})
-
-
 def error(status: int, message: Any, headers: dict[str, str] | None = None) -> Response:
     """{"error": one line}."""
-    return JSONResponse({"error": " ".join(str(message).split())}, status, headers)
+    line = displayable(" ".join(str(message).split()))
+    return JSONResponse({"error": line}, status, headers)

@@ -1,13 +1,16 @@
-"""The bytes of indexed videos."""
+"""The bytes of indexed videos, and answers that a client has already."""
 
 import mimetypes
 import os
 from typing import BinaryIO
 
-from starlette.responses import FileResponse
-from starlette.types import Receive, Scope, Send
+from starlette.datastructures import Headers
+from starlette.responses import FileResponse, Response
+from starlette.staticfiles import NotModifiedResponse, StaticFiles
+from starlette.types import Message, Receive, Scope, Send
 
-from vop_jax.serve.files import path_of
+from vop_jax.serve.files import displayable, path_of
+from vop_jax.serve.guard import error
 
 # Not told by their names everywhere.
 TYPES = {
@@ -16,6 +19,8 @@ TYPES = {
     ".ogv": "video/ogg",
     ".ts": "video/mp2t",
 }
+
+WRONG = {400: "must be bytes=FIRST-LAST", 416: "outside of the file"}
 
 
 class VideoResponse(FileResponse):
@@ -29,7 +34,7 @@ class VideoResponse(FileResponse):
         super().__init__(
             path_of(file),
             media_type=kind if safe else "application/octet-stream",
-            filename=os.path.basename(name),
+            filename=displayable(os.path.basename(name)),
             stat_result=os.fstat(file.fileno()),
             content_disposition_type="inline" if safe else "attachment",
             headers={"Cache-Control": "private, no-cache"},
@@ -38,5 +43,31 @@ class VideoResponse(FileResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends it."""
+        refused = False
+
+        async def send_errors_as_json(message: Message) -> None:
+            nonlocal refused
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                refused = True
+                size = {"Content-Range": f"bytes */{self.headers['content-length']}"}
+                refusal = error(message["status"], f"Range: {WRONG[message['status']]}", size)
+                await refusal(scope, receive, send)
+            elif not refused:
+                await send(message)
+
         with self._file:
-            await super().__call__(scope, receive, send)
+            if known := not_modified(self, scope):
+                await known(scope, receive, send)
+            else:
+                await super().__call__(scope, receive, send_errors_as_json)
+
+
+def not_modified(response: Response, scope: Scope) -> Response | None:
+    """What is answered where the client has a response already; None where it has not.
+
+    Args:
+        response: with the header ETag.
+    """
+    if StaticFiles().is_not_modified(response.headers, Headers(scope=scope)):
+        return NotModifiedResponse(response.headers)
+    return None

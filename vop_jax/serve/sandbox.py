@@ -6,6 +6,7 @@ import pathlib
 import queue
 import resource
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any
@@ -16,6 +17,7 @@ from vop_jax.data.workers import in_processes
 from vop_jax.errors import VideoError
 
 MEMORY = 2 << 30  # bytes that a process may take, beyond its libraries
+ENDING = 0.3  # seconds that the processes have when the server ends
 RETRY = 1.0  # seconds before a process that could not start is tried again
 
 
@@ -59,14 +61,15 @@ class Sandbox:
         return future
 
     def close(self) -> None:
-        """Ends the processes when they are done with what they are at."""
+        """Ends the processes; what waits is cancelled."""
         self._closing.set()
         for future in self._waiting():
             future.cancel()
         for _ in self._threads:
             self._todo.put((None, None))
-        for thread in self._threads:
-            thread.join(1.0)  # what hangs ends with this process
+        deadline = time.monotonic() + ENDING
+        for thread in self._threads:  # what is busy ends with this process
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def _work(self) -> None:
         """One process' thread."""
@@ -116,7 +119,15 @@ class Sandbox:
 def _limited(task: tuple[int, Callable, tuple]) -> Any:
     memory, call, arguments = task
     _limit(memory)
-    return call(*arguments)
+    try:
+        return call(*arguments)
+    except VideoError:
+        raise
+    except MemoryError:
+        raise VideoError("decoding it takes too much memory") from None
+    except Exception:  # for the log; who sent the file learns nothing of our inside
+        logging.exception("a decoder failed")
+        raise VideoError("not decodable") from None
 
 
 @functools.cache  # once in the life of a process, when its libraries are loaded
