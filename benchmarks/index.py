@@ -125,9 +125,7 @@ def measure_decoding(args: argparse.Namespace) -> None:
     tasks = [
         task
         for path, seen in surveys
-        for task in tasks_of(
-            path, seen, spans_of(seen.duration, args.window, args.window / 2), reading
-        )
+        for task in tasks_of(path, seen, spans_of(seen, args.window, args.window / 2), reading)
     ] * args.repeat
     seconds = sum(seen.duration for _, seen in surveys) * args.repeat
     clips = sum(len(task.spans) or 1 for task in tasks)

@@ -7,10 +7,20 @@ import pytest
 
 from tests.data import videos
 from vop_jax.data import moments
-from vop_jax.data.frames import Stretch, read_frames
-from vop_jax.data.moments import WHOLE, Reading, Task, read_pictures, spans_of, survey, tasks_of
+from vop_jax.data.frames import read_frames
+from vop_jax.data.moments import (
+    WHOLE,
+    Reading,
+    Survey,
+    Task,
+    read_pictures,
+    spans_of,
+    survey,
+    tasks_of,
+)
 from vop_jax.data.pixels import eval_crop
 from vop_jax.data.sampling import sample_indices
+from vop_jax.data.segment import Segment
 from vop_jax.errors import VideoError
 
 READING = Reading(frames=4, image_size=16, short_side=32)
@@ -55,7 +65,8 @@ def film(tmp_path_factory):
     ],
 )
 def test_moments_cover_a_video_to_its_end(duration, window, stride, spans):
-    assert spans_of(duration, window, stride) == spans
+    seen = Survey("", duration, [], np.arange(0, duration, 0.1))
+    assert spans_of(seen, window, stride) == spans
 
 
 @pytest.mark.parametrize(
@@ -67,7 +78,7 @@ def test_moments_cover_a_video_to_its_end(duration, window, stride, spans):
     ],
 )
 def test_one_pass_gives_the_frames_of_each_stretch(film, reading):
-    spans = (WHOLE, *spans_of(30, 4, 3))
+    spans = (WHOLE, *spans_of(survey(film, READING), 4, 3))
     found = read_pictures(Task(film, reading, spans))
     assert len(found.pixels) < reading.frames * len(spans)  # each frame once
     for number, span in enumerate(spans):
@@ -94,14 +105,14 @@ def test_a_long_file_is_not_decoded_whole_for_its_clip(film, monkeypatch):
     (task,) = tasks_of(film, seen, [], READING)
     assert task.times == tuple(seen.times)
     decoded = []
-    decode = Stretch.decode
+    decode = Segment.decode
 
     def counted(self, keep):
         kept = decode(self, keep)
         decoded.append(len(self.times))
         return kept
 
-    monkeypatch.setattr(Stretch, "decode", counted)
+    monkeypatch.setattr(Segment, "decode", counted)
     found = read_pictures(task).clip(0)
     assert decoded == [1, 1, 1, 1]
     np.testing.assert_array_equal(found, expected(film, WHOLE))
@@ -115,7 +126,7 @@ def test_a_frame_that_seeking_does_not_find_is_found_by_decoding_all(film):
 def test_long_files_are_cut_into_tasks(film, monkeypatch):
     monkeypatch.setattr(moments, "PICTURES", 12)
     seen = survey(film, READING)
-    spans = spans_of(seen.duration, 4, 2)
+    spans = spans_of(seen, 4, 2)
     tasks = tasks_of(film, seen, spans, READING)
     assert tasks[0].times and not tasks[0].spans
     assert [span for task in tasks[1:] for span in task.spans] == spans

@@ -75,13 +75,54 @@ def write_music(path: Path) -> Path:
     return path
 
 
-def rotate(path: Path) -> Path:
-    """Marks an mp4 as filmed upright: to be shown turned by 90 degrees clockwise."""
+def write_numbered(
+    path: Path,
+    times: list[int],
+    *,
+    codec: str = "libx264",
+    pixel_format: str = "yuv420p",
+    base: int = 1000,
+    rate: int = 10,
+    size: tuple[int, int] = (64, 32),
+    options: dict[str, str] | None = None,
+    tags: dict[str, int] | None = None,
+    container: dict[str, str] | None = None,
+) -> Path:
+    """A file whose frames show their numbers, see `number_of`, at `times` of 1 / base s.
+
+    Args:
+        options, container: of the encoder and of the file.
+        tags: attributes of the encoder.
+    """
+    with av.open(str(path), "w", options=container or {}) as file:
+        stream = file.add_stream(codec, rate=rate, options=options or {})
+        (stream.width, stream.height), stream.pix_fmt = size, pixel_format
+        if base != rate:
+            stream.codec_context.time_base = Fraction(1, base)
+        for name, value in (tags or {}).items():
+            setattr(stream.codec_context, name, value)
+        for number, time in enumerate(times):
+            bits = (number >> np.arange(8) & 1).repeat(size[0] // 8) * 255
+            pixels = np.broadcast_to(bits[None, :, None], (size[1], size[0], 3)).astype(np.uint8)
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, base)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))
+    return path
+
+
+def number_of(pixels: np.ndarray) -> int:
+    """The number that a frame shows."""
+    columns = pixels.reshape(len(pixels), 8, -1).mean(axis=(0, 2))
+    return int(((columns > 128) << np.arange(8)).sum())
+
+
+def turn(path: Path, matrix: tuple[int, int, int, int]) -> Path:
+    """Writes (a, b, c, d), by which it is to be shown, to the track header of an mp4."""
     data = bytearray(path.read_bytes())
-    # The 3 x 3 matrix of the track header, 16.16 and 2.30 fixed point.
     at = data.index(b"tkhd") + 4 + 40
-    one = 1 << 16
-    data[at : at + 36] = struct.pack(">9i", 0, one, 0, -one, 0, 0, 0, 0, 1 << 30)
+    a, b, c, d = (number << 16 for number in matrix)  # 16.16 and 2.30 fixed point
+    data[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
     path.write_bytes(bytes(data))
     return path
 

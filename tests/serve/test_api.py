@@ -334,7 +334,7 @@ def test_a_playlist_is_no_upload(client, films):
     for text in lists:
         answer = client.post("/api/search/video", files={"file": ("a.mp4", text.encode())})
         assert answer.status_code == 400
-        assert answer.json() == {"error": "a.mp4: not readable as a video"}
+        assert answer.json()["error"].startswith("a.mp4: not readable as video (")
 
 
 def test_a_long_upload(serve, films):

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vop_jax.data.frames import Stretch, every
+from vop_jax.data.frames import every
 from vop_jax.data.pixels import eval_crop
 from vop_jax.data.sampling import sample_indices
+from vop_jax.data.segment import Segment, as_video_error
 from vop_jax.errors import VideoError
 
 Span = tuple[float, float]  # seconds [start, end)
@@ -28,7 +29,7 @@ PICTURES, SECONDS = 192, 300.0
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """How a stretch of video becomes F pictures, as in training.
+    """How a segment of video becomes F pictures, as in training.
 
     Attributes:
         frames: F.
@@ -46,22 +47,24 @@ class Reading:
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
-    """What a file holds, told without decoding.
+    """What a file holds, as its packets say without being decoded.
 
     Attributes:
         digest: of its bytes.
         duration: seconds, to the end of its last frame.
         times: seconds of the F frames of its clip; [] where only decoding tells.
+        shown: seconds of all frames, ascending: float64 [n].
     """
 
     digest: str
     duration: float
     times: list[float]
+    shown: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What a worker decodes: stretches in one pass, or frames at some times by seeking."""
+    """What a worker decodes: segments in one pass, or frames at some times by seeking."""
 
     path: str
     reading: Reading
@@ -87,16 +90,21 @@ class Pictures:
         return None if rows is None else self.pixels[rows]
 
 
-def spans_of(duration: float, window: float, stride: float) -> list[Span]:
-    """Moments of `window` seconds, `stride` apart; the last one reaches the end.
+def spans_of(found: Survey, window: float, stride: float) -> list[Span]:
+    """Moments of `window` seconds, `stride` apart, that show a frame; the last reaches the end.
 
     None where a single one would be the whole clip.
     """
+    duration, shown = found.duration, found.shown
     if not window or duration <= window:
         return []
+    # Asked of each frame is which moments show it: a few frames may be spread over days.
+    latest = np.unique(np.floor(shown / stride).astype(int))
+    numbers = np.unique(latest[:, None] - np.arange(math.ceil(window / stride) + 1))
     count = math.ceil((duration - window) / stride - 1e-9)
-    starts = [i * stride for i in range(count)] + [duration - window]
-    return [(round(start, 3), round(start + window, 3)) for start in starts]
+    starts = [*(numbers[(numbers >= 0) & (numbers < count)] * stride), duration - window]
+    edges = [(round(float(start), 3), round(float(start) + window, 3)) for start in starts]
+    return [edge for edge in edges if np.diff(np.searchsorted(shown, edge))[0]]
 
 
 def survey(path: str | os.PathLike, reading: Reading) -> Survey:
@@ -105,15 +113,15 @@ def survey(path: str | os.PathLike, reading: Reading) -> Survey:
     Raises:
         VideoError: it is not there or no video.
     """
-    stretch = Stretch(os.fspath(path), *WHOLE, None)
-    times = stretch.packet_times()
-    with open(path, "rb") as file:
+    times = Segment(path).packet_times()
+    with as_video_error(), open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if not times:
-        return Survey(digest, 0.0, [])
-    gap = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 0.04
+        return Survey(digest, 0.0, [], np.zeros(0))
+    gap = float(np.median(np.diff(times))) if len(times) > 1 else 0.04
     duration = math.ceil(1e3 * (times[-1] + gap) - 1e-3) / 1e3  # no less: the end is not shown
-    return Survey(digest, duration, [times[i] for i in _chosen(times, 0.0, reading)])
+    chosen = [times[i] for i in _chosen(times, 0.0, reading)]
+    return Survey(digest, duration, chosen, np.array(times))
 
 
 def tasks_of(path: str, found: Survey, spans: Sequence[Span], reading: Reading) -> list[Task]:
@@ -144,7 +152,7 @@ def read_pictures(task: Task) -> Pictures:
         return _read_spans(task)
     kept: dict[float, np.ndarray] = {}
     for time in dict.fromkeys(task.times):
-        at = Stretch(task.path, time, time + 1e-6, task.reading.short_side)
+        at = Segment(task.path, time, time + 1e-6, task.reading.short_side)
         pixels = next(iter(at.decode([0]).values()), None)
         if pixels is None:  # its index is wrong, or its packets are no frames: all in their order
             return _read_spans(dataclasses.replace(task, times=(), spans=(WHOLE,)))
@@ -153,16 +161,16 @@ def read_pictures(task: Task) -> Pictures:
     return _cropped(list(kept.values()), [[rows[t] for t in task.times]], task.reading)
 
 
-def read_stretch(
+def read_segment(
     path: str | os.PathLike, reading: Reading, start: float = 0.0, end: float = math.inf
 ) -> tuple[np.ndarray, list[float]]:
-    """(uint8 [F, S, S, 3], seconds of each) of a stretch of a file, those of a long one by seeking.
+    """(uint8 [F, S, S, 3], seconds of each) of a segment of a file; of a long one by seeking.
 
     Raises:
         VideoError: the file cannot be used, or shows nothing between `start` and `end`.
     """
     path = os.fspath(path)
-    times = Stretch(path, start, end, None).packet_times()
+    times = Segment(path, start, end).packet_times()
     chosen = [times[i] for i in _chosen(times, start, reading)] if times else []
     seek = bool(times) and times[-1] - times[0] > LONG
     task = Task(path, reading, ((start, end),), tuple(chosen) if seek else ())
@@ -176,21 +184,22 @@ def _read_spans(task: Task) -> Pictures:
     """Decodes from the beginning of the first span to the end of the last."""
     reading = task.reading
     first, last = min(s for s, _ in task.spans), max(e for _, e in task.spans)
-    stretch = Stretch(task.path, first, last, reading.short_side)
+    segment = Segment(task.path, first, last, reading.short_side)
     # Packets tell nearly always what decoding will give; if not, what it gave.
-    expected = stretch.packet_times()
-    for _ in range(2):
-        plan = [_within(expected, span, reading) for span in task.spans]
-        wanted = sorted({i for indices in plan for i in indices or ()})
-        kept = stretch.decode(wanted)
-        if len(stretch.times) == len(expected):
-            break
-        expected = sorted(stretch.times)
-    if not expected and WHOLE in task.spans:
+    plan = [_within(segment.packet_times(), span, reading) for span in task.spans]
+    kept = segment.decode(_all(plan))
+    decoded = [_within(segment.times, span, reading) for span in task.spans]
+    if decoded != plan:
+        plan, kept = decoded, segment.decode(_all(decoded))
+    if not segment.times and WHOLE in task.spans:
         raise VideoError("no frame decodes")
-    rows = {index: row for row, index in enumerate(wanted)}
+    rows = {index: row for row, index in enumerate(kept)}
     clips = [None if indices is None else [rows[i] for i in indices] for indices in plan]
-    return _cropped([kept[i] for i in wanted], clips, reading)
+    return _cropped(list(kept.values()), clips, reading)
+
+
+def _all(plan: list[list[int] | None]) -> set[int]:
+    return {i for indices in plan for i in indices or ()}
 
 
 def _within(times: Sequence[float], span: Span, reading: Reading) -> list[int] | None:

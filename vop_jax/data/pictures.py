@@ -50,7 +50,10 @@ def decode_picture(file: BinaryIO, most: int = 0) -> np.ndarray:
         with Image.open(file) as picture:
             if most and picture.width * picture.height > most:
                 raise VideoError(f"a picture of more than {most // 10**6} million pixels")
-            return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+            upright = ImageOps.exif_transpose(picture)
+            if upright.mode.startswith("I"):  # 16 bits, which Pillow would clip to 8
+                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+            return np.asarray(upright.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         raise VideoError("not readable as a picture") from None
 

@@ -38,11 +38,12 @@ class Cut:
     mirrored: bool = False
 
 
-def _resize(frame: np.ndarray, width: int, height: int) -> np.ndarray:
-    """In two calls: since version 13 Pillow resizes some pictures the other way round."""
+def resize(frame: np.ndarray, width: int, height: int) -> np.ndarray:
+    """uint8 [h, w, 3] -> [height, width, 3]."""
     if frame.shape[:2] == (height, width):
         return frame
     image = Image.fromarray(frame)
+    # In two calls: since version 13 Pillow resizes some pictures the other way round.
     for size in ((width, image.height), (width, height)):
         image = image.resize(size, Image.Resampling.BICUBIC)
     return np.asarray(image)
@@ -60,7 +61,7 @@ def resize_short_side(frame: np.ndarray, size: int, *, enlarge: bool = True) -> 
     if min(frame.shape[:2]) <= size and not enlarge:
         return frame
     height, width = _short_side(frame.shape[:2], size)
-    return _resize(frame, width, height)
+    return resize(frame, width, height)
 
 
 def cut_out(frames: Sequence[np.ndarray] | np.ndarray, size: int, cut: Cut) -> np.ndarray:
@@ -68,7 +69,7 @@ def cut_out(frames: Sequence[np.ndarray] | np.ndarray, size: int, cut: Cut) -> n
     pictures = []
     for frame in frames:
         box = frame[cut.top : cut.top + cut.height, cut.left : cut.left + cut.width]
-        resized = _resize(box, cut.columns, cut.rows)
+        resized = resize(box, cut.columns, cut.rows)
         pictures.append(resized[cut.down : cut.down + size, cut.right : cut.right + size])
     stacked = np.stack(pictures)
     return np.ascontiguousarray(stacked[:, :, ::-1]) if cut.mirrored else stacked

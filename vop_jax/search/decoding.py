@@ -120,7 +120,7 @@ class Decoder:
                 continue
             # A clip's end is told by looking; where it isn't, decoding will find the reason.
             whole = (0.0, seen.duration)
-            work.spans = [whole, *spans_of(seen.duration, self.window, self.stride)]
+            work.spans = [whole, *spans_of(seen, self.window, self.stride)]
             work.numbers = {span: i for i, span in enumerate(work.spans) if i}
             work.vectors = [None] * len(work.spans)
             path = f"{self.folder}/{found.path}"

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import numpy as np
 from etils import epath
 
-from vop_jax.data.moments import read_stretch
+from vop_jax.data.moments import read_segment
 from vop_jax.data.pictures import decode_picture
 from vop_jax.errors import UserError, VideoError
 from vop_jax.retriever import Retriever, load
@@ -76,7 +76,7 @@ class Searcher:
         vector = self.vector(query) if isinstance(query, str) else query
         path = self.index.path_of(hit.file_id)
         try:
-            pixels, seconds = read_stretch(path, self.retriever.reading, hit.start, hit.end)
+            pixels, seconds = read_segment(path, self.retriever.reading, hit.start, hit.end)
         except VideoError as error:
             raise UserError(f"{path}: {error}") from None
         each = self.retriever.embed_each_frame(pixels[None])[0]

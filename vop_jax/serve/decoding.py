@@ -1,25 +1,19 @@
 """What is decoded in processes of their own, see `Sandbox`; jax is never imported here."""
 
 import io
-import math
 
-import av
 import numpy as np
 from PIL import Image
 
-from vop_jax.data.frames import Stretch, read_frame_at
-from vop_jax.data.moments import Reading, read_stretch
+from vop_jax.data.frames import read_frame_at
+from vop_jax.data.moments import Reading, read_segment
 from vop_jax.data.pictures import decode_picture
 from vop_jax.data.pixels import eval_crop
+from vop_jax.data.segment import Segment
 from vop_jax.errors import VideoError
 from vop_jax.search.writing import File
 from vop_jax.serve.files import open_indexed, path_of
 
-# Of uploads. Playlists are not among them: they name other files and addresses to be read.
-FORMATS = (
-    "3g2,3gp,apng,asf,avi,dv,flv,gif,h264,hevc,ivf,m4v,matroska,mj2,mov,mp4,mpeg,mpegts,mpegvideo,"
-    "mxf,nut,ogg,rm,swf,webm"
-)
 WIDTH, HEIGHT = 320, 640  # that a thumbnail fits in
 QUALITY = 80
 PIXELS = 50_000_000  # of an uploaded picture
@@ -43,14 +37,14 @@ def thumbnail(folder: str, file: File, seconds: float) -> bytes:
 def moment(
     folder: str, file: File, reading: Reading, start: float, end: float
 ) -> tuple[np.ndarray, list[float]]:
-    """(uint8 [F, S, S, 3], seconds) of the frames of a stretch of an indexed video.
+    """(uint8 [F, S, S, 3], seconds) of the frames of a segment of an indexed video.
 
     Raises:
         Gone: see `open_indexed`.
         VideoError: the file cannot be read.
     """
     with open_indexed(folder, file) as opened:
-        return read_stretch(path_of(opened), reading, start, end)
+        return read_segment(path_of(opened), reading, start, end)
 
 
 def uploaded_video(path: str, reading: Reading, most: float) -> np.ndarray:
@@ -59,17 +53,10 @@ def uploaded_video(path: str, reading: Reading, most: float) -> np.ndarray:
     Raises:
         VideoError: it is no video, damaged, or longer than `most` seconds.
     """
-    options = {"format_whitelist": FORMATS}
-    try:
-        with av.open(path, options=options, metadata_errors="replace") as container:
-            stated = (container.duration or 0) / av.time_base
-    except (av.error.FFmpegError, OSError):
-        raise VideoError("not readable as a video") from None
-    times = Stretch(path, 0.0, math.inf, None).packet_times()
-    seconds = max(stated, times[-1] if times else 0.0)
-    if seconds > most:
-        raise VideoError(f"{seconds:.0f} s long; at most {most:g} s are taken")
-    return read_stretch(path, reading)[0]
+    times = Segment(path).packet_times()
+    if times and times[-1] > most:
+        raise VideoError(f"{times[-1]:.0f} s long; at most {most:g} s are taken")
+    return read_segment(path, reading)[0]
 
 
 def uploaded_image(path: str, reading: Reading) -> np.ndarray:
