@@ -121,6 +121,9 @@ def test_a_long_file_is_not_decoded_whole_for_its_clip(film, monkeypatch):
 def test_a_frame_that_seeking_does_not_find_is_found_by_decoding_all(film):
     found = read_pictures(Task(film, READING, times=(1.0, 5.0, 20.0, 99.0)))
     np.testing.assert_array_equal(found.clip(0), expected(film, WHOLE))
+    span = (3.0, 21.0)
+    found = read_pictures(Task(film, READING, (span,), (5.0, 5.01, 6.0, 7.0)))
+    np.testing.assert_array_equal(found.clip(0), expected(film, span))
 
 
 def test_long_files_are_cut_into_tasks(film, monkeypatch):

@@ -78,10 +78,12 @@ class Pictures:
 
     Attributes:
         pixels: uint8 [N, S, S, 3], each picture once.
+        times: seconds of each.
         clips: for each span the F rows of `pixels`, or None where no frame is shown in it.
     """
 
     pixels: np.ndarray
+    times: list[float]
     clips: list[list[int] | None]
 
     def clip(self, number: int) -> np.ndarray | None:
@@ -155,10 +157,11 @@ def read_pictures(task: Task) -> Pictures:
         at = Segment(task.path, time, time + 1e-6, task.reading.short_side)
         pixels = next(iter(at.decode([0]).values()), None)
         if pixels is None:  # its index is wrong, or its packets are no frames: all in their order
-            return _read_spans(dataclasses.replace(task, times=(), spans=(WHOLE,)))
+            return _read_spans(dataclasses.replace(task, times=(), spans=task.spans or (WHOLE,)))
         kept[time] = pixels
     rows = {time: row for row, time in enumerate(kept)}
-    return _cropped(list(kept.values()), [[rows[t] for t in task.times]], task.reading)
+    clip = [rows[time] for time in task.times]
+    return _cropped(list(kept.values()), list(kept), [clip], task.reading)
 
 
 def read_segment(
@@ -173,11 +176,11 @@ def read_segment(
     times = Segment(path, start, end).packet_times()
     chosen = [times[i] for i in _chosen(times, start, reading)] if times else []
     seek = bool(times) and times[-1] - times[0] > LONG
-    task = Task(path, reading, ((start, end),), tuple(chosen) if seek else ())
-    clip = read_pictures(task).clip(0)
-    if clip is None or not times:
+    found = read_pictures(Task(path, reading, ((start, end),), tuple(chosen) if seek else ()))
+    rows = found.clips[0]
+    if rows is None:
         raise VideoError(f"no frame between {start:g} and {end:g} s")
-    return clip, chosen
+    return found.pixels[rows], [found.times[row] for row in rows]
 
 
 def _read_spans(task: Task) -> Pictures:
@@ -186,7 +189,8 @@ def _read_spans(task: Task) -> Pictures:
     first, last = min(s for s, _ in task.spans), max(e for _, e in task.spans)
     segment = Segment(task.path, first, last, reading.short_side)
     # Packets tell nearly always what decoding will give; if not, what it gave.
-    plan = [_within(segment.packet_times(), span, reading) for span in task.spans]
+    expected = segment.packet_times()
+    plan = [_within(expected, span, reading) for span in task.spans]
     kept = segment.decode(_all(plan))
     decoded = [_within(segment.times, span, reading) for span in task.spans]
     if decoded != plan:
@@ -195,7 +199,8 @@ def _read_spans(task: Task) -> Pictures:
         raise VideoError("no frame decodes")
     rows = {index: row for row, index in enumerate(kept)}
     clips = [None if indices is None else [rows[i] for i in indices] for indices in plan]
-    return _cropped(list(kept.values()), clips, reading)
+    times = [segment.times[index] for index in kept]
+    return _cropped(list(kept.values()), times, clips, reading)
 
 
 def _all(plan: list[list[int] | None]) -> set[int]:
@@ -204,7 +209,8 @@ def _all(plan: list[list[int] | None]) -> set[int]:
 
 def _within(times: Sequence[float], span: Span, reading: Reading) -> list[int] | None:
     """Which of the frames shown at `times` are the F of a span."""
-    low, high = (bisect.bisect_left(times, edge) for edge in span)
+    start = span[0] if span[0] > 0 else -math.inf  # nothing is before the beginning
+    low, high = (bisect.bisect_left(times, edge) for edge in (start, span[1]))
     if low == high:
         return None
     return [low + i for i in _chosen(times[low:high], span[0], reading)]
@@ -218,7 +224,9 @@ def _chosen(times: Sequence[float], start: float, reading: Reading) -> list[int]
     return [candidates[i] for i in indices]
 
 
-def _cropped(frames: list[np.ndarray], clips: list[list[int] | None], reading: Reading) -> Pictures:
+def _cropped(
+    frames: list[np.ndarray], times: list[float], clips: list[list[int] | None], reading: Reading
+) -> Pictures:
     size = reading.image_size
     pixels = eval_crop(frames, size) if frames else np.zeros((0, size, size, 3), np.uint8)
-    return Pictures(pixels, clips)
+    return Pictures(pixels, times, clips)
