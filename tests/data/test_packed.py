@@ -140,17 +140,13 @@ REASONS = [
 ]
 
 
-@pytest.mark.parametrize("isolated", [False, True])
-def test_rows_that_cannot_be_files_are_named_and_the_others_go_on(
-    folder, tmp_path, caplog, isolated
-):
+def test_rows_that_cannot_be_files_are_named_and_the_others_go_on(folder, tmp_path, caplog):
     (folder / "drawer").mkdir(exist_ok=True)
     rows = [{"video": name, "caption": "x", "split": "test"} for name in [*ROWS, *GOOD]]
     annotations = tmp_path / "rows.jsonl"
     annotations.write_text("".join(json.dumps(row) + "\n" for row in rows))
     dataset, _ = builders.Folder.read(annotations, folder)
-    making = dataclasses.replace(HERE, isolated=isolated)
-    made = make(dataset, tmp_path / "records", making=making, max_skipped=0.9)
+    made = make(dataset, tmp_path / "records", max_skipped=0.9)
     assert made.splits["test"].ids == GOOD
     assert [clip.id for clip in made.splits["test"].skipped][1:] == ROWS[1:]
     for line, (skipped, reason) in enumerate(zip(made.skipped, REASONS, strict=True), 1):

@@ -56,6 +56,14 @@ def command(msvd, output, *options):
     ]
 
 
+@pytest.fixture(scope="module")
+def whole(msvd, tmp_path_factory):
+    """All of its records, which no test changes."""
+    root = tmp_path_factory.mktemp("whole")
+    assert prepare.main(command(msvd, root)) == 0
+    return root
+
+
 def digest(root):
     """Of every file below: name and content."""
     files = sorted(p for p in root.rglob("*") if p.is_file() and p.name != ".lock")
@@ -186,9 +194,7 @@ def test_a_decoder_that_crashes_or_hangs_costs_its_clip(msvd, tmp_path, monkeypa
     }
 
 
-def test_a_full_disk_loses_nothing(msvd, tmp_path, monkeypatch, capsys):
-    whole = tmp_path / "whole"
-    assert prepare.main(command(msvd, whole)) == 0
+def test_a_full_disk_loses_nothing(msvd, whole, tmp_path, monkeypatch, capsys):
     record_file, opened = shards._record_file, []
 
     def full(path):
@@ -293,7 +299,9 @@ def test_what_others_keep_there_is_left_alone(msvd, tmp_path):
     assert (tmp_path / "msvd" / "incomplete_downloads").is_dir()
 
 
-def test_finished_records_outlive_whatever_happens_to_the_videos(msvd, tmp_path, monkeypatch):
+def test_finished_records_outlive_whatever_happens_to_the_videos(
+    msvd, whole, tmp_path, monkeypatch
+):
     annotations, films = msvd
     mine = tmp_path / "films"
     shutil.copytree(films, mine)
@@ -324,9 +332,8 @@ def test_finished_records_outlive_whatever_happens_to_the_videos(msvd, tmp_path,
     kept.rename(kept.parent / packing.OLD)
     assert packed.find_records(out) is None
     assert prepare.main(command((annotations, mine), out)) == 0
-    assert prepare.main(command(msvd, tmp_path / "whole")) == 0
     records = {k: v for k, v in digest(out).items() if "array_record" in k}
-    assert records == {k: v for k, v in digest(tmp_path / "whole").items() if "array_record" in k}
+    assert records == {k: v for k, v in digest(whole).items() if "array_record" in k}
     assert [p.name for p in (out / "msvd").iterdir()] == [layout.VERSION]
 
 
@@ -350,8 +357,7 @@ def test_two_runs_make_the_same_records_once(msvd, tmp_path):
     assert [process.wait() for process in both] == [0, 0]
 
 
-def test_splits_can_be_added(msvd, tmp_path, monkeypatch):
-    assert prepare.main(command(msvd, tmp_path / "whole")) == 0
+def test_splits_can_be_added(msvd, whole, tmp_path, monkeypatch):
     assert prepare.main(command(msvd, tmp_path / "grown", "--splits=test")) == 0
     with pytest.raises(UserError, match="no records of split 'train'; there are test"):
         packed.open_records(tmp_path / "grown", STORED, ["train"], name="msvd")
@@ -367,13 +373,14 @@ def test_splits_can_be_added(msvd, tmp_path, monkeypatch):
     assert prepare.main(command(msvd, tmp_path / "grown", "--clips_per_shard=99")) == 0
     assert len(seen) == 13  # of 17: the four test videos were there
     for split in ("train", "val", "test"):
-        both = [packed.open_records(tmp_path / n, STORED, [split], name="msvd") for n in NAMES]
+        roots = whole, tmp_path / "grown"
+        both = [packed.open_records(root, STORED, [split], name="msvd") for root in roots]
         one, other = (made.splits[split] for made in both)
         assert one.ids == other.ids
         assert all(one[i] == other[i] for i in range(len(one)))
 
 
-def test_cut_off_between_a_shard_and_its_note(msvd, tmp_path, monkeypatch):
+def test_cut_off_between_a_shard_and_its_note(msvd, whole, tmp_path, monkeypatch):
     """The file that took the old one's place is not what the old note says."""
     annotations, films = msvd
     mine, out = tmp_path / "films", tmp_path / "out"
@@ -391,9 +398,8 @@ def test_cut_off_between_a_shard_and_its_note(msvd, tmp_path, monkeypatch):
         patched.setattr(shards, "write_json", full)
         assert prepare.main(command((annotations, mine), out)) == 2
     assert prepare.main(command((annotations, mine), out)) == 0
-    assert prepare.main(command(msvd, tmp_path / "whole")) == 0
     records = {k: v for k, v in digest(out).items() if "array_record" in k}
-    assert records == {k: v for k, v in digest(tmp_path / "whole").items() if "array_record" in k}
+    assert records == {k: v for k, v in digest(whole).items() if "array_record" in k}
 
 
 def test_an_addition_that_was_cut_off_is_continued(msvd, tmp_path, monkeypatch):
@@ -421,10 +427,10 @@ def test_an_addition_that_was_cut_off_is_continued(msvd, tmp_path, monkeypatch):
     assert not layout.staging_of(out, "msvd").exists()
 
 
-STORED, NAMES = Preprocessing(4, short_side=32), ("whole", "grown")
+STORED = Preprocessing(4, short_side=32)
 
 
-def test_a_clip_that_was_left_out_is_tried_again_when_its_file_has_changed(msvd, tmp_path):
+def test_a_clip_that_was_left_out_is_tried_again_when_its_file_has_changed(msvd, whole, tmp_path):
     annotations, films = msvd
     late = tmp_path / "films"
     shutil.copytree(films, late)
@@ -433,8 +439,6 @@ def test_a_clip_that_was_left_out_is_tried_again_when_its_file_has_changed(msvd,
     gone.unlink()
     out = tmp_path / "out"
     assert prepare.main(command((annotations, late), out)) == 0
-    whole = tmp_path / "whole"
-    assert prepare.main(command(msvd, whole)) == 0
     (skipped,) = json.loads((packed.find_records(out) / "metadata.json").read_text())["skipped"]
     assert skipped["reason"] == "no such file"
     before = digest(out)
@@ -473,8 +477,8 @@ def test_a_wrong_folder_of_videos_leaves_nothing_in_the_way(tmp_path, capsys):
     "name",
     ["metadata.json", "shards.json", "features.json", "dataset_info.json", "clips-train.jsonl"],
 )
-def test_a_file_beside_records_that_was_copied_in_part(msvd, tmp_path, name, capsys):
-    assert prepare.main(command(msvd, tmp_path)) == 0
+def test_a_file_beside_records_that_was_copied_in_part(msvd, whole, tmp_path, name, capsys):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     file = packed.find_records(tmp_path) / name
     lines = file.read_bytes().splitlines(keepends=True)
     file.write_bytes(b"".join(lines[:-1]))
@@ -482,8 +486,8 @@ def test_a_file_beside_records_that_was_copied_in_part(msvd, tmp_path, name, cap
     assert f"{file}: damaged; copy the records again" in capsys.readouterr().err
 
 
-def test_records_that_were_copied_in_part_are_refused(msvd, tmp_path):
-    assert prepare.main(command(msvd, tmp_path)) == 0
+def test_records_that_were_copied_in_part_are_refused(whole, tmp_path):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     made = packed.find_records(tmp_path)
     shard = next(iter(made.glob("msvd-test.array_record-*")))
     content = shard.read_bytes()
@@ -507,8 +511,8 @@ def test_records_that_were_copied_in_part_are_refused(msvd, tmp_path):
         packed.open_records(tmp_path, STORED, ["train"], name="msvd")
 
 
-def test_the_folder_of_the_version_is_found_too(msvd, tmp_path):
-    assert prepare.main(command(msvd, tmp_path)) == 0
+def test_the_folder_of_the_version_is_found_too(whole, tmp_path):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     inner = packed.find_records(tmp_path)
     assert packed.find_records(inner) == inner
     assert packed.open_records(inner, STORED, ["test"], name="msvd").splits["test"].ids
