@@ -94,6 +94,19 @@ def test_records_of_the_older_rule_are_named_read_and_not_added_to(folder, tmp_p
     assert at_a_rate.described() == dataclasses.asdict(at_a_rate)
 
 
+def test_records_at_a_rate_are_read_by_linspace_too(folder, tmp_path, caplog):
+    """As all were that were made before CLIP4Clip's frames had a rule of their own."""
+    dataset = {"train": clips(folder, GOOD)}
+    data = dataclasses.asdict(dataclasses.replace(PREPROCESSING, stored_fps=5.0))
+    make(dataset, tmp_path, Preprocessing.from_mapping({**data, "sampling": "rand"}))
+    linspace = Preprocessing.from_mapping({**data, "sampling": "linspace"})
+    assert linspace.sampling == "linspace"
+    assert make(dataset, tmp_path, linspace).splits["train"].ids == GOOD
+    assert "the frames were stored by their times; CLIP4Clip" in caplog.text
+    with pytest.raises(UserError, match="cannot be added to: the frames were stored by their"):
+        make({**dataset, "test": clips(folder, GOOD[:1])}, tmp_path, linspace)
+
+
 def test_a_shard_of_the_older_rule_is_made_again(folder, tmp_path):
     """One that an attempt finished which was cut off before the rule changed."""
     of_today = shards.plan({"train": clips(folder, GOOD)}, tmp_path, PREPROCESSING, 3)

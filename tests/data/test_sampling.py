@@ -15,7 +15,7 @@ from vop_jax.data.encode import Preprocessing, encode_clip
 from vop_jax.data.frames import read_frames
 from vop_jax.data.packing import pack
 from vop_jax.data.records import Clip
-from vop_jax.data.sampling import SAMPLINGS, sample_indices
+from vop_jax.data.sampling import SAMPLINGS, sample_indices, stored_indices
 from vop_jax.errors import VideoError
 
 
@@ -40,6 +40,27 @@ def test_the_rules():
     assert sample_indices(2, 4, "segments").tolist() == [0, 0, 1, 1]
     with pytest.raises(ValueError, match="at least one frame"):
         sample_indices(0, 4)
+
+
+@pytest.mark.parametrize("fps", [1, 3])
+@pytest.mark.parametrize("rate", [24000 / 1001, 25.0, 30000 / 1001, 30.0, 60000 / 1001, 2.0])
+def test_linspace_stores_what_clip4clip_reads(rate, fps):
+    """It rounds the rate down, and takes the first of the frames at each `interval` a second."""
+    count, whole = 307, int(rate)
+    interval = max(1, whole // fps)
+    offsets = list(range(0, whole, interval))[:fps]
+    seconds = range(0, count, whole)
+    expected = [i for second in seconds for i in (second + o for o in offsets) if i < count]
+    times = np.arange(count) / rate
+    for shown in (times, times.round(3), times + 12.5):
+        assert stored_indices(shown.tolist(), shown[0], fps, "linspace") == expected
+
+
+def test_the_frames_of_a_file_of_29_97_frames_a_second(tmp_path):
+    milliseconds = [round(1001 / 30 * i) for i in range(100)]
+    path = videos.write(tmp_path / "a.mp4", 100, milliseconds=milliseconds)
+    assert read_frames(path, 2, fps=1, sampling="linspace").indices == [0, 29, 58, 87]
+    assert read_frames(path, 2, fps=1).indices == [0, 30, 60, 90]
 
 
 def test_segments_are_drawn_evenly():

@@ -11,8 +11,9 @@ import pytest
 
 from tests.data import videos
 from vop_jax.data.completeness import stated_bytes
-from vop_jax.data.frames import every, read_frame_at, read_frames
+from vop_jax.data.frames import read_frame_at, read_frames
 from vop_jax.data.moments import WHOLE, Reading, Survey, Task, read_pictures, spans_of, survey
+from vop_jax.data.sampling import stored_indices
 from vop_jax.data.segment import Segment
 from vop_jax.errors import VideoError
 
@@ -206,7 +207,7 @@ def test_moments_are_as_many_as_frames_show():
             if ((shown >= round(start, 3)) & (shown < round(start + window, 3))).any()
         ]
     assert len(spans_of(Survey("", 1e12, [], np.array([0.0, 5e11])), 10.0, 5.0)) == 3
-    assert every([0.0, 0.1, 1e12, 1e12 + 0.5, 1e12 + 1], 0.0, 1.0) == [0, 2, 4]
+    assert stored_indices([0.0, 0.1, 1e12, 1e12 + 0.5, 1e12 + 1], 0.0, 1.0) == [0, 2, 4]
 
 
 @pytest.mark.parametrize("matrix", [m for m in itertools.product((-1, 0, 1), repeat=4)])

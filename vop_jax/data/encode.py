@@ -35,7 +35,8 @@ class Preprocessing:
     def from_mapping(cls, data: Mapping[str, Any]) -> "Preprocessing":
         """From the config's section `data`."""
         made = cls(**{field.name: data[field.name] for field in dataclasses.fields(cls)})
-        if made.sampling == "rand" or made.stored_fps:  # stored are all that may be drawn
+        # Stored are all that may be drawn; CLIP4Clip's "linspace" also decides which these are.
+        if made.sampling == "rand" or (made.stored_fps and made.sampling != "linspace"):
             made = dataclasses.replace(made, sampling="uniform")
         return made
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from vop_jax.data.locate import stat
 from vop_jax.data.pictures import list_pictures, read_picture
-from vop_jax.data.sampling import sample_indices
+from vop_jax.data.sampling import sample_indices, stored_indices
 from vop_jax.data.segment import Segment, as_video_error
 from vop_jax.errors import VideoError
 
@@ -48,9 +48,9 @@ def read_frames(
         path: a video file, or a folder of pictures numbered in their order.
         frames: F, the number of frames, unless `fps` is set.
         start, end: seconds; only frames shown in [start, end) count.
-        fps: instead take the first frame of every 1 / fps seconds, as many as there are.
+        fps: instead take so many frames a second, as many as there are.
         short_side: shrink larger frames to this, in pixels.
-        sampling: see `sampling.sample_indices`.
+        sampling: see `sampling.sample_indices` and `sampling.stored_indices`.
         folder_fps: pictures a second in a folder; 0: not known.
 
     Raises:
@@ -108,7 +108,7 @@ def _read_folder(
     if not shown:
         raise VideoError(f"no frame{_between(start, end)}")
     if fps:
-        indices = every([times[i] for i in shown], first, 1 / fps)
+        indices = stored_indices([times[i] for i in shown], first, fps, sampling)
     else:
         indices = sample_indices(len(shown), frames, sampling).tolist()
     pixels = {k: read_picture(pictures[shown[k]], short_side) for k in dict.fromkeys(indices)}
@@ -127,16 +127,5 @@ def _chosen(
     times: Sequence[float], start: float, frames: int, fps: float, sampling: str
 ) -> list[int]:
     if fps:
-        return every(times, start, 1 / fps)
+        return stored_indices(times, start, fps, sampling)
     return sample_indices(len(times), frames, sampling).tolist() if times else []
-
-
-def every(times: Sequence[float], start: float, interval: float) -> list[int]:
-    """Which of the times, ascending, are the first at or after a multiple of `interval`."""
-    found, last = [], -math.inf
-    for index, time in enumerate(times):
-        interval_number = math.floor((time - start + 1e-6) / interval)
-        if not index or interval_number > last:
-            found.append(index)
-            last = interval_number
-    return found

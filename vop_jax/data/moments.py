@@ -12,9 +12,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vop_jax.data.frames import every
 from vop_jax.data.pixels import eval_crop
-from vop_jax.data.sampling import sample_indices
+from vop_jax.data.sampling import sample_indices, stored_indices
 from vop_jax.data.segment import Segment, as_video_error
 from vop_jax.errors import VideoError
 
@@ -219,7 +218,7 @@ def _within(times: Sequence[float], span: Span, reading: Reading) -> list[int] |
 def _chosen(times: Sequence[float], start: float, reading: Reading) -> list[int]:
     candidates = list(range(len(times)))
     if reading.fps:
-        candidates = every(times, start, 1 / reading.fps)
+        candidates = stored_indices(times, start, reading.fps, reading.sampling)
     indices = sample_indices(len(candidates), reading.frames, reading.sampling)
     return [candidates[i] for i in indices]
 

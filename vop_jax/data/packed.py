@@ -204,17 +204,30 @@ def open_records(
 def differences(made: dict[str, Any], asked: Preprocessing) -> Iterator[tuple[str, Any, Any]]:
     """(key, made, asked) of all that differ."""
     for key, value in dataclasses.asdict(asked).items():
-        if made.get(key) != value:
+        if made.get(key) != value and not (key == "sampling" and _stored_by_time(made, asked)):
             yield key, made.get(key), value
 
 
 def older_rule(made: dict[str, Any], asked: Preprocessing) -> str:
-    """What there is to say of records made by the older rule of uniform sampling; else ""."""
+    """What there is to say of records whose frames an older rule chose; else ""."""
+    if _stored_by_time(made, asked):
+        return (
+            "the frames were stored by their times; CLIP4Clip, which data.sampling='linspace' is "
+            "for, counts them by a whole rate; delete that folder to make the records again"
+        )
     if not asked.needs_rule or made.get(RULE, OLDER_RULE) == UNIFORM_RULE:
         return ""
     return (
         f"the frames were sampled by the older rule {OLDER_RULE}: about half of them are one frame "
         f"later than by the published {UNIFORM_RULE}; delete that folder to make the records again"
+    )
+
+
+def _stored_by_time(made: dict[str, Any], asked: Preprocessing) -> bool:
+    """Whether records at a rate are for all samplings, as all were, and CLIP4Clip's is asked."""
+    return bool(asked.stored_fps) and (made.get("sampling"), asked.sampling) == (
+        "uniform",
+        "linspace",
     )
 
 

@@ -1,5 +1,8 @@
 """Which frames of a clip are taken."""
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 
 SAMPLINGS = ("uniform", "rand", "linspace", "segments")
@@ -17,8 +20,8 @@ def sample_indices(
     - "uniform" (the paper's): the clip is divided into F equal segments, at
       `linspace(0, count, F + 1)` truncated to int; the middle frame of each, `UNIFORM_RULE`.
     - "rand": in training, with `rng`, any frame of each of these segments.
-    - "linspace" (CLIP4Clip, over frames stored at 1 a second): `linspace(0, count - 1, F)`, the
-      first and the last among them.
+    - "linspace" (CLIP4Clip, over frames stored at 1 a second, see `stored_indices`):
+      `linspace(0, count - 1, F)`, the first and the last among them.
     - "segments" (TSN): frame `(k + 1/2) count / F`, rounded down; with `rng` any of the
       `count // F` frames from `k (count // F)` on.
 
@@ -41,3 +44,33 @@ def sample_indices(
     if sampling == "rand" and rng is not None:
         return rng.integers(low, high)
     return (low + high - 1) // 2
+
+
+def stored_indices(
+    times: Sequence[float], start: float, fps: float, sampling: str = "uniform"
+) -> list[int]:
+    """Which frames are stored at `fps` a second.
+
+    The first of every 1 / fps seconds; with "linspace" those of CLIP4Clip, which counts frames:
+    it takes a file's rate for a whole number, so that of 29.97 a second the 1st, 30th, 59th … are
+    stored at 1 a second.
+
+    Args:
+        times: seconds at which the frames are shown, ascending.
+        start: seconds, of the clip's beginning.
+    """
+    if sampling == "linspace" and fps >= 1 and len(times) > 1 and times[-1] > times[0]:
+        # Times are rounded to milliseconds in some files: 30 a second is not to become 29.
+        rate = max(1, int((len(times) - 1) / (times[-1] - times[0]) + 0.02))
+        per_second = min(int(fps), rate)
+        within = [k * (rate // per_second) for k in range(per_second)]
+        seconds = range(0, len(times), rate)
+        return [first + k for first in seconds for k in within if first + k < len(times)]
+    found: list[int] = []
+    last = -math.inf
+    for index, time in enumerate(times):
+        number = math.floor((time - start + 1e-6) * fps)
+        if not index or number > last:
+            found.append(index)
+            last = number
+    return found
