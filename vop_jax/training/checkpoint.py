@@ -5,15 +5,24 @@ in the data is the step itself (batch k is a function of the seed and k), as are
 and all random numbers, so nothing else is needed to continue exactly.
 """
 
+import hashlib
+import json
 import os
+import posixpath
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 from etils import epath
 
+from vop_jax.errors import UserError
+from vop_jax.folders import walk
 from vop_jax.training import hosts
 from vop_jax.training.step import TrainState
+
+DIGESTS = "digests.json"  # of a checkpoint: {file: SHA-256}, written before the checkpoint is there
 
 
 class _Manager(ocp.CheckpointManager):
@@ -27,20 +36,22 @@ class Checkpoints:
 
     def __init__(self, workdir: str | os.PathLike, keep: int):
         root = os.fspath(workdir) if "://" in str(workdir) else os.path.abspath(workdir)
-        folder = epath.Path(root) / "checkpoints"
+        self._folder = epath.Path(root) / "checkpoints"
 
         def clean() -> None:
             # What a kill left behind: an unfinished save is not a checkpoint. (orbax's own option
             # does this in a thread, which a process that ends at once cuts off with a traceback.)
-            for unfinished in folder.glob("*.orbax-checkpoint-tmp*"):
+            for unfinished in self._folder.glob("*.orbax-checkpoint-tmp*"):
                 unfinished.rmtree()
 
         hosts.on_first(clean)
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep)
-        self._manager = _Manager(folder, options=options)
+        before_commit = ocp.AsyncOptions(post_finalization_callback=self._write_digests)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, async_options=before_commit)
+        self._manager = _Manager(self._folder, options=options)
+        self._saving = 0  # the step
 
     def latest_step(self) -> int | None:
-        """The newest complete checkpoint, None without one."""
+        """The newest complete checkpoint, readable or not; None without one."""
         return self._manager.latest_step()
 
     def save(self, state: TrainState, meta: dict[str, Any]) -> None:
@@ -48,6 +59,7 @@ class Checkpoints:
         step = int(state.step)
         if step in self._manager.all_steps():
             return
+        self._saving = step
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -55,21 +67,41 @@ class Checkpoints:
             ),
         )
 
-    def meta(self) -> dict[str, Any]:
-        """What was saved beside the newest state."""
-        step = self._manager.latest_step()
-        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))[
-            "meta"
-        ]
+    def restore(
+        self, like: TrainState, check: Callable[[dict[str, Any]], None] = lambda meta: None
+    ) -> tuple[TrainState, dict[str, Any]] | None:
+        """The newest state that can be read, and what was saved beside it; None without any.
 
-    def restore(self, like: TrainState) -> TrainState:
-        """The newest state, with the shapes, dtypes and placement of `like`."""
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _as_tree(like))
-        restored = self._manager.restore(
-            self._manager.latest_step(),
-            args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)),
-        )["state"]
-        return TrainState(**restored)
+        Newer ones that cannot be read are set aside, in `checkpoints/STEP.damaged`.
+
+        Args:
+            like: has the shapes, dtypes and placement that the state gets.
+            check: called with what was saved beside a state before that is read; may raise.
+
+        Raises:
+            UserError: there are checkpoints, and none can be read.
+        """
+        reasons: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            reason = hosts.on_first(lambda step=step: self._damage(step))
+            try:
+                found = None if reason else self._read(step, like, check)
+            except (UserError, PermissionError, MemoryError, jax.errors.JaxRuntimeError):
+                raise  # says nothing about the files
+            except Exception as error:  # whatever orbax makes of files that have no digests
+                reason = " ".join(f"{type(error).__name__}: {error}".split())[:100]
+            if reason:
+                reasons[step] = reason
+                continue
+            self._set_aside(reasons, step)
+            return found
+        if reasons:
+            every = "; ".join(f"step {step}: {reason}" for step, reason in reasons.items())
+            raise UserError(
+                f"{self._folder}: no checkpoint can be read ({every}); delete that folder to start "
+                "over, or use another --workdir"
+            )
+        return None
 
     def wait(self) -> None:
         """Until everything is on disk; raises what a background save met."""
@@ -79,6 +111,71 @@ class Checkpoints:
     def close(self) -> None:
         self._manager.close()
 
+    def _read(
+        self, step: int, like: TrainState, check: Callable[[dict[str, Any]], None]
+    ) -> tuple[TrainState, dict[str, Any]]:
+        arguments = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        meta = self._manager.restore(step, args=arguments)["meta"]
+        check(meta)
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _as_tree(like))
+        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        return TrainState(**self._manager.restore(step, args=arguments)["state"]), meta
+
+    def _write_digests(self) -> None:
+        """Called by orbax in its thread, when all files are written and not yet a checkpoint."""
+        if not hosts.is_first():
+            return
+        # On a disk the folder gets its name afterwards, in a bucket it has it.
+        unfinished = self._folder.glob("*.orbax-checkpoint-tmp*")
+        for folder in list(unfinished) or [self._folder / str(self._saving)]:
+            names = (
+                posixpath.join(item, inside, name)
+                for item in ("state", "meta")
+                for inside, _, files in walk(folder / item)
+                for name in files
+            )
+            digests = {name: _digest(folder / name) for name in names}
+            (folder / DIGESTS).write_text(json.dumps(digests, indent=1))
+
+    def _damage(self, step: int) -> str:
+        """The first file of a checkpoint that is not as it was written, and why; "" without one."""
+        folder = self._folder / str(step)
+        if not (folder / DIGESTS).exists():  # of an older version
+            return ""
+        try:
+            digests = dict(json.loads((folder / DIGESTS).read_bytes()))
+        except (ValueError, TypeError):
+            return f"{DIGESTS} is not as it was written"
+        for name, digest in digests.items():
+            if not (folder / name).exists():
+                return f"{name} is missing"
+            if _digest(folder / name) != digest:
+                return f"{name} is not as it was written"
+        return ""
+
+    def _set_aside(self, reasons: dict[int, str], used: int) -> None:
+        def rename() -> None:
+            for step in reasons:
+                aside = self._folder / f"{step}.damaged"
+                if aside.exists():
+                    aside.rmtree()
+                (self._folder / str(step)).rename(aside)
+
+        if not reasons:
+            return
+        for step, reason in reasons.items():
+            logging.warning(
+                "%s: the checkpoint of step %d is damaged (%s) and set aside; step %d is used",
+                *(self._folder, step, reason, used),
+            )
+        hosts.on_first(rename)
+        self._manager.reload()
+
 
 def _as_tree(state: TrainState) -> dict[str, Any]:
     return {"step": state.step, "trainable": state.trainable, "opt_state": state.opt_state}
+
+
+def _digest(file: epath.Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()

@@ -2,15 +2,17 @@
 
 import json
 import os
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Collection, Mapping
+from typing import Any, Protocol
 
+from absl import logging
 from etils import epath
 
 from vop_jax.atomic import write_atomic
 from vop_jax.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
+MEASURED_ON = "measured_on"  # of an evaluation: the fingerprint of the split and the CLIP
 
 
 class Writer(Protocol):
@@ -24,7 +26,7 @@ class Writer(Protocol):
 class NoWriter:
     """The writer of the processes that leave writing to the first."""
 
-    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+    def write_scalars(self, step: int, scalars: Mapping[str, float], measured_on: str = "") -> None:
         """Nothing."""
 
     def flush(self) -> None:
@@ -52,7 +54,7 @@ class TensorBoard(NoWriter):
         except ImportError as error:
             raise UserError(f"workdir {workdir}: {error}; pip install -e '.[gcs]'") from None
 
-    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+    def write_scalars(self, step: int, scalars: Mapping[str, float], measured_on: str = "") -> None:
         from tensorboardX.proto.summary_pb2 import Summary
 
         # `add_scalar` would write R@1 as R_1, a name that is in no other file.
@@ -67,32 +69,54 @@ class TensorBoard(NoWriter):
 
 
 class MetricWriter(NoWriter):
-    """Appends one JSON object a line, `step` and scalars, and gives the same to a second writer."""
+    """One JSON object a line, `step` and scalars, ordered by step; a second writer gets the same.
+
+    Attributes:
+        lines: what the file holds.
+    """
 
     def __init__(
-        self, workdir: str | os.PathLike, resume_step: int = 0, second: Writer | None = None
+        self,
+        workdir: str | os.PathLike,
+        resume_step: int = 0,
+        second: Writer | None = None,
+        measured_on: Collection[str] | None = None,
     ):
         """Opens the workdir's metrics; lines after `resume_step` are about to be redone.
 
         Args:
             second: TensorBoard in the workdir if None. One that is given stays open.
+            measured_on: fingerprints of this run's evaluations; those of others are left out.
         """
         self._path = epath.Path(workdir) / METRICS_FILE
-        kept = [line for line in read_metrics(workdir) if line["step"] <= resume_step]
-        self._lines = [json.dumps(line) + "\n" for line in kept]
-        self._rewrite()
-        self._second = TensorBoard(workdir, resume_step) if second is None else second
+        found, damaged = _read(self._path)
+        if damaged:
+            logging.warning("%s: %d damaged lines are left out", self._path, damaged)
+        kept = [line for line in found if line["step"] <= resume_step]
+        self.lines = [
+            line
+            for line in kept
+            if measured_on is None or line.get(MEASURED_ON, "") in ("", *measured_on)
+        ]
+        if others := len(kept) - len(self.lines):
+            message = "%s: %d evaluations of other clips, captions or CLIP are left out"
+            logging.warning(message, self._path, others)
         # Objects in a bucket cannot grow; there the file, which is small, is written anew.
-        self._file = None if "://" in os.fspath(workdir) else self._path.open("a")
+        self._appends, self._file = "://" not in os.fspath(workdir), None
+        self._second = TensorBoard(workdir, resume_step) if second is None else second
+        self._rewrite()
 
-    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+    def write_scalars(self, step: int, scalars: Mapping[str, float], measured_on: str = "") -> None:
         """One line; the values are Python or 0-d numbers."""
         numbers = {key: float(value) for key, value in scalars.items()}
-        self._lines.append(json.dumps({"step": step, **numbers}) + "\n")
-        if self._file is None:
+        line = {"step": step, **numbers} | ({MEASURED_ON: measured_on} if measured_on else {})
+        last = not self.lines or step >= self.lines[-1]["step"]
+        self.lines.append(line)
+        if self._file is None or not last:
+            self.lines.sort(key=lambda line: line["step"])
             self._rewrite()
         else:
-            self._file.write(self._lines[-1])
+            self._file.write(json.dumps(line) + "\n")
             self._file.flush()
         self._second.write_scalars(step, numbers)
 
@@ -108,18 +132,32 @@ class MetricWriter(NoWriter):
             self._second.flush()
 
     def _rewrite(self) -> None:
-        write_atomic(self._path, "".join(self._lines).encode())
+        if self._file is not None:
+            self._file.close()
+        write_atomic(self._path, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
+        self._file = self._path.open("a") if self._appends else None
 
 
-def read_metrics(workdir: str | os.PathLike) -> list[dict[str, float]]:
-    """The lines of a workdir's metrics; a last line cut by a kill is left out."""
-    path = epath.Path(workdir) / METRICS_FILE
+def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
+    """The lines of a workdir's metrics; what a kill or a disk has damaged is left out."""
+    return _read(epath.Path(workdir) / METRICS_FILE)[0]
+
+
+def _read(path: epath.Path) -> tuple[list[dict[str, Any]], int]:
+    """(lines, how many are damaged); a last line without its end is a kill's, and not counted."""
     if not path.exists():
-        return []
-    lines = []
-    for line in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
+        return [], 0
+    *whole, last = path.read_bytes().split(b"\n")
+    lines = [line for text in (*whole, last) if (line := _parsed(text)) is not None]
+    return lines, len(whole) + (_parsed(last) is not None) - len(lines)
+
+
+def _parsed(text: bytes) -> dict[str, Any] | None:
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(line, dict) or type(line.get("step")) is not int:
+        return None
+    numbers = (value for key, value in line.items() if key != MEASURED_ON)
+    return line if all(type(value) in (int, float) for value in numbers) else None
