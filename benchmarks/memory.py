@@ -12,11 +12,9 @@ traced program, loops counted as often as they turn (XLA counts a loop's body on
 import argparse
 import dataclasses
 import json
-import math
 import os
 import re
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -24,6 +22,7 @@ import jax
 from benchmarks.step_cost import Programs, peak_bytes
 from vop_jax.clip.config import PRESETS
 from vop_jax.clip.memory import Memory
+from vop_jax.training.flops import product_flops
 from vop_jax.tuning.methods import METHODS, MethodConfig
 
 Row = dict[str, Any]
@@ -55,35 +54,9 @@ class Settings:
         return Programs(*sizes, self.dtype, self.attention, memory, self.microbatches, device)
 
 
-def product_flops(jaxpr: Any) -> float:
-    """FLOPs of a traced program's matrix products, by hand."""
-    total = 0.0
-    for equation in jaxpr.eqns:
-        name, params = equation.primitive.name, equation.params
-        if name == "dot_general":
-            (contracted, _), _ = params["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
-            inner = math.prod(shape[axis] for axis in contracted)
-            total += 2 * inner * equation.outvars[0].aval.size
-        turns = params["length"] if name == "scan" else 1
-        if name == "pallas_call":
-            turns = math.prod(params["grid_mapping"].grid)
-        total += turns * sum(map(product_flops, _inner(params)))
-    return total
-
-
 def step_flops(programs: Programs) -> float:
     """`product_flops` of a training step; nothing is compiled."""
     return product_flops(jax.make_jaxpr(programs.train_step)(*programs.shapes).jaxpr)
-
-
-def _inner(params: dict[str, Any]) -> Iterator[Any]:
-    """The programs that an operation calls."""
-    for value in params.values():
-        for part in value if isinstance(value, tuple | list) else [value]:
-            part = getattr(part, "jaxpr", part)
-            if hasattr(part, "eqns"):
-                yield part
 
 
 def measure(text: str, method: str, args: argparse.Namespace, device: Any) -> Row:

@@ -1,9 +1,11 @@
 """The step compiled ahead of its first run: how long that took, and whether it fits the device."""
 
 import dataclasses
+import pathlib
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from typing import Any
 
 import jax
@@ -12,6 +14,7 @@ from jax.sharding import Mesh
 
 from vop_jax.errors import UserError
 from vop_jax.training import sharding
+from vop_jax.training.flops import product_flops, products_per_second
 from vop_jax.training.step import Batch, Metrics, TrainState
 
 HELP = (
@@ -82,9 +85,15 @@ class CompiledStep:
         step: Callable[..., tuple[TrainState, Metrics]],
         mesh: Mesh,
         widths: Sequence[int] = (),
+        steps: int = 0,
+        dtype: str = "float32",
     ):
-        """`widths`: of captions, that batches will have; compiled side by side at the first."""
+        """`widths`: of captions, that batches will have; compiled side by side at the first.
+
+        With `steps` that are to be run, and the dtype of products, their time is estimated.
+        """
         self._step, self._mesh, self._widths = step, mesh, widths
+        self._steps, self._dtype = steps, dtype
         self.programs: dict[Any, Any] = {}
 
     def __call__(self, state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -108,7 +117,8 @@ class CompiledStep:
         jitted = jax.jit(self._step, donate_argnums=0, out_shardings=places)
         since = time.perf_counter()
         try:
-            lowered = [jitted.lower(state, frozen, rows) for rows in batches]
+            traced = [jitted.trace(state, frozen, rows) for rows in batches]
+            lowered = [program.lower() for program in traced]
             with ThreadPoolExecutor(len(lowered)) as pool:
                 programs = list(pool.map(lambda program: program.compile(), lowered))
         except jax.errors.JaxRuntimeError as error:  # a TPU's compiler knows the limit itself
@@ -125,7 +135,40 @@ class CompiledStep:
         logging.info("step%s compiled in %.1f s; %s", of, taken, told)
         if largest:
             largest.check()
+            self._compare(largest)
+        if self._steps and not self.programs:
+            self._estimate(max(product_flops(program.jaxpr) for program in traced))
         self.programs |= zip(map(_shapes, batches), programs, strict=True)
+
+    def _compare(self, estimate: Estimate) -> None:
+        """Warns where this machine's memory, which is that of CPU devices, may not be enough."""
+        free = available_memory() if self._mesh.local_devices[0].platform == "cpu" else None
+        needed = estimate.between * len(self._mesh.local_devices)
+        if free is not None and needed > free:
+            message = "a step takes %s GB more, this machine has %s free: set %s"
+            logging.warning(message, _gb(needed), _gb(free), HELP)
+
+    def _estimate(self, flops: float) -> None:
+        """Says how long the steps take at least."""
+        device = self._mesh.local_devices[0]
+        # Where the compiler shares the work out, the program is that of all devices together.
+        flops /= self._mesh.size if sharding.cuts_parameters(self._mesh) else 1
+        rate = products_per_second(self._dtype, device.platform)
+        logging.info(
+            "%d steps take %s or more: %.3g GFLOP of matrix products each, %.3g GFLOP/s measured",
+            *(self._steps, timedelta(seconds=round(self._steps * flops / rate))),
+            *(flops / 1e9, rate / 1e9),
+        )
+
+
+def available_memory() -> int | None:
+    """Bytes that programs can still have on this machine; None where it is not Linux."""
+    try:
+        lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    found = [line.split() for line in lines if line.startswith("MemAvailable:")]
+    return int(found[0][1]) * 1024 if found else None
 
 
 def _shapes(batch: dict[str, Any]) -> tuple:

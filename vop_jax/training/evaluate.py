@@ -16,6 +16,7 @@ from vop_jax.retrieval import metrics, rescoring
 from vop_jax.retrieval.ranks import Score
 from vop_jax.training import prefetch, sharding
 from vop_jax.training.local import on_own_rows
+from vop_jax.training.progress import Progress
 
 TOP = 5  # videos kept of each text's ranking
 
@@ -48,6 +49,7 @@ class EvalSet:
         extra: "dual_softmax", "query_bank": what else is ranked by, in rows of their own.
         bank: of training clips, needed for "query_bank" alone.
         text_buckets: widths that captions are cut to where they fit, see `buckets.cut`.
+        fingerprint: of the clips, their captions and the CLIP that compares them.
     """
 
     videos: Callable[[], Iterator[dict[str, np.ndarray]]]
@@ -59,6 +61,7 @@ class EvalSet:
     extra: Sequence[str] = ()
     bank: Bank | None = None
     text_buckets: Sequence[int] = ()
+    fingerprint: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,16 +94,27 @@ def make_encoders(model: TextVideoModel, mesh: Mesh) -> tuple[Encode, Encode]:
     return jitted("encode_video"), jitted("encode_text")
 
 
+def batch_size_for(mesh: Mesh, count: int, largest: int) -> int:
+    """Of `count` rows: no more than there are, as far as the mesh divides them."""
+    ways = sharding.row_shards(mesh)
+    return min(largest, -(-count // ways) * ways)
+
+
 def embed_videos(
-    encode: Encode, params: Any, mesh: Mesh, batches: Iterator[dict[str, np.ndarray]]
+    encode: Encode, params: Any, mesh: Mesh, batches: Iterator[dict[str, np.ndarray]], count: int
 ) -> np.ndarray:
-    """float32 [M, E], padding rows dropped."""
+    """float32 [M, E] of the M=`count` videos, padding rows dropped."""
     gather = jax.jit(lambda x: x, out_shardings=sharding.replicated(mesh))
-    rows = []
-    with contextlib.closing(prefetch.placed(mesh, batches)) as placed:
+    rows, done = [], 0
+    with (
+        contextlib.closing(prefetch.placed(mesh, batches)) as placed,
+        Progress("evaluation, video", count) as progress,
+    ):
         for batch in placed:
             embedded = np.asarray(encode(params, batch["frames"]))
             rows.append(embedded[np.asarray(gather(batch["mask"]))])
+            done += len(rows[-1])
+            progress.advance(done)
     return np.concatenate(rows)
 
 
@@ -113,13 +127,15 @@ def embed_texts(
     text_buckets: Sequence[int] = (),
 ) -> np.ndarray:
     """int32 [N, T] -> float32 [N, E], in batches of one size, each as wide as it has to be."""
-    rows = []
-    for start in range(0, len(ids), batch_size):
-        block = buckets.cut(ids[start : start + batch_size], text_buckets)
-        padded = np.concatenate([block, np.repeat(block[-1:], batch_size - len(block), axis=0)])
-        local = padded[sharding.process_rows(mesh, batch_size)]
-        placed = sharding.to_global(mesh, {"ids": local})["ids"]
-        rows.append(np.asarray(encode(params, placed))[: len(block)])
+    rows, batch_size = [], batch_size_for(mesh, len(ids), batch_size)
+    with Progress("evaluation, caption", len(ids)) as progress:
+        for start in range(0, len(ids), batch_size):
+            block = buckets.cut(ids[start : start + batch_size], text_buckets)
+            padded = np.concatenate([block, np.repeat(block[-1:], batch_size - len(block), axis=0)])
+            local = padded[sharding.process_rows(mesh, batch_size)]
+            placed = sharding.to_global(mesh, {"ids": local})["ids"]
+            rows.append(np.asarray(encode(params, placed))[: len(block)])
+            progress.advance(start + len(block))
     return np.concatenate(rows)
 
 
@@ -128,7 +144,8 @@ def evaluate(
 ) -> Evaluation:
     """Embeds a split with these parameters and compares all of it."""
     encode_video, encode_text = encoders
-    videos = embed_videos(encode_video, params, mesh, data.videos())
+    count = int(data.video_of_text.max()) + 1
+    videos = embed_videos(encode_video, params, mesh, data.videos(), count)
     reading = batch_size, data.text_buckets
     texts = embed_texts(encode_text, params, mesh, data.ids, *reading)
     misses = data.missed_texts, data.missed_videos
@@ -180,7 +197,8 @@ def _query_bank(
     """With captions of training clips in the bank for texts, the clips in that for videos."""
     if data.bank is None:
         raise ValueError("query_bank needs a bank of training clips")
-    of_videos = embed_videos(encoders[0], params, mesh, data.bank.videos())
+    bank = data.bank
+    of_videos = embed_videos(encoders[0], params, mesh, bank.videos(), len(bank.ids))
     reading = batch_size, data.text_buckets
-    of_texts = embed_texts(encoders[1], params, mesh, data.bank.ids, *reading)
+    of_texts = embed_texts(encoders[1], params, mesh, bank.ids, *reading)
     return rescoring.query_bank(of_texts, videos), rescoring.query_bank(of_videos, texts)

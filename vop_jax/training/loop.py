@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from vop_jax import interrupt
 from vop_jax.training import hosts, prefetch
 from vop_jax.training.checkpoint import Checkpoints
+from vop_jax.training.progress import Progress
 from vop_jax.training.step import Batch, Metrics, TrainState
 from vop_jax.training.writer import NoWriter
 
@@ -80,6 +81,7 @@ def fit(
         interrupt.deferred(),
         contextlib.closing(prefetch.placed(mesh, left)) as placed,
         prefetch.Idle() as idle,
+        Progress("step", config.steps, first, "compiling, then the first step") as progress,
     ):
         while step < config.steps:
             batch, wait = idle.next(placed)
@@ -91,11 +93,15 @@ def fit(
             unread.append((step, metrics))
             if len(unread) >= STARTED:
                 jax.block_until_ready(unread[-STARTED][1])
+                progress.advance(step - STARTED + 1)
             preempted = hosts.preempted()
             stop = preempted or interrupt.requested()
             last = step == config.steps
             if step == first + 1 or step % config.log_every == 0 or last:
-                _log(unread, step, config, clock, writer, schedule, compiling=step == first + 1)
+                note = _log(unread, step, clock, writer, schedule, compiling=step == first + 1)
+                progress.advance(step, note)
+                if step == first + 1 or last:
+                    logging.info("%s", progress.line())
                 unread, clock = [], Clock()
             if step % config.checkpoint_every == 0 or last or stop:
                 _fetch(unread)
@@ -116,33 +122,24 @@ def fit(
 def _log(
     unread: list[tuple[int, Metrics]],
     step: int,
-    config: ConfigDict,
     clock: Clock,
     writer: NoWriter,
     schedule: Callable[[int], Any],
     *,
     compiling: bool,
-) -> None:
-    """Reads the metrics since the last line and reports their mean."""
+) -> str:
+    """Writes the mean of the metrics since the last line; returns what people read of it."""
     values = _fetch(unread)
     scalars = {key: float(np.mean([v[key] for v in values])) for key in values[0]}
     scalars["learning_rate"] = float(schedule(step - 1))
     if not compiling:  # the first step's time is the compiler's
         scalars |= clock.rates()
     writer.write_scalars(step, scalars)
+    note = f"loss {scalars['loss']:.4f}"
     if compiling:
-        logging.info("step %d/%d  loss %.4f  (compiled)", step, config.steps, scalars["loss"])
-        return
-    left = (config.steps - step) * config.batch_size / scalars["videos_per_second"]
-    logging.info(
-        "step %d/%d  loss %.4f  %.1f videos/s  %.0f%% waiting for data  %s left",
-        step,
-        config.steps,
-        scalars["loss"],
-        scalars["videos_per_second"],
-        100 * scalars["data_wait"],
-        f"{int(left) // 60}:{int(left) % 60:02d}",
-    )
+        return note
+    speed, wait = scalars["videos_per_second"], scalars["data_wait"]
+    return f"{note}  {speed:.1f} videos/s  {wait:.0%} waiting for data"
 
 
 def _fetch(unread: list[tuple[int, Metrics]]) -> list[dict[str, float]]:
