@@ -5,13 +5,18 @@ a key that is not declared here cannot be set anywhere.
 """
 
 import difflib
+import json
 import math
+import os
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from vop_jax.errors import UserError
+
+CONFIG_FILE = "config.json"  # of a workdir
 
 
 def base_config() -> ConfigDict:
@@ -146,6 +151,11 @@ def base_config() -> ConfigDict:
     return c.lock()
 
 
+def get_config() -> ConfigDict:
+    """This file as a config file: what a command line without --config starts from."""
+    return base_config()
+
+
 ALLOWED = {
     "clip.activation": ("", "quick_gelu", "gelu"),
     "data.kind": (
@@ -223,6 +233,7 @@ RESUMABLE = (
     "compute.remat",
     "compute.frame_chunk",
 )
+EVALUABLE = (*RESUMABLE, "data.eval_split", "eval.missing")  # may differ with --mode=eval, export
 
 
 def flatten_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -247,6 +258,46 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
         return filled
 
     return fill(base_config().to_dict(), config)
+
+
+def from_json(text: bytes, where: Any) -> ConfigDict:
+    """The config of a config.json, with the defaults of keys that are newer than it.
+
+    Raises:
+        UserError: it is damaged, or has keys or values that no config has; names `where`.
+    """
+    try:
+        config, given = base_config(), flatten_config(completed(json.loads(text)))
+        check_keys(given)
+        for key, value in given.items():
+            section, _, name = key.rpartition(".")
+            place = config[section] if section else config
+            is_tuple = isinstance(place[name], tuple)
+            place[name] = _as_tuple(value) if is_tuple else value
+        return config
+    except (ValueError, TypeError, AttributeError, KeyError, UserError) as error:
+        line = " ".join(str(error).split())
+        raise UserError(
+            f"{where}: damaged, or of another version ({line}); delete it to go on with the "
+            "--config of a command"
+        ) from None
+
+
+def workdir_config(workdir: str | os.PathLike) -> ConfigDict | None:
+    """The config that a workdir's run has; None where there is none.
+
+    Raises:
+        UserError: its config.json is damaged.
+    """
+    path = epath.Path(workdir) / CONFIG_FILE
+    return from_json(path.read_bytes(), path) if path.exists() else None
+
+
+def _as_tuple(value: Any) -> Any:
+    """Lists, which JSON makes of tuples, as tuples again."""
+    if isinstance(value, list | tuple):
+        return tuple(tuple(v) if isinstance(v, list) else v for v in value)
+    return (value,)
 
 
 def extra_rows(config: Mapping[str, Any]) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """A config becomes a run: train, evaluate, export and params, each read top to bottom."""
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -22,83 +23,136 @@ from vop_jax.tuning import partition
 from vop_jax.tuning.prompts_file import load_prompts
 
 
-def train(config: ConfigDict, workdir: str, writer: Writer | None = None) -> dict[str, Any]:
+def train(
+    config: ConfigDict, workdir: str, writer: Writer | None = None, extend: bool = False
+) -> dict[str, Any]:
     """Trains, or continues what `workdir` holds; evaluates, exports; returns the summary.
 
     Args:
         writer: given the scalars in place of TensorBoard.
+        extend: whether a run of fewer steps may go on to `config.train.steps`. Its parameters and
+            optimizer state are continued, by the schedule of the new number.
 
     Raises:
         UserError: the config or the input is wrong, or the workdir is another run's.
         NonFiniteLoss: training diverged.
         Interrupted: a signal; the same call continues.
     """
-    with start.opened(config, workdir, _pretrain) as run:
-        steps = config.train.steps if run.state.trainable else 0
+    with start.opened(config, workdir, _pretrain, extend) as run:
+        # ---- What is trained, and on what.
+        steps, first = config.train.steps if run.state.trainable else 0, int(run.state.step)
         if steps:
             formats.log_limits(run)
         data = run_data.load_data(run, training=bool(steps))
         selection = Selection(run)
-        first = int(run.state.step)
         if not first:
             selection.reset()
 
-        with MetricWriter(workdir, first, writer) if hosts.is_first() else NoWriter() as metrics:
+        with _metrics_of(run, data, writer) as metrics:
+            evaluations = _Evaluations(run, data, selection, metrics)
+            during, found = selection.prefix, None
 
-            def logged(step: int, prefix: str = "") -> results.Results | None:
-                return hosts.on_first(lambda: results.logged_results(workdir, step, prefix))
-
-            def evaluate_at(trainable: Any, step: int, prefix: str = "") -> evaluation.Evaluation:
-                split = data.val_set if prefix else data.eval_set
-                assert split is not None  # `prefix` is set where there is one
-                found = _evaluate(run, split, partition.merge(trainable, run.frozen))
-                if prefix:
-                    selection.consider(trainable, step, found.results)
-                if logged(step, prefix) is None:
-                    metrics.write_scalars(step, results.to_scalars(found.results, prefix))
-                shown = results.format_results(found.results)
-                logging.info("step %d%s\n%s", step, prefix and f", {prefix[:-1]} split", shown)
-                return found
-
-            during = results.VALIDATION if selection.active else ""
-            found, before = None, logged(0)
+            # ---- Before. A run that is continued starts from there again if it has to.
+            before = evaluations.logged(0)
             if before is None:
-                found = evaluate_at(run.state.trainable, 0)
+                initial = run.initial() if first else run.state.trainable
+                found = evaluations.at(0, initial)
                 before = found.results
+
+            # ---- Training. A run that was stopped before an evaluation makes up for it.
             if first < steps:
                 due = config.train.eval_every and first and first % config.train.eval_every == 0
-                if due and logged(first, during) is None:
-                    evaluate_at(run.state.trainable, first, during)  # before the run was stopped
-                logging.info("training %s, steps %d to %d", run.method.name, first + 1, steps)
-                optimizer, parts = make_optimizer(config.train), config.train.microbatches
-                train_step = make_train_step(run.model, optimizer, run.mesh, parts)
-                step_fn: loop.Step = CompiledStep(train_step, run.mesh, data.text_widths)
-                if data.cache:
-                    step_fn = run_cache.filled(run, data.cache).before(step_fn)
-                run.state = loop.fit(
-                    step_fn,
-                    run.state,
-                    run.frozen,
-                    data.train_batches(first),
-                    mesh=run.mesh,
-                    config=config.train,
-                    checkpoints=run.checkpoints,
-                    meta={
-                        "clip_fingerprint": run.clip.fingerprint,
-                        "clip_name": run.clip.name,
-                        "learnt_from": data.learnt_from,
-                    },
-                    writer=metrics,
-                    schedule=learning_rate(config.train),
-                    evaluate=lambda state, step: evaluate_at(state.trainable, step, during),
-                )
-            if steps and during and logged(steps, during) is None:
-                evaluate_at(run.state.trainable, steps, during)
+                if due and evaluations.logged(first, during) is None:
+                    evaluations.at(first, run.state.trainable, during)
+                _fit(run, data, metrics, evaluations, during)
+            if steps and during and evaluations.logged(steps, during) is None:
+                evaluations.at(steps, run.state.trainable, during)
+
+            # ---- After.
             if steps or found is None:
-                found = evaluate_at(selection.trainable(), steps)
+                found = evaluations.at(steps, selection.trainable())
         save_result(run, selection.trainable(), PROMPTS_FILE)
         chosen = selection.chosen()
         return hosts.on_first(lambda: results.write_summary(run, data, before, found, chosen))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Evaluations:
+    """A run's evaluations, each logged once a step; those of a selection's split choose."""
+
+    run: start.Run
+    data: run_data.Data
+    selection: Selection
+    metrics: NoWriter
+
+    def logged(self, step: int, prefix: str = "") -> results.Results | None:
+        """What an earlier start of this run has logged."""
+        workdir, of = self.run.workdir, self._split(prefix).fingerprint
+        return hosts.on_first(lambda: results.logged_results(workdir, step, of, prefix))
+
+    def at(self, step: int, trainable: Any, prefix: str = "") -> evaluation.Evaluation:
+        """Evaluates these parameters, those of `step`."""
+        split, of = self._split(prefix), prefix and f" on the {prefix[:-1]} split"
+        logging.info("evaluating step %d%s", step, of)
+        found = _evaluate(self.run, split, partition.merge(trainable, self.run.frozen))
+        if prefix:
+            self.selection.consider(trainable, step, found.results)
+        if self.logged(step, prefix) is None:
+            scalars = results.to_scalars(found.results, prefix)
+            self.metrics.write_scalars(step, scalars, split.fingerprint)
+        logging.info("step %d%s\n%s", step, of, results.format_results(found.results))
+        return found
+
+    def _split(self, prefix: str) -> evaluation.EvalSet:
+        split = self.data.val_set if prefix else self.data.eval_set
+        assert split is not None  # `prefix` is set where there is one
+        return split
+
+
+def _metrics_of(run: start.Run, data: run_data.Data, writer: Writer | None) -> NoWriter:
+    if not hosts.is_first():
+        return NoWriter()
+    splits = [split.fingerprint for split in (data.eval_set, data.val_set) if split]
+    return MetricWriter(run.workdir, int(run.state.step), writer, splits)
+
+
+def _fit(
+    run: start.Run, data: run_data.Data, metrics: NoWriter, evaluations: _Evaluations, prefix: str
+) -> None:
+    """The steps from the run's state to the last; changes the state."""
+    config, first, steps = run.config, int(run.state.step), run.config.train.steps
+    phase = "2 of 2: " if start.pretrains(config) else ""
+    logging.info("%straining %s, steps %d to %d", phase, run.method.name, first + 1, steps)
+    extended_at = run.meta.get("extended_at", [])
+    if run.meta.get("steps", steps) != steps:
+        logging.info("a run of %d steps, extended: the schedule of %d", run.meta["steps"], steps)
+        extended_at = [*extended_at, first]
+    run.meta = {
+        "clip_fingerprint": run.clip.fingerprint,
+        "clip_name": run.clip.name,
+        "learnt_from": data.learnt_from,
+        "steps": steps,
+        "extended_at": extended_at,
+    }
+    optimizer, parts = make_optimizer(config.train), config.train.microbatches
+    train_step = make_train_step(run.model, optimizer, run.mesh, parts)
+    dtype, left = config.compute.dtype, steps - first
+    step_fn: loop.Step = CompiledStep(train_step, run.mesh, data.text_widths, left, dtype)
+    if data.cache:
+        step_fn = run_cache.filled(run, data.cache).before(step_fn)
+    run.state = loop.fit(
+        step_fn,
+        run.state,
+        run.frozen,
+        data.train_batches(first),
+        mesh=run.mesh,
+        config=config.train,
+        checkpoints=run.checkpoints,
+        meta=run.meta,
+        writer=metrics,
+        schedule=learning_rate(config.train),
+        evaluate=lambda state, step: evaluations.at(step, state.trainable, prefix),
+    )
 
 
 def evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
@@ -114,7 +168,8 @@ def evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
         params = partition.merge(selection.trainable(), run.frozen)
         found = _evaluate(run, data.eval_set, params)
         logging.info("step %d\n%s", int(run.state.step), results.format_results(found.results))
-        before, chosen = results.logged_results(workdir, 0), selection.chosen()
+        before = results.logged_results(workdir, 0, data.eval_set.fingerprint)
+        chosen = selection.chosen()
         return hosts.on_first(lambda: results.write_summary(run, data, before, found, chosen))
 
 
@@ -142,7 +197,7 @@ def _pretrain(config: ConfigDict, root: epath.Path) -> None:
             "set config.init.clip"
         )
     inner, workdir = pretrain_config(config), root / "pretrain"
-    logging.info("pre-training a CLIP (%s) on still frames", config.clip.arch)
+    logging.info("1 of 2: pre-training a CLIP (%s) on stills", config.clip.arch)
     train(inner, str(workdir))
     trained = load_prompts(workdir / PROMPTS_FILE)  # all of CLIP: the method is `full`
     save = partial(
@@ -178,8 +233,7 @@ def _evaluate(run: start.Run, split: evaluation.EvalSet, params: Any) -> evaluat
 
 
 def _check_trained(run: start.Run) -> None:
-    trained = run.checkpoints.latest_step() is not None or run.config.init.prompts
-    if not trained and run.state.trainable:
+    if not run.meta and not run.config.init.prompts and run.state.trainable:
         raise UserError(
             f"--workdir={run.workdir}: no checkpoint; train first, or set config.init.prompts"
         )

@@ -16,7 +16,8 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from vop_jax import command
-from vop_jax.config import check_keys
+from vop_jax import config as config_defaults
+from vop_jax.config import check_keys, flatten_config, workdir_config
 from vop_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def parse_flags(argv: Sequence[str], usage: str) -> None:
         print(f"{usage.strip()}\n\n{flags.FLAGS.module_help(module)}")
         sys.exit(0)
     try:
-        _check_config_file(argv)
+        argv = _with_config_file(argv)
         overrides = (a.lstrip("-") for a in argv if re.match("--?config[.]", a))
         check_keys(o.split("=")[0].removeprefix("config.") for o in overrides)
         with warnings.catch_warnings():
@@ -74,14 +75,57 @@ def parse_flags(argv: Sequence[str], usage: str) -> None:
         raise UserError(f"--config: {why}") from None
 
 
-def _check_config_file(argv: Sequence[str]) -> None:
-    """Before ml_collections does, which tells it in many words or as Python's errno."""
+def _with_config_file(argv: Sequence[str]) -> list[str]:
+    """The command line with a --config that exists; ml_collections says it in many words.
+
+    A workdir that has a config needs no other; what the flags change is then counted from it, see
+    `_config`.
+    """
+    if (value := _value(argv, "config")) is not None:
+        path = value.partition(":")[0]
+        if not os.path.isfile(path):
+            raise UserError(f"--config={path}: no such file; configs/ has some")
+        return list(argv)
+    workdir = _value(argv, "workdir") if "mode" in flags.FLAGS else None
+    if not workdir or workdir_config(workdir) is None:
+        return list(argv)
+    return [argv[0], f"--config={config_defaults.__file__}", *argv[1:]]
+
+
+def _value(argv: Sequence[str], name: str) -> str | None:
+    """Of --NAME=VALUE or --NAME VALUE, the last one; None without."""
+    found = None
     for flag, following in zip(argv, [*argv[1:], ""], strict=True):
-        if given := re.fullmatch("--?config(?:=(.*))?", flag):
-            value = following if given[1] is None else given[1]  # --config FILE, --config=FILE
-            path = value.partition(":")[0]
-            if not os.path.isfile(path):
-                raise UserError(f"--config={path}: no such file; configs/ has some")
+        if given := re.fullmatch(f"--?{name}(?:=(.*))?", flag):
+            found = following if given[1] is None else given[1]
+    return found
+
+
+def _config(workdir: str, mode: str) -> ConfigDict:
+    """The config that is asked for: of a workdir to be looked at, its own.
+
+    Without --config, and with --mode=eval or export, it is that of the workdir, if it has one, with
+    the changes that are said on the command line. A config file is only a start for new runs, but
+    where it says the method or the dataset they are meant.
+    """
+    given, flag = flags.FLAGS.config, flags.FLAGS["config"]
+    file, _, method = (config_flags.get_config_filename(flag) or "").partition(":")
+    no_file = file == config_defaults.__file__
+    if mode not in ("eval", "export") and not no_file:
+        return given
+    own = workdir_config(workdir) if workdir else None
+    if own is None:
+        return given
+    said = _said() + ([] if no_file else ["data.kind"])
+    said += ["method.name"] if method else []
+    for key in said:
+        own.update_from_flattened_dict({key: flatten_config(given)[key]})
+    return own
+
+
+def _said() -> list[str]:
+    """The keys, as "train.steps", that the command line sets."""
+    return list(config_flags.get_override_values(flags.FLAGS["config"]))
 
 
 def _check_flags(config: Any) -> None:
@@ -119,7 +163,9 @@ def main(argv: Sequence[str]) -> int:
         given = flags.FLAGS
         command.set_up_logging()
         join(given.coordinator, given.processes, given.process, given.timeout, given.mode)
-        return run(given.config, given.workdir or "", given.mode, given.json, given.format)
+        workdir, extend = given.workdir or "", "train.steps" in _said()
+        config = _config(workdir, given.mode)
+        return run(config, workdir, given.mode, given.json, given.format, extend=extend)
 
     return finish(program)
 
@@ -152,8 +198,9 @@ def run(
     json_path: str | None = None,
     form: str = FORMATS[0],
     writer: "Writer | None" = None,
+    extend: bool = False,
 ) -> int:
-    """Runs one mode and prints its result; `writer` as of `experiment.train`."""
+    """Runs one mode and prints its result; `writer` and `extend` as of `experiment.train`."""
     # Imported here so that a wrong call is answered at once.
     from vop_jax import atomic, experiment, parameters, results
     from vop_jax.training import hosts
@@ -174,7 +221,7 @@ def run(
         if mode == "eval":
             summary = experiment.evaluate(config, workdir)
         else:
-            summary = experiment.train(config, workdir, writer)
+            summary = experiment.train(config, workdir, writer, extend)
     except NonFiniteLoss as error:
         print(f"error: {error}; {workdir}/checkpoints keeps the last good state", file=sys.stderr)
         return 1

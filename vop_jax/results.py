@@ -1,6 +1,7 @@
 """What a run leaves: its scalars, its summary, its rankings; and how people read them."""
 
 import json
+import os
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -9,12 +10,11 @@ import numpy as np
 
 from vop_jax import atomic, parameters, start
 from vop_jax.data.annotations.benchmarks import BENCHMARKS
-from vop_jax.run_data import Data
+from vop_jax.run_data import Data, by_chance
 from vop_jax.training.evaluate import Evaluation
-from vop_jax.training.writer import read_metrics
+from vop_jax.training.writer import MEASURED_ON, read_metrics
 
 SUMMARY_FILE = "summary.json"
-VALIDATION = "val_"  # begins the names of what is measured on the validation split
 RANKINGS_FILE = "rankings.jsonl"
 
 # {"t2v": {"R@1": …, "MdR": …}, "v2t": …}, more sides as `evaluate.Evaluation` says, and, of the
@@ -40,6 +40,7 @@ def write_summary(
     summary = {
         "method": run.method.name,
         "steps": int(run.state.step),
+        "extended_at": run.meta.get("extended_at", []),
         "trainable_params": true,
         "paper_params": paper,
         **after.results,
@@ -95,15 +96,27 @@ def to_scalars(results: Results, prefix: str = "") -> dict[str, float]:
     }
 
 
-def logged_results(workdir: str, step: int, prefix: str = "") -> Results | None:
-    """The evaluation that an earlier start of this run logged at `step`, if any."""
+def logged_results(
+    workdir: str | os.PathLike, step: int, measured_on: str, prefix: str = ""
+) -> Results | None:
+    """The evaluation that an earlier start of this run logged at `step`, if any.
+
+    Args:
+        measured_on: the fingerprint of the split that is asked about, see `EvalSet`.
+    """
     for line in read_metrics(workdir):
-        if line["step"] == step and any(key.startswith(f"{prefix}t2v/") for key in line):
-            results: Results = {}
-            for key, value in line.items():
-                if "/" in key:
-                    side, name = key.removeprefix(prefix).split("/", 1)
-                    results.setdefault(side, {})[name] = value
+        if line["step"] != step or not any(key.startswith(f"{prefix}t2v/") for key in line):
+            continue
+        if line.get(MEASURED_ON, measured_on) != measured_on:  # older lines lack it
+            continue
+        results: Results = {}
+        for key, value in line.items():
+            if "/" in key:
+                side, name = key.removeprefix(prefix).split("/", 1)
+                results.setdefault(side, {})[name] = value
+        # A damaged line may still be JSON, with other names.
+        names = {frozenset(results.get(side, ())) for side in ("v2t", *_sides(results))}
+        if len(names) == 1:
             return results
     return None
 
@@ -139,7 +152,8 @@ def format_summary(summary: dict[str, Any], workdir: str) -> str:
     width = max(map(len, sides)) + 11
     rows = [
         f"{summary['method']}, {summary['steps']} steps, {summary['trainable_params']:,} trained "
-        f"parameters; {summary['num_texts']} captions x {summary['num_videos']} videos",
+        f"parameters; {summary['num_texts']} captions x {summary['num_videos']} videos"
+        f"{by_chance(summary['num_videos'])}",
         " " * width + "".join(f"{name:>8}" for name in names),
     ]
     for side in sides:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from absl import logging
+from ml_collections import ConfigDict
 
 from vop_jax import buckets, run_cache, start
 from vop_jax.config import extra_rows
@@ -19,7 +20,10 @@ from vop_jax.data.pipeline import eval_videos, train_batches
 from vop_jax.data.shards import label_of
 from vop_jax.errors import UserError
 from vop_jax.training import hosts, sharding
-from vop_jax.training.evaluate import Bank, EvalSet
+from vop_jax.training.evaluate import Bank, EvalSet, batch_size_for
+
+Reading = Callable[[Split], dict[str, Any]]  # the arguments of `eval_videos` for a split
+FEW = 50  # evaluated videos, of which figures say little
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +66,10 @@ def load_data(run: start.Run, *, training: bool = True) -> Data:
         select=config.train.select,
         training=training or "query_bank" in extra_rows(config),
     )
+    if training:
+        check_batch(config)
     packed = packed_once(load)
+    _check_sizes(run, packed, training)
     hosts.agree({f"split {name!r}": _content(split) for name, split in packed.splits.items()})
     train_split = packed.splits.get(config.data.train_split)
     learnt_from = _digest(train_split) if training and train_split else ""
@@ -76,19 +83,13 @@ def load_data(run: start.Run, *, training: bool = True) -> Data:
     tokenized = sources.TokenizedCaptions(in_train, train_ids)
     missed = test.skipped if config.eval.missing == "miss" else []
     missed_texts = sum(len(clip.captions) for clip in missed)
-    shared = {
-        "image_size": clip.image_size,
-        "frames": config.data.frames,
-        "sampling": config.data.sampling,
-        "threads": config.data.threads,
-    }
     train_buckets, train_batch = _train_buckets(run, train_ids), config.train.batch_size
+    reading = partial(_in_evaluation, run)
     cache = run_cache.plan(run, train_split) if training and train_split else None
-    in_evaluation = _batches_of(run, config.eval.batch_size) | shared
     data = Data(
         packed=packed,
         eval_set=EvalSet(
-            videos=partial(eval_videos, test, **in_evaluation),
+            videos=partial(eval_videos, test, **reading(test)),
             ids=ids,
             video_of_text=np.repeat(np.arange(len(test)), [len(c) for c in test.captions]),
             contrasts={
@@ -98,10 +99,11 @@ def load_data(run: start.Run, *, training: bool = True) -> Data:
             missed_texts=missed_texts,
             missed_videos=len(missed),
             extra=extra_rows(config),
-            bank=_bank(run, packed, tokenize, in_evaluation),
+            bank=_bank(run, packed, tokenize, reading),
             text_buckets=_buckets(run),
+            fingerprint=_fingerprint(run, test),
         ),
-        val_set=_val_set(run, packed, tokenize, in_evaluation),
+        val_set=_val_set(run, packed, tokenize, reading),
         train_batches=lambda first: train_batches(
             packed.splits[config.data.train_split],
             tokenized,
@@ -115,7 +117,7 @@ def load_data(run: start.Run, *, training: bool = True) -> Data:
             text_buckets=train_buckets,
             drawn=cache.drawn if cache else None,
             **_batches_of(run, train_batch),
-            **shared,
+            **_reading(run),
         ),
         learnt_from=learnt_from,
         text_widths=buckets.widths(train_ids, train_buckets, train_batch) if in_train else (),
@@ -128,6 +130,42 @@ def load_data(run: start.Run, *, training: bool = True) -> Data:
     return data
 
 
+def check_batch(config: ConfigDict) -> None:
+    """Raises UserError for a batch that teaches nothing."""
+    if config.train.batch_size == 1:
+        raise UserError(
+            "config.train.batch_size=1: the loss compares the clips of a batch with each other, of "
+            "one it is always 0; use 2 or more"
+        )
+
+
+def _check_sizes(run: start.Run, packed: Packed, training: bool) -> None:
+    """Raises UserError for splits of which nothing can be learnt or measured."""
+    keys = ("train_split", "eval_split") if training else ("eval_split",)
+    for key in keys:
+        name = run.config.data[key]
+        if not len(packed.splits[name]):
+            raise UserError(f"config.data.{key}={name!r}: none of its clips can be read")
+    if training:
+        name = run.config.data.train_split
+        split = packed.splits[name]
+        captions = {caption for captions in split.captions for caption in captions}
+        if len(split) == 1 or len(captions) == 1:
+            what = "has one clip" if len(split) == 1 else "has the same caption for all clips"
+            raise UserError(
+                f"config.data.train_split={name!r}: {what}, and the loss compares clips with each "
+                "other's captions: nothing can be learnt from it"
+            )
+
+
+def by_chance(videos: int) -> str:
+    """What chance finds among so few videos; "" where they are enough for a figure to mean much."""
+    if videos >= FEW:
+        return ""
+    chance = ", ".join(f"R@{k} {100 * min(1, k / videos):.3g} %" for k in (1, 5, 10))
+    return f" (by chance {chance})"
+
+
 def packed_once(load: Callable[[], Packed]) -> Packed:
     """What `load` gives: called by the first process, then by the others, who find it packed."""
     first: list[Packed] = []
@@ -137,9 +175,7 @@ def packed_once(load: Callable[[], Packed]) -> Packed:
 
 def _check_continued(run: start.Run, learnt_from: str) -> None:
     """Raises UserError where the workdir's run learnt from another training split."""
-    if not learnt_from or run.checkpoints.latest_step() is None:
-        return
-    if run.checkpoints.meta().get("learnt_from", learnt_from) != learnt_from:  # older ones lack it
+    if learnt_from and run.meta.get("learnt_from", learnt_from) != learnt_from:  # older: none
         raise UserError(
             f"--workdir={run.workdir}: holds a run that learnt from other clips or captions than "
             f"this {run.config.data.train_split!r} split's; use another workdir, or that data to "
@@ -155,6 +191,26 @@ def _digest(split: Split) -> str:
     return hashlib.sha256(_content(split).encode()).hexdigest()
 
 
+def _fingerprint(run: start.Run, split: Split) -> str:
+    """Of all that evaluations of one config may differ in; figures of another are not compared."""
+    missed = [(clip.id, clip.captions) for clip in split.skipped]
+    facts = [run.clip.fingerprint, _content(split), missed, run.config.eval.missing]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def _reading(run: start.Run) -> dict[str, Any]:
+    """What training and evaluation read of a clip."""
+    data = run.config.data
+    of_data = {key: data[key] for key in ("frames", "sampling", "threads")}
+    return of_data | {"image_size": run.clip.config.image_size}
+
+
+def _in_evaluation(run: start.Run, split: Split) -> dict[str, Any]:
+    """How a split is read; a few clips are not padded to a whole `eval.batch_size`."""
+    batch_size = batch_size_for(run.mesh, len(split), run.config.eval.batch_size)
+    return _batches_of(run, batch_size) | _reading(run)
+
+
 def _batches_of(run: start.Run, batch_size: int) -> dict[str, Any]:
     """The size of a global batch and this process's rows of it."""
     rows = sharding.process_rows(run.mesh, batch_size)
@@ -162,7 +218,7 @@ def _batches_of(run: start.Run, batch_size: int) -> dict[str, Any]:
 
 
 def _val_set(
-    run: start.Run, packed: Packed, tokenize: sources.CaptionTokenizer, reading: dict[str, Any]
+    run: start.Run, packed: Packed, tokenize: sources.CaptionTokenizer, reading: Reading
 ) -> EvalSet | None:
     """What a checkpoint is chosen on, if one is."""
     config = run.config
@@ -170,10 +226,11 @@ def _val_set(
         return None
     split = packed.splits[config.data.val_split]
     return EvalSet(
-        videos=partial(eval_videos, split, **reading),
+        videos=partial(eval_videos, split, **reading(split)),
         ids=tokenize([caption for captions in split.captions for caption in captions]),
         video_of_text=np.repeat(np.arange(len(split)), [len(c) for c in split.captions]),
         text_buckets=_buckets(run),
+        fingerprint=_fingerprint(run, split),
     )
 
 
@@ -191,7 +248,7 @@ def _train_buckets(run: start.Run, ids: np.ndarray) -> tuple[int, ...]:
 
 
 def _bank(
-    run: start.Run, packed: Packed, tokenize: sources.CaptionTokenizer, reading: dict[str, Any]
+    run: start.Run, packed: Packed, tokenize: sources.CaptionTokenizer, reading: Reading
 ) -> Bank | None:
     """`eval.bank` clips of the training split and the first caption of each, if asked for.
 
@@ -215,7 +272,7 @@ def _bank(
     part = Part(train_split, "bank", members[: config.eval.bank])
     logging.info("query bank: %d clips of %r", len(part), config.data.train_split)
     return Bank(
-        videos=partial(eval_videos, part, **reading),
+        videos=partial(eval_videos, part, **reading(part)),
         ids=tokenize([captions[0] for captions in part.captions]),
     )
 
@@ -232,6 +289,11 @@ def _report_data(run: start.Run, data: Data) -> None:
         learnt = data.packed.splits[run.config.data.train_split].captions
         if warning := sources.flip_warning(run.config.data, learnt):
             logging.warning("%s", warning)
+    if few := by_chance(data.num_videos):
+        logging.warning(
+            "%r has %d videos%s: figures of so few say little",
+            *(run.config.data.eval_split, data.num_videos, few),
+        )
     if data.cut_captions:
         slots = run.method.text_slots(run.clip.config)
         logging.warning("%d captions cut to %d token slots, EOT kept", data.cut_captions, slots)

@@ -7,9 +7,11 @@ from typing import Any
 from absl import logging
 
 from vop_jax import atomic, start
+from vop_jax.errors import UserError
 from vop_jax.training import hosts, sharding
 from vop_jax.tuning.prompts_file import PromptSet, load_prompts, save_prompts
 
+VALIDATION = "val_"  # begins the names of what is measured on the validation split
 BEST_FILE, BEST_NOTE = "best.safetensors", "best.json"
 
 HOW_VIDEOS_ARE_READ = ("frames", "sampling", "short_side", "stored_fps", "folder_fps")
@@ -26,6 +28,11 @@ class Selection:
     @property
     def active(self) -> bool:
         return self.run.config.train.select == "best"
+
+    @property
+    def prefix(self) -> str:
+        """Begins the names of what is measured during training: the selection's, if it has any."""
+        return VALIDATION if self.active else ""
 
     def reset(self) -> None:
         """Forgets what an attempt that was started over has left."""
@@ -57,7 +64,20 @@ class Selection:
         path = self.run.workdir / BEST_NOTE
         if not self.active:
             return None
-        return hosts.on_first(lambda: json.loads(path.read_text()) if path.exists() else None)
+
+        def read() -> dict[str, Any] | None:
+            if not path.exists():
+                return None
+            try:
+                note = json.loads(path.read_bytes())
+                return {key: note[key] for key in ("split", "step", "score")}
+            except (ValueError, TypeError, KeyError):
+                raise UserError(
+                    f"{path}: damaged; delete {BEST_NOTE} and {BEST_FILE} to go on without the "
+                    "best step so far"
+                ) from None
+
+        return hosts.on_first(read)
 
     def trainable(self) -> Any:
         """The chosen parameters, or those of the newest step."""

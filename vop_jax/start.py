@@ -40,7 +40,6 @@ from vop_jax.tuning.frame_tables import has_frame_tables, interpolate_frames
 from vop_jax.tuning.methods import MethodConfig
 from vop_jax.tuning.prompts_file import check_same_clip, load_prompts
 
-CONFIG_FILE = "config.json"
 CLIP_FILE = "clip.safetensors"  # of a workdir that pre-trained its own
 STORES = "pip install -e '.[gcs]'"  # brings what opens gs://
 
@@ -52,6 +51,8 @@ class Run:
     Attributes:
         state: the trainable parameters with step and optimizer state.
         frozen: all other parameters.
+        initial: the trainable parameters before the first step, on the mesh.
+        meta: what was saved beside the state; empty where nothing was.
     """
 
     config: ConfigDict
@@ -62,7 +63,9 @@ class Run:
     model: TextVideoModel
     state: TrainState
     frozen: Any
+    initial: Callable[[], Any]
     checkpoints: Checkpoints
+    meta: dict[str, Any]
 
     @functools.cached_property
     def encoders(self) -> tuple[Encode, Encode]:
@@ -85,12 +88,15 @@ def opened(
     config: ConfigDict,
     workdir: str,
     pretrain: Callable[[ConfigDict, epath.Path], None] | None = None,
+    extend: bool = False,
 ) -> Iterator[Run]:
     """Claims the workdir for this process and brings CLIP and state to the mesh.
 
     Args:
         pretrain: called when the config asks for a CLIP trained from nothing and the workdir
-            has none yet; leaves one there under CLIP_FILE. None: that is an error.
+            has none yet; leaves one there under CLIP_FILE. None: nothing is trained, and the
+            workdir keeps the config that it learnt with.
+        extend: whether a run of fewer `train.steps` may go on to this config's.
 
     Raises:
         UserError: the config, the weights or the workdir are not what they should be.
@@ -102,14 +108,15 @@ def opened(
         hosts.agree(_facts(config))
         checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
         try:
-            hosts.on_first(lambda: _claim(root, config, checkpoints))
+            train = pretrain is not None
+            hosts.on_first(lambda: _claim(root, config, checkpoints, train=train, extend=extend))
             mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.model)
             check_kernel(config, mesh)
             _keep_compiled(config.compute.cache, root, mesh)
             sharding.check_batch(mesh, "train.batch_size", config.train.batch_size)
             sharding.check_batch(mesh, "eval.batch_size", config.eval.batch_size)
             sharding.check_microbatches(mesh, config.train.batch_size, config.train.microbatches)
-            if _pretrains(config) and hosts.on_first(lambda: not (root / CLIP_FILE).exists()):
+            if pretrains(config) and hosts.on_first(lambda: not (root / CLIP_FILE).exists()):
                 if pretrain is None:
                     raise UserError(f"--workdir={root}: no {CLIP_FILE} yet; train first")
                 pretrain(config, root)
@@ -237,24 +244,39 @@ def _keep_compiled(cache: str, root: epath.Path, mesh: Mesh) -> None:
         jax.config.update("jax_compilation_cache_dir", str(root / "compiled"))
 
 
-def _claim(root: epath.Path, config: ConfigDict, checkpoints: Checkpoints) -> None:
+def _claim(
+    root: epath.Path, config: ConfigDict, checkpoints: Checkpoints, *, train: bool, extend: bool
+) -> None:
     """Writes the workdir's config, unless it holds progress of a run with another one."""
-    path = root / CONFIG_FILE
-    before = json.loads(path.read_text()) if path.exists() else config
+    path = root / configs.CONFIG_FILE
     if checkpoints.latest_step() is None:  # nothing was learnt yet: start over where it is another
         passing = set(configs.RESUMABLE) - set(configs.INPUTS)
+        try:
+            before = configs.workdir_config(root) or config
+        except UserError:
+            before = configs.base_config()
         if configs.first_difference(config, before, passing):
             (root / METRICS_FILE).unlink(missing_ok=True)
-    elif difference := configs.first_difference(config, before):
+        atomic.write_json(path, config.to_dict())
+        return
+    before = configs.workdir_config(root) or config
+    more = config.train.steps > before.train.steps
+    passing = set(configs.RESUMABLE if train else configs.EVALUABLE)
+    passing |= {"train.steps"} if extend and more else set()
+    if difference := configs.first_difference(config, before, passing):
         key, mine, theirs = difference
+        further = f", or say --config.train.steps={mine} to train it further"
+        hint = further if key == "train.steps" and more else ""
         raise UserError(
             f"--workdir={root}: holds a run with config.{key}={theirs!r}, not {mine!r}; use "
-            "another workdir, or that value to continue it"
+            f"another workdir, or that value to continue it{hint}"
         )
-    atomic.write_json(path, config.to_dict())
+    if train or not path.exists():
+        atomic.write_json(path, config.to_dict())
 
 
-def _pretrains(config: ConfigDict) -> bool:
+def pretrains(config: ConfigDict) -> bool:
+    """Whether the run starts with training its own CLIP."""
     return bool(config.pretrain.steps) and not config.init.clip
 
 
@@ -264,7 +286,7 @@ def load_backbone(config: ConfigDict, root: epath.Path) -> ClipWeights:
     Raises:
         UserError: none of them is configured, or the weights are not what the config expects.
     """
-    if config.init.clip or _pretrains(config):
+    if config.init.clip or pretrains(config):
         clip = load_clip(config.init.clip or root / CLIP_FILE)
     elif config.method.name == "full" and config.clip.arch:
         clip = _random_clip(preset(config), config.seed)
@@ -323,17 +345,21 @@ def _prepare(
     sharding.check_rules(rules, list(tensorfile.flatten(params)))
     state = TrainState.create(trainable, make_optimizer(config.train))
     state = sharding.place(mesh, state, rules)
-    if checkpoints.latest_step() is not None:
-        made_over = checkpoints.meta()
-        if made_over["clip_fingerprint"] != clip.fingerprint:
+    meta: dict[str, Any] = {}
+
+    def check_clip(meta: dict[str, Any]) -> None:
+        if meta["clip_fingerprint"] != clip.fingerprint:
             raise UserError(
-                f"--workdir={root}: holds a run over {made_over['clip_name']}, not over the "
+                f"--workdir={root}: holds a run over {meta['clip_name']}, not over the "
                 f"given {clip.name}"
             )
-        state = checkpoints.restore(state)
+
+    if (restored := checkpoints.restore(state, check_clip)) is not None:
+        state, meta = restored
         logging.info("continuing %s from step %d", root, int(state.step))
     frozen = sharding.place(mesh, held(frozen, dtype), rules)
-    return Run(config, root, mesh, method, clip, model, state, frozen, checkpoints)
+    initial = functools.partial(sharding.place, mesh, trainable, rules)
+    return Run(config, root, mesh, method, clip, model, state, frozen, initial, checkpoints, meta)
 
 
 def _given_prompts(

@@ -165,7 +165,7 @@ def bank_of(train, test, *, bank=1000, extra="query_bank"):
     config.eval.update(extra=(extra,), bank=bank)
     packed = SimpleNamespace(splits={"train": train, "test": test})
     run = SimpleNamespace(config=config)
-    return run_data._bank(run, packed, lambda captions: captions, {})
+    return run_data._bank(run, packed, lambda captions: captions, lambda split: {})
 
 
 def test_the_bank_holds_training_clips_alone_with_their_first_captions():

@@ -56,8 +56,7 @@ class Run:
         self.step = jax.jit(make_train_step(self.model, optimizer, self.mesh), donate_argnums=0)
         self.workdir = str(workdir)
         self.checkpoints = Checkpoints(self.workdir, keep=2)
-        if self.checkpoints.latest_step() is not None:
-            self.state = self.checkpoints.restore(self.state)
+        self.state, self.meta = self.checkpoints.restore(self.state) or (self.state, {})
 
     def fit(self, source=batches, evaluate=lambda state, step: None):
         start = int(self.state.step)
@@ -196,8 +195,7 @@ def test_sigterm_saves_the_step_under_way(tmp_path):
 
 def test_checkpoints_hold_the_trainable_tree_only_and_are_pruned(tmp_path):
     Run(tmp_path).fit()
-    manager = Checkpoints(str(tmp_path), keep=2)
-    assert manager.meta() == {"note": "x"}
+    assert Run(tmp_path).meta == {"note": "x"}
     assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [4, 6]
     on_disk = {p.name for p in (tmp_path / "checkpoints" / "6" / "state").rglob("*")}
     assert not any("clip" in name for name in on_disk)
