@@ -18,6 +18,7 @@ from vop_jax import experiment, run_data, start
 from vop_jax.clip.weights import load_clip
 from vop_jax.config import base_config
 from vop_jax.tensorfile import read_metadata
+from vop_jax.training.optimizer import learning_rate
 from vop_jax.training.writer import read_metrics
 from vop_jax.tuning.prompts_file import load_prompts
 
@@ -129,6 +130,103 @@ def test_eval_and_export_agree_with_training(finished, call):
     status, out, _ = call("--mode=export", workdir=finished)
     assert status == 0 and "prompts.safetensors" in out
     assert (finished / "prompts.safetensors").read_bytes() == exported
+
+
+def test_a_workdir_is_looked_at_by_its_own_config(finished, call, folder, clip, tmp_path, capsys):
+    """Whatever the config file says, or without one; what the command line says must agree."""
+    shutil.copytree(finished, tmp_path / "run")
+    workdir, file = f"--workdir={tmp_path / 'run'}", f"--config={runs.ROOT / 'configs/folder.py'}"
+    exported = (finished / "prompts.safetensors").read_bytes()
+    config = (finished / "config.json").read_bytes()
+    own = ("--config.eval.batch_size=4", "--config.mesh.data=2")  # may differ
+    for given in ([workdir, *own], [file, workdir], [workdir, "--config.train.batch_size=8"]):
+        for mode in ("eval", "export"):
+            assert runs.call(*given, f"--mode={mode}") == 0
+    assert (tmp_path / "run/prompts.safetensors").read_bytes() == exported
+    assert (tmp_path / "run/config.json").read_bytes() == config
+    assert summary_of(tmp_path / "run")["t2v"] == summary_of(finished)["t2v"]
+    for contradiction, message in (
+        ("--config.method.visual_prompts=3", "holds a run with config.method.visual_prompts=2,"),
+        (f"{file}:proj", "holds a run with config.method.name='vop', not 'proj'"),
+        (f"--config={runs.ROOT / 'configs/msvd.py'}", "config.data.kind='folder', not 'msvd'"),
+    ):
+        capsys.readouterr()
+        status = runs.call(contradiction, workdir, "--mode=eval")
+        assert_refused((status, "", capsys.readouterr().err), message)
+    assert runs.call(workdir) == 0  # training without a file: it is finished
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [0, 1, 2, 4, 4]
+
+
+def test_more_steps_are_a_new_schedule(finished, call, tmp_path, capsys):
+    further = "--config.train.steps=6"
+    for name in ("whole", "killed"):
+        shutil.copytree(finished, tmp_path / name)
+    assert runs.call(f"--workdir={tmp_path / 'whole'}", further) == 0
+    summary = summary_of(tmp_path / "whole")
+    assert (summary["steps"], summary["extended_at"]) == (6, [4])
+    assert summary["before"] == summary_of(finished)["before"]
+    assert (tmp_path / "whole/prompts.safetensors").read_bytes() != (
+        finished / "prompts.safetensors"
+    ).read_bytes()
+    config = start.configs.workdir_config(tmp_path / "whole").train
+    lines = read_metrics(tmp_path / "whole")
+    assert [line["step"] for line in lines] == [0, 1, 2, 4, 4, 5, 6, 6]
+    rates = {line["step"]: line["learning_rate"] for line in lines if "learning_rate" in line}
+    assert config.steps == 6
+    assert rates[6] == pytest.approx(float(learning_rate(config)(5)))
+    # Killed after its first steps and taken up again: the same bits.
+    assert runs.call(f"--workdir={tmp_path / 'killed'}", further) == 0
+    shutil.rmtree(tmp_path / "killed/checkpoints/6")
+    assert runs.call(f"--workdir={tmp_path / 'killed'}") == 0
+    for name in ("prompts.safetensors", "config.json"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert summary_of(tmp_path / "killed")["extended_at"] == [4]
+    # Fewer are refused, and so are more where only a file says them.
+    refused = call("--config.train.steps=5", workdir=tmp_path / "whole")
+    assert_refused(refused, "holds a run with config.train.steps=6, not 5")
+
+
+def test_damage_in_a_workdir(finished, call, folder, clip, tmp_path):
+    """The checkpoint before, the same bits in the end, every line once; or one line."""
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    (workdir / "checkpoints/4/state/manifest.ocdbt").write_bytes(b"")
+    (workdir / "summary.json").write_bytes(b"")
+    lines = (workdir / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (workdir / "metrics.jsonl").write_bytes(b"\xff\xfe\x00\n" + b"".join(lines)[:-9])
+    assert call(workdir=workdir)[0] == 0
+    name = "prompts.safetensors"
+    assert (workdir / name).read_bytes() == (finished / name).read_bytes()
+    assert (workdir / "checkpoints/4.damaged").exists()
+    # The first step after a start is logged too.
+    assert [line["step"] for line in read_metrics(workdir)] == [0, 1, 2, 3, 4, 4]
+    for content in (b"", b"[]", b'{"train": 3}', b'{"train": {"steps": "4"}}'):
+        (workdir / "config.json").write_bytes(content)
+        assert_refused(call(workdir=workdir), "config.json: damaged", "delete it to go on")
+    for step in (2, 4):
+        (workdir / f"checkpoints/{step}/meta/metadata").unlink()
+    (workdir / "config.json").unlink()
+    refused = call(workdir=workdir)
+    assert_refused(refused, "no checkpoint can be read (step 4: meta/metadata is missing; step 2: ")
+
+
+def test_before_belongs_to_the_data_that_it_was_measured_on(finished, call, folder, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    few = tmp_path / "few.csv"
+    rows = (folder / "captions.csv").read_text().splitlines()
+    few.write_text("\n".join(rows[: -runs.TEST // 2]) + "\n")
+    data = (f"--config.data.annotations={few}", f"--config.data.records={tmp_path / 'records'}")
+    assert call(*data, "--config.train.steps=0", workdir=tmp_path / "untrained")[0] == 0
+    expected = summary_of(tmp_path / "untrained")
+    # Looking at it is no reason to measure anew what was before.
+    assert call(*data, "--mode=eval")[0] == 0
+    assert summary_of(tmp_path / "run")["before"] is None
+    status, out, _ = call(*data)
+    assert status == 0 and "(by chance R@1 25 %, R@5 100 %, R@10 100 %)" in out
+    summary = summary_of(tmp_path / "run")
+    assert summary["num_videos"] == runs.TEST // 2 and summary["steps"] == 4
+    assert summary["before"] == expected["before"] != summary_of(finished)["before"]
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [0, 1, 2, 4, 4]
 
 
 def test_exported_prompts_give_the_features_of_training(finished, folder, clip):
@@ -423,6 +521,23 @@ def test_a_full_disk(call, tmp_path, monkeypatch):
             patch.setattr(module, name, full)
             assert_refused(call(), "no space left on the disk", "the same command continues")
     assert call()[0] == 0
+
+
+def test_a_batch_of_one_pair_teaches_nothing(call):
+    one = ("--config.train.batch_size=1", "--config.mesh.data=1")
+    assert_refused(call(*one), "config.train.batch_size=1: the loss compares the clips of a batch")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (["0.mp4,a clip,train"], "'train': has one clip"),
+        (["0.mp4,a clip,train", "1.mp4,a clip,train"], "'train': has the same caption for all"),
+    ],
+)
+def test_data_of_which_nothing_can_be_learnt(call, folder, tmp_path, rows, message):
+    (tmp_path / "few.csv").write_text("\n".join(["video,caption,split", *rows, "2.mp4,x,test\n"]))
+    assert_refused(call(f"--config.data.annotations={tmp_path / 'few.csv'}"), message)
 
 
 def test_damaged_videos_are_named_and_left_out(call, folder, tmp_path):

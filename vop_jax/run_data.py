@@ -101,7 +101,7 @@ def load_data(run: start.Run, *, training: bool = True) -> Data:
             extra=extra_rows(config),
             bank=_bank(run, packed, tokenize, reading),
             text_buckets=_buckets(run),
-            fingerprint=_fingerprint(run, test),
+            fingerprint=_fingerprint(run, packed, test),
         ),
         val_set=_val_set(run, packed, tokenize, reading),
         train_batches=lambda first: train_batches(
@@ -191,10 +191,11 @@ def _digest(split: Split) -> str:
     return hashlib.sha256(_content(split).encode()).hexdigest()
 
 
-def _fingerprint(run: start.Run, split: Split) -> str:
+def _fingerprint(run: start.Run, packed: Packed, split: Split) -> str:
     """Of all that evaluations of one config may differ in; figures of another are not compared."""
     missed = [(clip.id, clip.captions) for clip in split.skipped]
     facts = [run.clip.fingerprint, _content(split), missed, run.config.eval.missing]
+    facts.append(packed.preprocessing)
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
@@ -230,7 +231,7 @@ def _val_set(
         ids=tokenize([caption for captions in split.captions for caption in captions]),
         video_of_text=np.repeat(np.arange(len(split)), [len(c) for c in split.captions]),
         text_buckets=_buckets(run),
-        fingerprint=_fingerprint(run, split),
+        fingerprint=_fingerprint(run, packed, split),
     )
 
 

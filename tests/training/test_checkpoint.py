@@ -43,7 +43,7 @@ def check(meta):
 def restore(workdir):
     checkpoints = Checkpoints(workdir, keep=2)
     try:
-        state, meta = checkpoints.restore(jax.tree.map(jax.numpy.asarray, state_of(0)), check)
+        state, _ = checkpoints.restore(jax.tree.map(jax.numpy.asarray, state_of(0)), check)
     finally:
         checkpoints.close()
     jax.tree.map(np.testing.assert_array_equal, state, state_of(int(state.step)))

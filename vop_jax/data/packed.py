@@ -85,10 +85,16 @@ class Part(Split):
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """All splits of a dataset, and of each clip that was skipped: id, path, split, reason."""
+    """All splits of a dataset.
+
+    Attributes:
+        skipped: of each clip that was skipped: id, path, split, reason.
+        preprocessing: how the stored frames were made, as the records say it.
+    """
 
     splits: dict[str, Split]
     skipped: list[dict[str, str]]
+    preprocessing: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def _check_whole(records: epath.Path, split: str) -> None:
@@ -184,7 +190,8 @@ def open_records(
         )
     if older := older_rule(made["preprocessing"], preprocessing):
         logging.warning("%s: %s", root, older)
-    packed = Packed({}, [s for s in made["skipped"] if s["split"] in splits])
+    skipped = [s for s in made["skipped"] if s["split"] in splits]
+    packed = Packed({}, skipped, made["preprocessing"])
     for split in splits:
         if split not in made["clips"]:
             raise UserError(
