@@ -10,6 +10,7 @@ import json
 import os
 import posixpath
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -83,7 +84,7 @@ class Checkpoints:
         """
         reasons: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
-            reason = hosts.on_first(lambda step=step: self._damage(step))
+            reason = hosts.on_first(partial(self._damage, step))
             try:
                 found = None if reason else self._read(step, like, check)
             except (UserError, PermissionError, MemoryError, jax.errors.JaxRuntimeError):
