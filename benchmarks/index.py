@@ -12,6 +12,7 @@ also each clip and moment by itself, not all of a file in one pass.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -25,7 +26,7 @@ import numpy as np
 
 from vop_jax.data.moments import Reading, read_pictures, spans_of, survey, tasks_of
 from vop_jax.data.workers import in_processes, in_threads
-from vop_jax.search.catalog import IndexInfo
+from vop_jax.search.catalog import VERSION, IndexInfo, reading
 from vop_jax.search.files import find_videos
 from vop_jax.search.index import Index
 from vop_jax.search.store import open_store
@@ -52,22 +53,23 @@ print(opened, time.perf_counter() - begin)
 def fill(directory: pathlib.Path, moments: int, per_file: int, dim: int) -> None:
     """A catalog of files that are not there, each in one of 100 folders and on its own day."""
     directory.mkdir(parents=True)
-    info = IndexInfo(1, "", "c", "CLIP", "", "", "zero_shot", 12, dim, 10.0, 5.0, "/films", "")
-    catalog = Catalog.open(directory, info)
-    store = open_store(directory / "vectors", dim, write=True)
+    info = IndexInfo(
+        VERSION, "", "c", "CLIP", "", "", "zero_shot", 12, dim, 10.0, 5.0, "/films", ""
+    )
     rng = np.random.default_rng(0)
     files = moments // per_file
     spans = [(5.0 * i, 5.0 * i + 10) for i in range(per_file)]
-    for first in range(0, files, BATCH):
-        ids: list[int] = []
-        with catalog.transaction():
-            for i in range(first, min(first + BATCH, files)):
-                path = f"{i % 100:02}/{i}.mp4"
-                ids += catalog.add(path, 1, i * DAY * 10**9 * 10_000 // files, str(i), spans)
-            rows = rng.standard_normal((len(ids), dim), np.float32)
-            store.put(np.array(ids), rows / np.linalg.norm(rows, axis=1, keepdims=True))
-    catalog.close()
-    store.close()
+    with contextlib.closing(Catalog.open(directory, info)) as own:
+        for first in range(0, files, BATCH):
+            last = min(first + BATCH, files)
+            rows = rng.standard_normal(((last - first) * per_file, dim), np.float32)
+            rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+            with own.transaction():
+                ids = own.store_vectors("moments", rows)
+                for i in range(first, last):
+                    path, mtime = f"{i % 100:02}/{i}.mp4", i * DAY * 10**9 * 10_000 // files
+                    of_file = ids[(i - first) * per_file : (i - first + 1) * per_file]
+                    own.add(path, 1, mtime, str(i), spans, of_file)
 
 
 def best(call: Callable, times: int = 7) -> float:
@@ -91,7 +93,8 @@ def measure_catalog(args: argparse.Namespace) -> None:
     index = Index.open(directory)
     print(json.dumps({**index.counts(), "catalog_mb": _megabytes(directory / "catalog.sqlite")}))
     dim = index.info.dim
-    store = open_store(directory / "vectors", dim, write=False)
+    with reading(directory) as db:
+        store = open_store(directory, index.info, "moments", write=False).snapshot(db)
     rng = np.random.default_rng(1)
     query = rng.standard_normal((1, dim), np.float32)
     query /= np.linalg.norm(query)
@@ -120,7 +123,8 @@ def measure_decoding(args: argparse.Namespace) -> None:
     reading = Reading(12, 224)
     folder = args.videos
     surveys = [
-        (f"{folder}/{f.path}", survey(f"{folder}/{f.path}", reading)) for f in find_videos(folder)
+        (f"{folder}/{f.path}", survey(f"{folder}/{f.path}", reading))
+        for f in find_videos(folder).files
     ]
     tasks = [
         task

@@ -1,18 +1,20 @@
-"""What a vector store costs: putting, opening, and searching of a million vectors.
+"""What the vectors of an index cost: adding, opening, and searching of a million.
 
-    python -m benchmarks.search --store=/tmp/vectors
-    python -m benchmarks.search --store=/tmp/vectors --ways    # other ways to multiply, on a CPU
-    python -m benchmarks.search --store=/tmp/vectors.db --rows=100000
-    python -m benchmarks.search --store=http://localhost:19530     # a Milvus server
+    python -m benchmarks.search --index=/tmp/index
+    python -m benchmarks.search --index=/tmp/index --ways    # other ways to multiply, on a CPU
+    python -m benchmarks.search --index=/tmp/lite --store=/tmp/vectors.db --rows=100000
+    python -m benchmarks.search --index=/tmp/server --store=http://localhost:19530
 
-The vectors are random unit rows; a store that already holds as many is not filled again. A
+The vectors are random unit rows; an index that already holds as many is not filled again. A
 search is timed after one of its kind, as a server sees it; the first one reads the file.
 Opening is that of a fresh process, without its imports. Searches among allowed ids are told
 those in a random order.
 """
 
 import argparse
+import contextlib
 import json
+import pathlib
 import subprocess
 import sys
 import time
@@ -23,7 +25,13 @@ from typing import Any
 import numpy as np
 
 from vop_jax.errors import UserError
-from vop_jax.search.store import VectorStore, open_store
+from vop_jax.search.asked import absolute
+from vop_jax.search.catalog import VERSION, IndexInfo, read_info, reading
+from vop_jax.search.heap import Rows
+from vop_jax.search.index import Index
+from vop_jax.search.make import locked
+from vop_jax.search.store import Snapshot, named_ids, open_store
+from vop_jax.search.writing import Catalog
 
 K = 10
 Row = tuple[str, str]  # what was done, and how long it took
@@ -34,19 +42,21 @@ def unit(rows: int, dim: int, seed: int) -> np.ndarray:
     return drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
 
 
-def fill(uri: str, rows: int, dim: int, batch: int) -> list[Row]:
-    """Puts what is missing; the rate of it, without the drawing."""
-    store = open_store(uri, dim, write=True)
-    seconds, there = 0.0, len(store)
-    if there > rows:
-        raise UserError(f"--store={uri}: holds {there} vectors; must be {rows} or fewer")
-    for start in range(there, rows, batch):
-        ids = np.arange(start, min(start + batch, rows))
-        vectors = unit(len(ids), dim, seed=start)
-        begin = time.perf_counter()
-        store.put(ids, vectors)
-        seconds += time.perf_counter() - begin
-    store.close()
+def fill(directory: str, store: str, rows: int, dim: int, batch: int) -> list[Row]:
+    """Adds what is missing, a file of so many moments at once; the rate, without the drawing."""
+    info = IndexInfo(VERSION, "", "c", "", "", "", "", 12, dim, 1.0, 1.0, "/", absolute(store))
+    with locked(pathlib.Path(directory)), contextlib.closing(Catalog.open(directory, info)) as own:
+        seconds, there = 0.0, sum(file.size for file in own.files().values())
+        if there > rows:
+            raise UserError(f"--index={directory}: holds {there} vectors; must be {rows} or fewer")
+        for start in range(there, rows, batch):
+            vectors = unit(min(batch, rows - start), dim, seed=start)
+            begin = time.perf_counter()
+            with own.transaction():
+                ids = own.store_vectors("moments", vectors)
+                spans = [(0.0, 1.0)] * len(ids)
+                own.add(f"{start}.mp4", len(ids), 0, str(start), spans, ids)
+            seconds += time.perf_counter() - begin
     if there == rows:
         return []
     what = f"put {rows - there:,} in batches of {batch:,}"
@@ -83,16 +93,20 @@ def growth(call: Callable[[], Any]) -> float:
     return most
 
 
-def searches(uri: str, dim: int, repeats: int) -> list[Row]:
+def searches(directory: str, dim: int, repeats: int) -> list[Row]:
     """Opening, then every kind of search."""
     begin = time.perf_counter()
-    store = open_store(uri, dim, write=False)
-    rows = [("open", f"{time.perf_counter() - begin:.2f} s")]
+    index = Index.open(directory)
+    rows = [("open the catalog", f"{time.perf_counter() - begin:.2f} s")]
+    begin = time.perf_counter()
+    index.open_vectors()
+    rows.append(("open the vectors, which reads them", f"{time.perf_counter() - begin:.2f} s"))
+    store, ids = snapshot(directory)
     queries = unit(32, dim, seed=10**9)
     begin = time.perf_counter()
     store.search(queries[:1], K)
     rows.append(("the first search", f"{time.perf_counter() - begin:.2f} s"))
-    drawn = np.random.default_rng(0).permutation(store.ids())
+    drawn = np.random.default_rng(0).permutation(ids)
     kinds: list[tuple[str, int, np.ndarray | None]] = [
         ("one query", 1, None),
         ("one query, half of the ids allowed", 1, drawn[: len(drawn) // 2]),
@@ -106,11 +120,18 @@ def searches(uri: str, dim: int, repeats: int) -> list[Row]:
 
         rows.append((name, f"{milliseconds(search, repeats)}; {growth(search):,.0f} MB"))
     rows.append(("as brute force finds", "yes" if exact(store, queries[:2], drawn) else "NO"))
-    store.close()
+    index.close()
     return rows
 
 
-def exact(store: VectorStore, queries: np.ndarray, ids: np.ndarray) -> bool:
+def snapshot(directory: str) -> tuple[Snapshot, np.ndarray]:
+    """(the vectors of an index, their ids)."""
+    with reading(directory) as db:
+        store = open_store(directory, read_info(db), "moments", write=False)
+        return store.snapshot(db), named_ids(db, "moments")
+
+
+def exact(store: Snapshot, queries: np.ndarray, ids: np.ndarray) -> bool:
     """Whether the best scores are those of all vectors, got one block after the other."""
     best = np.full((len(queries), K), -np.inf)
     for start in range(0, len(ids), 8192):
@@ -119,13 +140,13 @@ def exact(store: VectorStore, queries: np.ndarray, ids: np.ndarray) -> bool:
     return bool(np.allclose(store.search(queries, K)[1], best, atol=1e-6, rtol=0))
 
 
-def ways(uri: str, dim: int, repeats: int) -> list[Row]:
+def ways(directory: str, dim: int, repeats: int) -> list[Row]:
     """One query with all mapped vectors of a folder, several ways, without choosing the best."""
     import jax
 
-    from vop_jax.search.mapped import Folder
-
-    vectors = Folder(uri, dim, write=False).vectors
+    store, _ = snapshot(directory)
+    assert isinstance(store, Rows)
+    vectors = store.vectors
     query, size = unit(1, dim, seed=10**9)[0], 2**15
     starts = range(0, len(vectors), size)
     pool = ThreadPoolExecutor(2)
@@ -148,11 +169,11 @@ def ways(uri: str, dim: int, repeats: int) -> list[Row]:
     return [(name, milliseconds(call, repeats)) for name, call in calls.items()]
 
 
-def in_a_fresh_process(what: str, uri: str, dim: int, repeats: int) -> list[Row]:
+def in_a_fresh_process(what: str, directory: str, dim: int, repeats: int) -> list[Row]:
     code = (
         "import json\nimport jax\njax.devices()\n"
         f"from benchmarks.search import {what}\n"
-        f"print(json.dumps({what}({uri!r}, {dim}, {repeats})))"
+        f"print(json.dumps({what}({directory!r}, {dim}, {repeats})))"
     )
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
@@ -163,7 +184,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--store", required=True, help="folder, FILE.db or http://HOST:PORT")
+    parser.add_argument("--index", required=True, help="made if it is not there")
+    parser.add_argument("--store", default="", help="of a new one: FILE.db or http://HOST:PORT")
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--batch", type=int, default=4096, help="vectors in one put")
@@ -171,12 +193,12 @@ def main() -> int:
     parser.add_argument("--ways", action="store_true", help="compare ways to multiply instead")
     args = parser.parse_args()
     try:
-        rows = fill(args.store, args.rows, args.dim, args.batch)
+        rows = fill(args.index, args.store, args.rows, args.dim, args.batch)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     what = "ways" if args.ways else "searches"
-    rows += in_a_fresh_process(what, args.store, args.dim, args.repeats)
+    rows += in_a_fresh_process(what, args.index, args.dim, args.repeats)
     print(f"{args.rows:,} x {args.dim}, k = {K}\n\n| what | time; memory |\n| --- | ---: |")
     for name, value in rows:
         print(f"| {name} | {value} |")

@@ -2,7 +2,7 @@
 
 import os
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from etils import epath
 
@@ -10,7 +10,10 @@ from vop_jax.errors import UserError
 
 
 def walk(
-    root: str | os.PathLike, *, links: bool = True
+    root: str | os.PathLike,
+    *,
+    links: bool = True,
+    unlisted: Callable[[OSError], None] | None = None,
 ) -> Iterator[tuple[str, list[str], list[str]]]:
     """(relative path, names of folders, names of files) of a folder and of all below it.
 
@@ -19,11 +22,14 @@ def walk(
 
     Args:
         links: whether those to folders are followed; no folder is met twice.
+        unlisted: is given the error of each folder on a disk that cannot be listed; None: such
+            folders are passed over.
     """
     top = epath.Path(root)
     remote = "://" in os.fspath(root)
     seen = set()  # links may lead in circles
-    for folder, folders, files in _in_store(top) if remote else os.walk(top, followlinks=links):
+    found = _in_store(top) if remote else os.walk(top, onerror=unlisted, followlinks=links)
+    for folder, folders, files in found:
         place = _in_bucket(folder) if remote else os.path.realpath(folder)
         if place in seen:
             folders.clear()

@@ -9,10 +9,12 @@ import numpy as np
 
 from tests import runs
 from tests.data import videos
+from vop_jax.search import catalog
 from vop_jax.search.asked import Request
 from vop_jax.search.index import Index
 from vop_jax.search.indexing import Making
 from vop_jax.search.make import make_index
+from vop_jax.search.store import open_store
 
 DATE = 1_700_000_000  # files' own, so that changes are seen
 
@@ -46,20 +48,19 @@ def make_with_captions(root, retriever):
 
 def content(directory):
     """{(path, start, end): vector} of an index."""
-    from vop_jax.search import catalog
-    from vop_jax.search.store import open_store
-
-    index = Index.open(directory)
+    info = Index.open(directory).info
     with catalog.reading(directory) as db:
         rows = list(
             db.execute(
                 'SELECT moments.id, path, start, "end" FROM moments JOIN files ON file = files.id'
             )
         )
-    store = open_store(os.path.join(directory, "vectors"), index.info.dim, write=False)
-    assert sorted(store.ids().tolist()) == sorted(row[0] for row in rows)  # nor any other
-    vectors = store.get(np.array([row[0] for row in rows], np.int64))
+        vectors = snapshot(directory, info, db).get(np.array([row[0] for row in rows], np.int64))
     return {row[1:]: vector for row, vector in zip(rows, vectors, strict=True)}
+
+
+def snapshot(directory, info, db):
+    return open_store(directory, info, "moments", write=False).snapshot(db)
 
 
 def assert_same(one, other):

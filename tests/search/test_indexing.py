@@ -1,15 +1,18 @@
 """An index follows what becomes of its folder."""
 
+import errno
+import hashlib
 import os
 import shutil
 
 import numpy as np
 import pytest
 
+import vop_jax.search
 from tests.data import videos
-from tests.search import library
+from tests.search import library, treacherous
 from vop_jax import UserError
-from vop_jax.search import decoding, indexing, make
+from vop_jax.search import catalog, decoding, indexing, make, show
 from vop_jax.search.asked import Request, absolute
 from vop_jax.search.index import Index
 from vop_jax.search.make import locked, make_index
@@ -121,16 +124,54 @@ def test_unreadable_files_are_listed_and_left_alone(films, tmp_path, retriever, 
     assert Index.open(index).counts() == {"files": 5, "moments": 5, "captions": 0, "failed": 2}
 
 
-def test_a_decoder_that_crashes_costs_one_file(films, tmp_path, retriever, monkeypatch):
-    from tests.search import treacherous
-
-    (films / "crash.mp4").write_bytes((films / "a.mp4").read_bytes() + b" ")
+def test_files_that_go_wrong_cost_themselves(films, tmp_path, retriever, monkeypatch):
+    """One crashes its decoder, one takes all memory, one is replaced (as logs are rotated) between
+    the taking of its digest and its decoding, one always grows, one goes away with its drive."""
+    for name in ("growing.mp4", "vanishing.mp4"):
+        shutil.copy(films / "a.mp4", films / name)
+    library.make(tmp_path / "index", films, retriever)
+    before = library.content(tmp_path / "index")
+    for name in ("crash", "endless", "rotate", "growing", "vanishing"):
+        content = (films / "a.mp4").read_bytes() + name.encode()
+        (films / f"{name}.mp4").write_bytes(content)
+    monkeypatch.setattr(decoding, "_plan", treacherous.plan)
     monkeypatch.setattr(decoding, "_decode", treacherous.decode)
     done = library.make(tmp_path / "index", films, retriever)
-    assert (done.added, done.failed) == (4, 1)
-    assert dict(Index.open(tmp_path / "index").failures()) == {
-        "crash.mp4": "its decoder crashed (SIGSEGV)"
-    }
+    assert (done.added, done.failed, done.unchanged, done.changed, done.removed) == (1, 2, 4, 0, 0)
+    reasons = dict(Index.open(tmp_path / "index").failures())
+    assert reasons.pop("crash.mp4") == "its decoder crashed (SIGSEGV)"
+    assert "MemoryError" in reasons.pop("endless.mp4") and not reasons
+    # What is indexed of them stays, and the run says so.
+    assert done.skipped.keys() == {"growing.mp4", "vanishing.mp4"}
+    after = library.content(tmp_path / "index")
+    assert after.keys() >= before.keys()
+    said = show.done(str(tmp_path / "index"), done)
+    assert "not read: 2, first " in said and "what is indexed of them stays" in said
+    # Digest and vectors are of one content.
+    (found,) = (vector for (path, *_), vector in after.items() if path == "rotate.mp4")
+    right = retriever.embed_videos([films / "c.mp4"])[0]
+    np.testing.assert_allclose(found, right, atol=1e-5)
+    with catalog.reading(tmp_path / "index") as db:
+        ((digest,),) = db.execute("SELECT digest FROM files WHERE path = 'rotate.mp4'")
+    assert digest == hashlib.sha256((films / "rotate.mp4").read_bytes()).hexdigest()
+
+
+def test_what_is_in_a_folder_that_cannot_be_listed_stays(films, tmp_path, retriever, monkeypatch):
+    library.make(tmp_path / "index", films, retriever)
+    scandir = os.scandir
+
+    def refuse(path):
+        if os.fspath(path).endswith("sub"):
+            raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    (films / "a.mp4").unlink()
+    done = library.make(tmp_path / "index", films, retriever)
+    assert (done.removed, done.unchanged, done.unlisted) == (1, 1, {"sub": "Permission denied"})
+    assert len(library.content(tmp_path / "index")) == 3
+    said = show.done(str(tmp_path / "index"), done)
+    assert "folder sub cannot be listed (Permission denied): what is indexed of it stays" in said
 
 
 def test_long_files_come_in_parts(films, tmp_path, retriever, monkeypatch):
@@ -143,20 +184,20 @@ def test_long_files_come_in_parts(films, tmp_path, retriever, monkeypatch):
     library.assert_same(library.content(tmp_path / "parts"), library.content(whole))
 
 
-def test_what_a_kill_left_is_mended(films, tmp_path, retriever, monkeypatch):
-    """Vectors that no catalog knows go; those that are lost are made again."""
-    from vop_jax.search.store import open_store
-
+def test_files_whose_vectors_are_damaged_are_embedded_again(films, tmp_path, retriever, caplog):
+    """They are new; also where the whole file of vectors is gone."""
     index = tmp_path / "index"
     library.make(index, films, retriever)
     before = library.content(index)
-    store = open_store(index / "vectors", retriever.embed_dim, write=True)
-    store.put(np.array([1000]), np.ones((1, retriever.embed_dim), np.float32))
-    store.delete(store.ids()[:1])
-    store.close()
-    done = library.make(index, films, retriever)
-    assert (done.changed, done.unchanged) == (1, 3)
-    library.assert_same(library.content(index), before)
+    for damage in (lambda path: path.write_bytes(bytes(path.stat().st_size)), os.unlink):
+        (heap,) = index.glob("*-moments-*.f32")
+        damage(heap)
+        with pytest.raises(UserError, match="which makes the lost vectors anew"):
+            vop_jax.search.open(index, retriever=retriever)
+        done = library.make(index, films, retriever)
+        assert (done.added, done.unchanged) == (4, 0)
+        assert "4 vectors of moments are lost; they are made again" in caplog.text
+        library.assert_same(library.content(index), before)
 
 
 def test_a_write_that_fails_changes_nothing(films, tmp_path, retriever, monkeypatch):
@@ -170,7 +211,7 @@ def test_a_write_that_fails_changes_nothing(films, tmp_path, retriever, monkeypa
         raise OSError(28, "No space left on device", "vectors")
 
     with monkeypatch.context() as patch:
-        patch.setattr("vop_jax.search.exact.ExactStore.put", full)
+        patch.setattr("vop_jax.search.heap.Heap.append", full)
         with pytest.raises(OSError, match="No space"):
             library.make(index, films, retriever)
     found = {path for path, *_ in library.content(index)}
@@ -308,18 +349,6 @@ def test_a_database_that_is_down_binds_no_index(films, tmp_path, retriever):
     with pytest.raises(UserError, match="http://localhost:1"):
         library.make(tmp_path / "index", films, retriever, store="http://localhost:1")
     assert library.make(tmp_path / "index", films, retriever).added == 4
-
-
-def test_two_indexes_do_not_share_a_store(films, tmp_path, retriever):
-    """Each would take the other's vectors for left-overs of its own."""
-    store = str(tmp_path / "vectors")
-    library.make(tmp_path / "one", films, retriever, store=store)
-    before = Index.open(tmp_path / "one").search(retriever.embed_text(["a query"]), 5)
-    with pytest.raises(UserError, match=r"vectors: holds 4 vectors, which are not of .*two"):
-        library.make(tmp_path / "two", films, retriever, store=store)
-    assert not (tmp_path / "two/catalog.sqlite").exists()
-    library.make(tmp_path / "one", films, retriever)
-    assert Index.open(tmp_path / "one").search(retriever.embed_text(["a query"]), 5) == before
 
 
 def test_an_index_of_another_frame_count_is_updated(films, tmp_path, retriever, clip):

@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _index(args: argparse.Namespace) -> None:
+def _index(args: argparse.Namespace) -> int:
     from vop_jax.search.asked import Request
     from vop_jax.search.indexing import Making
     from vop_jax.search.make import make_index
@@ -82,6 +82,7 @@ def _index(args: argparse.Namespace) -> None:
     making = Making(args.workers, args.batch, args.seconds, args.retry)
     done = make_index(args.index, asked, making)
     print(show.done(args.index, done))
+    return 1 if done.skipped else 0
 
 
 def _query(args: argparse.Namespace) -> None:
@@ -127,9 +128,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
 
-    def program() -> None:
+    def program() -> int | None:
         args = _parser().parse_args(argv)
-        COMMANDS[args.command](args)
+        return COMMANDS[args.command](args)
 
     return command.run(program, resumes="index" in argv[:1])
 

@@ -11,7 +11,7 @@ from vop_jax.search.catalog import IndexInfo
 from vop_jax.search.files import Found
 
 # What an index's folder may hold before there is an index: of a run that was killed early.
-OF_A_START = (".lock", "vectors", "captions", catalog.FILE)
+OF_A_START = (".lock", catalog.FILE)
 AGAIN = "give another --index for a new one"
 
 

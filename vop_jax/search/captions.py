@@ -3,13 +3,11 @@
 import math
 import os
 
-import numpy as np
 from tqdm import tqdm
 
 from vop_jax.data.annotations.folder import read_folder
 from vop_jax.errors import UserError
 from vop_jax.retriever import Retriever
-from vop_jax.search.store import VectorStore
 from vop_jax.search.writing import Catalog
 
 Row = tuple[str, str, float, float]  # text, path of a video or "", start, end
@@ -45,9 +43,7 @@ def read_captions(path: str, folder: str) -> list[Row]:
     return list(dict.fromkeys(rows))
 
 
-def update_captions(
-    rows: list[Row], catalog: Catalog, store: VectorStore, retriever: Retriever
-) -> tuple[int, int]:
+def update_captions(rows: list[Row], catalog: Catalog, retriever: Retriever) -> tuple[int, int]:
     """Makes these the captions of an index; (how many are new, how many of them were cut)."""
     there, wanted = catalog.captions(), set(rows)
     gone = [number for row, number in there.items() if row not in wanted]
@@ -57,9 +53,8 @@ def update_captions(
         some = new[first : first + TEXTS]
         vectors = retriever.embed_text([row[0] for row in some])
         with catalog.transaction():
-            store.put(np.array(catalog.add_captions(some), np.int64), vectors)
+            catalog.add_captions(some, vectors)
     if gone:
         with catalog.transaction():
             catalog.remove_captions(gone)
-        store.delete(np.array(gone, np.int64))
     return len(new), cut

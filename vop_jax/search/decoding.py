@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 
@@ -13,7 +14,6 @@ from vop_jax.data.moments import (
     Pictures,
     Reading,
     Span,
-    Survey,
     Task,
     read_pictures,
     spans_of,
@@ -24,13 +24,49 @@ from vop_jax.data.workers import in_processes
 from vop_jax.errors import VideoError
 from vop_jax.search.files import Found
 
+State = tuple[int, int, int]  # size, nanoseconds of the last changes of content and of the file
+
+
+class FileChanged(VideoError):
+    """A file is another than when its digest was taken."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is to be decoded of a file.
+
+    Attributes:
+        state: of the file when its digest was taken.
+        digest: of its content.
+        spans: its clip and its moments.
+        tasks: that decode them.
+    """
+
+    state: State
+    digest: str
+    spans: list[Span]
+    tasks: list[Task]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A task, of a file that is in this state."""
+
+    task: Task
+    state: State
+
+    @property
+    def path(self) -> str:
+        """Of the file."""
+        return self.task.path
+
 
 @dataclasses.dataclass
 class Work:
     """A file that is being decoded and embedded.
 
     Attributes:
-        found: the file.
+        found: the file; from when its digest was taken on, as it was then.
         digest: of its content.
         spans: its clip and its moments, in the order of `vectors`.
         vectors: None where not embedded yet.
@@ -38,16 +74,18 @@ class Work:
         undecoded: tasks that are not done.
         unembedded: clips and moments that are decoded and not embedded.
         reason: why it cannot be read.
+        changed: it was another file before it was decoded.
     """
 
     found: Found
-    digest: str | None = None
+    digest: str = ""
     spans: list[Span] = dataclasses.field(default_factory=list)
     vectors: list[np.ndarray | None] = dataclasses.field(default_factory=list)
     numbers: dict[Span, int] = dataclasses.field(default_factory=dict)
     undecoded: int = 0
     unembedded: int = 0
     reason: str = ""
+    changed: bool = False
 
     @property
     def finished(self) -> bool:
@@ -84,9 +122,11 @@ class Decoder:
         Args:
             wanted: asked before a file is decoded, when its digest is known.
         """
-        under_way: deque[tuple[Work, Task]] = deque()
+        under_way: deque[tuple[Work, tuple[Span, ...]]] = deque()
         paths = (f"{self.folder}/{file.path}" for file in files)
-        look = functools.partial(survey, reading=self.reading)
+        look = functools.partial(
+            _plan, reading=self.reading, window=self.window, stride=self.stride
+        )
         # Looking reads, decoding computes: one process looks for several that decode.
         lookers = 1 + self.workers // 4
         with contextlib.ExitStack() as stack:
@@ -95,51 +135,48 @@ class Decoder:
                 results = in_processes(call, tasks, workers, seconds=self.seconds)
                 return stack.enter_context(contextlib.closing(results))
 
-            surveys = pool(look, paths, lookers)
-            tasks = self._tasks(zip(files, surveys, strict=True), wanted, under_way)
-            decoded = pool(_decode, tasks, self.workers)
+            plans = pool(look, paths, lookers)
+            jobs = self._jobs(zip(files, plans, strict=True), wanted, under_way)
+            decoded = pool(_decode, jobs, self.workers)
             for result in decoded:
-                work, task = under_way.popleft()
-                yield work, self._taken(work, task, result)
+                work, spans = under_way.popleft()
+                yield work, self._clips(work, spans, result)
 
-    def _tasks(
+    def _jobs(
         self,
-        surveys: Iterable[tuple[Found, Survey | VideoError]],
+        plans: Iterable[tuple[Found, Plan | VideoError]],
         wanted: Callable[[Work], bool],
-        under_way: deque[tuple[Work, Task]],
-    ) -> Iterator[Task | VideoError]:
-        for found, seen in surveys:
+        under_way: deque[tuple[Work, tuple[Span, ...]]],
+    ) -> Iterator[Job | VideoError]:
+        for found, plan in plans:
             work = Work(found)
-            if isinstance(seen, VideoError):
+            if isinstance(plan, VideoError):
                 work.undecoded = 1
-                under_way.append((work, Task(found.path, self.reading)))
-                yield seen  # in its turn
+                under_way.append((work, ()))
+                yield plan  # in its turn
                 continue
-            work.digest = seen.digest
+            size, mtime, _ = plan.state
+            work.found = Found(found.path, size, mtime)
+            work.digest, work.spans = plan.digest, plan.spans
             if not wanted(work):
                 continue
-            # A clip's end is told by looking; where it isn't, decoding will find the reason.
-            whole = (0.0, seen.duration)
-            work.spans = [whole, *spans_of(seen, self.window, self.stride)]
             work.numbers = {span: i for i, span in enumerate(work.spans) if i}
             work.vectors = [None] * len(work.spans)
-            path = f"{self.folder}/{found.path}"
-            tasks = tasks_of(path, seen, work.spans[1:], self.reading)
-            work.undecoded = len(tasks)
-            for task in tasks:
-                under_way.append((work, task))
-                yield task
+            work.undecoded = len(plan.tasks)
+            for task in plan.tasks:
+                under_way.append((work, task.spans or (WHOLE,)))
+                yield Job(task, plan.state)
 
-    def _taken(
-        self, work: Work, task: Task, result: Pictures | VideoError
+    def _clips(
+        self, work: Work, spans: tuple[Span, ...], result: Pictures | VideoError
     ) -> list[tuple[int, np.ndarray]]:
         """The clips that a task brought."""
         work.undecoded -= 1
         if isinstance(result, VideoError):
             work.reason = work.reason or str(result)
+            work.changed |= isinstance(result, FileChanged)
         if isinstance(result, VideoError) or work.reason:
             return []
-        spans = task.spans or (WHOLE,)
         clips = []
         for number, span in enumerate(spans):
             pixels = result.clip(number)
@@ -149,7 +186,45 @@ class Decoder:
         return clips
 
 
-def _decode(task: Task | VideoError) -> Pictures:
-    if isinstance(task, VideoError):
-        raise task
-    return read_pictures(task)
+def _plan(path: str, reading: Reading, window: float, stride: float) -> Plan:
+    """In a worker: what one file costs, in memory too, is its own."""
+    state = _state(path)
+    with _unchanged(path, state):
+        found = survey(path, reading)
+        # A clip's end is told by looking; where it isn't, decoding will find the reason.
+        moments = spans_of(found, window, stride)
+        tasks = tasks_of(path, found, moments, reading)
+    assert state is not None
+    return Plan(state, found.digest, [(0.0, found.duration), *moments], tasks)
+
+
+def _decode(job: Job | VideoError) -> Pictures:
+    if isinstance(job, VideoError):
+        raise job
+    with _unchanged(job.path, job.state):
+        return read_pictures(job.task)
+
+
+@contextlib.contextmanager
+def _unchanged(path: str, state: State | None) -> Iterator[None]:
+    """Raises FileChanged where a file is not in this state at the end.
+
+    Digest and pictures are of one content then: whatever replaces a file, or writes to it, sets
+    the time of its last change, which nothing can set back.
+    """
+    try:
+        yield
+    except VideoError:
+        if _state(path) == state:
+            raise
+    if state is None or _state(path) != state:
+        raise FileChanged("it changes while it is read")
+
+
+def _state(path: str) -> State | None:
+    """None where it is gone."""
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return None
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns

@@ -1,11 +1,8 @@
 """An index to search: vectors in, moments of files out."""
 
-import contextlib
 import os
 import pathlib
-import sqlite3
 import threading
-from collections.abc import Iterator
 
 import numpy as np
 
@@ -14,17 +11,8 @@ from vop_jax.search import catalog
 from vop_jax.search.catalog import IndexInfo
 from vop_jax.search.filters import Date, make_filter
 from vop_jax.search.query import TARGETS, Hit, Search
-from vop_jax.search.store import MOST, Snapshot, VectorStore, open_store
+from vop_jax.search.store import MOST, TABLES, VectorStore, open_store
 from vop_jax.search.writing import File
-
-ATTEMPTS = 10  # to read a catalog while nothing is written to its store
-
-
-def vectors_uri(directory: str | os.PathLike, store: str, target: str) -> str:
-    """Where the vectors of an index lie; captions are few enough for the index's own folder."""
-    if target == "videos" and store:
-        return store
-    return os.path.join(os.path.abspath(directory), {"videos": "vectors"}.get(target, target))
 
 
 class Index:
@@ -39,6 +27,7 @@ class Index:
     def __init__(self, directory: str | os.PathLike):
         self.directory = pathlib.Path(directory)
         with catalog.reading(directory) as db:
+            catalog.check(db, self.directory / catalog.FILE)
             self.info: IndexInfo = catalog.read_info(db)
         self._lock = threading.Lock()
         self._stores: dict[str, VectorStore] = {}
@@ -56,9 +45,9 @@ class Index:
         """Opens them now, not at the first search, for what is wrong with them to be told now.
 
         Raises:
-            UserError: they are gone, or a database does not answer.
+            UserError: they are damaged or gone, or a database does not answer.
         """
-        self._vectors("videos")
+        self._store("videos")
 
     def close(self) -> None:
         """Lets go of the vectors."""
@@ -97,32 +86,25 @@ class Index:
         where = make_filter(
             folder, since, until, "captions.path" if to == "captions" else "files.path"
         )
-        attempts = 0
-        while True:
-            attempts += 1
-            with self._same():  # where it is gone, or another, its vectors are, too
-                before = self._vectors(to)
-            with self._same() as db:
-                # The same before and after: it has all vectors of the state that is read.
-                if (found := self._vectors(to)) is before or attempts == ATTEMPTS:
-                    return Search(db, found, to, where, per_file).run(vectors, k)
-
-    @contextlib.contextmanager
-    def _same(self) -> Iterator[sqlite3.Connection]:
-        """A state of the catalog; UserError where it is not of the model that was opened."""
+        store = self._store(to)
         with catalog.reading(self.directory) as db:
+            # Where it is another, its vectors are, too.
             if catalog.read_info(db).model != self.info.model:
                 anew = "was made anew, by another model; open it again"
                 raise UserError(f"{self.directory}: {anew}")
-            yield db
+            return Search(db, store.snapshot(db), to, where, per_file).run(vectors, k)
 
-    def _vectors(self, target: str) -> Snapshot:
-        """The vectors that there are now."""
+    def _store(self, target: str) -> VectorStore:
+        """The vectors; those of a folder are compared with their checksums when it is opened."""
         with self._lock:
             if target not in self._stores:
-                uri = vectors_uri(self.directory, self.info.store, target)
-                self._stores[target] = open_store(uri, self.info.dim, write=False)
-            return self._stores[target].refresh()
+                store = open_store(self.directory, self.info, TABLES[target], write=False)
+                with catalog.reading(self.directory) as db:
+                    snapshot = store.snapshot(db)
+                # Not while the catalog is read, which would hold a writer up for long.
+                snapshot.check()
+                self._stores[target] = store
+            return self._stores[target]
 
     @property
     def folder(self) -> str:

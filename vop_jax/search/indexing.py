@@ -9,14 +9,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 from tqdm import tqdm
 
+from vop_jax.data.moments import Span
 from vop_jax.retriever import Retriever
 from vop_jax.search.catalog import IndexInfo
 from vop_jax.search.decoding import Decoder, Work
-from vop_jax.search.files import Found
-from vop_jax.search.store import VectorStore
+from vop_jax.search.files import Found, Scan
 from vop_jax.search.writing import Catalog, File
 
 AHEAD = 2  # batches that wait for the devices
+ATTEMPTS = 3  # to read a file that changes meanwhile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,13 @@ class Making:
 
 @dataclasses.dataclass
 class Done:
-    """What became of a folder's files: how many of each."""
+    """What became of a folder's files: how many of each.
+
+    Attributes:
+        skipped: {path: reason} of files that went away or changed while they were read; what the
+            index has of them stays.
+        unlisted: {folder: reason}; what the index has of the files in it stays.
+    """
 
     added: int = 0
     changed: int = 0
@@ -48,24 +55,25 @@ class Done:
     failed: int = 0
     captions: int = 0
     cut: int = 0
+    skipped: dict[str, str] = dataclasses.field(default_factory=dict)
+    unlisted: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 class Update:
     """One run over the files of a folder."""
 
-    def __init__(
-        self, catalog: Catalog, store: VectorStore, retriever: Retriever, making: Making, done: Done
-    ):
-        self._catalog, self._store, self._retriever = catalog, store, retriever
+    def __init__(self, catalog: Catalog, retriever: Retriever, making: Making, done: Done):
+        self._catalog, self._retriever = catalog, retriever
         self._making, self._done = making, done
         self._known: dict[str, File] = {}
         self._gone: set[str] = set()
         self._batch: list[tuple[Work, int, np.ndarray]] = []
         self._settled: list[Work] = []  # to be written
+        self._changed: list[Found] = []  # to be read again
         self._embedding: collections.deque[tuple[Future, list[tuple[Work, int]]]]
         self._embedding = collections.deque()
 
-    def run(self, info: IndexInfo, files: list[Found]) -> None:
+    def run(self, info: IndexInfo, scan: Scan) -> None:
         """Has the index hold these files, as they are now, and no other.
 
         Args:
@@ -73,9 +81,10 @@ class Update:
         """
         self._folder = info.folder
         self._known = self._catalog.files()
-        self._gone = self._known.keys() - {file.path for file in files}
-        todo = [file for file in files if self._is_new(file)]
-        self._done.unchanged = len(files) - len(todo)
+        gone = self._known.keys() - {file.path for file in scan.files}
+        self._gone = {path for path in gone if scan.is_gone(path)}
+        todo = [file for file in scan.files if self._is_new(file)]
+        self._done.unchanged = len(scan.files) - len(todo)
         decoder = Decoder(
             info.folder,
             self._retriever.reading,
@@ -84,13 +93,15 @@ class Update:
             self._making.workers or os.cpu_count() or 1,
             self._making.seconds,
         )
-        if todo:
-            self._make(decoder, todo)
-        with self._catalog.transaction():
-            old = self._catalog.moments_at(self._gone)
-            self._catalog.remove(self._gone)
+        for _ in range(ATTEMPTS):
+            if todo:
+                self._make(decoder, todo)
+            todo, self._changed = self._changed, []
+        self._done.skipped |= {file.path: "it changes while it is read" for file in todo}
+        if self._gone:
+            with self._catalog.transaction():
+                self._catalog.remove(self._gone)
         self._done.removed = len(self._gone)
-        self._store.delete(old)
 
     def _is_new(self, file: Found) -> bool:
         known = self._known.get(file.path)
@@ -122,7 +133,6 @@ class Update:
 
     def _is_to_be_decoded(self, work: Work) -> bool:
         """Whether no file of this content is in the index; if one is, its vectors serve."""
-        assert work.digest is not None
         found = work.found
         twins = self._catalog.twins(work.digest)
         if not twins:
@@ -131,17 +141,15 @@ class Update:
         moved = own or next((twin for twin in twins if twin.path in self._gone), None)
         if moved:
             with self._catalog.transaction():
-                old = self._catalog.moments_at([found.path] if moved is not own else [])
                 self._catalog.move(moved, found.path, found.size, found.mtime)
-            self._store.delete(old)
             self._gone.discard(moved.path)
             self._done.moved += moved is not own
             self._done.unchanged += moved is own
             self._bar.update(found.size)
             return False
         moments = self._catalog.moments(twins[0])
-        vectors = self._store.get(np.array([number for number, _ in moments], np.int64))
-        work.spans, work.vectors = [span for _, span in moments], list(vectors)
+        work.spans = [span for _, span in moments]
+        work.vectors = list(self._catalog.vectors([number for number, _ in moments]))
         self._write([work])
         return False
 
@@ -167,31 +175,43 @@ class Update:
             self._write(settled)
 
     def _write(self, files: list[Work]) -> None:
-        """The vectors, then the catalog: what it does not know of is not there."""
-        ids: list[int] = []
+        """Commits files with their vectors."""
+        embedded: list[tuple[Work, list[Span]]] = []
         vectors: list[np.ndarray] = []
+        unreadable = []
+        for work in files:
+            if work.changed:
+                self._changed.append(work.found)
+            elif not work.reason:
+                spans = zip(work.spans, work.vectors, strict=True)
+                embedded.append((work, [span for span, vector in spans if vector is not None]))
+                vectors += [vector for vector in work.vectors if vector is not None]
+            elif self._is_there(work.found.path):
+                unreadable.append(work)
+            else:
+                self._done.skipped[work.found.path] = work.reason
         with self._catalog.transaction():
-            old = self._catalog.moments_at([work.found.path for work in files])
-            for work in files:
+            ids = self._catalog.store_vectors("moments", np.stack(vectors)) if vectors else []
+            for work, own_spans in embedded:
+                found, own, ids = work.found, ids[: len(own_spans)], ids[len(own_spans) :]
+                self._catalog.add(found.path, found.size, found.mtime, work.digest, own_spans, own)
+            for work in unreadable:
                 found = work.found
-                state = (found.path, found.size, found.mtime)
-                if work.reason:
-                    if os.path.lexists(os.path.join(self._folder, found.path)):  # else it went away
-                        self._catalog.add_unreadable(*state, work.reason)
-                        self._done.failed += 1
-                    continue
-                embedded = [
-                    (span, vector)
-                    for span, vector in zip(work.spans, work.vectors, strict=True)
-                    if vector is not None
-                ]
-                ids += self._catalog.add(*state, work.digest, [span for span, _ in embedded])
-                vectors += [vector for _, vector in embedded]
-                if found.path in self._known:
-                    self._done.changed += 1
-                else:
-                    self._done.added += 1
-            if ids:
-                self._store.put(np.array(ids, np.int64), np.stack(vectors))
-        self._store.delete(old)
-        self._bar.update(sum(work.found.size for work in files))
+                self._catalog.add_unreadable(found.path, found.size, found.mtime, work.reason)
+        self._done.failed += len(unreadable)
+        changed = sum(work.found.path in self._known for work, _ in embedded)
+        self._done.changed += changed
+        self._done.added += len(embedded) - changed
+        self._bar.update(sum(work.found.size for work in files if not work.changed))
+
+    def _is_there(self, path: str) -> bool:
+        """Whether a file is to blame that it cannot be read, not its drive; a new one always."""
+        whole = os.path.join(self._folder, path)
+        if path not in self._known and os.path.lexists(whole):
+            return True
+        try:
+            with open(whole, "rb") as file:
+                file.read(1)
+        except OSError:
+            return False
+        return True

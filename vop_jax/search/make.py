@@ -8,8 +8,6 @@ import shutil
 from collections.abc import Iterator
 
 import filelock
-import numpy as np
-from absl import logging
 
 from vop_jax import retriever as retrievers
 from vop_jax.errors import UserError
@@ -26,13 +24,9 @@ from vop_jax.search.asked import (
 )
 from vop_jax.search.captions import Row, read_captions, update_captions
 from vop_jax.search.catalog import IndexInfo
-from vop_jax.search.files import Found, find_videos
-from vop_jax.search.index import vectors_uri
+from vop_jax.search.files import Scan, find_videos
 from vop_jax.search.indexing import Done, Making, Update
-from vop_jax.search.store import VectorStore, open_store
 from vop_jax.search.writing import Catalog
-
-TABLES = {"videos": "moments", "captions": "captions"}  # and where their vectors are told
 
 
 def make_index(
@@ -58,7 +52,7 @@ def make_index(
     else:
         check_same(directory, stored, asked)
     folder = os.path.abspath(asked.folder or (stored.folder if stored else ""))
-    files = find_videos(folder, _known(directory) if stored else set())
+    scan = find_videos(folder, _known(directory) if stored else set())
     captions = read_captions(asked.captions, folder) if asked.captions else None
     clip = asked.clip or (stored.clip if stored else "")
     prompts = asked.prompts or (stored.prompts if stored else "")
@@ -68,11 +62,11 @@ def make_index(
     info = _info(stored, asked, retriever, folder, clip, prompts)
     if stored is not None:
         check_same_model(directory, stored, retriever)
-        check_folder(directory, stored, info, files)
+        check_folder(directory, stored, info, scan.files)
     with locked(directory):
         if catalog.stored_info(directory) != stored:
             raise UserError(f"{directory}: another process made this index meanwhile; run it again")
-        return _update(directory, info, retriever, files, making or Making(), captions)
+        return _update(directory, info, retriever, scan, making or Making(), captions)
 
 
 def _info(
@@ -136,7 +130,7 @@ def _update(
     directory: pathlib.Path,
     info: IndexInfo,
     retriever: Retriever,
-    files: list[Found],
+    scan: Scan,
     making: Making,
     captions: list[Row] | None = None,
 ) -> Done:
@@ -144,50 +138,16 @@ def _update(
 
     Args:
         info: what it is, or shall be, made with.
-        files: all that there are.
+        scan: all files that there are.
         captions: all that there shall be; None: those that there are.
 
     Raises:
         OSError: the disk is full; what is done stays, and the next call goes on.
     """
-    with contextlib.ExitStack() as stack:
-        stores = {}  # before there is a catalog, which would bind it to a store that is not there
-        for target in TABLES:
-            uri = vectors_uri(directory, info.store, target)
-            stores[target] = open_store(uri, info.dim, write=True)
-            stack.callback(stores[target].close)
-        _check_own(directory, info, len(stores["videos"]))
-        own = Catalog.open(directory, info)
-        stack.callback(own.close)
-        for target, table in TABLES.items():
-            _mend(own, table, stores[target])
-        done = Done()
+    with contextlib.closing(Catalog.open(directory, info)) as own:
+        done = Done(unlisted=scan.unlisted)
         if captions is not None:
-            done.captions, done.cut = update_captions(captions, own, stores["captions"], retriever)
-        Update(own, stores["videos"], retriever, making, done).run(info, files)
+            done.captions, done.cut = update_captions(captions, own, retriever)
+        Update(own, retriever, making, done).run(info, scan)
+        own.compact()
         return done
-
-
-def _check_own(directory: pathlib.Path, info: IndexInfo, vectors: int) -> None:
-    """Raises UserError where a new index would take the vectors of another for its own."""
-    # There is a catalog before there is a vector, so these are nobody's whom it knows.
-    if info.store and vectors and catalog.stored_info(directory) is None:
-        raise UserError(
-            f"store {info.store}: holds {vectors} vectors, which are not of {directory}; give an "
-            "empty one, of Milvus with another #COLLECTION behind it"
-        )
-
-
-def _mend(own: Catalog, table: str, store: VectorStore) -> None:
-    """Removes vectors of an earlier run that was cut off, and notices lost ones."""
-    known, there = own.ids(table), store.ids()
-    store.delete(np.setdiff1d(there, known, assume_unique=True))
-    lost = np.setdiff1d(known, there, assume_unique=True)
-    if not len(lost):
-        return
-    logging.warning("%d vectors of %s are lost; they are made again", len(lost), table)
-    with own.transaction():
-        if table == "moments":
-            own.doubt(lost)
-        else:
-            own.remove_captions(lost.tolist())

@@ -10,6 +10,7 @@ The index is FLAT and the metric IP: what is found is exact.
 import contextlib
 import logging
 import os
+import sqlite3
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -23,9 +24,9 @@ from vop_jax.search.store import (
     NO_ID,
     checked_ids,
     checked_k,
-    checked_pairs,
     checked_vectors,
     distinct,
+    named_ids,
 )
 
 COLLECTION = "vop_jax"
@@ -37,11 +38,11 @@ LISTED = 10_000  # ids in one filter
 class MilvusStore:
     """A `VectorStore` in a Milvus collection. What others write is seen at once.
 
-    A `put` of more than `ROWS` vectors goes in several messages, of which each is atomic.
+    An `append` of more than `ROWS` vectors goes in several messages, of which each is atomic.
     """
 
-    def __init__(self, uri: str, dim: int, *, write: bool):
-        self._name, self._dim, self._write = uri, dim, write
+    def __init__(self, uri: str, dim: int, table: str, *, write: bool, new: bool = False):
+        self._name, self._dim, self._table, self._write = uri, dim, table, write
         address, _, collection = uri.partition("#")
         self._collection = collection or COLLECTION
         self._lite = ""
@@ -58,6 +59,12 @@ class MilvusStore:
                     uri=address, token=token, timeout=CONNECT, dedicated=True
                 )
                 self._open()
+                # A new index would take the vectors of another for what a kill left of its own.
+                if new and (count := len(self)):
+                    raise UserError(
+                        f"store {uri}: holds {count} vectors of another index; give an empty one, "
+                        "with another #COLLECTION behind it"
+                    )
         except BaseException:
             self.close()
             raise
@@ -65,11 +72,14 @@ class MilvusStore:
     def __len__(self) -> int:
         return self._query(output_fields=["count(*)"])[0]["count(*)"]
 
-    def refresh(self) -> "MilvusStore":
-        """Nothing to do: a database shows what others write."""
+    def snapshot(self, db: sqlite3.Connection) -> "MilvusStore":
+        """What there is now: a database shows at once what others write."""
         return self
 
-    def ids(self) -> np.ndarray:
+    def check(self) -> None:
+        """Nothing to do: a database sees to its own files."""
+
+    def _ids(self) -> np.ndarray:
         """All ids, int64, sorted."""
         found: list[int] = []
         with self._told():
@@ -119,23 +129,38 @@ class MilvusStore:
                 scores[i, : len(hits)] = [-negative for negative, _ in hits]
         return ids, scores
 
-    def put(self, ids: np.ndarray, vectors: np.ndarray) -> None:
-        """Adds or replaces vectors; Milvus has them in its log when this returns."""
-        ids, vectors = checked_pairs(ids, vectors, self._dim)
+    def append(self, db: sqlite3.Connection, vectors: np.ndarray) -> np.ndarray:
+        """Adds vectors; Milvus has them in its log when this returns. See `VectorStore.append`."""
+        vectors = checked_vectors(vectors, self._dim)
         self._must_write()
+        statement = "UPDATE vectors SET count = count + ? WHERE target = ? RETURNING count"
+        ((count,),) = db.execute(statement, (len(vectors), self._table)).fetchall()
+        ids = np.arange(count - len(vectors), count)
         for start in range(0, len(ids), ROWS):
             part = slice(start, start + ROWS)
             rows = zip(ids[part].tolist(), vectors[part], strict=True)
             data = [{"id": id, "vector": vector} for id, vector in rows]
             with self._told():
                 self._client.upsert(self._collection, data, timeout=ANSWER)
+        return ids
 
-    def delete(self, ids: np.ndarray) -> None:
-        """Forgets ids; those that are not there are passed over."""
-        ids = distinct(checked_ids(ids))
+    def lost(self, db: sqlite3.Connection) -> np.ndarray:
+        """int64 ids that the catalog names and Milvus does not have."""
+        return np.setdiff1d(named_ids(db, self._table), self._ids(), assume_unique=True)
+
+    def is_sparse(self, db: sqlite3.Connection) -> bool:
+        """Nothing to do: `clean` removes what is dead."""
+        return False
+
+    def compact(self, db: sqlite3.Connection) -> None:
+        """Nothing to do."""
+
+    def clean(self, db: sqlite3.Connection) -> None:
+        """Removes vectors that the catalog does not name, also those of a run that was killed."""
         self._must_write()
-        for start in range(0, len(ids), LISTED):
-            part = ids[start : start + LISTED].tolist()
+        gone = np.setdiff1d(self._ids(), named_ids(db, self._table), assume_unique=True)
+        for start in range(0, len(gone), LISTED):
+            part = gone[start : start + LISTED].tolist()
             with self._told():
                 self._client.delete(self._collection, ids=part, timeout=ANSWER)
 

@@ -79,11 +79,19 @@ def _frames(row: dict[str, Any]) -> list[str]:
 def done(directory: str, what: Done) -> str:
     """What became of a folder, in a line or two."""
     counts = dataclasses.asdict(what)
-    cut = counts.pop("cut")
+    cut, skipped, unlisted = (counts.pop(name) for name in ("cut", "skipped", "unlisted"))
     text = ", ".join(f"{count} {name}" for name, count in counts.items() if count) or "no change"
     lines = [f"{directory}: {text}"]
     if cut:
         lines.append(f"{cut} captions are longer than the model reads: their ends are cut off")
+    for folder, reason in unlisted.items():
+        lines.append(f"folder {folder} cannot be listed ({reason}): what is indexed of it stays")
+    if skipped:
+        path, reason = next(iter(skipped.items()))
+        lines.append(
+            f"not read: {len(skipped)}, first {path} ({reason}); what is indexed of them stays; "
+            "run it again when they are there"
+        )
     failed = Index.open(directory).failures()
     if failed:
         path, reason = failed[0]

@@ -1,18 +1,26 @@
-"""Vectors by id: what a store is, and how one is named."""
+"""The vectors of an index: what a store is, and how one is named."""
 
 import os
-from typing import Protocol
+import sqlite3
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from vop_jax.errors import UserError
 
+if TYPE_CHECKING:
+    from vop_jax.search.catalog import IndexInfo
+
 MOST = 16_384  # results of one search that every store gives: Milvus' own limit
 NO_ID = -1  # fills up the answers where a store holds fewer than k vectors
+TABLES = {"videos": "moments", "captions": "captions"}  # of the catalog: whose vectors they are
 
 
 class Snapshot(Protocol):
-    """What can be searched at one moment, as far as a store tells moments apart."""
+    """What can be searched in one state of the catalog.
+
+    It may hold vectors that the catalog does not name any more, or does not name yet.
+    """
 
     def search(
         self, queries: np.ndarray, k: int, allowed: np.ndarray | None = None
@@ -26,79 +34,99 @@ class Snapshot(Protocol):
 
         Returns:
             (ids int64 [Q, k], scores float32 [Q, k]), filled up with -1 and -inf.
+
+        Raises:
+            UserError: vectors are damaged; a database does not answer.
+        """
+
+    def get(self, ids: np.ndarray) -> np.ndarray:
+        """float32 [N, E] of ids [N].
+
+        Raises:
+            UserError: an id that is not there; as `search`.
+        """
+
+    def check(self) -> None:
+        """Reads all of them, to compare them with their checksums.
+
+        Raises:
+            UserError: other bytes than were written.
         """
 
     def __len__(self) -> int:
         """How many vectors there are."""
 
 
-class VectorStore(Snapshot, Protocol):
+class VectorStore(Protocol):
     """Vectors by id, searched by inner product, exactly.
 
-    An id is an int64 of 0 or more; a vector is float32 and finite. Who may write and read at the
-    same time, and what readers see of it, is the store's own matter: see docs/search.md.
+    What of them counts is in the catalog, to which each method is given a connection. One
+    process changes a store, the one that writes the catalog.
     """
 
-    def put(self, ids: np.ndarray, vectors: np.ndarray) -> None:
-        """Adds or replaces vectors [N, E]; when this returns, a kill does not lose them.
+    def snapshot(self, db: sqlite3.Connection) -> Snapshot:
+        """What there is in the state that a connection reads."""
 
-        Of an id given twice the last vector counts.
-
-        Raises:
-            UserError: wrong shapes, NaN, a full disk, opened to read only.
-        """
-
-    def delete(self, ids: np.ndarray) -> None:
-        """Forgets ids; those that are not there are passed over."""
-
-    def get(self, ids: np.ndarray) -> np.ndarray:
-        """float32 [N, E] of ids [N].
-
-        Raises:
-            UserError: an id that is not there.
-        """
-
-    def refresh(self) -> Snapshot:
-        """Shows what others have written since; searches that are under way are not disturbed.
+    def append(self, db: sqlite3.Connection, vectors: np.ndarray) -> np.ndarray:
+        """Adds float32 [N, E]; they count once the transaction that is open is committed.
 
         Returns:
-            What there is now: the same object as before where nothing was written.
+            Their ids, int64 [N]: none that was ever another's.
+
+        Raises:
+            UserError: a wrong shape, NaN, a damaged file.
+            OSError: the disk is full.
         """
 
-    def ids(self) -> np.ndarray:
-        """All ids, int64, sorted."""
+    def lost(self, db: sqlite3.Connection) -> np.ndarray:
+        """int64 ids that the catalog names and whose vectors are damaged or gone."""
+
+    def is_sparse(self, db: sqlite3.Connection) -> bool:
+        """Whether `compact` is worth its while."""
+
+    def compact(self, db: sqlite3.Connection) -> None:
+        """Leaves out what the catalog does not name; within a transaction, may change ids.
+
+        Raises:
+            OSError: the disk is full.
+        """
+
+    def clean(self, db: sqlite3.Connection) -> None:
+        """Removes what no transaction that was committed names; outside of one."""
 
     def close(self) -> None:
-        """Lets go of files, locks and connections; a second time does nothing."""
+        """Lets go of files and connections; a second time does nothing."""
 
 
-def open_store(uri: str | os.PathLike, dim: int, *, write: bool) -> VectorStore:
-    """Opens a store by its name.
+def open_store(
+    directory: str | os.PathLike, info: "IndexInfo", table: str, *, write: bool, new: bool = False
+) -> VectorStore:
+    """Opens the vectors of an index.
 
     Args:
-        uri: a folder (exact search over a memory-mapped file); a file ending ".db" or
-            "milvus-lite:FILE" (Milvus Lite); "http://HOST:PORT" or "https://…" (a Milvus server);
-            of Milvus with #COLLECTION behind it, else "vop_jax".
-        dim: E, the width of the vectors.
+        directory: of the index, where they lie unless `info.store` is another place: a folder
+            (exact search over a memory-mapped file); a file ending ".db" or "milvus-lite:FILE"
+            (Milvus Lite); "http://HOST:PORT" or "https://…" (a Milvus server); of Milvus with
+            #COLLECTION behind it, else "vop_jax". Captions are few enough for `directory`.
+        table: of the catalog, whose vectors they are.
         write: to change it, as the only one; it is made if it is not there.
+        new: for an index that is being made, so that no vectors may be there.
 
     Raises:
-        UserError: no such store, one of another width, another writer, a missing extra, a
+        UserError: no such store, one of another width or another index, a missing extra, a
             database that does not answer.
     """
-    uri = os.fspath(uri)
+    uri = info.store if table == "moments" else ""
     local, _, _ = uri.partition("#")
-    if not uri:
-        raise UserError("store: its name is empty; give a folder, FILE.db or http://HOST:PORT")
     if uri.startswith(("milvus-lite:", "http://", "https://")) or local.endswith(".db"):
         from vop_jax.search.milvus import MilvusStore
 
-        return MilvusStore(uri, dim, write=write)
+        return MilvusStore(uri, info.dim, table, write=write, new=new)
     if "://" in uri:
         raise UserError(f"store {uri}: must be a local folder, FILE.db or http(s)://HOST:PORT")
-    from vop_jax.search.exact import ExactStore
+    from vop_jax.search.heap import Heap
 
-    return ExactStore(uri, dim, write=write)
+    return Heap(uri or directory, info.dim, table, write=write)
 
 
 def checked_ids(ids: np.ndarray) -> np.ndarray:
@@ -138,19 +166,6 @@ def checked_vectors(vectors: np.ndarray, dim: int, what: str = "vectors") -> np.
     return given
 
 
-def checked_pairs(ids: np.ndarray, vectors: np.ndarray, dim: int) -> tuple[np.ndarray, np.ndarray]:
-    """What `put` is given, without the earlier ones of an id that occurs twice.
-
-    Raises:
-        UserError: as the two checks above; more or fewer ids than vectors.
-    """
-    ids, vectors = checked_ids(ids), checked_vectors(vectors, dim)
-    if len(ids) != len(vectors):
-        raise UserError(f"put: {len(ids)} ids for {len(vectors)} vectors; must be as many")
-    last = np.sort(len(ids) - 1 - np.unique(ids[::-1], return_index=True)[1])
-    return (ids, vectors) if len(last) == len(ids) else (ids[last], vectors[last])
-
-
 def checked_k(k: int) -> int:
     """How many are asked for.
 
@@ -160,3 +175,9 @@ def checked_k(k: int) -> int:
     if k < 1:
         raise UserError(f"k={k}: must be 1 or more")
     return k
+
+
+def named_ids(db: sqlite3.Connection, table: str) -> np.ndarray:
+    """int64, sorted: all ids of moments or captions that the catalog names."""
+    rows = db.execute(f"SELECT id FROM {table} ORDER BY id")
+    return np.fromiter((row[0] for row in rows), np.int64)

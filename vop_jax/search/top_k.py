@@ -15,69 +15,66 @@ FREE = 0.8  # share of the free device memory that vectors may take
 
 
 def on_host(
-    vectors: np.ndarray, rows: np.ndarray, queries: np.ndarray, k: int
+    vectors: np.ndarray, rows: np.ndarray | None, queries: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The best of some rows, by BLAS on the vectors where they lie.
+    """The best rows, by BLAS on the vectors where they lie; ties to the smaller row.
 
     Args:
         vectors: float32 [M, E], mapped.
-        rows: int64 [N], which of them, in the order that settles ties.
+        rows: int64 [N], sorted, to which the search is restricted; None for all.
         queries: float32 [Q, E].
         k: N at most.
 
     Returns:
-        (int64 [Q, k] positions in `rows`, float32 [Q, k] scores), best first. Scores are summed
-        in float64, so that equal vectors score the same wherever they lie.
+        (int64 [Q, k] rows, float32 [Q, k] scores), best first. Scores are summed in float64, so
+        that equal vectors score the same wherever they lie.
     """
     at = np.empty((len(queries), k), np.int64)
     scores = np.empty((len(queries), k), np.float32)
-    few = len(rows) <= FEW
+    few = rows is not None and len(rows) <= FEW
     candidates = vectors[rows] if few else vectors
-    everything = few or _counts_up(rows, len(vectors))
     step = max(SCORES // max(len(candidates), 1), 1)
     for start in range(0, len(queries), step):
         block = queries[start : start + step]
         similar = block @ candidates.T
         for i, query in enumerate(block, start):
             row = similar[i - start]
-            at[i], scores[i] = _best(row if everything else row[rows], vectors, rows, query, k)
+            own = row if few or rows is None else row[rows]
+            at[i], scores[i] = _best(own, vectors, rows, query, k)
     return at, scores
 
 
-def _counts_up(rows: np.ndarray, count: int) -> bool:
-    """Whether `rows` are 0, 1, … count - 1."""
-    return len(rows) == count and bool((rows == np.arange(count)).all())
-
-
 def _best(
-    similar: np.ndarray, vectors: np.ndarray, rows: np.ndarray, query: np.ndarray, k: int
+    similar: np.ndarray, vectors: np.ndarray, rows: np.ndarray | None, query: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Positions and scores of the best k of the similarities [N] of `rows` [N] with one query."""
+    """The best k of `rows` [N] and their scores, by their similarities [N] with one query."""
     last = np.argpartition(similar, len(similar) - k)[len(similar) - k]  # the k-th best
-    margin = ROUNDING * float(np.linalg.norm(query) * np.linalg.norm(vectors[rows[last]]))
+    kth = vectors[last if rows is None else rows[last]]
+    margin = ROUNDING * float(np.linalg.norm(query) * np.linalg.norm(kth))
     near = np.flatnonzero(similar >= similar[last] - margin)
     if len(near) > k + TIED:
         sure = similar[near] > similar[last] + margin
         near = np.sort(np.concatenate([near[sure], near[~sure][: k + TIED - sure.sum()]]))
+    near = near if rows is None else rows[near]
     exact = np.empty(len(near), np.float32)
     wide = query.astype(np.float64)
     for start in range(0, len(near), TIED):
         part = slice(start, start + TIED)
-        exact[part] = np.einsum("ne,e->n", vectors[rows[near[part]]].astype(np.float64), wide)
+        exact[part] = np.einsum("ne,e->n", vectors[near[part]].astype(np.float64), wide)
     order = np.argsort(-exact, kind="stable")[:k]
     return near[order], exact[order]
 
 
-def place(vectors: np.ndarray, rows: np.ndarray) -> jax.Array | None:
-    """Rows of the mapped vectors on the GPU or TPU, in this order; None where the host searches.
+def place(vectors: np.ndarray) -> jax.Array | None:
+    """The mapped vectors on the GPU or TPU; None where the host searches.
 
     That is where there is none, or it has no room for them (which is said).
     """
-    if jax.default_backend() == "cpu" or not len(rows):
+    if jax.default_backend() == "cpu" or not len(vectors):
         return None
     device = jax.local_devices()[0]
     memory = device.memory_stats() or {}
-    size = len(rows) * vectors.shape[1] * vectors.itemsize
+    size = vectors.nbytes
     free = memory.get("bytes_limit", size / FREE) - memory.get("bytes_in_use", 0)
     if size > FREE * free:
         logging.warning(
@@ -88,22 +85,16 @@ def place(vectors: np.ndarray, rows: np.ndarray) -> jax.Array | None:
             device,
         )
         return None
-    in_order = vectors if _counts_up(rows, len(vectors)) else vectors[rows]
-    return jax.device_put(in_order, device)
+    return jax.device_put(vectors, device)
 
 
 def on_device(
-    placed: jax.Array, allowed: np.ndarray | None, queries: np.ndarray, k: int
+    placed: jax.Array, rows: np.ndarray | None, queries: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """As `on_host`, among placed vectors [M, E]; ties to the earlier of them.
-
-    Args:
-        allowed: int64 positions to which the search is restricted, None for all.
-    """
-    mask = np.ones(len(placed), bool)
-    if allowed is not None:
-        mask[:] = False
-        mask[allowed] = True
+    """As `on_host`, among placed vectors [M, E]."""
+    mask = np.full(len(placed), rows is None)
+    if rows is not None:
+        mask[rows] = True
     on = jnp.asarray(mask)
     # Few shapes are compiled: powers of two.
     most = min(_power(k), len(placed))

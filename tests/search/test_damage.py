@@ -1,0 +1,89 @@
+"""Bytes of an index that something else changed: the right answer, or one line."""
+
+import random
+
+import numpy as np
+import pytest
+
+from tests.search import library
+from tests.search.shelf import Shelf
+from vop_jax.errors import UserError
+from vop_jax.search import catalog
+from vop_jax.search.index import Index
+
+E, QUERIES = 8, np.random.default_rng(9).standard_normal((2, 8)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("damage") / "index"
+    shelf = Shelf(directory, E)
+    rng = np.random.default_rng(0)
+    shelf.add(rng.standard_normal((40, E)))
+    with shelf.catalog.transaction():
+        rows = [(f"caption {i}", f"{i}.mp4", 0.0, 1.0) for i in range(5)]
+        shelf.catalog.add_captions(rows, rng.standard_normal((5, E)).astype(np.float32))
+        shelf.catalog.add_unreadable("bad.mp4", 1, 2, "no video stream")
+    shelf.close()
+    return directory
+
+
+def answers(directory):
+    """What a user sees of an index: (what it is, [hits])."""
+    index = Index.open(directory)
+    index.open_vectors()
+    found = []
+    for to in ("videos", "captions"):
+        found += index.search(QUERIES, 50, to=to)
+        found += index.search(QUERIES, 2, to=to, since=0, until=1, per_file=False)
+    return (index.info, index.counts(), index.failures(), index.folder), found
+
+
+def damage(path, rng):
+    """Changes a file in one of several ways."""
+    content = bytearray(path.read_bytes())
+    at = rng.randrange(len(content) or 1)
+    how = rng.choice(["flip", "flip", "zero", "float", "truncate", "append", "empty", "remove"])
+    if how == "remove":
+        return path.unlink()
+    if how == "flip" and content:
+        content[at] ^= 1 << rng.randrange(8)
+    elif how == "zero":
+        content[at : at + 500] = bytes(len(content[at : at + 500]))
+    elif how == "float":
+        odd = np.array([rng.choice([np.nan, np.inf, 1e30])], "<f4").tobytes()
+        content[at // 4 * 4 :][:4] = odd
+        content[at // 4 * 4 : at // 4 * 4 + 4] = odd
+    elif how == "truncate":
+        del content[at:]
+    elif how == "append":
+        content += rng.randbytes(300)
+    else:
+        content.clear()
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_damaged_index(whole, tmp_path, seed):
+    """One file of it. Indexing again finds it, too, and knows what has lost its vectors no more."""
+    right, rng = answers(whole), random.Random(seed)
+    directory = library.copy(whole, tmp_path / "index")
+    path = rng.choice(sorted(directory.iterdir()))
+    damage(path, rng)
+    try:
+        assert answers(directory) == right
+    except UserError as error:
+        assert "\n" not in str(error) and "index" in str(error)
+    if path.name == catalog.FILE and (not path.exists() or not path.stat().st_size):
+        return  # no index: another one could be made here
+    try:
+        Shelf(directory, E).close()
+    except UserError as error:
+        assert path.suffix != ".f32" and "\n" not in str(error)
+        return
+    for before, after in zip(right[1], answers(directory)[1], strict=True):
+        known = {(hit.path, hit.caption): hit for hit in before}
+        if path.suffix != ".f32":
+            assert after == before
+        elif len(before) > 5:  # all there are
+            assert all(known[hit.path, hit.caption] == hit for hit in after)
