@@ -11,7 +11,7 @@ from tests.runs import ROOT
 @pytest.mark.parametrize("option", ["", "--ways"])
 def test_the_benchmark_runs(tmp_path, option):
     sizes = ["--rows=300", "--dim=16", "--batch=128", "--repeats=2"]
-    command = [sys.executable, "-m", "benchmarks.search", f"--store={tmp_path}/s", *sizes]
+    command = [sys.executable, "-m", "benchmarks.search", f"--index={tmp_path}/index", *sizes]
     command += [option] if option else []
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     assert "| put 300 in batches of 128 |" in done.stdout

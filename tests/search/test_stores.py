@@ -174,11 +174,12 @@ change = st.one_of(
     k=st.integers(1, 15),
     allowed=st.none() | st.sets(st.integers(0, 14)),
 )
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 def test_any_history(tmp_path_factory, monkeypatch, changes, query, k, allowed):
     """Small whole numbers, so that ties are many and exact; blocks of two rows."""
     monkeypatch.setattr("vop_jax.search.heap.SLACK", 0)
     monkeypatch.setattr("vop_jax.search.heap.BLOCK", 2)
+    monkeypatch.setattr("os.fsync", lambda _: None)
     directory = tmp_path_factory.mktemp("history")
     shelf, files = Shelf(directory, 3), {}  # by path
     for what, value in changes:
