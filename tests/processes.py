@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from subprocess import PIPE
 from typing import Any
 
 import pytest
@@ -23,11 +24,11 @@ class Process(subprocess.Popen):
     """A process that is killed, with all that it started, at the end of the test."""
 
     def __init__(self, command: Sequence[Any], **options: Any):
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        pipes = {"stdout": PIPE, "stderr": PIPE, "text": True}
         super().__init__(command, **pipes | options, start_new_session=True)
         self._guard = subprocess.Popen(
             ["sh", "-c", UNLESS_TOLD, sys.executable, __file__, str(self.pid)],
-            stdin=subprocess.PIPE,
+            stdin=PIPE,
             start_new_session=True,
         )
         _running.append(self)

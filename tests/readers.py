@@ -1,10 +1,11 @@
 """A process that has jax and numpy, but neither flax nor this project."""
 
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+
+from tests import processes
 
 SCRIPT = """
 import pathlib, re, sys
@@ -23,6 +24,6 @@ def embed(encoders: Path, scratch: Path, **rows: list[np.ndarray]) -> dict[str, 
     given = {f"{name} {i}": batch for name in rows for i, batch in enumerate(rows[name])}
     np.savez(scratch / "in.npz", **given)
     command = [sys.executable, "-c", SCRIPT, str(scratch / "in.npz"), str(scratch / "out.npz")]
-    subprocess.run(command, cwd=encoders, check=True, timeout=300)
+    processes.run(command, cwd=encoders, check=True)
     found = np.load(scratch / "out.npz")
     return {name: [found[f"{name} {i}"] for i in range(len(rows[name]))] for name in rows}

@@ -4,13 +4,12 @@ import errno
 import importlib
 import os
 import signal
-import subprocess
 import sys
 
 import pytest
 from absl import flags
 
-from tests import runs
+from tests import processes, runs
 from vop_jax import command, interrupt, main
 from vop_jax.errors import UserError
 
@@ -98,23 +97,19 @@ def test_a_reader_that_left(argv, merged):
     read, write = os.pipe()
     os.close(read)
     try:
-        done = subprocess.run(
+        done = processes.run(
             [sys.executable, "-W", "error", *argv],
             env=runs.environment(),
             stdout=write,
-            stderr=write if merged else subprocess.PIPE,
+            stderr=write if merged else processes.PIPE,
         )
     finally:
         os.close(write)
-    assert (done.returncode, done.stderr) == (141, None if merged else b"")
+    assert (done.returncode, done.stderr) == (141, None if merged else "")
 
 
 def test_a_full_output_is_one_line():
     with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [sys.executable, "-c", PRINTS.format("'short'")],
-            env=runs.environment(),
-            stdout=full,
-            stderr=subprocess.PIPE,
-        )
-    assert done.returncode == 2 and done.stderr.count(b"\n") == 1
+        argv = [sys.executable, "-c", PRINTS.format("'short'")]
+        done = processes.run(argv, env=runs.environment(), stdout=full)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1

@@ -2,11 +2,10 @@
 
 import functools
 import json
-import subprocess
 
 import pytest
 
-from tests import runs
+from tests import processes, runs
 from vop_jax.data import shapes
 
 CONFIG = f"--config={runs.ROOT / 'configs/demo.py'}"
@@ -48,8 +47,7 @@ def test_one_step_of_everything(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_as_shipped_it_learns(tmp_path):
     argv = runs.command([CONFIG, f"--workdir={tmp_path}"])
-    env = runs.environment(quick=False)
-    done = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)
+    done = processes.run(argv, env=runs.environment(quick=False))
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["num_texts"], summary["num_videos"]) == (192, 192)

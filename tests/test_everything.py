@@ -2,14 +2,13 @@
 
 import argparse
 import importlib
-import os
 import sys
-import time
 
 import pytest
 
 from benchmarks import everything
 from benchmarks.everything import Task
+from tests import processes
 
 
 @pytest.fixture
@@ -60,19 +59,7 @@ def test_what_is_out_of_time_is_killed_with_its_children(call, tmp_path):
     status, printed, report = call({"slow": code}, limit=3)
     assert status == 1 and printed.startswith("slow: out of time after 3 s") and "begun" in report
     pid = int((tmp_path / "pid").read_text())
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline and _runs(pid):
-        time.sleep(0.05)
-    assert not _runs(pid)
-
-
-def _runs(pid):
-    try:
-        os.kill(pid, 0)
-        with open(f"/proc/{pid}/stat") as file:  # one that nobody has waited for is dead, too
-            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
-    except (ProcessLookupError, FileNotFoundError):
-        return False
+    processes.until(lambda: not processes.is_alive(pid))
 
 
 def test_no_time_at_all(call):

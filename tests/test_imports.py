@@ -2,12 +2,12 @@
 
 import ast
 import pathlib
-import subprocess
 import sys
 
 import pytest
 
 import vop_jax
+from tests import processes
 
 PACKAGE = pathlib.Path(vop_jax.__file__).parent
 LEVELS = {
@@ -136,7 +136,7 @@ def loaded_by(*modules):
         f"print(*({{*{HEAVY!r}}} & {{*sys.modules}}))"
     )
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=PACKAGE.parent, check=True)
+    done = processes.run(command, cwd=PACKAGE.parent, check=True)
     return set(done.stdout.split())
 
 

@@ -1,12 +1,10 @@
 """A run that is killed again and again ends where one that is left alone ends."""
 
 import signal
-import subprocess
-import time
 
 import pytest
 
-from tests import runs
+from tests import processes, runs
 from vop_jax.training.writer import read_metrics
 
 KILLED_AT = (3, 11, 20, 34, 47)  # steps, of 60
@@ -21,13 +19,12 @@ def start(folder, clip, workdir, steps=60):
     }
     overrides = [f"--config.{key}={value}" for key, value in settings.items()]
     argv = runs.command(runs.arguments(folder, clip, workdir, *overrides))
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(argv, env=runs.environment(quick=False), **pipes)
+    return processes.Process(argv, env=runs.environment(quick=False))
 
 
 def finish(process):
     _, err = process.communicate()
-    return process.returncode, err.decode()
+    return process.returncode, err
 
 
 def reached(workdir, step):
@@ -54,9 +51,7 @@ def test_five_kills_change_nothing(places, tmp_path):
     assert status == 0, err
     for step in KILLED_AT:
         process = start(*places, killed)
-        while not reached(killed, step):
-            assert process.poll() is None, finish(process)[1]
-            time.sleep(0.005)
+        processes.until(lambda: reached(killed, step), process)  # noqa: B023
         process.send_signal(signal.SIGKILL)
         assert finish(process)[0] == -signal.SIGKILL
     status, err = finish(start(*places, killed))
@@ -73,9 +68,7 @@ def test_five_kills_change_nothing(places, tmp_path):
 @pytest.mark.slow
 def test_sigterm_saves_and_says_so(places, tmp_path):
     process = start(*places, tmp_path / "run")
-    while not reached(tmp_path / "run", 7):
-        assert process.poll() is None, finish(process)[1]
-        time.sleep(0.005)
+    processes.until(lambda: reached(tmp_path / "run", 7), process)
     process.send_signal(signal.SIGTERM)
     status, err = finish(process)
     assert status == 143
@@ -87,9 +80,7 @@ def test_sigterm_saves_and_says_so(places, tmp_path):
 @pytest.mark.slow
 def test_two_processes_cannot_share_a_workdir(places, tmp_path):
     first = start(*places, tmp_path / "run", steps=10**6)
-    while not reached(tmp_path / "run", 1):
-        assert first.poll() is None, finish(first)[1]
-        time.sleep(0.005)
+    processes.until(lambda: reached(tmp_path / "run", 1), first)
     status, err = finish(start(*places, tmp_path / "run", steps=10**6))
     assert first.poll() is None
     first.send_signal(signal.SIGTERM)

@@ -3,9 +3,7 @@
 import json
 import signal
 import socket
-import subprocess
 import sys
-import time
 import urllib.parse
 import urllib.request
 from pathlib import Path
@@ -13,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests import runs
+from tests import processes, runs
 from vop_jax import tensorfile
 
 pytest.importorskip("gcsfs", reason="needs the extra gcs")
@@ -86,7 +84,7 @@ def trained(local, bucket):
     """The prompts of a run on this machine's disk, whose records are in the bucket then."""
     run = local / "run"
     argv = runs.command([*runs.arguments(local, local / "clip.safetensors", run), *settings()])
-    subprocess.run(argv, env=bucket.environment(8), check=True, capture_output=True)
+    processes.run(argv, env=bucket.environment(8), check=True)
     bucket.put("records", run / "records")
     return prompts(run / "prompts.safetensors")
 
@@ -105,7 +103,7 @@ def command(local, workdir, *overrides):
 
 def call(bucket, argv):
     """(exit status, the last line of stderr)."""
-    done = subprocess.run(argv, env=bucket.environment(), capture_output=True, text=True)
+    done = processes.run(argv, env=bucket.environment())
     return done.returncode, (done.stderr.splitlines() or [""])[-1]
 
 
@@ -126,25 +124,20 @@ def test_two_processes_stop_in_a_bucket_and_one_goes_on(bucket, local, trained, 
         address = f"127.0.0.1:{free.getsockname()[1]}"
     both = []
     for i in range(2):
-        where = (f"--coordinator={address}", "--processes=2", f"--process={i}", "--timeout=20")
+        where = (f"--coordinator={address}", "--processes=2", f"--process={i}")
         with open(tmp_path / f"{i}.log", "w") as log:
             argv = command(local, "gs://vop/run", *where)
-            both.append(subprocess.Popen(argv, env=bucket.environment(4), stderr=log))
+            both.append(processes.Process(argv, env=bucket.environment(4), stdout=log, stderr=log))
 
     def said():
         return "\n".join((tmp_path / f"{i}.log").read_text() for i in range(2))
 
-    deadline = time.monotonic() + 120
-    while "step 3/" not in said():
-        assert all(p.poll() is None for p in both) and time.monotonic() < deadline, said()
-        time.sleep(0.01)
+    processes.until(lambda: "step 3/" in said(), *both)
     both[1].send_signal(signal.SIGTERM)
-    assert [p.wait(60) for p in both] == [143, 143], said()
+    assert [p.wait() for p in both] == [143, 143], said()
     steps = {int(name.split("/")[2]) for name in bucket.names("run/checkpoints/")}
     assert len(steps) == 1 and max(steps) < STEPS, steps
-    done = subprocess.run(
-        command(local, "gs://vop/run"), env=bucket.environment(4), capture_output=True, text=True
-    )
+    done = processes.run(command(local, "gs://vop/run"), env=bucket.environment(4))
     assert done.returncode == 0, done.stderr
     assert f"continuing gs://vop/run from step {max(steps)}" in done.stderr
     (tmp_path / "prompts.safetensors").write_bytes(bucket.get("run/prompts.safetensors"))
@@ -164,7 +157,7 @@ clips, notes = locate([Clip("a", "elsewhere/3.avi", ("three",))], "gs://vop/")
 print(clips[0].path, *notes)
 """
     argv = [sys.executable, "-c", program]
-    done = subprocess.run(argv, env=bucket.environment(), capture_output=True, text=True)
+    done = processes.run(argv, env=bucket.environment())
     assert done.stdout.startswith("gs://vop/videos/3.mp4 "), done.stderr
     assert done.stdout.endswith("1 of 1 videos have another extension, first videos/3.mp4\n")
 
@@ -207,5 +200,5 @@ def test_runs_in_a_bucket_are_found(bucket, tmp_path):
     program = "from vop_jax.report.runs import find_runs as f;"
     program += "print(*(run.workdir for run in f(['gs://vop/many'])))"
     argv = [sys.executable, "-c", program]
-    done = subprocess.run(argv, env=bucket.environment(), capture_output=True, text=True)
+    done = processes.run(argv, env=bucket.environment())
     assert done.stdout.split() == ["gs://vop/many/a/deep", "gs://vop/many/b"], done.stderr

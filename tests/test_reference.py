@@ -1,7 +1,6 @@
 """A released checkpoint, converted and loaded, gives the features of an independent VoP."""
 
 import dataclasses
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 
 import vop_jax
-from tests import checkpoints
+from tests import checkpoints, processes
 from tests.peers import import_open_clip
 from vop_jax.clip.config import PRESETS, ClipConfig
 from vop_jax.tuning.prompts_file import load_prompts, save_prompts
@@ -50,7 +49,7 @@ def released(request, tmp_path_factory):
     clip, prompts = folder / "clip.safetensors", folder / "prompts.safetensors"
     command = [sys.executable, "tools/convert_clip_weights.py", f"--source={source}"]
     command += [f"--output={clip}", f"--prompts-output={prompts}"]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=600)
+    processes.run(command, cwd=ROOT, check=True)
     return sizes, {k: torch.from_numpy(np.array(v)) for k, v in state.items()}, clip, prompts
 
 

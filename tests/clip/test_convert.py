@@ -4,7 +4,6 @@ import json
 import os
 import pickle
 import re
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors import numpy as safetensors_numpy
 
-from tests import checkpoints
+from tests import checkpoints, processes
 from tests.checkpoints import SIZES
 from vop_jax.clip import layouts
 from vop_jax.clip.convert import convert as convert_any
@@ -466,9 +465,7 @@ try:
 except UserError as error:
     print(error)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    done = processes.run([sys.executable, "-c", code], cwd=ROOT, check=True)
     found, message = done.stdout.splitlines()
     assert found == fingerprint(by_hand())
     assert 'pip install -e ".[convert]"' in message

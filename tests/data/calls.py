@@ -16,7 +16,9 @@ def obey(task):
         os.kill(os.getpid(), signal.SIGSEGV)
     if task == "exit":
         os._exit(3)
-    if task == "hang":
+    if task.startswith("hang"):
+        if mark := task[len("hang ") :]:
+            open(mark, "w").close()
         time.sleep(1000)
     if task == "bug":
         raise ZeroDivisionError("of a kind\nthat has two lines")

@@ -3,11 +3,11 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 
 import pytest
 
+from tests import processes
 from tests.data import videos
 from tests.data.annotations.official import write_official
 from vop_jax.config import base_config
@@ -48,7 +48,7 @@ def check(root, *overrides, records=True, config="configs/msrvtt9k.py:vop"):
     """(exit status, stdout, stderr, the JSON)."""
     where = [f"--config.data.records={root / 'records'}"] if records else []
     command = [
-        *(sys.executable, "-m", "vop_jax.data.check", f"--config={config}"),
+        *(sys.executable, "-W", "error", "-m", "vop_jax.data.check", f"--config={config}"),
         *("--config.data.frames=4", "--config.data.short_side=32"),
         "--config.data.official_sizes=False",
         *where,
@@ -57,7 +57,7 @@ def check(root, *overrides, records=True, config="configs/msrvtt9k.py:vop"):
     ]
     env = {**os.environ, "PYTHONPATH": os.getcwd(), "JAX_PLATFORMS": "cpu"}
     (root / "check.json").unlink(missing_ok=True)
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+    done = processes.run(command, env=env)
     written = root / "check.json"
     found = json.loads(written.read_text()) if written.exists() else None
     return done.returncode, done.stdout, done.stderr, found

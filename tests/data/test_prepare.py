@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
@@ -16,6 +15,7 @@ import pytest
 import tensorflow_datasets as tfds
 from etils import epath
 
+from tests import processes
 from tests.data import calls, videos
 from tests.data.annotations.official import write_official
 from vop_jax.data import builders, layout, packed, packing, prepare, shards
@@ -73,7 +73,7 @@ def digest(root):
 
 def test_the_command(msvd, tmp_path):
     program = [sys.executable, "-m", "vop_jax.data.prepare", *command(msvd, tmp_path / "a")]
-    printed = subprocess.run(program, capture_output=True, text=True, check=True)
+    printed = processes.run(program, check=True)
     assert "train: 10 of 10 videos, 20 captions" in printed.stdout
     assert "about" in printed.stderr and "free in" in printed.stderr
     assert "packing msvd" in printed.stderr and "17/17" in printed.stderr
@@ -118,7 +118,7 @@ def test_ten_kills_change_nothing(msvd, tmp_path):
 
     def start(output):
         argv = [sys.executable, "-c", program, *command(msvd, output)]
-        return subprocess.Popen(argv, env=env, stderr=subprocess.DEVNULL)
+        return processes.Process(argv, env=env)
 
     begin = time.monotonic()
     assert start(tmp_path / "whole").wait() == 0
@@ -353,7 +353,7 @@ def test_two_runs_make_the_same_records_once(msvd, tmp_path):
     _, films = msvd
     argv = [sys.executable, "-c", PACKING, str(tmp_path), *map(str, sorted(films.iterdir()))]
     env = {**os.environ, "PYTHONPATH": os.getcwd()}
-    both = [subprocess.Popen(argv, env=env) for _ in range(2)]
+    both = [processes.Process(argv, env=env) for _ in range(2)]
     assert [process.wait() for process in both] == [0, 0]
 
 
@@ -540,16 +540,14 @@ def test_wrong_flags_get_one_line(msvd, tmp_path, options, message, capsys):
 def test_control_c_is_one_line(msvd, tmp_path):
     """To the whole group, as a terminal sends it, while the processes start."""
     program = [sys.executable, "-m", "vop_jax.data.prepare", *command(msvd, tmp_path)]
-    with subprocess.Popen(
-        program, stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
-        for line in process.stderr:
-            if "msvd test: 4 videos" in line:
-                break
-        time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGINT)
-        told = process.stderr.read()
-    assert process.returncode in (0, 130)  # it may have been done
+    process = processes.Process(program)
+    for line in process.stderr:
+        if "msvd test: 4 videos" in line:
+            break
+    time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    told = process.stderr.read()
+    assert process.wait() in (0, 130)  # it may have been done
     assert "Traceback" not in told
     if process.returncode == 130:
         assert told.strip().splitlines()[-1] == "stopped by SIGINT; the same command continues"

@@ -2,11 +2,8 @@ import collections
 import csv
 import dataclasses
 import functools
-import os
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import av
@@ -14,6 +11,7 @@ import numpy as np
 import pytest
 from etils import epath
 
+from tests import processes
 from vop_jax.config import base_config
 from vop_jax.data import shapes, sources
 from vop_jax.data.sampling import sample_indices
@@ -256,11 +254,8 @@ def test_a_file_is_there_whole_or_not_at_all(rendered, tmp_path, monkeypatch):
 
 def test_killed_rendering_is_taken_up_again(rendered, tmp_path):
     code = f"from vop_jax.data import shapes; shapes.render({str(tmp_path)!r}, train=768)"
-    with open(os.devnull, "w") as null:
-        process = subprocess.Popen([sys.executable, "-c", code], stderr=null)
-    deadline = time.monotonic() + 60
-    while len(list(tmp_path.glob("train-*.mp4"))) < 5 and time.monotonic() < deadline:
-        time.sleep(0.005)
+    process = processes.Process([sys.executable, "-c", code])
+    processes.until(lambda: len(list(tmp_path.glob("train-*.mp4"))) >= 5, process)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert not (tmp_path / shapes.ANNOTATIONS_FILE).exists()
@@ -290,7 +285,7 @@ def test_impossible_numbers_of_stills_are_refused(tmp_path):
 
 def test_needs_no_jax():
     code = "import sys, vop_jax.data.shapes; assert not {'jax', 'flax'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    processes.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_run_renders_as_many_as_its_config_says(monkeypatch, tmp_path):

@@ -1,7 +1,6 @@
 import csv
 import os
 import pickle
-import subprocess
 import sys
 import unicodedata
 
@@ -11,6 +10,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests import processes
 from vop_jax.data.sources import CaptionTokenizer, TokenizedCaptions
 from vop_jax.data.tokenizer import EOT, SOT, VOCAB_SIZE, Tokenizer
 from vop_jax.errors import UserError
@@ -133,7 +133,7 @@ def test_survives_pickling():
 
 def test_needs_no_jax():
     code = "import sys, vop_jax.data.tokenizer; assert not {'jax', 'flax'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    processes.run([sys.executable, "-c", code], check=True)
 
 
 _KEPT: list = []  # operators last as long as their library object

@@ -4,14 +4,13 @@ import dataclasses
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 
 import jax
 import numpy as np
 import pytest
 
-from tests import runs, tiny
+from tests import processes, runs, tiny
 from tests.interop.scenic_there import lenient, needs_scenic  # noqa: F401
 from vop_jax.clip.config import PRESETS
 from vop_jax.clip.model import Clip
@@ -86,7 +85,7 @@ def test_without_scenic_one_line_says_how_to_get_it(monkeypatch, use):
 @pytest.mark.skipif(importlib.util.find_spec("scenic") is not None, reason="scenic is there")
 def test_the_program_without_scenic():
     command = [sys.executable, "-m", "vop_jax.interop.scenic", "--config=x.py", "--workdir=x"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=runs.ROOT)
+    done = processes.run(command, cwd=runs.ROOT)
     assert done.returncode == 2 and done.stderr.startswith("error: scenic.app: ")
     assert "requirements-scenic.txt" in done.stderr and len(done.stderr.splitlines()) == 1
 
@@ -201,7 +200,7 @@ def get_config():
         command = [sys.executable, "-m", "vop_jax.interop.scenic", *argv]
         paths = os.pathsep.join([str(runs.ROOT), *filter(None, sys.path)])
         env = runs.environment() | {"PYTHONPATH": paths}
-        return subprocess.run(command, capture_output=True, text=True, env=env)
+        return processes.run(command, env=env)
 
     done = call()
     assert done.returncode == 0, done.stderr

@@ -2,12 +2,11 @@
 
 import os
 import shutil
-import subprocess
 import sys
 
 import numpy as np
 
-from tests import runs
+from tests import processes, runs
 from tests.data import videos
 from vop_jax.search import catalog
 from vop_jax.search.asked import Request
@@ -73,9 +72,7 @@ def assert_same(one, other):
 def start(*argv):
     """The command line in a process of its own."""
     command = [sys.executable, "-m", "vop_jax.search", *map(str, argv)]
-    return subprocess.Popen(
-        command, env=runs.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    return processes.Process(command, env=runs.environment())
 
 
 def copy(source, target):

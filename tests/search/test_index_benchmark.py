@@ -1,16 +1,16 @@
 """The benchmark of the index, in small."""
 
 import json
-import subprocess
 import sys
 
+from tests import processes
 from tests.data import videos
 from tests.runs import ROOT
 
 
 def run(*argv):
     command = [sys.executable, "-m", "benchmarks.index", *map(str, argv)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    done = processes.run(command, cwd=ROOT, check=True)
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 

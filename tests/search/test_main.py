@@ -4,11 +4,10 @@ import contextlib
 import json
 import re
 import signal
-import time
 
 import pytest
 
-from tests import runs
+from tests import processes, runs
 from tests.search import library
 from vop_jax.search import catalog
 from vop_jax.search.__main__ import main
@@ -200,9 +199,7 @@ def started(index, films, clip, files):
         *("index", films, "--clip", clip, "--index", index),
         *("--window=1", "--workers=1", "--batch=1"),
     )
-    while committed(index) < files:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.002)
+    processes.until(lambda: committed(index) >= files, process)
     return process
 
 

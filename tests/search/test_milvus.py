@@ -2,12 +2,12 @@
 
 import contextlib
 import pathlib
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 
+from tests import processes
 from tests.search.shelf import Shelf
 from tests.search.test_stores import assert_finds, drawn
 from vop_jax.errors import UserError
@@ -138,12 +138,12 @@ def test_one_process_at_a_time_and_quietly(installed, tmp_path):
         "except UserError as error:\n    print(error)\n"
     )
     command = [sys.executable, "-W", "always", "-c", code, uri]
-    first = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    first = processes.run(command, cwd=ROOT, check=True)
     assert first.stdout.splitlines() == [
         f"store {uri}: Milvus Lite cannot open it; only one process at a time may"
     ]
     shelf.close()
-    second = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    second = processes.run(command, cwd=ROOT, check=True)
     assert first.stderr == second.stderr == second.stdout == ""
 
 

@@ -4,7 +4,6 @@ import contextlib
 import pathlib
 import random
 import signal
-import subprocess
 import sys
 import time
 
@@ -13,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests import processes
 from tests.search import library
 from tests.search.shelf import Shelf
 from vop_jax.errors import UserError
@@ -220,6 +220,7 @@ def test_any_history(tmp_path_factory, monkeypatch, changes, query, k, allowed):
 WRITER = """
 import sys
 import numpy as np
+from tests import processes
 from tests.search.shelf import Shelf
 from vop_jax.search import heap
 heap.SLACK = 16
@@ -252,13 +253,13 @@ def test_killed_while_it_writes(uri, tmp_path, acknowledged):
     if uri and acknowledged != 2:
         pytest.skip("once is enough of a database's own care")
     command = [sys.executable, "-c", WRITER, str(tmp_path / "index"), uri]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as writer:
-        for line in writer.stdout:
-            if int(line) == acknowledged:
-                break
-        time.sleep(random.random() / 50)
-        writer.send_signal(signal.SIGKILL)
-        last = int((line + writer.stdout.read()).split()[-1])
+    writer = processes.Process(command, cwd=ROOT)
+    for line in writer.stdout:
+        if int(line) == acknowledged:
+            break
+    time.sleep(random.random() / 50)
+    writer.send_signal(signal.SIGKILL)
+    last = int((line + writer.stdout.read()).split()[-1])
     # The change that was under way is there as a whole or not at all; for a reader, too.
     for directory in (library.copy(tmp_path / "index", tmp_path / "copy"), tmp_path / "index"):
         info = catalog.stored_info(directory)

@@ -3,13 +3,12 @@
 import re
 import signal
 import socket
-import subprocess
 import sys
 import urllib.request
 
 import pytest
 
-from tests import runs
+from tests import processes, runs
 from tests.search import library
 from vop_jax import interrupt
 from vop_jax.serve import __main__ as serve
@@ -81,9 +80,7 @@ def test_which_hosts_are_local(host, local):
 
 def start(index, *arguments):
     command = [sys.executable, "-m", "vop_jax.serve", "--index", index, "--port", "0", *arguments]
-    process = subprocess.Popen(
-        command, env=runs.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = processes.Process(command, env=runs.environment())
     line = process.stdout.readline()
     return process, re.search(r"http://\S+", line)[0]
 
@@ -92,7 +89,7 @@ def start(index, *arguments):
 def test_it_can_be_ended_as_soon_as_it_says_where_it_is(index):
     process, _ = start(index)
     process.terminate()
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate()
     assert process.returncode == 128 + signal.SIGTERM and (out, err) == ("", "")
 
 
@@ -110,10 +107,10 @@ def test_a_process_answers_and_ends_cleanly(index, signum, status):
     process, address = start(index)
     try:
         for path in ("healthz", "", "api/search?q=white&k=1", "api/thumbnail/index/1"):
-            with urllib.request.urlopen(address + path, timeout=60) as answer:
+            with urllib.request.urlopen(address + path, timeout=processes.HANG) as answer:
                 assert answer.status == 200 and answer.read()
         process.send_signal(signum)
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate()
         assert process.returncode == status and (out, err) == ("", "")
     finally:
         process.kill()

@@ -4,7 +4,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 from safetensors import SafetensorError
 from safetensors import numpy as safetensors_numpy
 
-from tests import checkpoints
+from tests import checkpoints, processes
 from tests.checkpoints import SIZES
 from tests.server import serving
 from vop_jax import tensorfile
@@ -61,8 +60,7 @@ def refused(tool, capsys, *argv):
 def test_runs_from_any_folder_without_the_package_installed(source, tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     command = [sys.executable, str(SCRIPT), f"--source={source.name}", "--output=new/clip.st"]
-    command += HEADS
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = processes.run([*command, *HEADS], cwd=tmp_path, env=environment)
     assert (done.returncode, done.stderr) == (0, "")
     assert "note: nothing states the activation" in done.stdout
     weights = load_clip(tmp_path / "new" / "clip.st")
