@@ -186,26 +186,24 @@ def _serve(pipe: connection.Connection, call: Call) -> None:
 def starting() -> Iterator[None]:
     """Around the start of children: from their first moment on Ctrl-C is their parent's.
 
-    And the parent heeds a signal when they have started: half of a start leaves a child that
-    complains.
+    And the parent heeds it when they have started: half of a start leaves a child that complains.
     """
     # What the first start would start, too, lets it through again when it runs.
     resource_tracker.ensure_running()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    came: list[int] = []  # another thread may have taken them; handlers run in the main one
-    handlers = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) is not None:  # of C, which could not be put back
-                handlers[number] = signal.signal(number, lambda number, _: came.append(number))
+    came: list[int] = []  # another thread may have taken it; handlers run in the main one
+    in_main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGINT) if in_main else None  # one of C cannot be put back
+    if handler is not None:
+        signal.signal(signal.SIGINT, lambda number, _: came.append(number))
     try:
         yield
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        if handler is not None:
+            signal.signal(signal.SIGINT, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for taken in came:
-            signal.raise_signal(taken)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def stand_apart() -> None:
