@@ -70,7 +70,7 @@ FORMATS = {
     "state_dict.pt": lambda p: checkpoints.save_torch(p, STATE),
     "half.pth": lambda p: checkpoints.save_torch(p, half(STATE)),
     "sizes.pt": lambda p: checkpoints.save_torch(
-        p, {**STATE, "input_resolution": np.array(24), "attn_mask": CAUSAL}
+        p, {**STATE, "input_resolution": np.array(24), "attn_mask": np.maximum(CAUSAL, -65504)}
     ),
     "nested.pt": lambda p: checkpoints.save_torch(
         p, prefixed("module.", STATE), "state_dict", epoch=3, name="run", optimizer={"lr": 0.1}

@@ -159,7 +159,7 @@ def _unwrapped(
 
 
 def _grouped(held: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A state dict of a model and its average, told by a prefix, as one of two state dicts."""
+    """A state dict that holds a model and, under a prefix, its average, as two state dicts."""
     for average in AVERAGES:
         inside = {k for k in held if isinstance(k, str) and k.startswith(f"{average}.")}
         if inside:
