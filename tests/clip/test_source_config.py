@@ -130,6 +130,7 @@ def test_an_open_clip_config_that_converts(changes, expected, tmp_path):
         ("preprocess_cfg.size", 336),
         ("preprocess_cfg.gamma", 2),
         ("rope", True),
+        ("quick_gelu", True),  # open_clip reads it in model_cfg alone
     ],
 )
 def test_an_open_clip_config_of_another_model_is_refused(key, value, tmp_path):
@@ -275,6 +276,8 @@ def test_heads_that_nothing_states_are_asked_for():
         choose_heads("x.pt", "vision", 128, None, Facts())
     with pytest.raises(UserError, match="128 cannot be divided into 3 heads"):
         choose_heads("x.pt", "vision", 128, 3, Facts())
+    with pytest.raises(UserError, match="128 cannot be divided into 0 heads"):
+        choose_heads("x.pt", "vision", 128, None, Facts("c.json", vision_heads=0))
     with pytest.raises(UserError, match=r"--text-heads=4 contradicts c\.json, which says 8"):
         choose_heads("x.pt", "text", 128, 4, Facts("c.json", text_heads=8))
 

@@ -11,7 +11,7 @@ from etils import epath
 
 from vop_jax.clip import layouts
 from vop_jax.clip.layers import ACTIVATIONS
-from vop_jax.clip.source_keys import HUGGING_FACE, NOTHING, OPEN_CLIP, PREPROCESSOR, Keys
+from vop_jax.clip.source_keys import HUGGING_FACE, NO_KEYS, NOTHING, OPEN_CLIP, PREPROCESSOR, Keys
 from vop_jax.clip.towers import PIXEL_MEAN, PIXEL_STD
 from vop_jax.errors import UserError
 
@@ -164,7 +164,8 @@ def read_sizes(file: str, config: Flat, keys: Keys) -> dict[str, Size]:
 def _open_clip(file: str, config: Flat) -> Facts:
     if whole := "model_cfg" in config:  # else it is the model's part alone
         rest = {k: v for k, v in config.items() if k not in ("model_cfg", "preprocess_cfg")}
-        config = {**config["model_cfg"], "preprocess_cfg": config.get("preprocess_cfg"), **rest}
+        check_keys(file, rest, NO_KEYS)
+        config = {**config["model_cfg"], "preprocess_cfg": config.get("preprocess_cfg")}
     config = {k: v for k, v in config.items() if k != "preprocess_cfg" or v is not None}
     known = flat(config, "vision_cfg", "text_cfg", "preprocess_cfg")
     if not {"vision_cfg", "text_cfg"} <= config.keys():
@@ -292,7 +293,7 @@ def choose_heads(
             this width does, or they do not divide the width.
     """
     heads, note = settle(f"{tower}-heads", asked, getattr(facts, f"{tower}_heads"), facts.by), ""
-    if not heads:
+    if heads is None:
         heads = PUBLISHED_HEADS[tower].get(width)
         if heads is None:
             raise UserError(

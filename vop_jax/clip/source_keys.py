@@ -36,6 +36,8 @@ def _both(towers: str, entries: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{tower}_{towers}.{k}": v for tower in ("vision", "text") for k, v in entries.items()}
 
 
+NO_KEYS = Keys({}, {}, frozenset(), frozenset())
+
 OPEN_CLIP = Keys(
     sizes={
         "embed_dim": ("embed_dim", 0),
