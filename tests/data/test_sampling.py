@@ -129,6 +129,7 @@ def test_folders_that_cannot_be_used(film, tmp_path):
 def test_frames_are_in_the_order_of_their_numbers(tmp_path):
     for i in (1, 2, 10, 9):
         Image.new("L", (8, 8), 20 * i).save(tmp_path / f"frame_{i}.png")
+        (tmp_path / f"._frame_{i}.png").write_bytes(b"what macOS adds on other disks")
     frames = read_frames(tmp_path, 4)
     assert [int(p[0, 0, 0]) // 20 for p in frames.pixels] == [1, 2, 9, 10]
 

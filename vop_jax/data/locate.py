@@ -112,6 +112,11 @@ def stat(path: str | os.PathLike) -> StatResult:
         raise VideoError("not the name of a file") from None
     except OSError as error:
         raise VideoError(f"cannot be opened ({error.strerror or error})") from None
+    except Exception as error:  # the clients of buckets raise what they like
+        if "://" not in text:
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise VideoError(f"cannot be opened ({reason})") from None
 
 
 def _hint(path: str) -> str:

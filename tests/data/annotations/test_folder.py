@@ -108,11 +108,12 @@ def test_a_video_in_two_splits_is_told(read, caplog):
 
 
 def test_spellings_of_a_path_are_one_video(read, tmp_path, caplog):
-    rows = ["./b.mp4,one,train", "b.mp4,two,train", f"{tmp_path}/videos//b.mp4,three,test"]
+    rows = ["./b.mp4/,one,train", "b.mp4,two,train", f"{tmp_path}/videos//b.mp4,three,test"]
     dataset = read("video,caption,split\n" + "\n".join(rows) + "\n")
     assert "videos with clips both in train and in test: 1" in caplog.text
     (clip,) = dataset["train"]
-    assert clip.id == "./b.mp4" and clip.captions == ("one", "two")
+    assert clip.path == f"{tmp_path}/videos/b.mp4"
+    assert clip.id == "./b.mp4/" and clip.captions == ("one", "two")
     stored = read("video,caption,split\ngs://bucket/b.mp4,one,train\n")
     assert stored["train"][0].path == "gs://bucket/b.mp4"
 

@@ -70,6 +70,8 @@ def read_folder(annotations: str | os.PathLike, videos: str | os.PathLike) -> Da
         )
         where = lines[split, video, start, end]
         location = _location(os.fspath(videos), video)
+        if ".." not in location:  # which may be another folder's behind a link
+            location = _normalised(os.fspath(videos), video)
         clip = Clip(clip_id, location, tuple(dict.fromkeys(own)), start, end, where)
         dataset.setdefault(split or _split_of(clip), []).append(clip)
     if not all(with_split):
