@@ -329,26 +329,71 @@ def test_errors(page):
     assert not page.is_visible("#error")
 
 
-def test_more(page):
+LONG = "x" * 150
+MANY = {
+    "file_id": 10**6,
+    "name": f"{LONG}/{LONG}.mp4",
+    "score": -0.512,
+    "caption": "",
+    "missing": False,
+}
+MANY |= {"start": 3599.25, "end": 3725.0}
+
+
+def answer_many(page, count):
+    """As many results as are asked for, of so many."""
+
     def answer(route):
-        count = int(urllib.parse.parse_qs(urllib.parse.urlsplit(route.request.url).query)["k"][0])
-        hit = {"file_id": 10**6, "name": "x", "score": 0.5, "start": 3599.25, "end": 3725.0}
-        hit |= {"caption": "", "missing": False}
-        hits = [hit] * min(count, 40)
+        asked = int(urllib.parse.parse_qs(urllib.parse.urlsplit(route.request.url).query)["k"][0])
+        hits = [MANY] * min(asked, count)
         route.fulfill(json={"query": "many", "cut": False, "hits": hits})
 
     page.route("**/api/search?*", answer)
+
+
+def test_more(page):
+    answer_many(page, 40)
     page.fill("#query", "many")
     page.press("#query", "Enter")
-    page.wait_for_selector("#more:visible")
-    assert page.locator(".card").count() == 12
+    for shown, said in [(12, "First 12"), (24, "First 24"), (40, "40")]:
+        until(page, f"document.querySelectorAll('.card').length === {shown}")
+        assert page.inner_text("#status") == f"{said} results for “many”"
+        assert page.is_visible("#more") == (shown < 40)
+        if shown < 40:
+            page.click("#more")
     assert page.locator(".when").first.inner_text() == "59:59.3 – 1:02:05"
     page.wait_for_selector('.picture:has-text("no preview")')  # there is no such file
-    page.click("#more")
-    until(page, "document.querySelectorAll('.card').length === 24")
-    page.click("#more")
-    until(page, "document.querySelectorAll('.card').length === 40")
+
+
+@pytest.mark.parametrize("width", [390, 768, 1280])
+def test_many_results_with_long_names(open_page, width):
+    page = open_page(viewport={"width": width, "height": 600})
+    assert page.locator("#choose").inner_text().startswith("Index")
+    answer_many(page, 12)
+    page.fill("#query", "many")
+    page.press("#query", "Enter")
+    page.wait_for_selector('#status:text-is("12 results for “many”")')
     assert not page.is_visible("#more")
+    # The name in two full lines, the score in one.
+    lines = "node => Math.round(node.clientHeight / parseFloat(getComputedStyle(node).lineHeight))"
+    assert page.eval_on_selector(".card .name", lines) == 2
+    assert page.eval_on_selector(".card .name", "node => node.scrollHeight > node.clientHeight")
+    first = "node => node.firstChild.nodeType === Node.TEXT_NODE"  # no break before it
+    assert page.eval_on_selector(".card .name", first)
+    rows = """node => {
+        const range = document.createRange();
+        range.selectNodeContents(node);
+        return range.getClientRects().length;
+    }"""
+    assert page.eval_on_selector(".card .score", rows) == 1
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    # What is found next is seen from its beginning.
+    page.evaluate("scrollTo(0, document.body.scrollHeight)")
+    assert page.evaluate("scrollY") > 100
+    page.evaluate("document.getElementById('form').requestSubmit()")
+    until(page, "!document.body.classList.contains('busy')")
+    status, header = (page.locator(at).bounding_box() for at in ("#status", "header"))
+    assert max(0, header["y"] + header["height"]) <= status["y"] < 300
 
 
 def test_a_query_that_is_cut_is_said(page):

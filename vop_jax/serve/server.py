@@ -33,7 +33,7 @@ class Limits:
     connections: int = 1000
     idle: float = 10.0
     stalled: float = 30.0
-    ending: float = 2.0
+    ending: float = 1.5
 
 
 class Protocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]

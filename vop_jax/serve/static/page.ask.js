@@ -35,7 +35,7 @@ export function make(tag, attributes = {}, ...children) {
 
 /** A file's name, which may break after its signs. */
 export function breakable(name) {
-  return name.split(/(?<=[/_-])(?=.)/).flatMap((part) => [make("wbr"), part]);
+  return name.split(/(?<=[/_-])(?=.)/).flatMap((part, i) => (i ? [make("wbr"), part] : [part]));
 }
 
 /** 75.25 -> "1:15.3"; a whole second has no fraction. */

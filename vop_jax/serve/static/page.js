@@ -43,17 +43,17 @@ function submit() {
   else start();
 }
 
-/** The same question with other filters or prompts. */
+/** The same question with other filters, or of another index. */
 function refine() {
   if ($("query").value.trim()) return submit();
   writeHash();
-  again();
+  again(FIRST);
 }
 
 function searchText(k = FIRST) {
   const q = $("query").value.trim();
   if (!q || !indexes.length) return showStart();
-  const parameters = { q, index: $("index").value, k, ...filters() };
+  const parameters = { q, index: $("index").value, k: k + 1, ...filters() };
   question(`Looking for “${q}”…`, k, searchText, async (signal) => {
     const { hits, cut } = await ask("/api/search", parameters, { signal });
     return { hits, cut, query: q, title: `for “${q}”` };
@@ -67,7 +67,7 @@ function searchFile(file, k = FIRST) {
   const send = (to, signal) => {
     const body = new FormData();
     body.append("file", file);
-    const parameters = { index: index.name, k, ...filters(), ...(picture ? {} : { to }) };
+    const parameters = { index: index.name, k: k + 1, ...filters(), ...(picture ? {} : { to }) };
     const path = `/api/search/${picture ? "image" : "video"}`;
     return ask(path, parameters, { method: "POST", body, signal });
   };
@@ -83,17 +83,19 @@ function searchFile(file, k = FIRST) {
   });
 }
 
-/** Asks, and shows the answer unless something else was asked meanwhile. */
+/** Asks for k results and one, and shows the k unless something else was asked meanwhile. */
 async function question(doing, k, more, answer) {
   const { signal } = begin(doing);
   document.title = doing.replace(/^Looking (for|at) |…$/g, "");
-  again = () => more(k);
+  again = (count = k) => more(count);
   $("more").onclick = () => more(Math.min(2 * k, MOST));
   try {
     const found = await answer(signal);
     if (signal.aborted) return;
-    show(found);
-    $("more").hidden = found.hits.length < k || k >= MOST;
+    const left = found.hits.length > k; // there are more than are shown
+    show({ ...found, hits: found.hits.slice(0, k), left });
+    $("more").hidden = !left || k >= MOST;
+    if (k === FIRST) $("status").scrollIntoView({ block: "nearest" });
   } catch (error) {
     if (!signal.aborted) showError(error);
   }
@@ -119,13 +121,13 @@ function end() {
 
 // --- What is shown ---------------------------------------------------------------------------
 
-function show({ hits, captions = [], cut = false, query = "", title }) {
+function show({ hits, left, captions = [], cut = false, query = "", title }) {
   end();
   $("cut").hidden = !cut;
   showHits($("results"), $("index").value, hits, query);
   $("captions").hidden = !captions.length;
   $("captions").querySelector("ol").replaceChildren(...captions.map(captionRow));
-  const count = hits.length === 1 ? "1 result" : `${hits.length} results`;
+  const count = `${left ? "First " : ""}${hits.length} result${hits.length === 1 ? "" : "s"}`;
   $("status").textContent = hits.length ? `${count} ${title}` : "";
   if (hits.length || captions.length) return;
   const narrow = Object.values(filters()).some(Boolean);
