@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from tests.data import videos
 from vop_jax.data.frames import read_frames
@@ -151,3 +152,10 @@ def test_a_segment_that_a_truncated_file_lacks(tmp_path):
     with pytest.raises(VideoError, match="truncated"):
         read_frames(path, F, start=end - 2, end=end + 3)
     assert read_frames(path, F, start=end - 5, end=end).count
+
+
+def test_pictures_of_sixteen_bits_are_scaled(tmp_path):
+    levels = np.arange(0, 65536, 257, np.uint16).reshape(16, 16)
+    Image.fromarray(levels).save(tmp_path / "1.png")
+    (pixels,) = read_frames(tmp_path, 1).pixels
+    np.testing.assert_array_equal(pixels, np.repeat((levels // 257)[..., None], 3, axis=2))

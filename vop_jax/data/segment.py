@@ -39,7 +39,8 @@ OPTIONS = {"format_whitelist": FORMATS, "pattern_type": "none"}  # a picture's n
 COVER = av.stream.Disposition.attached_pic  # of an audio file
 DEFAULT = av.stream.Disposition.default
 SAMPLE = 1000  # packets in which one sees which of several streams is the film
-TS_DISCONT = 0x200  # FFmpeg's AVFMT_TS_DISCONT
+# FFmpeg's flags of formats: parts may be of several clocks (MPEG-TS, MPEG-PS, Ogg); no stamps.
+TS_DISCONT, NO_TIMESTAMPS = 0x200, 0x80
 UNSPECIFIED = 2  # a frame's colorspace: that of its size is taken
 
 # Seconds from which a segment's beginning is sought: before, reading up to it is quicker.
@@ -86,12 +87,12 @@ class Segment:
 
     def packet_times(self) -> list[float]:
         """When frames are shown, ascending, as packets say: cheap, and nearly always right."""
-        times: list[float] = []
+        times, begun = list[float](), False
         with _opened(self.path) as video:
             if self.start > SEEK_FROM:
                 video.seek(self.start)
             for packet in video.packets():
-                time, begun = video.packet_time(packet), packet.is_keyframe or bool(times)
+                time, begun = video.packet_time(packet), begun or packet.is_keyframe
                 if self.start <= time < self.end and begun and not packet.is_discard:
                     times.append(time)
                 if packet.dts is not None and video.seconds(packet.dts) >= self.end:
@@ -221,8 +222,8 @@ class Video:
         self._due = packet.dts + (packet.duration or 0)
 
     def seek(self, seconds: float) -> None:
-        """Goes to a packet before a time, if the file has an index to find it by."""
-        if not _spliced(self.container):
+        """Goes to a packet before a time, if the file has stamps to find it by, each once."""
+        if not self.container.format.flags & (TS_DISCONT | NO_TIMESTAMPS):
             with contextlib.suppress(av.error.FFmpegError, OverflowError):  # later than any frame
                 self.container.seek(self._origin + int(seconds / self.tick), stream=self.stream)
 
@@ -358,11 +359,6 @@ def _main_streams(container: InputContainer) -> list[av.VideoStream]:
     return [stream for stream in chosen if stream.frames == most]
 
 
-def _spliced(container: InputContainer) -> bool:
-    """Whether parts may be of several clocks, so that a stamp may come twice: TS, PS, Ogg."""
-    return bool(container.format.flags & TS_DISCONT)
-
-
 def _origin(container: InputContainer, stream: av.VideoStream, tick: Fraction) -> int:
     """The stamp from which times are counted, as FFmpeg does.
 
@@ -370,7 +366,7 @@ def _origin(container: InputContainer, stream: av.VideoStream, tick: Fraction) -
     formats, which have any clock, that of the video's.
     """
     begin = stream.start_time or 0
-    if container.start_time is None or _spliced(container):
+    if container.start_time is None or container.format.flags & TS_DISCONT:
         return begin
     lead = float(begin * tick) - container.start_time / av.time_base
     # The container's is rounded: the stream's own is exact.
