@@ -84,8 +84,6 @@ def check(path: Path, times: np.ndarray, decoded: dict, start: float, end: float
             read_frames(path, 3, start=start, end=end)
         return
     found = read_frames(path, len(expected), start=start, end=end)
-    if start < times[-1]:  # packets tell, so that once is enough
-        assert len(Segment(path, start, end).packet_times()) == found.count
     assert found.count == len(expected)
     assert [videos.number_of(pixels) for pixels in found.pixels] == expected
     np.testing.assert_allclose(found.timestamps, times[expected], atol=2e-3)
@@ -113,6 +111,9 @@ def test_a_frame_belongs_to_a_segment_by_its_time(tmp_path, name, rate):
         *((last + 0.1, last + 5), (last + 100, math.inf)),
     ):
         check(path, times, decoded, start, end)
+        if start < last:  # packets tell how many there are, so that decoding once is enough
+            shown = int(((start <= times) & (times < end)).sum())
+            assert len(Segment(path, start, end).packet_times()) == shown
     for seconds in (0.0, last / 2 + 0.003, 12.003, last + 0.003, last + 50):
         number = int(np.searchsorted(times, seconds, "right")) - 1
         np.testing.assert_array_equal(read_frame_at(path, seconds), decoded[number])
