@@ -410,6 +410,20 @@ def unlisted(path):
     path.write_bytes(data)
 
 
+def flipped(path):
+    FORMATS["state_dict.pt"](path)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1  # in a tensor
+    path.write_bytes(data)
+
+
+def of_another_version(path):
+    FORMATS["archive.pt"](path)
+    data = bytearray(path.read_bytes())
+    data[data.index(b"PK\x01\x02") + 6] = 128  # the version that reading it needs
+    path.write_bytes(data)
+
+
 def save_odd(path, make):
     torch = pytest.importorskip("torch")
     torch.save({"a": make(torch)}, path)
@@ -432,6 +446,8 @@ WRONG = {
     "truncated safetensors": lambda p: truncated(p, FORMATS["open_clip.safetensors"]),
     "zip": zipped,
     "zip without its directory": unlisted,
+    "zip of another version": of_another_version,
+    "flipped bit": flipped,
     "sparse": lambda p: save_odd(p, lambda torch: torch.eye(2).to_sparse()),
     "nowhere": lambda p: save_odd(p, lambda torch: torch.ones(2, device="meta")),
     "float8": float8,

@@ -118,7 +118,7 @@ def _read_file(path: str | os.PathLike, local: str, ema: bool) -> StateDict:
         except (SafetensorError, OSError, ValueError, TypeError) as error:
             raise UserError(f"{path}: not a readable safetensors file ({error})") from None
     elif start.startswith((b"PK\x03\x04", b"\x80")):
-        archive = _is_torchscript(local)
+        archive = _is_torchscript(path, local)
         held = _load_torch(path, local, archive)
     else:
         raise UserError(
@@ -183,14 +183,22 @@ def _as_numpy(path: str | os.PathLike, name: Any, value: Any) -> np.ndarray:
         raise UserError(f"{path}: {name} is not a plain tensor ({why})") from None
 
 
-def _is_torchscript(local: str) -> bool:
-    if not zipfile.is_zipfile(local):
-        return False
+def _is_torchscript(path: str | os.PathLike, local: str) -> bool:
+    """Whether a PyTorch file is an archive of TorchScript.
+
+    Raises:
+        UserError: a part of it has another checksum than it states, which torch does not look at.
+    """
     try:
         with zipfile.ZipFile(local) as file:
-            return any(name.endswith("/constants.pkl") for name in file.namelist())
-    except zipfile.BadZipFile:
-        return False  # torch says what is wrong with it
+            damaged = file.testzip()
+            stated = damaged is not None and file.getinfo(damaged).CRC  # some write 0
+            torchscript = any(name.endswith("/constants.pkl") for name in file.namelist())
+    except Exception:  # not a zip file, or a broken one, of which torch says what is wrong
+        return False
+    if stated:
+        raise UserError(f"{path}: damaged, {damaged} in it has another checksum than it states")
+    return torchscript
 
 
 def _load_torch(path: str | os.PathLike, local: str, archive: bool) -> Any:
