@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -69,8 +70,12 @@ def arguments(folder: Path, clip: Path, workdir: Path, *overrides: str) -> list[
     ]
 
 
-def call(*argv: str) -> int:
-    """The command line in this process; returns the exit status."""
+def call(*argv: str, program: Callable[[list[str]], int] = main.main) -> int:
+    """The command line of `main`, or of another program of its flags, in this process.
+
+    Returns:
+        The exit status.
+    """
     flag_values = flags.FLAGS
     if "workdir" not in flag_values:
         main.define_flags()
@@ -78,7 +83,7 @@ def call(*argv: str) -> int:
     sys.modules.pop("config_config", None)  # the config file of an earlier call
     with kept_signals():
         try:
-            return main.main(sys.argv)
+            return program(sys.argv)
         finally:
             sys.argv = kept_argv
             for name in list(flag_values):
@@ -109,6 +114,14 @@ def command(argv: list[str]) -> list[str]:
 
 
 def environment(devices: int = 1, *, quick: bool = True) -> dict[str, str]:
-    """Of a process of its own, with the package on its path; see `xla.flags`."""
-    set_here = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    return os.environ | set_here | {"XLA_FLAGS": xla.flags(devices, quick=quick)}
+    """Of a process of its own, with the package on its path; see `xla.flags`.
+
+    What other processes of the tests have compiled is not compiled again.
+    """
+    return os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": xla.flags(devices, quick=quick),
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    }

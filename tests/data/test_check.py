@@ -1,17 +1,22 @@
 """Checking a dataset before a run: what is told, and the exit status."""
 
+import contextlib
+import io
 import json
-import os
 import shutil
 import sys
 
 import pytest
 
-from tests import processes
+from tests import processes, runs
 from tests.data import videos
 from tests.data.annotations.official import write_official
+from vop_jax import command
 from vop_jax.config import base_config
+from vop_jax.data import check as program
 from vop_jax.data import prepare, sources
+
+pytestmark = pytest.mark.usefixtures("quiet")
 
 SIZES = {"train": 6, "test": 4}
 
@@ -44,23 +49,24 @@ def msrvtt(tmp_path_factory):
     return root
 
 
-def check(root, *overrides, records=True, config="configs/msrvtt9k.py:vop"):
-    """(exit status, stdout, stderr, the JSON)."""
+def arguments(root, *overrides, records=True, config="configs/msrvtt9k.py:vop"):
     where = [f"--config.data.records={root / 'records'}"] if records else []
-    command = [
-        *(sys.executable, "-W", "error", "-m", "vop_jax.data.check", f"--config={config}"),
-        *("--config.data.frames=4", "--config.data.short_side=32"),
-        "--config.data.official_sizes=False",
-        *where,
-        f"--json={root / 'check.json'}",
-        *overrides,
-    ]
-    env = {**os.environ, "PYTHONPATH": os.getcwd(), "JAX_PLATFORMS": "cpu"}
-    (root / "check.json").unlink(missing_ok=True)
-    done = processes.run(command, env=env)
+    sizes = ("--config.data.frames=4", "--config.data.short_side=32")
+    sizes += ("--config.data.official_sizes=False",)
+    json_file = f"--json={root / 'check.json'}"
+    return [f"--config={runs.ROOT / config}", *sizes, *where, json_file, *overrides]
+
+
+def check(root, *overrides, **options):
+    """(exit status, stdout, stderr, the JSON)."""
     written = root / "check.json"
+    written.unlink(missing_ok=True)
+    argv = [*arguments(root, *overrides, **options), "--workdir=of other programs"]
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = runs.call(*argv, program=lambda argv: command.run(lambda: program.run(argv)))
     found = json.loads(written.read_text()) if written.exists() else None
-    return done.returncode, done.stdout, done.stderr, found
+    return status, out.getvalue(), err.getvalue(), found
 
 
 def test_a_split_that_is_not_whole(msrvtt):
@@ -147,6 +153,9 @@ def test_wrong_calls(msrvtt, tmp_path):
     assert status == 2 and "config.data.records='': no records there" in error
     status, _, error, _ = check(msrvtt, config="configs/msvd.py")
     assert status == 2 and "records of 'msrvtt9k', not of 'msvd'" in error
-    status, _, error, _ = check(msrvtt, "--config.data.frame=3")
-    assert status == 2 and "did you mean config.data.frames?" in error
-    assert len(error.strip().splitlines()) == 1
+    # In a process, with warnings as errors.
+    module = (sys.executable, "-W", "error", "-m", "vop_jax.data.check")
+    argv = [*module, *arguments(msrvtt, "--config.data.frame=3")]
+    done = processes.run(argv, env=runs.environment())
+    assert done.returncode == 2 and "did you mean config.data.frames?" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
