@@ -72,6 +72,13 @@ def test_exit_statuses(program, status, line, capsys):
     assert capsys.readouterr().err == line
 
 
+def test_signals_are_handled_inside_alone():
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    assert command.run(lambda: signal.raise_signal(signal.SIGINT)) == 130
+    assert command.run(lambda: signal.raise_signal(signal.SIGTERM)) == 143
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
+
+
 @pytest.mark.parametrize("error", [ZeroDivisionError(), BrokenPipeError(errno.EPIPE, "a server")])
 def test_what_nobody_expected_is_raised(error):
     with runs.kept_signals(), pytest.raises(type(error)):

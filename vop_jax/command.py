@@ -36,12 +36,12 @@ def run(program: Callable[[], int | None], *, resumes: bool = False) -> int:
 
     Raises: what nobody expected.
     """
-    interrupt.install()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names are any bytes
     try:
-        return _status_of(program, resumes)
+        with interrupt.raised():
+            return _status_of(program, resumes)
     except BrokenPipeError:
         if not any(map(_reader_left, (1, 2))):
             raise

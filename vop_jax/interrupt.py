@@ -17,10 +17,16 @@ _pending: list[int] = []
 _deferring = False
 
 
-def install() -> None:
-    """Routes SIGINT and SIGTERM here; called once by `main`."""
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, _handle)
+@contextmanager
+def raised() -> Iterator[None]:
+    """Inside, SIGINT and SIGTERM raise `Interrupted`."""
+    before = {s: signal.signal(s, _handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        _pending.clear()
+        for signum, handler in before.items():
+            signal.signal(signum, handler or signal.SIG_DFL)
 
 
 def _handle(signum: int, frame: object) -> None:
