@@ -119,6 +119,24 @@ def test_too_many_connections(start, connect):
     assert ask(port, "/healthz") == b'{"status":"ok"}'
 
 
+def test_what_is_no_http(start, connect, caplog):
+    port, server = start()
+    for request in (
+        b"nonsense\r\n\r\n",
+        get("/", "Content-Length: x"),
+        b"\x16\x03\x01\xff\r\n\r\n",
+    ):
+        answer = read(connect(port, request))
+        assert answer.startswith(b"HTTP/1.1 400 ")
+        assert answer.endswith(b'{"error": "not a valid HTTP request"}')
+    # In a request that is answered already: nothing is mixed into its answer.
+    client = connect(port, get("/media/large/1", "Transfer-Encoding: chunked") + b"nonsense\r\n")
+    with contextlib.suppress(ConnectionResetError):
+        assert b"not a valid" not in read(client)
+    until(lambda: not server.server_state.tasks)
+    assert not caplog.records
+
+
 def upload(size, header="Content-Length: {}"):
     """(head, body) of a request with a file of so many bytes."""
     part = b'--b\r\nContent-Disposition: form-data; name="file"; filename="f"\r\n\r\n'

@@ -27,6 +27,8 @@ UPLOAD_PAUSE = 30.0  # seconds in which nothing of an upload comes
 STREAMS = 64  # videos that are sent at the same time; bounds the open files
 CHARSETS = (b"utf-8", b"us-ascii")  # of what is written in an upload
 CLOSE = {"Connection": "close"}
+# What Starlette answers, as text, to the header Range.
+RANGES = {400: "Range: must be bytes=FIRST-LAST", 416: "Range: outside of the file"}
 
 HEADERS = {
     "Content-Security-Policy": (
@@ -63,40 +65,28 @@ class Guard:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
 
-        started = complete = False
-
-        async def send_with_headers(message: Message) -> None:
-            nonlocal started, complete
-            started = True
-            complete = message["type"] == "http.response.body" and not message.get("more_body")
-            if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                for name, value in HEADERS.items():
-                    headers.setdefault(name, value)
-            await send(message)
-
         upload = scope["method"] == "POST"
-        body = _Body(receive, self._max_upload if upload else None)
+        body, answer = _Body(receive, self._max_upload if upload else None), _Answer(send)
         with anyio.move_on_after(UPLOAD_SECONDS if upload else math.inf) as work:
 
             def stop(gone: asyncio.Task) -> None:
-                if not complete:
+                if not answer.complete:
                     work.cancel()
 
             gone = asyncio.create_task(body.gone())
             gone.add_done_callback(stop)
             try:
-                await self._answer(scope, body.receive, send_with_headers)
+                await self._answer(scope, body.receive, answer.send)
             except Exception:  # told here: what is outside of this knows none of the headers
                 logging.exception("%s %s", scope["method"], printable(scope["path"]))
-                if not started:
+                if not answer.started:
                     failure = error(500, "the server failed; its log says more")
-                    await failure(scope, receive, send_with_headers)
+                    await failure(scope, receive, answer.send)
             finally:
                 gone.cancel()
-        if work.cancelled_caught and not started:
+        if work.cancelled_caught and not answer.started:
             refusal = error(408, "the upload took too long", CLOSE)
-            await refusal(scope, receive, send_with_headers)
+            await refusal(scope, receive, answer.send)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         if refusal := self._refusal(HTTPConnection(scope)):
@@ -188,6 +178,33 @@ class _Body:
         await self._read.wait()
         while (await self._receive())["type"] != "http.disconnect":
             pass
+
+
+class _Answer:
+    """What goes out: with our headers, its errors as JSON."""
+
+    def __init__(self, send: Send):
+        self._send = send
+        self.started = self.complete = False
+        self._replaced = False
+
+    async def send(self, message: Message) -> None:
+        """The next piece."""
+        self.started = True
+        if self._replaced:
+            return
+        if message["type"] == "http.response.start":
+            headers = MutableHeaders(scope=message)
+            for name, value in HEADERS.items():
+                headers.setdefault(name, value)
+            if message["status"] in RANGES and "text/plain" in headers.get("content-type", ""):
+                self._replaced = True
+                refusal = error(message["status"], RANGES[message["status"]])
+                headers.update(refusal.headers)
+                await self._send(message)
+                message = {"type": "http.response.body", "body": refusal.body}
+        self.complete = message["type"] == "http.response.body" and not message.get("more_body")
+        await self._send(message)
 
 
 def _hostname(host: str) -> str:

@@ -7,10 +7,9 @@ from typing import BinaryIO
 from starlette.datastructures import Headers
 from starlette.responses import FileResponse, Response
 from starlette.staticfiles import NotModifiedResponse, StaticFiles
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from vop_jax.serve.files import displayable, path_of
-from vop_jax.serve.guard import error
 
 # Not told by their names everywhere.
 TYPES = {
@@ -19,8 +18,6 @@ TYPES = {
     ".ogv": "video/ogg",
     ".ts": "video/mp2t",
 }
-
-WRONG = {400: "must be bytes=FIRST-LAST", 416: "outside of the file"}
 
 
 class VideoResponse(FileResponse):
@@ -43,23 +40,11 @@ class VideoResponse(FileResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends it."""
-        refused = False
-
-        async def send_errors_as_json(message: Message) -> None:
-            nonlocal refused
-            if message["type"] == "http.response.start" and message["status"] >= 400:
-                refused = True
-                size = {"Content-Range": f"bytes */{self.headers['content-length']}"}
-                refusal = error(message["status"], f"Range: {WRONG[message['status']]}", size)
-                await refusal(scope, receive, send)
-            elif not refused:
-                await send(message)
-
         with self._file:
             if known := not_modified(self, scope):
                 await known(scope, receive, send)
             else:
-                await super().__call__(scope, receive, send_errors_as_json)
+                await super().__call__(scope, receive, send)
 
 
 def not_modified(response: Response, scope: Scope) -> Response | None:

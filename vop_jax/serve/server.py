@@ -16,7 +16,6 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 from vop_jax.serve.guard import STREAMS
 
 FILES = 2 * STREAMS + 96  # descriptors beside those of connections
-BUSY = json.dumps({"error": "too many connections; try again"}).encode()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +47,20 @@ class Protocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         if len(self.connections) > self._limits.connections:
-            head = f"HTTP/1.1 503 \r\nContent-Type: application/json\r\nContent-Length: {len(BUSY)}"
-            transport.write(f"{head}\r\nConnection: close\r\n\r\n".encode() + BUSY)
-            transport.close()
+            self._refuse(503, "too many connections; try again")
         self.loop.call_later(self._limits.idle, self._close_if_idle)
+
+    def send_400_response(self, msg: str) -> None:
+        """Of what is no HTTP. uvicorn's own is no JSON, and mixes with an answer under way."""
+        if self.cycle is None or self.cycle.response_complete:
+            self._refuse(400, "not a valid HTTP request")
+        self.transport.close()
+
+    def _refuse(self, status: int, line: str) -> None:
+        body = json.dumps({"error": line})
+        head = f"HTTP/1.1 {status} \r\nContent-Type: application/json\r\nConnection: close"
+        self.transport.write(f"{head}\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+        self.transport.close()
 
     def pause_writing(self) -> None:
         super().pause_writing()
