@@ -45,9 +45,9 @@ UNSPECIFIED = 2  # a frame's colorspace: that of its size is taken
 
 # Seconds from which a segment's beginning is sought: before, reading up to it is quicker.
 SEEK_FROM = 10.0
-# A step between packets, in seconds, that no recording makes: the clock was set anew. A still
-# picture may last for hours, but time does not run back.
-LEAP, BACK = 30 * 3600.0, 1.0
+# Steps between packets, in seconds, at which the clock was set anew, as FFmpeg takes them: a still
+# picture may last for hours, in formats that are spliced for seconds, and time does not run back.
+LEAP, SPLICE, BACK = 30 * 3600.0, 10.0, 1.0
 # Undecodable packets a file may hold, as a share of all; decoders recover at the next key frame.
 DAMAGED = 0.05
 # What may be missing at the end of a file that lacks bytes, as a share of what was asked for.
@@ -119,7 +119,7 @@ class Segment:
                 self.times.append(time)
             else:
                 self._check_complete(video, last)
-            if video.bad > DAMAGED * video.read:
+            if video.bad > max(1, DAMAGED * video.read):
                 raise VideoError(f"damaged: {video.bad} of {video.read} packets do not decode")
         return kept
 
@@ -181,6 +181,7 @@ class Video:
         self._origin = _origin(container, stream, self.tick)
         rate = stream.guessed_rate or stream.average_rate or 25
         self._interval = max(1, round(1 / (rate * self.tick)))
+        self._leap = SPLICE if container.format.flags & TS_DISCONT else LEAP
         self._shift = 0  # of the stamps, which closes leaps
         self._due: int | None = None  # stamp of the next packet, if there is no leap
         self._counted = self._origin  # stamp of a packet that has none
@@ -214,11 +215,13 @@ class Video:
             return
         if self._due is not None:
             step = (packet.dts + self._shift - self._due) * float(self.tick)
-            if not -BACK <= step <= LEAP:
+            if not -BACK <= step <= self._leap:
                 self._shift = self._due - packet.dts
         if self._shift:
             packet.dts += self._shift
             packet.pts = None if packet.pts is None else packet.pts + self._shift
+        if packet.pts is not None and abs(packet.pts - packet.dts) * self.tick > self._leap:
+            packet.pts = None  # of beyond a leap, to which decoding has not come
         self._due = packet.dts + (packet.duration or 0)
 
     def seek(self, seconds: float) -> None:
