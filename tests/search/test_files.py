@@ -34,6 +34,7 @@ PACKET = b"G@\0\x10\0" + bytes(183)  # of MPEG-TS
         ("sound.wav", b"RIFF\0\0\0\0WAVEfmt ", False),
         ("sound.m4a", ISO + b"M4A ", False),
         ("photo.heic", ISO + b"heic", False),
+        ("animation", ISO + b"avis", True),
         ("text.txt", b"text", False),
         ("empty", b"", False),
         (".film.mp4", ISO + b"isom", False),

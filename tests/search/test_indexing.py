@@ -108,20 +108,24 @@ def test_unreadable_files_are_listed_and_left_alone(films, tmp_path, retriever, 
     (films / "bad.mp4").write_bytes(b"not a video")
     videos.write_audio(films / "sound.mp4")
     (films / "empty.avi").touch()
+    # Playlists have other files read, whatever they are called.
+    (films / "concat.mp4").write_text("ffconcat version 1.0\nfile a.mp4\n")
+    (films / "hls.TS").write_text("#EXTM3U\n#EXTINF:3,\na.mp4\n#EXT-X-ENDLIST\n\0")
     (films / "notes.txt").write_text("no video, and not named as one")
     (films / ".hidden.mp4").write_bytes(b"")
     done = library.make(index, films, retriever)
-    assert (done.added, done.failed) == (4, 3)
+    assert (done.added, done.failed) == (4, 5)
     reasons = dict(Index.open(index).failures())
     assert reasons["sound.mp4"] == "no video stream" and reasons["empty.avi"] == "zero bytes"
-    assert "not readable as video" in reasons["bad.mp4"]
+    for name in ("bad.mp4", "concat.mp4", "hls.TS"):
+        assert "not readable as video" in reasons[name]
     with monkeypatch.context() as patch:
         no_decoding(patch)
         assert library.make(index, films, retriever).failed == 0
-    assert library.make(index, films, retriever, retry=True).failed == 3
+    assert library.make(index, films, retriever, retry=True).failed == 5
     videos.write(films / "bad.mp4", 25, rate=10, width=32, height=32)
     assert library.make(index, films, retriever).changed == 1
-    assert Index.open(index).counts() == {"files": 5, "moments": 5, "captions": 0, "failed": 2}
+    assert Index.open(index).counts() == {"files": 5, "moments": 5, "captions": 0, "failed": 4}
 
 
 def test_files_that_go_wrong_cost_themselves(films, tmp_path, retriever, monkeypatch):

@@ -12,7 +12,7 @@ from vop_jax.errors import UserError
 from vop_jax.folders import walk
 
 # Of ISO media, that are no videos: pictures and sound.
-OTHER_BRANDS = (b"heic", b"heix", b"mif1", b"msf1", b"avif", b"avis", b"crx ", b"M4A ", b"M4B ")
+OTHER_BRANDS = (b"heic", b"heix", b"mif1", b"msf1", b"avif", b"crx ", b"M4A ", b"M4B ")
 # Where a file of another name is a video: (offset, bytes).
 SIGNATURES = (
     *((4, b"ftyp"), (4, b"moov"), (4, b"mdat"), (4, b"wide")),  # mp4, mov
