@@ -186,6 +186,7 @@ def test_where_nothing_can_be_written(shelf):
     """A search needs no right to write and leaves no files; a killed commit needs one, once."""
     shelf.add(drawn(1))
     shelf.close()
+    Index.open(shelf.directory).search(drawn(1), 1)  # imports; nobody may have no right to these
     with tempfile.TemporaryDirectory() as place:
         os.chmod(place, 0o755)
         directory = pathlib.Path(shutil.copytree(shelf.directory, f"{place}/index"))
@@ -283,7 +284,7 @@ def test_an_older_index(tmp_path):
         with pytest.raises(UserError) as error:
             open_it(tmp_path)
         assert str(error.value) == (
-            f"{tmp_path}: an index of version 1, this program reads version 2; remove it and make "
-            "it again: python -m vop_jax.search index /films --clip=/c.safetensors --window=10.0 "
+            f"{tmp_path}: an index of version 1, this program reads version 2; remove it, then: "
+            "python -m vop_jax.search index /films --clip=/c.safetensors --window=10.0 "
             f"--stride=5.0 --index={tmp_path}"
         )

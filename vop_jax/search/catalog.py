@@ -12,6 +12,7 @@ import errno
 import json
 import os
 import pathlib
+import shlex
 import sqlite3
 import zlib
 from collections.abc import Iterator
@@ -154,9 +155,11 @@ def sqlite_errors(path: pathlib.Path) -> Iterator[None]:
             raise UserError(f"{path.parent}: cannot be read or written ({error})") from None
         if code & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             raise UserError(f"{path.parent}: another process keeps it locked") from None
-        if code & 0xFF == sqlite3.SQLITE_READONLY:
+        if code == sqlite3.SQLITE_READONLY_ROLLBACK:
             why = "a writer was killed here; search it once where it can be written"
-            raise UserError(f"{path.parent}: {why} ({error})") from None
+            raise UserError(f"{path.parent}: {why}") from None
+        if code & 0xFF == sqlite3.SQLITE_READONLY:
+            raise UserError(f"{path}: may not be written") from None
         raise damaged(path, str(error)) from None
 
 
@@ -176,12 +179,10 @@ def _check_version(db: sqlite3.Connection, path: pathlib.Path) -> None:
     if version < 1:
         raise damaged(path, "not the catalog of an index")
     info = read_info(db)
-    options = {name: getattr(info, name) for name in ("clip", "prompts", "window", "stride")}
-    given = " ".join(f"--{name}={value}" for name, value in options.items() if value)
-    raise UserError(
-        f"{own}; remove it and make it again: python -m vop_jax.search index {info.folder} "
-        f"{given} --index={path.parent}"
-    )
+    names = ("clip", "prompts", "window", "stride", "store")
+    options = [f"--{name}={value}" for name in names if (value := getattr(info, name))]
+    again = shlex.join([info.folder, *options, f"--index={path.parent}"])
+    raise UserError(f"{own}; remove it, then: python -m vop_jax.search index {again}")
 
 
 def read_info(db: sqlite3.Connection) -> IndexInfo:
