@@ -1,5 +1,7 @@
 """A run that is killed again and again ends where one that is left alone ends."""
 
+import random
+import shutil
 import signal
 
 import pytest
@@ -86,3 +88,47 @@ def test_two_processes_cannot_share_a_workdir(places, tmp_path):
     first.send_signal(signal.SIGTERM)
     assert finish(first)[0] == 143
     assert status == 2 and "another run is using it" in err
+
+
+def damage(rng, content):
+    """Emptied, cut off, or with some bytes flipped."""
+    if rng.random() < 0.5 or not content:
+        return content[: rng.randrange(len(content)) if content and rng.random() < 0.5 else 0]
+    changed = bytearray(content)
+    for at in rng.choices(range(len(content)), k=rng.choice((1, 8))):
+        changed[at] ^= 1 << rng.randrange(8)
+    return bytes(changed)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quiet")
+def test_thirty_damaged_workdirs(places, tmp_path, capsys):
+    """The right end, or one line; never a traceback."""
+    whole = tmp_path / "whole"
+    assert runs.call(*runs.arguments(*places, whole)) == 0
+    prompts, trained = (whole / "prompts.safetensors").read_bytes(), learnt(whole)[-1]
+    rng, ends = random.Random(0), []
+    for number in range(30):
+        workdir = tmp_path / str(number)
+        shutil.copytree(whole, workdir)
+        newest = [path for path in (workdir / "checkpoints/4").rglob("*") if path.is_file()]
+        names = ("config.json", "metrics.jsonl", "summary.json")
+        beside = [workdir / name for name in names if rng.random() < 0.2]
+        for path in [*rng.sample(sorted(newest), rng.choice((1, 1, 3))), *beside]:
+            path.unlink() if rng.random() < 0.25 else path.write_bytes(
+                damage(rng, path.read_bytes())
+            )
+        capsys.readouterr()
+        ends.append(runs.call(*runs.arguments(*places, workdir)))
+        err = capsys.readouterr().err
+        if ends[-1] == 2:
+            lines = [line for line in err.splitlines() if line.startswith("error: ")]
+            assert len(lines) == 1 and "config.json" in lines[0], err
+        else:
+            assert ends[-1] == 0 and "Traceback" not in err, err
+            assert (workdir / "prompts.safetensors").read_bytes() == prompts, number
+            steps = [line["step"] for line in learnt(workdir) if "loss" in line]
+            assert steps == sorted(set(steps)), number
+            assert learnt(workdir)[-1] == trained
+        shutil.rmtree(workdir)
+    assert ends.count(0) >= 20

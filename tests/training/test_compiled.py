@@ -1,5 +1,7 @@
 """The step compiled ahead: once for each shape of a batch, and only where it fits."""
 
+from datetime import timedelta
+
 import jax
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from vop_jax.config import base_config
 from vop_jax.errors import UserError
 from vop_jax.training import compiled, sharding
 from vop_jax.training.compiled import CompiledStep, Estimate
+from vop_jax.training.flops import product_flops
 from vop_jax.training.optimizer import make_optimizer
 from vop_jax.training.step import TrainState, make_train_step
 from vop_jax.tuning import partition
@@ -90,14 +93,21 @@ def test_all_widths_of_captions_before_the_first_step(compilations, caplog):
     assert compilations.count == 0 and int(state.step) == 3
 
 
-def test_what_it_takes_is_said(caplog):
+def test_what_it_takes_is_said(caplog, monkeypatch):
     logging.set_verbosity(logging.INFO)
     mesh, step, state, frozen = placed((1, 1, 1))
     size = sum(x.nbytes for x in jax.tree.leaves((state, frozen)))
-    run = CompiledStep(step, mesh)
+    monkeypatch.setattr(compiled, "available_memory", lambda: 1000)  # bytes
+    monkeypatch.setattr(compiled, "products_per_second", lambda dtype, platform: 1e6)
+    flops = product_flops(jax.make_jaxpr(step)(state, frozen, batch_of(mesh, 8)).jaxpr)
+    run = CompiledStep(step, mesh, steps=100)
     with caplog.at_level("INFO", logger="absl"):
         run(state, frozen, batch_of(mesh, 8))
     (line,) = [m for m in caplog.messages if m.startswith("step compiled in")]
+    (warning,) = [m for m in caplog.messages if "this machine has 0.000 free" in m]
+    assert warning.startswith("a step takes 0.0") and "config.compute.remat" in warning
+    (time,) = [m for m in caplog.messages if m.startswith("100 steps take ")]
+    assert f"take {timedelta(seconds=round(flops / 1e4))} or more: {flops / 1e9:.3g} GFLOP" in time
     assert "GB of a device" in line and "activations" in line
     (program,) = run.programs.values()
     estimate = Estimate.of(program)
