@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import sys
+import types
 
 import pytest
 
@@ -49,16 +50,28 @@ def test_the_others_go_on(call):
     assert status == 1 and "table" in report and "42" in report and "a chip, jax 1.2.3" in report
 
 
-def test_what_is_out_of_time_is_killed_with_its_children(call, tmp_path):
+def test_what_is_out_of_time_is_killed_with_its_children(call, tmp_path, monkeypatch):
     """What it printed until then is kept."""
-    child = f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
-    code = (
-        "import os, subprocess, sys, time; print('be' + 'gun', flush=True); "
-        f"subprocess.Popen([sys.executable, '-c', {'import os, time; ' + child!r}]); time.sleep(60)"
+    real, file = everything.subprocess, tmp_path / "pid"
+
+    class Popen(real.Popen):
+        def wait(self, timeout=None):
+            if timeout is not None:  # it comes when the child is there
+                processes.until(lambda: file.exists() and file.read_text(), self)
+                raise real.TimeoutExpired(self.args, timeout)
+            return super().wait()
+
+    monkeypatch.setattr(
+        everything,
+        "subprocess",
+        types.SimpleNamespace(Popen=Popen, TimeoutExpired=real.TimeoutExpired),
     )
+    child = f"import os, time; open({str(file)!r}, 'w').write(str(os.getpid())); time.sleep(1e6)"
+    code = "import subprocess, sys, time; print('be' + 'gun', flush=True); "
+    code += f"subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(1e6)"
     status, printed, report = call({"slow": code}, limit=3)
     assert status == 1 and printed.startswith("slow: out of time after 3 s") and "begun" in report
-    pid = int((tmp_path / "pid").read_text())
+    pid = int(file.read_text())
     processes.until(lambda: not processes.is_alive(pid))
 
 

@@ -129,6 +129,13 @@ def test_torch_is_imported_in_one_place_alone_and_lazily():
         assert "torch" not in {module.split(".")[0] for module in modules}, file
 
 
+def test_one_helper_starts_the_processes_of_tests():
+    """So that none outlives its test."""
+    for file in pathlib.Path(__file__).parent.rglob("*.py"):
+        if file.name != "processes.py":
+            assert not {"subprocess", "multiprocessing"} & {*imports(syntax(file))}, file
+
+
 def loaded_by(*modules):
     """Which heavy packages a fresh process holds after importing `modules`."""
     code = (

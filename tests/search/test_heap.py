@@ -2,18 +2,19 @@
 
 import contextlib
 import errno
-import multiprocessing
 import os
 import pathlib
 import resource
 import shutil
 import sqlite3
+import sys
 import tempfile
 
 import jax
 import numpy as np
 import pytest
 
+from tests import processes, runs
 from tests.search.shelf import Shelf
 from tests.search.test_stores import assert_finds, brute_force, drawn
 from vop_jax.errors import UserError
@@ -92,10 +93,8 @@ def test_a_full_disk_changes_nothing(shelf, monkeypatch, full):
 
 def test_a_write_that_stops_halfway(tmp_path):
     """A limit on the size of files, the nearest to a full disk that needs no rights."""
-    process = multiprocessing.get_context("spawn").Process(target=_halfway, args=(tmp_path,))
-    process.start()
-    process.join()
-    assert process.exitcode == 0
+    code = f"from tests.search.test_heap import _halfway; _halfway({str(tmp_path)!r})"
+    processes.run([sys.executable, "-c", code], env=runs.environment(), check=True)
     assert len(Index.open(tmp_path).search(drawn(1), 9)[0]) == 2
 
 
