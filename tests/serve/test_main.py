@@ -10,7 +10,6 @@ import pytest
 
 from tests import processes, runs
 from tests.search import library
-from vop_jax import interrupt
 from vop_jax.serve import __main__ as serve
 
 
@@ -20,11 +19,6 @@ def index(tmp_path_factory, clip):
     library.write_films(root / "films", count=2)
     library.make(root / "index", root / "films", None, clip=str(clip))
     return root / "index"
-
-
-@pytest.fixture(autouse=True)
-def signals_stay(monkeypatch):
-    monkeypatch.setattr(interrupt, "install", lambda: None)
 
 
 @pytest.mark.parametrize(

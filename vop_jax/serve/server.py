@@ -32,7 +32,7 @@ class Limits:
     connections: int = 1000
     idle: float = 10.0
     stalled: float = 30.0
-    ending: float = 1.5
+    ending: float = 1.0
 
 
 class Protocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
