@@ -106,7 +106,7 @@ def main() -> None:
             _say(f"round {number}", each, process.pid)
     finally:
         process.terminate()
-        process.wait(60)
+        process.wait()
 
 
 def _say(what: str, each: list[dict[str, list[float]]], pid: int) -> None:

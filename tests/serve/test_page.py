@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.data import videos
+from tests.processes import HANG
 from tests.search import library
 from tests.serve import browser as browsers
 from vop_jax.search.searcher import open_searcher
@@ -63,7 +64,7 @@ def open_page(browser, address):
 
     def open_one(hash="", **options):
         context = browser.new_context(**options)
-        context.set_default_timeout(30_000)
+        context.set_default_timeout(1000 * HANG)
         contexts.append(context)
         page = context.new_page()
         page.on("request", lambda request: urls.append(request.url))
@@ -97,7 +98,7 @@ def search(page, query):
 
 def until(page, expression):
     """Waits for it; playwright's own way is what the page's security policy forbids."""
-    for _ in range(600):
+    for _ in range(20 * HANG):
         if page.evaluate(expression):
             return
         page.wait_for_timeout(50)
