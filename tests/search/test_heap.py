@@ -7,14 +7,12 @@ import pathlib
 import resource
 import shutil
 import sqlite3
-import sys
 import tempfile
 
 import jax
 import numpy as np
 import pytest
 
-from tests import processes, runs
 from tests.search.shelf import Shelf
 from tests.search.test_stores import assert_finds, brute_force, drawn
 from vop_jax.errors import UserError
@@ -91,21 +89,18 @@ def test_a_full_disk_changes_nothing(shelf, monkeypatch, full):
     assert len(Index.open(shelf.directory).search(drawn(1), 9)[0]) == 5
 
 
-def test_a_write_that_stops_halfway(tmp_path):
+def test_a_write_that_stops_halfway(shelf):
     """A limit on the size of files, the nearest to a full disk that needs no rights."""
-    code = f"from tests.search.test_heap import _halfway; _halfway({str(tmp_path)!r})"
-    processes.run([sys.executable, "-c", code], env=runs.environment(), check=True)
-    assert len(Index.open(tmp_path).search(drawn(1), 9)[0]) == 2
-
-
-def _halfway(directory):
-    shelf = Shelf(directory, E)
     shelf.add(drawn(2))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
-    with pytest.raises(UserError, match=r"\.f32: File too large; nothing was stored"):
-        shelf.add(drawn(10_000))
-    assert shelf.ids.tolist() == [0, 1]
-    os._exit(0)  # not even sealed
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"\.f32: File too large; nothing was stored"):
+            shelf.add(drawn(10_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert shelf.ids.tolist() == [0, 1] and shelf.heap().stat().st_size == 2 * E * 4
+    assert len(Index.open(shelf.directory).search(drawn(1), 9)[0]) == 2
 
 
 def test_a_compaction_without_room_leaves_the_dead_rows(shelf, monkeypatch):

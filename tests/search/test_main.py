@@ -9,7 +9,7 @@ import pytest
 
 from tests import processes, runs
 from tests.search import library
-from vop_jax.search import catalog
+from vop_jax.search import catalog, indexing
 from vop_jax.search.__main__ import main
 
 
@@ -185,6 +185,13 @@ def test_a_full_disk_is_told_in_one_line(place, call, monkeypatch, tmp_path):
         2,
         "error: vectors.f32: no space left on the disk; free some, the same command continues\n",
     )
+
+
+def test_files_that_went_away_are_told_by_the_status(place, call, monkeypatch):
+    skipped = indexing.Done(unchanged=3, skipped={"a.mp4": "no such file"})
+    monkeypatch.setattr("vop_jax.search.make.make_index", lambda *_: skipped)
+    status, out, _ = call("index", "--index", place[1])
+    assert status == 1 and "not read: 1, first a.mp4 (no such file); what is indexed" in out
 
 
 def committed(index):

@@ -83,9 +83,10 @@ def find_videos(folder: str, known: Container[str] = ()) -> Scan:
         for name in names:
             if not name.startswith("."):
                 files += _look_at(folder, posixpath.join(inside, name), known)
-    if not files and not unlisted:
+    if not files:
+        also = "".join(f"; {path} cannot be listed ({why})" for path, why in unlisted.items())
         raise UserError(
-            f"{folder}: no videos in this folder; their names end with {' '.join(VIDEOS)}"
+            f"{folder}: no videos in this folder; their names end with {' '.join(VIDEOS)}{also}"
         )
     return Scan(sorted(files, key=lambda file: file.path), unlisted)
 
