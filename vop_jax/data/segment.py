@@ -103,14 +103,12 @@ class Segment:
         """uint8 [h, w, 3] of these of the segment's frames, by index; all of the first's size."""
         wanted, kept = frozenset(wanted), dict[int, np.ndarray]()
         self.times = []
-        last = 0.0  # when the last frame ends
         # One for all frames: making it costs more than its work, and threads of its own most.
         reformatter = VideoReformatter()
         with self._reading() as (video, frames):
             for time, frame in frames:
                 if time >= self.end:
                     break
-                last = time + (frame.duration or 0) * float(video.tick)
                 if time < self.start:
                     continue
                 if len(self.times) in wanted:
@@ -118,7 +116,7 @@ class Segment:
                     kept[len(self.times)] = _of_size(pixels, kept)
                 self.times.append(time)
             else:
-                self._check_complete(video, last)
+                self._check_complete(video)
             if video.bad > max(1, DAMAGED * video.read):
                 raise VideoError(f"damaged: {video.bad} of {video.read} packets do not decode")
         return kept
@@ -153,10 +151,11 @@ class Segment:
                     yield video, itertools.chain([first] if first else [], frames)
                     return
 
-    def _check_complete(self, video: "Video", last: float) -> None:
-        """Of a file whose frames end at `last`, before the segment does."""
+    def _check_complete(self, video: "Video") -> None:
+        """Of a file whose frames end before the segment does."""
         if not self.times or video.has_all_bytes(self.path):
             return
+        last = video.end
         whole = self.start < 0 and math.isinf(self.end)
         stated = video.stated_seconds()
         finish = min(stated, self.end)
@@ -169,19 +168,20 @@ class Video:
     """The video stream of an open file, read once from front to back.
 
     Attributes:
-        tick: seconds of one unit of its time stamps.
         read, bad: packets from the first key frame on, and those that did not decode.
     """
 
     def __init__(self, container: InputContainer, stream: av.VideoStream):
         self.container, self.stream = container, stream
         stream.codec_context.thread_count = 1  # clips are decoded in parallel instead
-        self.tick = stream.time_base or Fraction(1, av.time_base)
+        self._tick = tick = stream.time_base or Fraction(1, av.time_base)  # of the stamps
+        self._up, self._down = tick.numerator, tick.denominator  # fractions are slow
         self.read = self.bad = 0
-        self._origin = _origin(container, stream, self.tick)
+        self._origin = _origin(container, stream, tick)
         rate = stream.guessed_rate or stream.average_rate or 25
-        self._interval = max(1, round(1 / (rate * self.tick)))
-        self._leap = SPLICE if container.format.flags & TS_DISCONT else LEAP
+        self._interval = max(1, round(1 / (rate * tick)))
+        leap = SPLICE if container.format.flags & TS_DISCONT else LEAP
+        self._leap, self._back = int(leap / tick), int(BACK / tick)
         self._shift = 0  # of the stamps, which closes leaps
         self._due: int | None = None  # stamp of the next packet, if there is no leap
         self._counted = self._origin  # stamp of a packet that has none
@@ -190,8 +190,8 @@ class Video:
         self._stored = collections.deque[int]() if container.format.name == "avi" else None
 
     def seconds(self, stamp: int) -> float:
-        """`(stamp - origin) * tick`, without making fractions of each frame's time."""
-        return (stamp - self._origin) * self.tick.numerator / self.tick.denominator
+        """When a stamp is, since the file begins."""
+        return (stamp - self._origin) * self._up / self._down
 
     def packet_time(self, packet: av.Packet) -> float:
         """When what a packet holds is shown."""
@@ -211,24 +211,23 @@ class Video:
                     yield packet
 
     def _close_leap(self, packet: av.Packet) -> None:
-        if packet.dts is None:
+        pts, dts = packet.pts, packet.dts
+        if dts is None:
             return
-        if self._due is not None:
-            step = (packet.dts + self._shift - self._due) * float(self.tick)
-            if not -BACK <= step <= self._leap:
-                self._shift = self._due - packet.dts
+        if self._due is not None and not -self._back <= dts + self._shift - self._due <= self._leap:
+            self._shift = self._due - dts
         if self._shift:
-            packet.dts += self._shift
-            packet.pts = None if packet.pts is None else packet.pts + self._shift
-        if packet.pts is not None and abs(packet.pts - packet.dts) * self.tick > self._leap:
+            packet.dts = dts = dts + self._shift
+            packet.pts = pts = None if pts is None else pts + self._shift
+        if pts is not None and abs(pts - dts) > self._leap:
             packet.pts = None  # of beyond a leap, to which decoding has not come
-        self._due = packet.dts + (packet.duration or 0)
+        self._due = dts + (packet.duration or 0)
 
     def seek(self, seconds: float) -> None:
         """Goes to a packet before a time, if the file has stamps to find it by, each once."""
         if not self.container.format.flags & (TS_DISCONT | NO_TIMESTAMPS):
             with contextlib.suppress(av.error.FFmpegError, OverflowError):  # later than any frame
-                self.container.seek(self._origin + int(seconds / self.tick), stream=self.stream)
+                self.container.seek(self._origin + int(seconds / self._tick), stream=self.stream)
 
     def frames_sought(self, start: float) -> Iterator[tuple[float, av.VideoFrame]]:
         """`frames_from` where the file's index says that `start` is."""
@@ -281,6 +280,11 @@ class Video:
         self._next = stamp + (frame.duration or self._interval)
         return self.seconds(stamp)
 
+    @property
+    def end(self) -> float:
+        """When the last frame ends that was decoded, in seconds."""
+        return self.seconds(self._next)
+
     def has_all_bytes(self, path: str) -> bool:
         """Whether the file is as long as it says, or does not say."""
         with epath.Path(path).open("rb") as file:
@@ -289,9 +293,9 @@ class Video:
     def stated_seconds(self) -> float:
         """When the video ends as the file says; 0 where it does not."""
         if self.container.format.name == "avi" and self.stream.frames:
-            return float(self.stream.frames * self.tick)  # its duration is a guess by the size
+            return float(self.stream.frames * self._tick)  # its duration is a guess by the size
         if self.stream.duration:
-            return float(self.stream.duration * self.tick)
+            return float(self.stream.duration * self._tick)
         if tag := self.stream.metadata.get("DURATION"):  # Matroska and webm: 00:00:05.240000000
             with contextlib.suppress(ValueError):  # damaged: it does not say
                 hours, minutes, seconds = map(float, tag.split(":"))
