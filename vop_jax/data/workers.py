@@ -114,6 +114,8 @@ class _Worker:
         self._ready = False
 
     def start(self, number: int, task: Any) -> None:
+        if self.process is None:  # the last one died; none follows it where no task does
+            self.launch()
         self.task = number
         # Loading Python is not the task's time.
         self.deadline = time.monotonic() + self._seconds + (0 if self._ready else START)
@@ -140,8 +142,7 @@ class _Worker:
         reason = self._stop_and_say_why()
         if not self._ready:
             raise RuntimeError(f"a decoding process could not start: {reason}")
-        self.task = None
-        self.launch()
+        self.task, self.process = None, None
         return number, VideoError(reason)
 
     def _stop_and_say_why(self) -> str:
