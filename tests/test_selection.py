@@ -8,6 +8,7 @@ from etils import epath
 
 from vop_jax import selection
 from vop_jax.config import base_config
+from vop_jax.errors import UserError
 from vop_jax.selection import BEST_FILE, BEST_NOTE, Selection
 
 
@@ -57,6 +58,13 @@ def test_what_an_abandoned_attempt_left_is_not_the_result(run):
     assert Selection(run).chosen() is None and Selection(run).trainable() == "the last"
     Selection(run).reset()
     assert not (run.workdir / BEST_NOTE).exists() and not (run.workdir / BEST_FILE).exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"step": 2}'])
+def test_a_damaged_note_is_one_line(run, content):
+    (run.workdir / BEST_NOTE).write_bytes(content)
+    with pytest.raises(UserError, match=r"best.json: damaged; delete best.json and best.safeten"):
+        Selection(run).chosen()
 
 
 def test_without_being_asked_nothing_is_chosen(run):

@@ -95,6 +95,8 @@ def set_up_logging(level: int = logging.INFO) -> None:
         handler.addFilter(_is_of_interest)
     handler.setFormatter(_Lines("%(asctime)s %(message)s", "%H:%M:%S"))
     logging.set_verbosity(level)
+    if not sys.stderr.isatty():  # tqdm's bars are lines of a log then; it reads this when imported
+        os.environ.setdefault("TQDM_MININTERVAL", "10")  # seconds
 
 
 class _Lines(Formatter):
