@@ -92,7 +92,16 @@ FORMATS = {
     ),
     "averaged.pt": lambda p: checkpoints.save_torch(p, STATE, "model", model_ema=tensors(OTHER)),
     "averaged.safetensors": lambda p: save_safetensors(
-        p, prefixed("model.", STATE) | prefixed("model_ema.", OTHER)
+        p,
+        prefixed("module.model.", STATE)
+        | prefixed("module.model_ema.module.", OTHER)
+        | {"module.model_ema.n_averaged": np.array(3)},  # as PyTorch's AveragedModel
+    ),
+    "averages.pt": lambda p: checkpoints.save_torch(
+        p, STATE, "model", swa=tensors(OTHER), EMA_weights=tensors(OTHER), averaged_model={}
+    ),
+    "count.pt": lambda p: checkpoints.save_torch(
+        p, prefixed("module.", STATE) | {"n_averaged": np.array(3)}
     ),
     "model.safetensors.index.json": lambda p: save_shards(p, HUGGING_FACE),
     "hugging_face.bin": lambda p: checkpoints.save_torch(p, HUGGING_FACE),
@@ -207,6 +216,7 @@ def test_an_average_is_taken_when_it_is_asked_for(name, tmp_path):
     ("save", "flags", "named"),
     [
         (FORMATS["state_dict.pt"], {"ema": True}, "--ema: .*x.pt holds no average"),
+        (FORMATS["averages.pt"], {"ema": True}, "swa, EMA_weights, averaged_model; save one"),
         (
             lambda p: checkpoints.save_torch(p, STATE, "ema", step=1),
             {},
@@ -221,7 +231,7 @@ def test_an_average_is_taken_when_it_is_asked_for(name, tmp_path):
         (
             lambda p: checkpoints.save_torch(p, prefixed("module.", STATE) | {"x": np.ones(1)}),
             {},
-            "no tensor of a CLIP.*there is module.ln_final",
+            r"as in a CLIP with a ViT; the first is named module\.ln_final",
         ),
     ],
 )

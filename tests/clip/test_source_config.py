@@ -85,6 +85,7 @@ def test_a_config_states_activation_and_heads(kind, tmp_path):
         ({"model_cfg.vision_cfg.act_kwargs": {}}, {}),
         ({"preprocess_cfg": {"mean": 0.5, "std": [0.5, 0.5, 0.5]}}, {"pixels": HALF}),
         ({"preprocess_cfg": {"size": [24, 24], "interpolation": "bicubic"}}, {}),
+        ({"preprocess_cfg": {"size": None, "mean": None}}, {}),
     ],
 )
 def test_an_open_clip_config_that_converts(changes, expected, tmp_path):
@@ -179,7 +180,8 @@ def test_a_hugging_face_config_that_converts(changes, expected, tmp_path):
         ({"vision_config.num_attention_heads": "4"}, "num_attention_heads='4'"),
         ({"text_config.num_attention_heads": 4.0}, r"num_attention_heads=4\.0"),
         ({"text_config.eos_token_id": 7}, "eos_token_id=7: .* allowed are 49407 and 2"),
-        ({"text_config.vocab_size": 901629}, "eos_token_id=49407: .* allowed are 901628 and 2"),
+        ({"text_config.vocab_size": 901629}, "vocab_size=901629, but the tensors of .* have 49408"),
+        ({"hidden_act": "gelu", "model_type": "clip_vision_model"}, "model_type='clip_vision_mod"),
         ({"text_config_dict": {}}, r"text_config\.hidden_size=512"),  # transformers' defaults
         ({"quantization_config": {"bits": 8}}, "unknown key quantization_config"),
         ({"vision_config.use_head": False}, r"unknown key vision_config\.use_head=False"),
@@ -218,10 +220,12 @@ def test_a_preprocessor_config(changes, pixels, notes, tmp_path):
     assert facts.pixels == pixels
     assert len(facts.notes) == len(notes)
     assert all(part in note for part, note in zip(notes, facts.notes, strict=True))
-    (tmp_path / "preprocessor_config.json").unlink()
+    another = {"image_mean": [0.1] * 3, "resample": 0}  # transformers does not read it then
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(another))
     both = {"image_processor": PREPROCESSOR | changes, "processor_class": "CLIPProcessor"}
     (tmp_path / "processor_config.json").write_text(json.dumps(both))
-    assert read(tmp_path, HUGGING_FACE, {}).pixels == pixels
+    again = read(tmp_path, HUGGING_FACE, {})
+    assert (again.pixels, len(again.notes)) == (pixels, len(notes))
 
 
 @pytest.mark.parametrize(
@@ -232,6 +236,7 @@ def test_a_preprocessor_config(changes, pixels, notes, tmp_path):
         ({"do_rescale": False}, "do_rescale"),
         ({"image_std": [0.5, 0.0, 0.5]}, "pixel std"),
         ({"do_tile": True}, "unknown key do_tile"),
+        ({"image_processor_type": "ViTImageProcessor", "image_std": None}, "a ViTImageProcessor"),
     ],
 )
 def test_a_preprocessor_config_of_another_model_is_refused(changes, named, tmp_path):

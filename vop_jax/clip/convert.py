@@ -116,7 +116,8 @@ def _complete(
     if not facts.pixels:
         notes.append(
             f"nothing states the pixel mean and std of {path}: OpenAI's; if they are others, put "
-            "its open_clip_config.json or preprocessor_config.json beside it"
+            "beside it the file that states them: preprocessor_config.json, or of a checkpoint of "
+            "open_clip open_clip_config.json"
         )
     heads = {}
     for tower, asked in (("vision", vision_heads), ("text", text_heads)):

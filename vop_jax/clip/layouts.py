@@ -169,10 +169,10 @@ def read_sizes(where: str | os.PathLike, tensors: Tensors, layout: Layout) -> di
         UserError: a tensor that shows a size is missing or cannot be right.
     """
     if not any(name.startswith(layout.blocks["visual"]) for name in tensors):
-        allowed = f"{OPENAI.name} or {HUGGING_FACE.name} (model with both towers)"
+        allowed = " or ".join(f"{x.blocks['visual']}… ({x.name})" for x in (OPENAI, HUGGING_FACE))
         raise UserError(
-            f"{where}: no tensor of a CLIP with a ViT in a layout that is known, {allowed}; there "
-            f"is {min(tensors)}"
+            f"{where}: no tensor is named {allowed}, as in a CLIP with a ViT; the first is named "
+            f"{min(tensors)}"
         )
     rows = {rule.targets[0]: rule for rule in expand(layout.ends)}
     for tower, start in layout.blocks.items():

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from vop_jax.clip import layouts
+from vop_jax.clip.config import ClipConfig
 from vop_jax.clip.layers import ACTIVATIONS
 from vop_jax.clip.source_keys import HUGGING_FACE, NO_KEYS, NOTHING, OPEN_CLIP, PREPROCESSOR, Keys
 from vop_jax.clip.towers import PIXEL_MEAN, PIXEL_STD
@@ -83,11 +84,12 @@ def read_config(path: str | os.PathLike, layout: layouts.Layout) -> Facts:
         facts = _checked(file, config, _hugging_face if hugging_face else _open_clip)
     if facts.pixels is not None:
         return facts
-    file = folder / "preprocessor_config.json"
-    config = _read(file)
-    if config is None:  # transformers 5 may write both its processors into one file
-        file = folder / "processor_config.json"
-        config = (_read(file) or {}).get("image_processor")
+    # transformers 5 may write both its processors into one file, and reads that one first.
+    file = folder / "processor_config.json"
+    config = (_read(file) or {}).get("image_processor")
+    if config is None:
+        file = folder / "preprocessor_config.json"
+        config = _read(file)
     if config is None:
         return facts
     frames = _checked(file, config, _preprocessor)
@@ -120,15 +122,16 @@ def _checked(file: epath.Path, config: Flat, read: Callable[[str, Flat], Facts])
 
 def check_keys(file: str, config: Flat, keys: Keys) -> None:
     """Raises UserError naming the first key that is unknown or has a value of another model."""
+    for key, allowed in keys.required.items():
+        if key in config and config[key] not in allowed:
+            named = ["none"] * (None in allowed) + [repr(v) for v in allowed if v not in NOTHING]
+            raise UserError(
+                f"{file}: {key}={config[key]!r:.80}: not supported; allowed is {' or '.join(named)}"
+            )
     for key, value in config.items():
-        if key in keys.required:
-            if value not in keys.required[key]:
-                allowed = " or ".join(map(repr, keys.required[key]))
-                allowed = "none" if keys.required[key] is NOTHING else allowed
-                raise UserError(f"{file}: {key}={value!r:.80}: not supported; allowed is {allowed}")
-        elif key in keys.sizes or key in keys.read:
+        if key in keys.required or key in keys.sizes or key in keys.read:
             continue
-        elif key.rpartition(".")[2] not in keys.ignored:
+        if key.rpartition(".")[2] not in keys.ignored:
             raise UserError(
                 f"{file}: unknown key {key}={value!r:.80}: it may make this another model than "
                 "those that convert; if it has no part in the features, take it out of the file"
@@ -169,16 +172,16 @@ def _open_clip(file: str, config: Flat) -> Facts:
     config = {k: v for k, v in config.items() if k != "preprocess_cfg" or v is not None}
     known = flat(config, "vision_cfg", "text_cfg", "preprocess_cfg")
     if not {"vision_cfg", "text_cfg"} <= config.keys():
-        raise KeyError("vision_cfg, text_cfg")
+        raise UserError(f"{file}: not a config of a CLIP, which has vision_cfg and text_cfg")
     check_keys(file, known, OPEN_CLIP)
     sizes = read_sizes(file, known, OPEN_CLIP)
     for tower in ("vision", "text"):
         key = f"{tower}_cfg.mlp_ratio"
         width = int(sizes[f"{tower}_width"].value * known.get(key, 4.0))
-        sizes[f"{tower}_mlp"] = Size(file, key, width)
+        sizes[f"{tower}_mlp"] = Size(file, f"{key} * width", width)
     image = sizes["image_size"].value
     size = known.get("preprocess_cfg.size", image)
-    if size not in (image, [image, image]):
+    if size not in (None, image, [image, image]):
         raise UserError(f"{file}: preprocess_cfg.size={size}, but vision_cfg.image_size={image}")
     ours = {"preprocess_cfg.interpolation": "bicubic", "preprocess_cfg.resize_mode": "shortest"}
     # What the whole file leaves out has the value that open_clip gives it.
@@ -211,12 +214,12 @@ def _hugging_face(file: str, config: Flat) -> Facts:
                 f"{file}: {tower}_config.hidden_act={act!r}: allowed is one of "
                 f"{', '.join(ACTIVATIONS)}, the same in both towers"
             )
-    last = sizes["vocab_size"].value - 1
+    last = ClipConfig.vocab_size - 1  # another vocabulary is refused by `convert`
     eos = known.get("text_config.eos_token_id", last)
     if eos not in (2, last):  # by 2 transformers means the largest id of a caption
         raise UserError(
-            f"{file}: text_config.eos_token_id={eos}: captions are read at the last id of the "
-            f"vocabulary, allowed are {last} and 2"
+            f"{file}: text_config.eos_token_id={eos}: captions are read at CLIP's own "
+            f"end-of-text token; allowed are {last} and 2"
         )
     vision, text = (sizes[f"{tower}_heads"].value for tower in ("vision", "text"))
     return Facts(file, tuple(sizes.items()), acts[0], vision, text)
@@ -234,6 +237,12 @@ def _preprocessor(file: str, config: Flat) -> Facts:
     if crop is not None and _side(config.get("size")) not in (None, crop):
         ours["size"] = crop
     if config.get("do_normalize", True):
+        kind = config.get("image_processor_type") or config.get("feature_extractor_type") or "CLIP"
+        if not kind.startswith("CLIP") and None in map(config.get, ("image_mean", "image_std")):
+            raise UserError(
+                f"{file}: a {kind} that leaves out image_mean or image_std, of which CLIP's are "
+                "not its own; state both in the file"
+            )
         pixels = check_pixels(file, config.get("image_mean"), config.get("image_std"))
     else:
         pixels = (0.0,) * 3, (1.0,) * 3

@@ -31,7 +31,7 @@ from vop_jax.errors import UserError
 PREFIXES = ("module.", "_orig_mod.", "model.", "clip.")
 # Where a checkpoint keeps its weights, and where their running average.
 WEIGHTS = ("state_dict", "model", "module", "model_state_dict")
-AVERAGES = ("model_ema", "ema", "ema_model", "state_dict_ema", "ema_state_dict")
+AVERAGE = re.compile(r"(.*_)?(ema|swa|averaged?|avg|shadow)(_.*)?", re.IGNORECASE)
 
 
 @dataclasses.dataclass
@@ -116,13 +116,14 @@ def _read_file(path: str | os.PathLike, local: str, ema: bool) -> StateDict:
                 f"{path}: tensors of a type that NumPy has not ({error}); save them as float32"
             ) from None
         except (SafetensorError, OSError, ValueError, TypeError) as error:
-            raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+            raise UserError(f"{path}: not a readable safetensors file ({error}); copy it anew") from None
     elif start.startswith((b"PK\x03\x04", b"\x80")):
         archive = _is_torchscript(path, local)
         held = _load_torch(path, local, archive)
     else:
         raise UserError(
-            f"{path}: neither safetensors nor a PyTorch file (it starts with {start!r})"
+            f"{path}: neither safetensors nor a PyTorch file (it starts with {start!r}); unpack an "
+            "archive, download a web page or a pointer of Git LFS anew as the file itself"
         )
     state, notes = _unwrapped(path, held, ema)
     tensors = {str(name): _as_numpy(path, name, value) for name, value in state.items()}
@@ -137,11 +138,13 @@ def _unwrapped(
     while True:
         if not isinstance(held, Mapping) or not held:
             raise UserError(f"{path}: holds a {type(held).__name__}, not a state dict of tensors")
-        held = _grouped(held)
+        held = _grouped(path, held)
         inner = [key for key, value in held.items() if isinstance(value, Mapping)]
         weights = [key for key in WEIGHTS if key in inner]
-        averages = [key for key in AVERAGES if key in inner]
+        averages = [key for key in inner if AVERAGE.fullmatch(str(key))]
         if ema and averages:
+            if len(averages) > 1:
+                raise UserError(f"--ema: {path} holds {', '.join(averages)}; save one of them alone")
             held, taken = held[averages[0]], True
         elif len(weights) == 1:
             notes += [f"{path} also holds {key}, an average; --ema takes it" for key in averages]
@@ -149,7 +152,7 @@ def _unwrapped(
         else:
             break
     if ema and not taken:
-        raise UserError(f"--ema: {path} holds no average, as {', '.join(AVERAGES)}")
+        raise UserError(f"--ema: {path} holds no average, as model_ema, averaged_model or swa")
     if inner:
         raise UserError(
             f"{path}: holds {', '.join(map(str, held))}"[:200] + "; the weights must be under one "
@@ -158,16 +161,16 @@ def _unwrapped(
     return held, tuple(notes)
 
 
-def _grouped(held: Mapping[str, Any]) -> Mapping[str, Any]:
+def _grouped(path: str | os.PathLike, held: Mapping[str, Any]) -> Mapping[str, Any]:
     """A state dict that holds a model and, under a prefix, its average, as two state dicts."""
-    for average in AVERAGES:
-        inside = {k for k in held if isinstance(k, str) and k.startswith(f"{average}.")}
-        if inside:
-            return {
-                average: {k.removeprefix(f"{average}."): held[k] for k in inside},
-                WEIGHTS[0]: {k: v for k, v in held.items() if k not in inside},
-            }
-    return held
+    groups: dict[str, dict[str, Any]] = {}
+    for name, value in _without_prefixes(path, {str(k): v for k, v in held.items()}).items():
+        start, dot, rest = name.partition(".")
+        if dot and AVERAGE.fullmatch(start):
+            groups.setdefault(start, {})[rest] = value
+        else:
+            groups.setdefault(WEIGHTS[0], {})[name] = value
+    return held if groups.keys() == {WEIGHTS[0]} else groups
 
 
 def _as_numpy(path: str | os.PathLike, name: Any, value: Any) -> np.ndarray:
@@ -219,17 +222,21 @@ def _load_torch(path: str | os.PathLike, local: str, archive: bool) -> Any:
     except Exception as error:  # of a broken file torch raises almost anything
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = lines[0].split(". ")[0]
-        raise UserError(f"{path}: not a readable PyTorch file ({reason})") from None
+        raise UserError(f"{path}: not a readable PyTorch file ({reason}); copy it anew") from None
 
 
-def _without_prefixes(path: str | os.PathLike, tensors: Tensors) -> Tensors:
+def _without_prefixes(path: str | os.PathLike, tensors: dict[str, Any]) -> dict[str, Any]:
+    # A count of PyTorch's AveragedModel, whose other names start with "module.".
+    tensors = {name: value for name, value in tensors.items() if name != "n_averaged"} or tensors
     while prefix := next((p for p in PREFIXES if all(k.startswith(p) for k in tensors)), None):
         tensors = without_prefix(path, tensors, prefix)
     # torch.compile of a part leaves its mark within the names.
     return {name.replace("._orig_mod.", "."): value for name, value in tensors.items()}
 
 
-def without_prefix(path: str | os.PathLike, tensors: Tensors, prefix: str) -> Tensors:
+def without_prefix(
+    path: str | os.PathLike, tensors: dict[str, Any], prefix: str
+) -> dict[str, Any]:
     """`prefix` taken off the names that have it."""
     shorter = {name.removeprefix(prefix): value for name, value in tensors.items()}
     if len(shorter) < len(tensors):
