@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -33,7 +34,8 @@ CONTAINERS = {
     },
     "a.webm": {"codec": "libvpx-vp9", "options": {"deadline": "realtime", "cpu-used": "8"}},
     "a.avi": {"codec": "mpeg4", "options": {"g": "35"}, "base": 25},
-    "h264.avi": {**X264, "rate": 5},
+    "open.avi": {"codec": "mpeg4", "options": {"g": "35", "bf": "2"}, "rate": 5},
+    "h264.avi": {**X264, "rate": 5, "options": {**X264["options"], "x264-params": "open-gop=1:b-adapt=0"}},
     "a.flv": X264,
     "a.ts": {**X264, "base": 90000},
     "mpeg2.ts": {**MPEG, "rate": 25},
@@ -301,6 +303,13 @@ def test_statements_about_length_are_not_believed(tmp_path):
         tmp_path / "slides.mkv", [0, 5000, 10000, 15000], options={"bf": "2"}
     )
     assert numbers(slides) == [0, 1, 2, 3]
+    # Matroska has one duration for all frames, here 10 s.
+    times, slow = [0, 33, 67, 100, 133, 167, 90000, 90033], Fraction(1, 10)
+    idle = videos.write_numbered(tmp_path / "idle.mkv", times, options={"bf": "2"}, rate=slow)
+    found = read_frames(idle, len(times))
+    np.testing.assert_allclose(found.timestamps, np.array(times) / 1000, atol=2e-3)
+    one = videos.write_numbered(tmp_path / "one.ts", [0], base=90000)  # too short to state it
+    assert read_frames(one, 1, end=0.5).timestamps == [0.0]
     wrong = videos.write_numbered(tmp_path / "wrong.mkv", [100 * i for i in range(20)])
     data = bytearray(wrong.read_bytes())
     at = data.index(b"\x44\x89\x88") + 3  # the segment's duration, in milliseconds

@@ -82,7 +82,7 @@ def write_numbered(
     codec: str = "libx264",
     pixel_format: str = "yuv420p",
     base: int = 1000,
-    rate: int = 10,
+    rate: int | Fraction = 10,
     size: tuple[int, int] = (64, 32),
     options: dict[str, str] | None = None,
     tags: dict[str, int] | None = None,

@@ -41,6 +41,7 @@ DEFAULT = av.stream.Disposition.default
 SAMPLE = 1000  # packets in which one sees which of several streams is the film
 # FFmpeg's flags of formats: parts may be of several clocks (MPEG-TS, MPEG-PS, Ogg); no stamps.
 TS_DISCONT, NO_TIMESTAMPS = 0x200, 0x80
+REORDERED = 8  # frames of an AVI that are stored ahead of those shown before them, at most
 UNSPECIFIED = 2  # a frame's colorspace: that of its size is taken
 
 # Seconds from which a segment's beginning is sought: before, reading up to it is quicker.
@@ -178,16 +179,19 @@ class Video:
         self._up, self._down = tick.numerator, tick.denominator  # fractions are slow
         self.read = self.bad = 0
         self._origin = _origin(container, stream, tick)
+        self._unknown = stream.start_time is None  # of one frame: the first packet tells
         rate = stream.guessed_rate or stream.average_rate or 25
         self._interval = max(1, round(1 / (rate * tick)))
         leap = SPLICE if container.format.flags & TS_DISCONT else LEAP
         self._leap, self._back = int(leap / tick), int(BACK / tick)
         self._shift = 0  # of the stamps, which closes leaps
-        self._due: int | None = None  # stamp of the next packet, if there is no leap
+        self._last: int | None = None  # stamp of the last packet
+        self._due = 0  # and of the next by its stated duration, if there is no leap
         self._counted = self._origin  # stamp of a packet that has none
         self._next = self._origin  # of a frame that has none
         # AVI numbers its packets in the order of storage; H.264 frames are shown in another one.
         self._stored = collections.deque[int]() if container.format.name == "avi" else None
+        self._first = set[int | None]()  # an AVI's first packets that decode, by their stamps
 
     def seconds(self, stamp: int) -> float:
         """When a stamp is, since the file begins."""
@@ -207,6 +211,9 @@ class Video:
         with contextlib.suppress(av.error.FFmpegError, IndexError):
             for packet in self.container.demux(self.stream):
                 if packet.size:
+                    if self._unknown and packet.pts is not None:
+                        self._origin = self._counted = self._next = packet.pts
+                        self._unknown = False
                     self._close_leap(packet)
                     yield packet
 
@@ -214,18 +221,20 @@ class Video:
         pts, dts = packet.pts, packet.dts
         if dts is None:
             return
-        if self._due is not None and not -self._back <= dts + self._shift - self._due <= self._leap:
-            self._shift = self._due - dts
+        if self._last is not None:
+            now = dts + self._shift
+            if now < self._last - self._back or now > self._due + self._leap:
+                self._shift = self._due - dts
         if self._shift:
             packet.dts = dts = dts + self._shift
             packet.pts = pts = None if pts is None else pts + self._shift
         if pts is not None and abs(pts - dts) > self._leap:
             packet.pts = None  # of beyond a leap, to which decoding has not come
-        self._due = dts + (packet.duration or 0)
+        self._last, self._due = dts, dts + (packet.duration or 0)
 
     def seek(self, seconds: float) -> None:
         """Goes to a packet before a time, if the file has stamps to find it by, each once."""
-        if not self.container.format.flags & (TS_DISCONT | NO_TIMESTAMPS):
+        if not self._unknown and not self.container.format.flags & (TS_DISCONT | NO_TIMESTAMPS):
             with contextlib.suppress(av.error.FFmpegError, OverflowError):  # later than any frame
                 self.container.seek(self._origin + int(seconds / self._tick), stream=self.stream)
 
@@ -244,7 +253,22 @@ class Video:
             if packet.dts is None or self.seconds(packet.dts) > start:
                 break
         frames = self.frames(itertools.chain(group, packets))
+        if self._stored is not None:
+            frames = self._behind_lost(frames)
         return itertools.dropwhile(lambda shown: not shown[1].key_frame, frames)
+
+    def _behind_lost(
+        self, frames: Iterator[tuple[float, av.VideoFrame]]
+    ) -> Iterator[tuple[float, av.VideoFrame]]:
+        """Frames of an AVI read from within: those that were shown before its key frame are lost.
+
+        They build on frames before it, too. The others come later by as many places.
+        """
+        ahead = list(itertools.islice(frames, 2 * REORDERED))
+        lost = len(self._first - {frame.pts for _, frame in ahead})
+        late, rate = lost * self._interval, self._down / self._up
+        for time, frame in itertools.chain(ahead, frames):
+            yield self.seconds(self._origin + round(time * rate) + late), frame
 
     def all_frames(self, start: float = 0.0) -> Iterator[tuple[float, av.VideoFrame]]:
         """Frames from the first that decodes on."""
@@ -266,6 +290,8 @@ class Video:
                 if self._stored:
                     self._stored.pop()
                 continue
+            if self._stored is not None and packet is not None and self.read <= REORDERED:
+                self._first.add(packet.pts)
             for frame in decoded:
                 self.bad += begun and frame.is_corrupt
                 yield self._time(frame), frame
