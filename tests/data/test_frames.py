@@ -126,6 +126,7 @@ def holes(path):
         (videos.write_music, "no video stream"),
         (lambda path: path.mkdir(), "a folder"),
         (lambda path: None, "no such file"),
+        (lambda path: path.symlink_to("gone.mp4"), "a link to what is not there"),
     ],
 )
 def test_unusable_files_have_a_reason(tmp_path, damage, reason):

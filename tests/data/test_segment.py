@@ -35,7 +35,11 @@ CONTAINERS = {
     "a.webm": {"codec": "libvpx-vp9", "options": {"deadline": "realtime", "cpu-used": "8"}},
     "a.avi": {"codec": "mpeg4", "options": {"g": "35"}, "base": 25},
     "open.avi": {"codec": "mpeg4", "options": {"g": "35", "bf": "2"}, "rate": 5},
-    "h264.avi": {**X264, "rate": 5, "options": {**X264["options"], "x264-params": "open-gop=1:b-adapt=0"}},
+    "h264.avi": {
+        **X264,
+        "rate": 5,
+        "options": {**X264["options"], "x264-params": "open-gop=1:b-adapt=0"},
+    },
     "a.flv": X264,
     "a.ts": {**X264, "base": 90000},
     "mpeg2.ts": {**MPEG, "rate": 25},

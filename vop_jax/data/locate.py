@@ -102,6 +102,8 @@ def stat(path: str | os.PathLike) -> StatResult:
             raise FileNotFoundError
         return epath.Path(text).stat()
     except (FileNotFoundError, NotADirectoryError):
+        if os.path.islink(text):
+            raise VideoError("a link to what is not there") from None
         raise VideoError("no such file" + _hint(text)) from None
     except (KeyError, NotImplementedError):  # etils looks the scheme up
         scheme = text.partition("://")[0].rpartition("/")[2]
