@@ -268,9 +268,15 @@ def test_the_prompts_lengths_are_those_of_the_configuration(tmp_path):
         ({"vp_token_num": 8}, "vp_token_num=8"),
         ({"input_res": 224}, "input_res=224"),
         ({"pooling_type": "max"}, "pooling_type='max'"),
-        ({"tp_prefix_token_num": None}, "not the configuration of a VoP"),
+        ({"tp_prefix_token_num": None}, "tp_prefix_token_num=None"),
+        ({"tp_prefix_token_num": float("inf")}, "tp_prefix_token_num=inf"),
+        ({"tp_prefix_token_num": -1, "tp_suffix_token_num": 6}, "tp_prefix_token_num=-1"),
+        ({"tp_prefix_token_num": 3.5, "tp_suffix_token_num": 1.5}, r"tp_prefix_token_num=3\.5"),
+        ({"num_frames": 0}, "num_frames=0: not a whole number of 1"),
+        (["[" * 100_000], "not the configuration of a VoP"),
     ):
-        file.write_text(json.dumps({"hyperparam": stated | wrong}))
+        nested = isinstance(wrong, list)
+        file.write_text(wrong[0] if nested else json.dumps({"hyperparam": stated | wrong}))
         with pytest.raises(UserError, match=rf"configuration\.json: .*{named}"):
             convert(path)
 
@@ -352,6 +358,7 @@ def test_an_unexpected_tensor_is_named(state, tmp_path):
         ({"module.image_encoder.proj": STATE["visual.proj"] + 1}, "image_encoder.proj differs"),
         ({"module.head.weight": STATE["visual.proj"]}, "unexpected tensor head.weight"),
         ({"module.text_prompt_learner.text_prompts": None}, "text_prompts is missing"),
+        ({k: None for k in RELEASED if "clip." in k}, r"clip\.logit_scale is missing"),
         (
             {"module.text_prompt_learner.text_prompts": np.zeros((3, 5, 10), np.float32)},
             r"text_prompts has shape \(3, 5, 10\)",

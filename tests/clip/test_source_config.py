@@ -281,7 +281,7 @@ def test_heads_that_nothing_states_are_asked_for():
         choose_heads("x.pt", "vision", 128, None, Facts())
     with pytest.raises(UserError, match="128 cannot be divided into 3 heads"):
         choose_heads("x.pt", "vision", 128, 3, Facts())
-    with pytest.raises(UserError, match="128 cannot be divided into 0 heads"):
+    with pytest.raises(UserError, match=r"^c\.json: .*128 cannot be divided into 0 heads; correct"):
         choose_heads("x.pt", "vision", 128, None, Facts("c.json", vision_heads=0))
     with pytest.raises(UserError, match=r"--text-heads=4 contradicts c\.json, which says 8"):
         choose_heads("x.pt", "text", 128, 4, Facts("c.json", text_heads=8))

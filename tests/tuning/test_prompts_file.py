@@ -78,8 +78,12 @@ def test_another_safetensors_file_is_refused(tmp_path, metadata):
         load_prompts(tmp_path / "p")
 
 
-def test_missing_metadata_is_refused(tmp_path):
-    tensorfile.save(tmp_path / "p", {"a": np.zeros(2)}, {"format": "vop_jax.prompts"})
+@pytest.mark.parametrize("changes", [None, {"video": "3"}, {"video": "[" * 100_000}])
+def test_wrong_metadata_is_refused(changes, tmp_path):
+    save(tmp_path / "p", random_params())
+    tree, metadata = tensorfile.load(tmp_path / "p")
+    stated = {k: v for k, v in metadata.items() if k != tensorfile.CHECKSUM} | (changes or {})
+    tensorfile.save(tmp_path / "p", tree, stated if changes else {"format": FORMAT})
     with pytest.raises(UserError, match="p: its metadata is not a prompts file's"):
         load_prompts(tmp_path / "p")
 

@@ -29,7 +29,7 @@ def split(path: str | os.PathLike, tensors: Tensors) -> tuple[Tensors, dict[str,
     Raises:
         UserError: prompts are missing, a copy differs, or there is something else.
     """
-    for name in (VISUAL_PROMPTS, TEXT_PROMPTS):
+    for name in (VISUAL_PROMPTS, TEXT_PROMPTS, "clip.logit_scale"):
         if name not in tensors:
             raise UserError(f"{path}: tensor {name} is missing")
     clip = {k.removeprefix("clip."): v for k, v in tensors.items() if k.startswith("clip.")}
@@ -84,15 +84,23 @@ def read_configuration(
         return None
     try:
         stated = json.loads(file.read_text())["hyperparam"]
-        prefix, suffix = (int(stated[f"tp_{end}_token_num"]) for end in ("prefix", "suffix"))
-        frames = stated.get("num_frames")
-        found = Configuration(prefix, suffix, None if frames is None else int(frames))
+        found = Configuration(
+            stated["tp_prefix_token_num"], stated["tp_suffix_token_num"], stated.get("num_frames")
+        )
         others = {key: stated.get(key) for key in ("vp_token_num", "input_res", "pooling_type")}
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise UserError(f"{file}: not the configuration of a VoP ({error!r})") from None
+    for key, value, least in (
+        ("tp_prefix_token_num", found.text_prefix, 0),
+        ("tp_suffix_token_num", found.text_suffix, 0),
+        ("num_frames", 1 if found.frames is None else found.frames, 1),
+    ):
+        if type(value) is not int or value < least:
+            raise UserError(f"{file}: {key}={value!r:.80}: not a whole number of {least} or more")
     visual, text = prompts["visual"].shape[1], prompts["text"].shape[1]
-    if min(prefix, suffix) < 0 or prefix + suffix != text:
-        raise UserError(f"{file}: {prefix} + {suffix} text prompts, but {path} has {text} a layer")
+    if found.text_prefix + found.text_suffix != text:
+        lengths = f"{found.text_prefix} + {found.text_suffix}"
+        raise UserError(f"{file}: {lengths} text prompts, but {path} has {text} a layer")
     expected = {"vp_token_num": visual, "input_res": config.image_size, "pooling_type": "avg"}
     for key, value in others.items():
         if value not in (None, expected[key]):

@@ -301,7 +301,8 @@ def choose_heads(
         UserError: `asked` contradicts the config, nothing states them and no published model of
             this width does, or they do not divide the width.
     """
-    heads, note = settle(f"{tower}-heads", asked, getattr(facts, f"{tower}_heads"), facts.by), ""
+    stated = getattr(facts, f"{tower}_heads")
+    heads, note = settle(f"{tower}-heads", asked, stated, facts.by), ""
     if heads is None:
         heads = PUBLISHED_HEADS[tower].get(width)
         if heads is None:
@@ -314,8 +315,11 @@ def choose_heads(
             f"published CLIP of width {width}; else pass --{tower}-heads"
         )
     if type(heads) is not int or heads < 1 or width % heads:
+        remedy = (
+            f"pass a divisor of it as --{tower}-heads" if stated is None else "correct the file"
+        )
         raise UserError(
-            f"{path}: {tower} width {width} cannot be divided into {heads} heads; pass a divisor "
-            f"of it as --{tower}-heads"
+            f"{path if stated is None else facts.by}: {tower} width {width} cannot be divided into "
+            f"{heads} heads; {remedy}"
         )
     return heads, note

@@ -116,7 +116,9 @@ def _read_file(path: str | os.PathLike, local: str, ema: bool) -> StateDict:
                 f"{path}: tensors of a type that NumPy has not ({error}); save them as float32"
             ) from None
         except (SafetensorError, OSError, ValueError, TypeError) as error:
-            raise UserError(f"{path}: not a readable safetensors file ({error}); copy it anew") from None
+            raise UserError(
+                f"{path}: not a readable safetensors file ({error}); copy it anew"
+            ) from None
     elif start.startswith((b"PK\x03\x04", b"\x80")):
         archive = _is_torchscript(path, local)
         held = _load_torch(path, local, archive)
@@ -144,7 +146,9 @@ def _unwrapped(
         averages = [key for key in inner if AVERAGE.fullmatch(str(key))]
         if ema and averages:
             if len(averages) > 1:
-                raise UserError(f"--ema: {path} holds {', '.join(averages)}; save one of them alone")
+                raise UserError(
+                    f"--ema: {path} holds {', '.join(averages)}; save one of them alone"
+                )
             held, taken = held[averages[0]], True
         elif len(weights) == 1:
             notes += [f"{path} also holds {key}, an average; --ema takes it" for key in averages]
@@ -234,9 +238,7 @@ def _without_prefixes(path: str | os.PathLike, tensors: dict[str, Any]) -> dict[
     return {name.replace("._orig_mod.", "."): value for name, value in tensors.items()}
 
 
-def without_prefix(
-    path: str | os.PathLike, tensors: dict[str, Any], prefix: str
-) -> dict[str, Any]:
+def without_prefix(path: str | os.PathLike, tensors: dict[str, Any], prefix: str) -> dict[str, Any]:
     """`prefix` taken off the names that have it."""
     shorter = {name.removeprefix(prefix): value for name, value in tensors.items()}
     if len(shorter) < len(tensors):

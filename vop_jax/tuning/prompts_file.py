@@ -95,9 +95,9 @@ def load_prompts(path: str | os.PathLike) -> PromptSet:
             clip_fingerprint=metadata["clip_fingerprint"],
             clip_name=metadata["clip_name"],
             clip_config=ClipConfig(**json.loads(metadata["clip_config"])),
-            video=json.loads(metadata["video"]),
+            video=dict(json.loads(metadata["video"])),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: its metadata is not a prompts file's ({error!r})") from None
 
 
