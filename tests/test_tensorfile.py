@@ -95,6 +95,13 @@ def test_another_kind_of_file(tmp_path, content):
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_file_that_may_not_be_opened_says_why(tmp_path):
+    os.mknod(tmp_path / "x", stat.S_IFSOCK)  # to root, too, as one of another user
+    for read in (tensorfile.load, tensorfile.read_metadata):
+        with pytest.raises(UserError, match="x: No such device or address"):
+            read(tmp_path / "x")
+
+
 @pytest.mark.parametrize("kept", [0.1, 0.5, 0.99])
 def test_a_truncated_file(tmp_path, kept):
     path = tmp_path / "x.safetensors"

@@ -52,8 +52,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--cache", default=download.CACHE, metavar="DIR", help="of downloads; %(default)s")
     add("--base-url", default=download.BASE_URL, metavar="URL", help="a mirror of OpenAI's server")
     args = parser.parse_args(argv)
-    if args.verify and (args.source or args.output):
-        raise UserError("--verify takes neither --source nor --output")
+    others = ("source", "output", "prompts_output", "activation", "vision_heads", "text_heads")
+    if args.verify and (args.ema or any(getattr(args, name) is not None for name in others)):
+        raise UserError("--verify takes no other option")
     if not args.verify and not (args.source and args.output):
         raise UserError("--source and --output are required, or --verify")
     for flag, heads in (("vision", args.vision_heads), ("text", args.text_heads)):

@@ -138,6 +138,10 @@ def _local(path: str | os.PathLike) -> Iterator[str]:
     if source.is_dir():
         raise UserError(f"{path}: is a directory, not a safetensors file")
     if "://" not in os.fspath(path):
+        try:  # safetensors says of each file that it may not read that there is none
+            open(path, "rb").close()
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}") from None
         yield os.fspath(path)
         return
     with tempfile.TemporaryDirectory() as directory:

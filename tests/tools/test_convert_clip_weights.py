@@ -105,7 +105,8 @@ def test_verifies_a_converted_clip(tool, source, tmp_path, capsys):
     assert load_clip(clip).name in capsys.readouterr().out.splitlines()[-1]
     clip.write_bytes(clip.read_bytes()[:-1] + b"\1")
     assert "damaged" in refused(tool, capsys, f"--verify={clip}")
-    assert "neither" in refused(tool, capsys, f"--verify={clip}", f"--source={source}")
+    for other in (f"--source={source}", "--ema", "--text-heads=2"):
+        assert "no other option" in refused(tool, capsys, f"--verify={clip}", other)
 
 
 def test_says_that_prompts_were_left(tool, released, tmp_path, capsys):

@@ -240,8 +240,8 @@ def _preprocessor(file: str, config: Flat) -> Facts:
         kind = config.get("image_processor_type") or config.get("feature_extractor_type") or "CLIP"
         if not kind.startswith("CLIP") and None in map(config.get, ("image_mean", "image_std")):
             raise UserError(
-                f"{file}: a {kind} that leaves out image_mean or image_std, of which CLIP's are "
-                "not its own; state both in the file"
+                f"{file}: a {kind} without image_mean and image_std: its own are not known here; "
+                "state both in the file"
             )
         pixels = check_pixels(file, config.get("image_mean"), config.get("image_std"))
     else:

@@ -105,7 +105,7 @@ def load_clip(path: str | os.PathLike, *, verify: bool = False) -> ClipWeights:
             if type(size) is not int or size < 1:
                 raise ValueError(f"{name}={size!r}: not a whole number of 1 or more")
         fingerprint, source = metadata["fingerprint"], metadata["source"]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: its metadata is not a converted CLIP's ({error!r})") from None
     if config.activation not in ACTIVATIONS:
         allowed = ", ".join(ACTIVATIONS)
