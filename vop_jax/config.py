@@ -278,8 +278,8 @@ def from_json(text: bytes, where: Any) -> ConfigDict:
     except (ValueError, TypeError, AttributeError, KeyError, UserError) as error:
         line = " ".join(str(error).split())
         raise UserError(
-            f"{where}: damaged, or of another version ({line}); delete it to go on with the "
-            "--config of a command"
+            f"{where}: damaged, or of another version ({line}); delete it, and the command that "
+            "made the run, with its --config, writes it anew"
         ) from None
 
 

@@ -272,13 +272,27 @@ def test_wrong_calls_get_one_line(tmp_path, monkeypatch, capsys):
     (other / "rankings.jsonl").unlink()
     garbled = write_run(tmp_path / "garbled", "vop_p")
     (garbled / "rankings.jsonl").write_text("{")
+    damaged = []
+    for i, (name, content, message) in enumerate(
+        (
+            ("summary.json", "[]", "TypeError"),
+            ("summary.json", '{"method": "vop"}', "KeyError: 'clip'"),
+            ("summary.json", (run / "summary.json").read_text().replace("2.0", '"2"', 1), "t2v is"),
+            ("config.json", "[]", "config.json: damaged"),
+            ("config.json", '{"data": 3}', "config.json: damaged"),
+            ("rankings.jsonl", "[1]", "TypeError"),
+        )
+    ):
+        damaged.append(([write_run(tmp_path / f"damaged{i}")], message))
+        (tmp_path / f"damaged{i}" / name).write_text(content)
     for arguments, message in (
+        *damaged,
         ([tmp_path / "none"], "none: no finished run there"),
-        ([torn], "summary.json: cannot be read"),
+        ([torn], "summary.json: damaged"),
         ([run, "--compare=vop"], "two labels with a comma"),
         ([run, "--compare=vop,vop_x"], "no run 'vop_x'; there are vop"),
         ([run, other, "--compare=vop,vop_p"], "one has no rankings.jsonl"),
-        ([run, garbled], "rankings.jsonl: cannot be read"),
+        ([run, garbled], "rankings.jsonl: damaged"),
         ([run, f"--output={run}/summary.json/r.html"], "summary.json"),
     ):
         assert run_command(monkeypatch, *arguments) == 2

@@ -10,10 +10,16 @@ from typing import Any
 
 from etils import epath
 
-from vop_jax.config import RESUMABLE, completed, flatten_config
+from vop_jax.config import CONFIG_FILE, RESUMABLE, flatten_config, workdir_config
 from vop_jax.errors import UserError
 from vop_jax.folders import walk
 from vop_jax.training.writer import read_metrics
+
+# What every summary and every line of rankings.jsonl holds; dict: of numbers.
+SUMMARY: dict[str, type] = {"method": str, "clip": str, "eval_split": str, "t2v": dict, "v2t": dict}
+SUMMARY |= dict.fromkeys(("steps", "trainable_params", "num_texts", "num_videos"), int)
+RANKING: dict[str, type] = {"caption": str, "video": str, "rank": float, "top": list}
+ANEW = "--mode=eval on that workdir writes it"
 
 # (key of a row's metrics, heading, whether more is better)
 COLUMNS = (
@@ -97,11 +103,8 @@ class Run:
         """
         path = epath.Path(self.workdir) / "rankings.jsonl"
         if not path.exists():
-            raise UserError(f"{path}: not there; --mode=eval on that workdir writes it")
-        try:
-            return [json.loads(line) for line in path.read_text().split("\n") if line]
-        except ValueError as error:
-            raise UserError(f"{path}: cannot be read ({error})") from None
+            raise UserError(f"{path}: not there; {ANEW}")
+        return [_parsed(line, RANKING, path) for line in path.read_bytes().split(b"\n") if line]
 
     def eval_data(self) -> EvalData:
         """What it was evaluated on."""
@@ -122,17 +125,34 @@ def read_run(workdir: str | os.PathLike) -> Run:
     Raises:
         UserError: it holds no finished run.
     """
-    files = {}
-    for name in ("config", "summary"):
-        path = epath.Path(workdir) / f"{name}.json"
-        try:
-            files[name] = json.loads(path.read_text())
-        except FileNotFoundError:
-            raise UserError(f"{path}: not there; give the folder of a finished run") from None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot be read ({error})") from None
-    config = completed(files["config"])
-    return Run(os.fspath(workdir), config, files["summary"], read_metrics(workdir))
+    path = epath.Path(workdir) / "summary.json"
+    config = workdir_config(workdir)
+    if config is None or not path.exists():
+        missing = path if config else path.parent / CONFIG_FILE
+        raise UserError(f"{missing}: not there; give the folder of a finished run")
+    summary = _parsed(path.read_bytes(), SUMMARY, path)
+    return Run(os.fspath(workdir), config.to_dict(), summary, read_metrics(workdir))
+
+
+def _parsed(text: bytes, kinds: Mapping[str, type], path: epath.Path) -> dict[str, Any]:
+    """A JSON object with these keys and kinds of values; UserError names the file."""
+    try:
+        found = json.loads(text)
+        for key, kind in kinds.items():
+            if not _is(found[key], kind):
+                raise ValueError(f"{key} is {found[key]!r}")
+        if not _is(found.get("accuracy", {}), dict):
+            raise ValueError(f"accuracy is {found['accuracy']!r}")
+    except (ValueError, TypeError, KeyError) as error:
+        why = f"{type(error).__name__}: {error}"[:100]
+        raise UserError(f"{path}: damaged ({why}); {ANEW}") from None
+    return dict(found)
+
+
+def _is(value: Any, kind: type) -> bool:
+    if kind is dict:
+        return isinstance(value, dict) and all(_is(number, float) for number in value.values())
+    return isinstance(value, int | float if kind is float else kind)
 
 
 def find_runs(folders: Sequence[str]) -> list[Run]:
