@@ -112,7 +112,10 @@ def printable(text: str) -> str:
 
 
 def _is_of_interest(record: LogRecord) -> bool:
-    return record.levelno >= WARNING or record.pathname.startswith(_PACKAGE)
+    if record.pathname.startswith(_PACKAGE):
+        return True
+    # What other packages log with its traceback (orbax, of a full disk) they raise as well.
+    return record.levelno >= WARNING and not record.exc_info
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,6 +1,7 @@
 """Damaged checkpoints: the one before is used, and that is said; without one it is one line."""
 
 import shutil
+import threading
 
 import jax
 import numpy as np
@@ -109,3 +110,18 @@ def test_checkpoints_of_older_versions_have_no_digests(saved, tmp_path):
     assert restore(tmp_path / "run") == 4
     (tmp_path / "run/checkpoints/4/meta/metadata").write_text("")
     assert restore(tmp_path / "run") == 2
+
+
+def test_nothing_waits_for_a_folder_that_cannot_be_made(tmp_path):
+    checkpoints, before = Checkpoints(tmp_path, keep=2), set(threading.enumerate())
+    (tmp_path / "checkpoints").rmdir()
+    (tmp_path / "checkpoints").touch()
+    try:
+        with pytest.raises(NotADirectoryError):
+            checkpoints.save(jax.tree.map(jax.numpy.asarray, state_of(2)), META)
+            checkpoints.wait()
+    finally:
+        checkpoints.close()
+    left = set(threading.enumerate()) - before
+    waiting = [thread for thread in left if not thread.name.startswith("asyncio_")]  # idle ones
+    assert not waiting  # the process would not end before them

@@ -46,7 +46,10 @@ class Checkpoints:
                 unfinished.rmtree()
 
         hosts.on_first(clean)
-        before_commit = ocp.AsyncOptions(post_finalization_callback=self._write_digests)
+        # Folders are made at once: where that fails, orbax has threads wait for them for minutes.
+        before_commit = ocp.AsyncOptions(
+            post_finalization_callback=self._write_digests, create_directories_asynchronously=False
+        )
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, async_options=before_commit)
         self._manager = _Manager(self._folder, options=options)
         self._saving = 0  # the step
