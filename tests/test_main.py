@@ -192,7 +192,9 @@ def test_damage_in_a_workdir(finished, call, tmp_path):
     assert [line["step"] for line in read_metrics(workdir)] == [0, 1, 2, 3, 4, 4]
     for content in (b"", b"[]", b'{"train": 3}', b'{"train": {"steps": "4"}}'):
         (workdir / "config.json").write_bytes(content)
-        assert_refused(call(workdir=workdir), "config.json: damaged", "delete it to go on")
+        assert_refused(
+            call(workdir=workdir), "config.json: damaged", "delete it, and the command that made"
+        )
     for step in (2, 4):
         (workdir / f"checkpoints/{step}/meta/metadata").unlink()
     (workdir / "config.json").unlink()
@@ -334,7 +336,8 @@ def test_bfloat16_and_rand_sampling_run(call):
             "--config.trian.steps=3",
             ("config.trian.steps: no such key; did you mean config.train.steps?",),
         ),
-        ("--config.train.steps=many", ("train.steps", "many")),
+        ("--config.train.steps=many", ("--config.train.steps=many: must be a whole number",)),
+        ("--config.data.flip=perhaps", ("--config.data.flip=perhaps: must be True or False",)),
         ("--config.train.batch_size=0", ("config.train.batch_size=0: must be 1 or more",)),
         ("--config.train.learning_rate=nan", ("config.train.learning_rate=nan",)),
         ("--config.method.name=vopp", ("method.name='vopp'", "vop")),
@@ -370,6 +373,7 @@ def test_bfloat16_and_rand_sampling_run(call):
         ("--mode=eval", ("no checkpoint; train first",)),
         ("--mode=export", ("no checkpoint; train first",)),
         ("--config=configs/nothing.py:vop", ("--config=configs/nothing.py: no such file",)),
+        (f"--config={runs.ROOT / 'configs/demo.py'}", ("--config: give one file",)),
         (f"--config={runs.ROOT}", (f"--config={runs.ROOT}: no such file",)),
         ("--workdir=", ("--workdir=DIR is missing",)),
     ],

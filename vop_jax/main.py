@@ -64,6 +64,8 @@ def parse_flags(argv: Sequence[str], usage: str) -> None:
     except OSError as error:  # the config file could not be loaded, and is overridden
         where = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         raise UserError(f"--config: {where}") from None
+    except flags.IllegalFlagValueError as error:
+        raise UserError(_wrong_value(str(error))) from None
     except (flags.Error, TypeError, ValueError) as error:
         raise UserError(str(error)) from None
     except UserError:
@@ -73,6 +75,15 @@ def parse_flags(argv: Sequence[str], usage: str) -> None:
             raise UserError("--config: the file defines no get_config()") from None
         why = f"{_where(error)}{type(error).__name__}: {_last_line(error)}"
         raise UserError(f"--config: {why}") from None
+
+
+def _wrong_value(message: str) -> str:
+    """What absl says of a value, with the kind that is allowed instead of what Python says."""
+    kinds = {"int()": "a whole number", "to float": "a number", "boolean": "True or False"}
+    for words, kind in kinds.items():
+        if words in message:
+            return f"{message.split(': ')[0].removeprefix('flag ')}: must be {kind}"
+    return message.removeprefix("flag ")
 
 
 def _with_config_file(argv: Sequence[str]) -> list[str]:
@@ -85,6 +96,8 @@ def _with_config_file(argv: Sequence[str]) -> list[str]:
         path = value.partition(":")[0]
         if not os.path.isfile(path):
             raise UserError(f"--config={path}: no such file; configs/ has some")
+        if sum(bool(re.fullmatch("--?config(=.*)?", flag)) for flag in argv) > 1:
+            raise UserError("--config: give one file; --config.KEY=VALUE changes its keys")
         return list(argv)
     workdir = _value(argv, "workdir") if "mode" in flags.FLAGS else None
     if not workdir or workdir_config(workdir) is None:
