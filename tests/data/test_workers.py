@@ -1,6 +1,7 @@
 """Worker processes: results in order, whatever happens to one of them."""
 
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -41,6 +42,15 @@ def test_what_happens_to_one_costs_one():
 def test_one_that_hangs_is_stopped():
     found = outcomes(["hang", "a"], workers=1, seconds=2)
     assert found == ["its decoder took more than 2 s and was stopped", "a"]
+
+
+def test_the_reason_for_which_no_process_starts_is_raised(monkeypatch):
+    def no_memory(process):
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr("multiprocessing.context.SpawnProcess.start", no_memory)
+    with pytest.raises(OSError, match=os.strerror(errno.ENOMEM)):
+        outcomes(["a"])
 
 
 def test_processes_end_with_an_iterator_that_is_closed():

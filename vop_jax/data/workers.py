@@ -108,8 +108,9 @@ class _Worker:
         context = multiprocessing.get_context("spawn")  # a fork would copy locks held by JAX
         with starting():
             self.pipe, theirs = context.Pipe()
-            self.process = context.Process(target=_serve, args=(theirs, self._call), daemon=True)
-            self.process.start()
+            process = context.Process(target=_serve, args=(theirs, self._call), daemon=True)
+            process.start()
+            self.process = process
             theirs.close()
         self._ready = False
 
