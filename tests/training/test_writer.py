@@ -1,5 +1,8 @@
 """Metrics on this machine's disk and in a bucket, whose objects cannot be appended to."""
 
+import errno
+import os
+
 import fsspec
 import numpy as np
 import pytest
@@ -23,10 +26,13 @@ class Bucket(MemoryFileSystem):
 
 
 class NoEvents:
-    def __init__(self, *args, **kwargs):
-        self.file_writer = self
+    def __init__(self, *args):
+        pass
 
-    def add_summary(self, *args):
+    def write_event(self, event):
+        pass
+
+    def flush(self):
         pass
 
     def close(self):
@@ -39,7 +45,7 @@ def workdir(request, tmp_path, monkeypatch):
         return str(tmp_path)
     for name in Bucket.protocol:
         fsspec.register_implementation(name, Bucket, clobber=True)
-    monkeypatch.setattr("tensorboardX.SummaryWriter", NoEvents)
+    monkeypatch.setattr("tensorboardX.event_file_writer.EventsWriter", NoEvents)
     epath.Path(f"gs://bucket/{tmp_path.name}").mkdir(parents=True)
     return f"gs://bucket/{tmp_path.name}"
 
@@ -62,7 +68,10 @@ def test_lines_that_are_about_to_be_redone_go(workdir):
 
 
 def events(folder):
-    """(step, {tag: value}) of what TensorBoard reads; each event is [length, 4 bytes, it, 4]."""
+    """What TensorBoard reads, (step, {tag: value}) and (step, 1) for a start that redoes steps.
+
+    Each event is [length, 4 bytes, it, 4].
+    """
     from tensorboardX.proto.event_pb2 import Event
 
     (file,) = folder.glob("events.out.tfevents.*")
@@ -73,14 +82,29 @@ def events(folder):
         at += size + 16
         if event.HasField("summary"):
             yield event.step, {value.tag: value.simple_value for value in event.summary.value}
+        if event.HasField("session_log"):
+            yield event.step, event.session_log.status
 
 
 def test_names_are_the_same_in_both_files(tmp_path):
     scalars = {"loss": 0.5, "t2v/R@1": 25.0, "val_v2t_per_caption/MnR": 2.0, "accuracy/a b": 50.0}
-    with MetricWriter(tmp_path) as metrics:
+    with MetricWriter(tmp_path, resume_step=2) as metrics:
         metrics.write_scalars(3, scalars)
-    assert list(events(tmp_path)) == [(3, scalars)]
+        assert list(events(tmp_path)) == [(3, 1), (3, scalars)]  # at once
     assert read_metrics(tmp_path) == [{"step": 3, **scalars}]
+
+
+def test_a_full_disk_is_raised_where_events_are_written(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    metrics = MetricWriter(tmp_path)
+    monkeypatch.setattr("tensorboardX.record_writer.RecordWriter.flush", full)
+    for step in range(1, 13):  # more than the queue of tensorboardX holds
+        with pytest.raises(OSError, match="No space left"):
+            metrics.write_scalars(step, {"loss": 1.0})
+    monkeypatch.undo()
+    metrics.close()
 
 
 def test_processes_but_the_first_write_nothing(tmp_path):
@@ -94,7 +118,7 @@ def test_a_bucket_without_the_package_for_its_events(monkeypatch, tmp_path):
     def missing(*args, **kwargs):
         raise ImportError("`google-cloud-storage` must be installed")
 
-    monkeypatch.setattr("tensorboardX.SummaryWriter", missing)
+    monkeypatch.setattr("tensorboardX.event_file_writer.EventsWriter", missing)
     with pytest.raises(UserError, match=r"workdir.*google-cloud-storage.*\.\[gcs\]"):
         MetricWriter(tmp_path)
 

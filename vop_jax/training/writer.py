@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
@@ -46,26 +47,33 @@ class TensorBoard(NoWriter):
     """Scalars as TensorBoard events in the workdir; those after `resume_step` are redone."""
 
     def __init__(self, workdir: str | os.PathLike, resume_step: int = 0):
-        from tensorboardX import SummaryWriter  # which imports torch where it is installed: seconds
+        # Not its SummaryWriter: that writes in a thread, which a full disk ends; later calls hang.
+        from tensorboardX import event_file_writer  # imports torch where it is installed: seconds
+        from tensorboardX.proto.event_pb2 import SessionLog
 
-        purged = resume_step + 1 if resume_step else None
         try:
-            self._events = SummaryWriter(str(workdir), purge_step=purged)
+            event_file_writer.directory_check(str(workdir))
+            self._events = event_file_writer.EventsWriter(os.path.join(str(workdir), "events"))
         except ImportError as error:
             raise UserError(f"workdir {workdir}: {error}; pip install -e '.[gcs]'") from None
+        if resume_step:
+            self._write(resume_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write_scalars(self, step: int, scalars: Mapping[str, float], measured_on: str = "") -> None:
         from tensorboardX.proto.summary_pb2 import Summary
 
         # `add_scalar` would write R@1 as R_1, a name that is in no other file.
         values = [Summary.Value(tag=key, simple_value=value) for key, value in scalars.items()]
-        self._events.file_writer.add_summary(Summary(value=values), step)
-
-    def flush(self) -> None:
-        self._events.flush()
+        self._write(step, summary=Summary(value=values))
 
     def close(self) -> None:
         self._events.close()
+
+    def _write(self, step: int, **what: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self._events.write_event(Event(wall_time=time.time(), step=step, **what))
+        self._events.flush()
 
 
 class MetricWriter(NoWriter):
