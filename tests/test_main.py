@@ -389,7 +389,7 @@ def test_a_config_file_in_a_word_of_its_own(capsys):
 
 def test_no_config_at_all(capsys):
     assert runs.call("--workdir=x") == 2
-    assert "error: --config=FILE is missing" in capsys.readouterr().err
+    assert "--config=FILE is missing, and --workdir=x holds no run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

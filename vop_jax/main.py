@@ -143,7 +143,9 @@ def _said() -> list[str]:
 
 def _check_flags(config: Any) -> None:
     if config is None:
-        raise UserError("--config=FILE is missing; take one of configs/, as configs/demo.py")
+        given = flags.FLAGS.workdir if "workdir" in flags.FLAGS else None
+        why = f", and --workdir={given} holds no run" if given else ""
+        raise UserError(f"--config=FILE is missing{why}; take one of configs/, as configs/demo.py")
     if not isinstance(config, ConfigDict):
         try:
             config.seed  # noqa: B018  what went wrong in the file is raised on first use
