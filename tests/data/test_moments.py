@@ -1,6 +1,7 @@
 """Moments of a video: the frames that the same stretch gives by itself, all in one pass."""
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -67,6 +68,20 @@ def film(tmp_path_factory):
 def test_moments_cover_a_video_to_its_end(duration, window, stride, spans):
     seen = Survey("", duration, [], np.arange(0, duration, 0.1))
     assert spans_of(seen, window, stride) == spans
+
+
+def test_moments_without_a_frame_are_left_out_and_many_take_little_memory():
+    shown = np.sort(np.random.default_rng(0).uniform(0, 1e4, 40))
+    starts = [0.5 * k for k in range(19_994)] + [1e4 - 3.2]
+    every = [(round(start, 3), round(start + 3.2, 3)) for start in starts]
+    some = [(a, b) for a, b in every if ((shown >= a) & (shown < b)).any()]
+    assert spans_of(Survey("", 1e4, [], shown), 3.2, 0.5) == some
+
+    tracemalloc.start()
+    assert len(spans_of(Survey("", 6e4, [], np.arange(0, 6e4, 5.0)), 2000, 5)) == 11_601
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 15e6  # bytes; 39e6 by asking of each frame which moments show it
 
 
 @pytest.mark.parametrize(

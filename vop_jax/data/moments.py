@@ -101,7 +101,9 @@ def spans_of(found: Survey, window: float, stride: float) -> list[Span]:
         return []
     # Asked of each frame is which moments show it: a few frames may be spread over days.
     latest = np.unique(np.floor(shown / stride).astype(int))
-    numbers = np.unique(latest[:, None] - np.arange(math.ceil(window / stride) + 1))
+    most = math.ceil(window / stride) + 1  # moments that show one frame
+    new = np.minimum(np.diff(latest, prepend=latest[:1] - most), most)  # to the frame before
+    numbers = np.concatenate(list(map(np.arange, latest + 1 - new, latest + 1)))
     count = math.ceil((duration - window) / stride - 1e-9)
     starts = [*(numbers[(numbers >= 0) & (numbers < count)] * stride), duration - window]
     edges = [(round(float(start), 3), round(float(start) + window, 3)) for start in starts]
