@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+import time
 
 import jax
 import numpy as np
@@ -125,3 +126,33 @@ def test_nothing_waits_for_a_folder_that_cannot_be_made(tmp_path):
     left = set(threading.enumerate()) - before
     waiting = [thread for thread in left if not thread.name.startswith("asyncio_")]  # idle ones
     assert not waiting  # the process would not end before them
+
+
+def test_digests_are_written_for_the_step_that_is_saved(tmp_path, monkeypatch):
+    written = []
+
+    def slowly(self):
+        time.sleep(0.3)
+        written.append(self._saving)
+
+    monkeypatch.setattr(Checkpoints, "_write_digests", slowly)
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (2, 4):  # the second while the first is being written
+        checkpoints.save(jax.tree.map(jax.numpy.asarray, state_of(step)), META)
+    checkpoints.wait()
+    checkpoints.close()
+    assert written == [2, 4]
+
+
+def test_one_process_of_several_takes_no_other_checkpoint_than_the_rest(tmp_path, monkeypatch):
+    """What it cannot read of a checkpoint without digests, others may have read."""
+    save(tmp_path, 2, 4)
+    (tmp_path / "checkpoints/4/digests.json").unlink()
+
+    def read(self, *_):
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        raise ValueError("a part is damaged")
+
+    monkeypatch.setattr(Checkpoints, "_read", read)
+    with pytest.raises(UserError, match=r"4: cannot be read .* rename that folder to 4.damaged"):
+        restore(tmp_path)

@@ -63,6 +63,7 @@ class Checkpoints:
         step = int(state.step)
         if step in self._manager.all_steps():
             return
+        self._manager.wait_until_finished()  # the digests of another are written till then
         self._saving = step
         self._manager.save(
             step,
@@ -94,6 +95,11 @@ class Checkpoints:
                 raise  # says nothing about the files
             except Exception as error:  # whatever orbax makes of files that have no digests
                 reason = " ".join(f"{type(error).__name__}: {error}".split())[:100]
+                if jax.process_count() > 1:  # each reads a part: others may have read theirs
+                    raise UserError(
+                        f"{self._folder}/{step}: cannot be read ({reason}); rename that folder to "
+                        f"{step}.damaged to continue from the one before"
+                    ) from error
             if reason:
                 reasons[step] = reason
                 continue
