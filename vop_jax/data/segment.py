@@ -179,7 +179,7 @@ class Video:
         self._up, self._down = tick.numerator, tick.denominator  # fractions are slow
         self.read = self.bad = 0
         self._origin = _origin(container, stream, tick)
-        self._unknown = stream.start_time is None  # of one frame: the first packet tells
+        self._unknown = stream.start_time is None  # of one frame: the first packet has it
         rate = stream.guessed_rate or stream.average_rate or 25
         self._interval = max(1, round(1 / (rate * tick)))
         leap = SPLICE if container.format.flags & TS_DISCONT else LEAP
@@ -377,7 +377,7 @@ def _container(path: str) -> Iterator[InputContainer]:
 
 
 def _main_streams(container: InputContainer) -> list[av.VideoStream]:
-    """The default video stream, else that with most frames; several where nothing tells.
+    """The default video stream, else that with most frames; several where the file does not say.
 
     A picture that is attached to music is none.
     """

@@ -38,7 +38,7 @@ def _report() -> None:
     runs = find_runs(args.runs)
     files = {}
     if output:
-        from vop_jax.report.page import render  # tells where its extra is missing
+        from vop_jax.report.page import render  # raises where its extra is missing
 
         files[output] = render(runs, pair).encode()
     if args.fill:

@@ -191,7 +191,7 @@ def _plan(path: str, reading: Reading, window: float, stride: float) -> Plan:
     state = _state(path)
     with _unchanged(path, state):
         found = survey(path, reading)
-        # A clip's end is told by looking; where it isn't, decoding will find the reason.
+        # Packets say where a clip ends; where they do not, decoding will find the reason.
         moments = spans_of(found, window, stride)
         tasks = tasks_of(path, found, moments, reading)
     assert state is not None

@@ -21,7 +21,7 @@ SIGNATURES = (
 )
 # MPEG-TS: where its packets begin, on a camcorder's card with four bytes before each.
 PACKETS = tuple(range(0, 5 * 188, 188)), tuple(range(4, 5 * 192, 192))
-HEAD = 1024  # bytes that are read of a file to be told
+HEAD = 1024  # bytes of a file by which its kind is known
 TEXT_TOO = (".ts", ".mts")  # also end the names of TypeScript's sources
 
 
@@ -62,7 +62,7 @@ def find_videos(folder: str, known: Container[str] = ()) -> Scan:
     A video is what is named as one or begins as one.
 
     Args:
-        known: paths that are not opened to be told.
+        known: paths that are videos without being opened.
 
     Raises:
         UserError: there is no such folder, or no video in it, or it cannot be listed.
@@ -103,7 +103,7 @@ def _look_at(folder: str, path: str, known: Container[str]) -> list[Found]:
             return [Found(path, state.st_size, state.st_mtime_ns)]
     except OSError:  # it is not ours to read, or its drive went away
         if path in known or (path.lower().endswith(VIDEOS) and os.path.lexists(whole)):
-            return [Found(path, 0, 0)]  # decoding will tell the reason
+            return [Found(path, 0, 0)]  # decoding will find the reason
     return []
 
 

@@ -66,12 +66,11 @@ class Rows:
             UserError: the file is gone or too short.
         """
         self.extent, self._path, self._sums = extent, path, extent.sums
-        self._right = np.full(
-            len(extent.sums), -1, np.int64
-        )  # sums that the file was found to have
+        # What the file's blocks really have; -1 of those that were not read yet.
+        self._computed = np.full(len(extent.sums), -1, np.int64)
         if known is not None and known._path == path:
-            shared = min(len(self._right), len(known._right))
-            self._right[:shared] = known._right[:shared]
+            shared = min(len(self._computed), len(known._computed))
+            self._computed[:shared] = known._computed[:shared]
         self.vectors = np.empty((0, dim), VECTOR)
         try:
             if extent.rows:
@@ -96,13 +95,13 @@ class Rows:
 
     def bad_blocks(self, rows: np.ndarray | None = None) -> np.ndarray:
         """int64 numbers of the blocks that do not have their checksums."""
-        todo = np.flatnonzero(self._right != self._sums)
+        todo = np.flatnonzero(self._computed != self._sums)
         if rows is not None and len(todo):
             todo = np.intersect1d(todo, rows // BLOCK)
         if len(todo):
             with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-                self._right[todo] = list(pool.map(self._sum, todo.tolist()))
-        return todo[self._right[todo] != self._sums[todo]]
+                self._computed[todo] = list(pool.map(self._sum, todo.tolist()))
+        return todo[self._computed[todo] != self._sums[todo]]
 
     def _sum(self, block: int) -> int:
         return zlib.crc32(_bytes(self.vectors[block * BLOCK : (block + 1) * BLOCK]))

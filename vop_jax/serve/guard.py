@@ -77,7 +77,7 @@ class Guard:
             gone.add_done_callback(stop)
             try:
                 await self._answer(scope, body.receive, answer.send)
-            except Exception:  # told here: what is outside of this knows none of the headers
+            except Exception:  # answered here: what is outside of this lacks the headers
                 logging.exception("%s %s", scope["method"], printable(scope["path"]))
                 if not answer.started:
                     failure = error(500, "the server failed; its log says more")
