@@ -1,5 +1,6 @@
 """The reader of videos against what was written, and against decoding whole files in order."""
 
+import io
 import itertools
 import math
 import random
@@ -333,9 +334,16 @@ def test_bytes_that_are_missing(tmp_path, name):
     with path.open("rb") as file:
         assert stated_bytes(file, kind) == len(data)
         assert stated_bytes(file, "mpegts") == 0
+    path.write_bytes(data + b"\0\0\0\1junk" + b"\xff" * 8)  # as a box of an MP4: of 2^64 - 1 bytes
+    assert len(read_frames(path, 3).indices) == 3
     path.write_bytes(data[: len(data) // 2])
     with pytest.raises(VideoError, match=r"^truncated: \d+\.\d s of \d+\.\d s decode$"):
         read_frames(path, 3)
+
+
+@pytest.mark.parametrize("size", [b"", b"\0" + b"\xff" * 8])
+def test_a_size_that_is_none_states_nothing(size):
+    assert stated_bytes(io.BytesIO(b"\x1a\x45\xdf\xa3" + size), "matroska,webm") == 0
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """How many bytes a video file says it has: one that has fewer was not copied to its end."""
 
+import contextlib
 import struct
 from typing import BinaryIO
 
@@ -12,7 +13,8 @@ def stated_bytes(file: BinaryIO, container: str) -> int:
     """
     for names, end in (("mov", _mp4_end), ("avi", _riff_end), ("matroska", _matroska_end)):
         if container.startswith(names):
-            return end(file)
+            with contextlib.suppress(ValueError, LookupError, OverflowError):  # of no possible size
+                return end(file)
     return 0
 
 
