@@ -4,7 +4,7 @@ import os
 import tempfile
 
 from tests import xla
-from tests.processes import ended_processes  # noqa: F401  for all tests
+from tests.processes import ended_processes, pytest_configure  # noqa: F401  for all tests
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla.flags(8)}"

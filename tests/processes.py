@@ -1,9 +1,11 @@
 """Processes that tests start: they end with their test, however it ends.
 
 Each has a session of its own, which holds its children too. The session is killed after the test;
-a shell that waits behind a pipe kills it where the process of the test dies first.
+a shell that waits behind a pipe kills it where the process of the test dies first. Workers of
+pytest-xdist die with the pytest that started them.
 """
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -17,6 +19,7 @@ import pytest
 
 HANG = 1800  # seconds; only guards against what never ends, whatever else uses the machine
 UNLESS_TOLD = 'read -r ended || exec "$0" "$@"'
+PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal that comes when the parent dies
 _running: list["Process"] = []
 
 
@@ -105,6 +108,12 @@ def _session_of(pid: int) -> int:
         return os.getsid(pid)
     except ProcessLookupError:
         return -1
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A worker that waits for a process would not see that its pytest was killed."""
+    if hasattr(config, "workerinput"):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from tests import processes, runs
 # A test whose process has a child in another process group, as readers of videos are.
 LEAVES = """
 import subprocess, sys
-from tests.processes import Process, ended_processes
+from tests.processes import Process
 
 CHILD = '''
 import os, time
@@ -27,11 +27,14 @@ def test_that_ends_early():
 """
 
 
-@pytest.mark.parametrize("killed", [False, True], ids=["failed", "killed"])
-def test_nothing_is_left(tmp_path, killed):
+@pytest.mark.parametrize(
+    ("killed", "workers"), [(False, 0), (True, 0), (True, 1)], ids=["failed", "killed", "worker"]
+)
+def test_nothing_is_left(tmp_path, killed, workers):
     test = tmp_path / "test_leaves.py"
     test.write_text(LEAVES.replace("END", "process.wait()" if killed else "assert False"))
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-s", "-p", "no:cacheprovider"]
+    plugins = ["-p", "no:cacheprovider", "-p", "tests.processes"]
+    command = [sys.executable, "-m", "pytest", "-s", "-n", str(workers), *plugins]
     pytest_of_it = processes.Process([*command, "--rootdir", tmp_path, test], cwd=runs.ROOT)
     pids = [int(pid) for pid in pytest_of_it.stderr.readline().split()]
     assert len(pids) == 2
