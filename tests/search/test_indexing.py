@@ -15,7 +15,7 @@ from vop_jax import UserError
 from vop_jax.search import catalog, decoding, indexing, make, show
 from vop_jax.search.asked import Request, absolute
 from vop_jax.search.index import Index
-from vop_jax.search.make import locked, make_index
+from vop_jax.search.make import make_index
 
 
 @pytest.fixture
@@ -237,25 +237,30 @@ def test_captions_are_those_of_the_file(films, tmp_path, retriever):
     assert len(rows) == 2 and rows[0].file_id == 0 and rows[0].path == ""
 
 
-def test_two_writers(films, tmp_path, retriever):
-    with (
-        locked(tmp_path / "index"),
-        pytest.raises(UserError, match="another process is writing this index"),
-    ):
-        library.make(tmp_path / "index", films, retriever)
+def test_two_writers(films, tmp_path, retriever, monkeypatch):
+    """Already when the first looks for files: what the second adds later would be missing there."""
+    real = make.find_videos
+
+    def find_videos(*arguments):
+        monkeypatch.setattr(make, "find_videos", real)
+        with pytest.raises(UserError, match="another process is writing this index"):
+            library.make(tmp_path / "index", films, retriever)
+        return real(*arguments)
+
+    monkeypatch.setattr(make, "find_videos", find_videos)
     assert library.make(tmp_path / "index", films, retriever).added == 4
 
 
 def test_an_index_that_another_made_meanwhile(films, tmp_path, retriever, monkeypatch):
     """Looked at before it is locked, it is another once it is."""
-    real = make.find_videos
+    real = make.check_new
 
-    def slowly(*given):
-        monkeypatch.setattr(make, "find_videos", real)
+    def check_new(*arguments):
+        real(*arguments)
+        monkeypatch.setattr(make, "check_new", real)
         library.make(tmp_path / "index", films, retriever, window=1.0)
-        return real(*given)
 
-    monkeypatch.setattr(make, "find_videos", slowly)
+    monkeypatch.setattr(make, "check_new", check_new)
     with pytest.raises(UserError, match="another process made this index meanwhile; run it again"):
         library.make(tmp_path / "index", films, retriever)
     assert Index.open(tmp_path / "index").info.window == 1.0

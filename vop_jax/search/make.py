@@ -51,21 +51,21 @@ def make_index(
         check_new(directory, asked, retriever is not None)
     else:
         check_same(directory, stored, asked)
-    folder = os.path.abspath(asked.folder or (stored.folder if stored else ""))
-    scan = find_videos(folder, _known(directory) if stored else set())
-    captions = read_captions(asked.captions, folder) if asked.captions else None
-    clip = asked.clip or (stored.clip if stored else "")
-    prompts = asked.prompts or (stored.prompts if stored else "")
-    if retriever is None:
-        frames = stored.frames if stored else None
-        retriever = retrievers.load(clip, prompts or None, frames=frames)
-    info = _info(stored, asked, retriever, folder, clip, prompts)
-    if stored is not None:
-        check_same_model(directory, stored, retriever)
-        check_folder(directory, stored, info, scan.files)
-    with locked(directory):
+    with locked(directory):  # before the folder is looked through: nobody adds files meanwhile
         if catalog.stored_info(directory) != stored:
             raise UserError(f"{directory}: another process made this index meanwhile; run it again")
+        folder = os.path.abspath(asked.folder or (stored.folder if stored else ""))
+        scan = find_videos(folder, _known(directory) if stored else set())
+        captions = read_captions(asked.captions, folder) if asked.captions else None
+        clip = asked.clip or (stored.clip if stored else "")
+        prompts = asked.prompts or (stored.prompts if stored else "")
+        if retriever is None:
+            frames = stored.frames if stored else None
+            retriever = retrievers.load(clip, prompts or None, frames=frames)
+        info = _info(stored, asked, retriever, folder, clip, prompts)
+        if stored is not None:
+            check_same_model(directory, stored, retriever)
+            check_folder(directory, stored, info, scan.files)
         return _update(directory, info, retriever, scan, making or Making(), captions)
 
 
