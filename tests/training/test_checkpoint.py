@@ -144,15 +144,17 @@ def test_digests_are_written_for_the_step_that_is_saved(tmp_path, monkeypatch):
     assert written == [2, 4]
 
 
-def test_one_process_of_several_takes_no_other_checkpoint_than_the_rest(tmp_path, monkeypatch):
-    """What it cannot read of a checkpoint without digests, others may have read."""
-    save(tmp_path, 2, 4)
-    (tmp_path / "checkpoints/4/digests.json").unlink()
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_says_nothing_about_the_files_is_raised(saved, tmp_path, monkeypatch, processes):
+    """A whole checkpoint of another state; what a process cannot read others may have read."""
+    shutil.copytree(saved, tmp_path / "run")
+    if processes > 1:
+        (tmp_path / "run/checkpoints/4/digests.json").unlink()
 
     def read(self, *_):
-        monkeypatch.setattr(jax, "process_count", lambda: 2)
-        raise ValueError("a part is damaged")
+        monkeypatch.setattr(jax, "process_count", lambda: processes)
+        raise ValueError("other parameters")
 
     monkeypatch.setattr(Checkpoints, "_read", read)
     with pytest.raises(UserError, match=r"4: cannot be read .* rename that folder to 4.damaged"):
-        restore(tmp_path)
+        restore(tmp_path / "run")

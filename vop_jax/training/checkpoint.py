@@ -95,7 +95,9 @@ class Checkpoints:
                 raise  # says nothing about the files
             except Exception as error:  # whatever orbax makes of files that have no digests
                 reason = " ".join(f"{type(error).__name__}: {error}".split())[:100]
-                if jax.process_count() > 1:  # each reads a part: others may have read theirs
+                # Each of several processes reads a part: others may have read theirs. Files that
+                # are as they were written hold something else than this run's state.
+                if jax.process_count() > 1 or (self._folder / str(step) / DIGESTS).exists():
                     raise UserError(
                         f"{self._folder}/{step}: cannot be read ({reason}); rename that folder to "
                         f"{step}.damaged to continue from the one before"
