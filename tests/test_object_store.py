@@ -13,6 +13,7 @@ import pytest
 
 from tests import processes, runs
 from vop_jax import tensorfile
+from vop_jax.report.runs import SUMMARY
 
 pytest.importorskip("gcsfs", reason="needs the extra gcs")
 emulator = pytest.importorskip("gcp_storage_emulator.server", reason="the bucket is emulated")
@@ -193,10 +194,12 @@ def test_what_a_bucket_cannot_be_is_told_in_one_line(bucket, local, workdir, ove
 
 
 def test_runs_in_a_bucket_are_found(bucket, tmp_path):
-    (tmp_path / "any.json").write_text("{}")
-    for name in ("config", "summary"):
+    (tmp_path / "config.json").write_text("{}")
+    summary = {key: kind() for key, kind in SUMMARY.items()}  # "", 0 and {}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    for name in ("config.json", "summary.json"):
         for folder in ("many/b", "many/b/pretrain", "many/a/deep"):  # the second is the first's
-            bucket.put(f"{folder}/{name}.json", tmp_path / "any.json")
+            bucket.put(f"{folder}/{name}", tmp_path / name)
     program = "from vop_jax.report.runs import find_runs as f;"
     program += "print(*(run.workdir for run in f(['gs://vop/many'])))"
     argv = [sys.executable, "-c", program]

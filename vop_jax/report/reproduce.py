@@ -218,9 +218,8 @@ def _told(run: Run, reason: str) -> str:
 def _unusual(run: Run) -> list[str]:
     """What a run changed of the recipe, such as "compute.dtype=bfloat16"."""
     usual = flatten_config(base_config())
-    plain = {key: list(v) if isinstance(v, tuple) else v for key, v in usual.items()}
     return [
         f"{key}={value}"
         for key, value in flatten_config(run.config).items()
-        if key not in TOLD and key in plain and value != plain[key]
+        if key not in TOLD and key in usual and value != usual[key]
     ]
