@@ -115,7 +115,7 @@ def _value(argv: Sequence[str], name: str) -> str | None:
 
 
 def _config(workdir: str, mode: str) -> ConfigDict:
-    """The config that is asked for: of a workdir to be looked at, its own.
+    """The config that this call runs.
 
     Without --config, and with --mode=eval or export, it is that of the workdir, if it has one, with
     the changes that are said on the command line. A config file is only a start for new runs, but

@@ -286,7 +286,7 @@ def check_pixels(file: str, mean: Any, std: Any) -> Pixels:
 
 
 def settle(flag: str, asked: Any, stated: Any, by: str) -> Any:
-    """What the caller asked for or the config states; UserError where they contradict."""
+    """What the caller gives or the config states; UserError where they contradict."""
     if asked and stated and asked != stated:
         raise UserError(f"--{flag}={asked} contradicts {by}, which says {stated}")
     return asked or stated

@@ -51,7 +51,7 @@ SEEK_FROM = 10.0
 LEAP, SPLICE, BACK = 30 * 3600.0, 10.0, 1.0
 # Undecodable packets a file may hold, as a share of all; decoders recover at the next key frame.
 DAMAGED = 0.05
-# What may be missing at the end of a file that lacks bytes, as a share of what was asked for.
+# What may be missing at the end of a file that lacks bytes, as a share of the segment.
 LOST_END = 0.1
 LOST_SECONDS = 0.5  # and of a segment so much, in which few frames are shown
 

@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def program() -> None:
         args = _parser().parse_args(argv)
-        command.set_up_logging(logging.ERROR)  # whoever asks is told of truncated queries
+        command.set_up_logging(logging.ERROR)  # each response reports truncated queries
         _serve(args)
 
     return command.run(program)
