@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 
-from vop_jax import atomic
+from vop_jax.storage import files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             called = shlex.join(["python", *command[1:]])
             about = f"{there['device']}, jax {there['jax']}, {time.strftime('%Y-%m-%d')}; {ended}"
             section = f"## {name}\n\n```\n{called}\n```\n\n{about}\n\n{_text(log)}\n"
-            atomic.write_atomic(os.path.join(output, f"{name}.md"), section.encode())
+            files.write_atomic(os.path.join(output, f"{name}.md"), section.encode())
             _assemble(output)
     if bad:
         sys.exit(1)
@@ -165,7 +165,7 @@ def _assemble(output: str) -> None:
     paths = [os.path.join(output, f"{name}.md") for name in TASKS]
     sections = ["# Measured by `python -m benchmarks.everything`\n"]
     sections += [_text(path) + "\n" for path in paths if os.path.exists(path)]
-    atomic.write_atomic(os.path.join(output, "everything.md"), "\n".join(sections).encode())
+    files.write_atomic(os.path.join(output, "everything.md"), "\n".join(sections).encode())
 
 
 def what_is_there() -> dict[str, str]:

@@ -27,13 +27,14 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from benchmarks.step_cost import counted_flops
-from vop_jax import atomic, command, experiment, report, start
+from vop_jax import command, experiment, report, start
 from vop_jax.config import first_difference
 from vop_jax.data import sources
 from vop_jax.data.builders import Making
 from vop_jax.errors import UserError
 from vop_jax.model import TextVideoModel
 from vop_jax.results import SUMMARY_FILE
+from vop_jax.storage import files
 from vop_jax.tuning.methods import METHODS
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)  # the same for every method
@@ -279,9 +280,9 @@ def measure(args: argparse.Namespace) -> int:
     print(f"{(time.time() - begin) / 60:.1f} minutes")
     output = args.output or os.path.join(args.workdir, args.study)
     told = [{key: value for key, value in row.items() if key != "workdirs"} for row in rows]
-    atomic.write_json(f"{output}.json", told)
+    files.write_json(f"{output}.json", told)
     table = report.markdown(rows)
-    atomic.write_atomic(f"{output}.md", table.encode())
+    files.write_atomic(f"{output}.md", table.encode())
     print(table)
     return 0
 

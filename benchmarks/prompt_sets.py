@@ -17,11 +17,11 @@ import jax
 import numpy as np
 
 import vop_jax
-from vop_jax import tensorfile
 from vop_jax.clip.config import PRESETS, ClipConfig
 from vop_jax.clip.weights import parameter_shapes, save_clip
 from vop_jax.model import TextVideoModel
 from vop_jax.retriever import Retriever
+from vop_jax.storage import tensors
 from vop_jax.tuning.methods import MethodConfig
 from vop_jax.tuning.partition import split
 from vop_jax.tuning.prompts_file import save_prompts
@@ -31,7 +31,7 @@ def draw(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict:
     """A tree of random parameters."""
     rng = np.random.default_rng(seed)
     flat = {name: rng.normal(0, 0.02, shape).astype(np.float32) for name, shape in shapes.items()}
-    return tensorfile.unflatten(flat)
+    return tensors.unflatten(flat)
 
 
 def write_sets(root: pathlib.Path, clip: ClipConfig, count: int) -> list[pathlib.Path]:
@@ -39,9 +39,9 @@ def write_sets(root: pathlib.Path, clip: ClipConfig, count: int) -> list[pathlib
     params = draw(parameter_shapes(clip), 0)
     fingerprint = save_clip(root / "clip", params, clip, source="random", source_sha256="")
     method = MethodConfig("vop")
-    shapes = tensorfile.unflatten(TextVideoModel(clip, method).shapes())
+    shapes = tensors.unflatten(TextVideoModel(clip, method).shapes())
     trainable, _ = split(shapes, method.trainable_patterns(clip))
-    own = {name: leaf.shape for name, leaf in tensorfile.flatten(trainable).items()}
+    own = {name: leaf.shape for name, leaf in tensors.flatten(trainable).items()}
     paths = [root / f"{i}.safetensors" for i in range(count)]
     for i, path in enumerate(paths):
         save_prompts(

@@ -21,10 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vop_jax import tensorfile
 from vop_jax.clip.config import PRESETS
 from vop_jax.config import base_config
 from vop_jax.model import TextVideoModel
+from vop_jax.storage import tensors
 from vop_jax.training import sharding
 from vop_jax.training.collectives import Collective, collectives
 from vop_jax.training.optimizer import make_optimizer
@@ -111,7 +111,7 @@ def compile_step(
         "frames": jax.ShapeDtypeStruct(pixels, np.uint8),
         "ids": jax.ShapeDtypeStruct((batch, method.text_slots(clip)), np.int32),
     }
-    params = tensorfile.unflatten(model.shapes())
+    params = tensors.unflatten(model.shapes())
     trainable, frozen = split(params, method.trainable_patterns(clip))
     optimizer = make_optimizer(base_config().train)
     state = jax.eval_shape(lambda tree: TrainState.create(tree, optimizer), trainable)

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.step_cost import Programs, peak_bytes
-from vop_jax import tensorfile
 from vop_jax.clip.config import ClipConfig
 from vop_jax.clip.precision import held
 from vop_jax.config import base_config
 from vop_jax.retrieval.metrics import rank_pairs
+from vop_jax.storage import tensors
 from vop_jax.training.evaluate import make_encoders
 from vop_jax.training.optimizer import make_optimizer
 from vop_jax.training.sharding import make_mesh
@@ -46,7 +46,7 @@ class JaxPrograms:
     ):
         self.programs = programs
         self.rows = jax.device_put(rows)
-        params = tensorfile.unflatten({k: jnp.array(v) for k, v in flat.items()})
+        params = tensors.unflatten({k: jnp.array(v) for k, v in flat.items()})
         self.trainable, frozen = split(params, method.trainable_patterns(clip))
         self.frozen = held(frozen, programs.model.dtype)
         self.params = merge(self.trainable, self.frozen)

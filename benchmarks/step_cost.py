@@ -18,13 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vop_jax import tensorfile
 from vop_jax.clip.config import PRESETS, ClipConfig
 from vop_jax.clip.memory import Memory
 from vop_jax.clip.precision import held
 from vop_jax.config import base_config
 from vop_jax.model import TextVideoModel
 from vop_jax.start import best_kernel
+from vop_jax.storage import tensors
 from vop_jax.training.optimizer import make_optimizer
 from vop_jax.training.sharding import make_mesh
 from vop_jax.training.step import TrainState, batch_loss, make_train_step
@@ -68,7 +68,7 @@ class Programs:
             "frames": jax.ShapeDtypeStruct(pixels, np.uint8),
             "ids": jax.ShapeDtypeStruct((batch, method.text_slots(clip)), np.int32),
         }
-        params = tensorfile.unflatten(model.shapes())
+        params = tensors.unflatten(model.shapes())
         trainable, frozen = split(params, method.trainable_patterns(clip))
         optimizer = make_optimizer(base_config().train)
         state = jax.eval_shape(lambda tree: TrainState.create(tree, optimizer), trainable)

@@ -12,11 +12,12 @@ import pytest
 
 import vop_jax
 from tests import readers, runs
-from vop_jax import formats, main, tensorfile
+from vop_jax import formats, main
 from vop_jax.clip.convert import convert
 from vop_jax.clip.weights import load_clip
 from vop_jax.data.sources import CaptionTokenizer
 from vop_jax.model import TextVideoModel
+from vop_jax.storage import tensors
 from vop_jax.tuning.methods import MethodConfig
 from vop_jax.tuning.partition import split
 from vop_jax.tuning.prompts_file import load_prompts, save_prompts
@@ -48,16 +49,16 @@ def trained(clip, tmp_path):
 
     def trained(method, clip=clip):
         weights, rng = load_clip(clip), np.random.default_rng(0)
-        shapes = tensorfile.unflatten(TextVideoModel(weights.config, method).shapes())
+        shapes = tensors.unflatten(TextVideoModel(weights.config, method).shapes())
         draw = {
             name: rng.normal(0, 0.3, leaf.shape).astype(np.float32)
-            for name, leaf in tensorfile.flatten(
+            for name, leaf in tensors.flatten(
                 split(shapes, method.trainable_patterns(weights.config))[0]
             ).items()
         }
         save_prompts(
             tmp_path / "given.safetensors",
-            tensorfile.unflatten(draw),
+            tensors.unflatten(draw),
             method=method,
             clip_fingerprint=weights.fingerprint,
             clip_name=weights.name,
@@ -144,7 +145,7 @@ def test_an_orbax_folder_is_read_wherever_prompts_are(clip, trained, export, nam
     assert status == 0 and load_prompts(again).fingerprint == ours.fingerprint, err
     with ocp.StandardCheckpointer() as checkpointer:
         restored = checkpointer.restore(path + "/params")
-    assert tensorfile.fingerprint(restored) == tensorfile.fingerprint(ours.params)
+    assert tensors.fingerprint(restored) == tensors.fingerprint(ours.params)
 
 
 def test_nothing_trained_is_no_orbax_folder(trained, export):
@@ -229,9 +230,9 @@ def test_what_is_trained_as_released_is_exported_whole(released_clip, tmp_path, 
     # Converted back, all bits are the same.
     first, again = load_clip(released_clip), convert(path)
     assert again.config == first.config
-    assert tensorfile.fingerprint(again.params) == tensorfile.fingerprint(first.params)
+    assert tensors.fingerprint(again.params) == tensors.fingerprint(first.params)
     learnt = load_prompts(workdir / formats.PROMPTS_FILE).params["prompts"]
-    assert tensorfile.fingerprint(again.prompts) == tensorfile.fingerprint(learnt)
+    assert tensors.fingerprint(again.prompts) == tensors.fingerprint(learnt)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests import processes, runs
-from vop_jax import tensorfile
+from vop_jax.storage import tensors
 from vop_jax.training.writer import read_metrics
 
 PROMPTS = "prompts.safetensors"
@@ -96,7 +96,7 @@ def assert_same_run(left, right):
     assert losses(left).keys() == losses(right).keys()
     for step, loss in losses(left).items():
         assert abs(loss - losses(right)[step]) <= 1e-5, step
-    a, b = (tensorfile.flatten(tensorfile.load(w / PROMPTS)[0]) for w in (left, right))
+    a, b = (tensors.flatten(tensors.load(w / PROMPTS)[0]) for w in (left, right))
     assert a.keys() == b.keys()
     for name in a:
         np.testing.assert_allclose(a[name], b[name], atol=1e-5, err_msg=name)
@@ -175,8 +175,8 @@ def test_two_processes_export_as_one(places, alone):
             hosts = start(places, "from_orbax", *flags)
             assert hosts.wait() == [0, 0], hosts.said(0) + hosts.said(1)
             again = places / "workdirs/from_orbax" / PROMPTS
-            one, other = (tensorfile.load(path)[0] for path in (given, again))
-            assert tensorfile.fingerprint(one) == tensorfile.fingerprint(other)
+            one, other = (tensors.load(path)[0] for path in (given, again))
+            assert tensors.fingerprint(one) == tensors.fingerprint(other)
     assert (workdir / "encoders/video.stablehlo").stat().st_size
     assert not list(workdir.rglob(".*partial*"))
 

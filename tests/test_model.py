@@ -14,7 +14,7 @@ from vop_jax import buckets
 from vop_jax.clip.model import Clip
 from vop_jax.clip.weights import parameter_shapes
 from vop_jax.model import TextVideoModel
-from vop_jax.tensorfile import flatten
+from vop_jax.storage.tensors import flatten
 from vop_jax.tuning.methods import MethodConfig
 
 SIZES: dict[str, Any] = {"visual_prompts": 3, "text_prefix": 2, "text_suffix": 2, "init_std": 0.5}

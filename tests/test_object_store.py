@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from tests import processes, runs
-from vop_jax import tensorfile
 from vop_jax.report.runs import SUMMARY
+from vop_jax.storage import tensors
 
 pytest.importorskip("gcsfs", reason="needs the extra gcs")
 emulator = pytest.importorskip("gcp_storage_emulator.server", reason="the bucket is emulated")
@@ -109,7 +109,7 @@ def call(bucket, argv):
 
 
 def prompts(file: Path) -> dict[str, np.ndarray]:
-    return tensorfile.flatten(tensorfile.load(file)[0])
+    return tensors.flatten(tensors.load(file)[0])
 
 
 def assert_same(left, right):

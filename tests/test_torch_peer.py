@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from vop_jax.tensorfile import flatten
+from vop_jax.storage.tensors import flatten
 from vop_jax.training.step import batch_loss
 from vop_jax.tuning.methods import METHODS, MethodConfig
 from vop_jax.tuning.partition import merge, split

@@ -6,16 +6,16 @@ import jax
 import numpy as np
 import pytest
 
-from vop_jax import atomic, treefolder
 from vop_jax.errors import UserError
+from vop_jax.storage import files, tree_folder
 
 TREE = {"clip": {"resblocks.0": {"bias": np.arange(3, dtype=np.float32)}, "scale": np.float32(2)}}
 
 
 def test_round_trip_and_replacement(tmp_path):
-    treefolder.save(tmp_path / "p.orbax", {"old": np.ones(2)}, {"format": "old"})
-    treefolder.save(tmp_path / "p.orbax", TREE, {"format": "x"})
-    tree, metadata = treefolder.load(tmp_path / "p.orbax")
+    tree_folder.save(tmp_path / "p.orbax", {"old": np.ones(2)}, {"format": "old"})
+    tree_folder.save(tmp_path / "p.orbax", TREE, {"format": "x"})
+    tree, metadata = tree_folder.load(tmp_path / "p.orbax")
     jax.tree.map(np.testing.assert_array_equal, tree, TREE)
     assert tree["clip"]["resblocks.0"]["bias"].dtype == np.float32
     assert metadata == {"format": "x"}
@@ -23,16 +23,16 @@ def test_round_trip_and_replacement(tmp_path):
 
 
 def test_what_was_there_stays_when_writing_fails(tmp_path, monkeypatch):
-    treefolder.save(tmp_path / "p.orbax", TREE, {"format": "x"})
+    tree_folder.save(tmp_path / "p.orbax", TREE, {"format": "x"})
 
     def full():
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(treefolder, "_checkpointer", full)
+    monkeypatch.setattr(tree_folder, "_checkpointer", full)
     with pytest.raises(OSError, match="No space left"):
-        treefolder.save(tmp_path / "p.orbax", {"new": np.ones(2)}, {})
+        tree_folder.save(tmp_path / "p.orbax", {"new": np.ones(2)}, {})
     monkeypatch.undo()
-    assert treefolder.load(tmp_path / "p.orbax")[1] == {"format": "x"}
+    assert tree_folder.load(tmp_path / "p.orbax")[1] == {"format": "x"}
     assert [f.name for f in tmp_path.iterdir()] == ["p.orbax"]
 
 
@@ -46,24 +46,24 @@ def test_what_was_there_stays_when_writing_fails(tmp_path, monkeypatch):
     ],
 )
 def test_a_torn_folder_is_one_line(tmp_path, spoil, message):
-    treefolder.save(tmp_path / "p.orbax", TREE, {})
+    tree_folder.save(tmp_path / "p.orbax", TREE, {})
     spoil(tmp_path / "p.orbax")
     with pytest.raises(UserError, match=message) as caught:
-        treefolder.load(tmp_path / "p.orbax")
+        tree_folder.load(tmp_path / "p.orbax")
     assert "\n" not in str(caught.value)
 
 
 def test_a_number_that_is_not_finite_is_named(tmp_path):
-    treefolder.save(tmp_path / "p.orbax", {"a": {"b": np.array([1, np.nan])}}, {})
+    tree_folder.save(tmp_path / "p.orbax", {"a": {"b": np.array([1, np.nan])}}, {})
     with pytest.raises(UserError, match=r"p\.orbax: tensor a/b holds numbers that are not finite"):
-        treefolder.load(tmp_path / "p.orbax")
+        tree_folder.load(tmp_path / "p.orbax")
 
 
 def test_a_kill_leaves_nothing_in_the_way(tmp_path):
     partial = tmp_path / ".p.orbax.partial"
     partial.mkdir()
     (partial / "half").write_text("x")
-    with atomic.replacing(tmp_path / "p.orbax") as folder:
+    with files.replacing(tmp_path / "p.orbax") as folder:
         assert not (partial / "half").exists()
         folder.mkdir()
     assert [f.name for f in tmp_path.iterdir()] == ["p.orbax"]
@@ -71,11 +71,11 @@ def test_a_kill_leaves_nothing_in_the_way(tmp_path):
 
 def test_a_file_is_replaced_too(tmp_path):
     (tmp_path / "a.pt").write_text("old")
-    with pytest.raises(KeyError), atomic.replacing(tmp_path / "a.pt") as file:
+    with pytest.raises(KeyError), files.replacing(tmp_path / "a.pt") as file:
         file.write_text("half")
         raise KeyError
     assert (tmp_path / "a.pt").read_text() == "old"
-    with atomic.replacing(tmp_path / "a.pt") as file:
+    with files.replacing(tmp_path / "a.pt") as file:
         file.write_text("new")
     assert (tmp_path / "a.pt").read_text() == "new"
 
@@ -91,7 +91,7 @@ def test_a_folder_outlives_one_that_does_not_come(tmp_path, monkeypatch, goes_wr
     if goes_wrong == "the last renaming":
         monkeypatch.setattr(pathlib.Path, "replace", lambda *_: 1 / 0)
     wrong = pytest.raises((ZeroDivisionError, FileNotFoundError))
-    with wrong, atomic.replacing(tmp_path / "f") as f:
+    with wrong, files.replacing(tmp_path / "f") as f:
         if goes_wrong == "the last renaming":
             fill(f, "new")
     assert (tmp_path / "f/file").read_text() == "old"
@@ -102,13 +102,13 @@ def test_a_folder_outlives_a_kill_between_the_renamings(tmp_path):
     fill(tmp_path / "f", "old")
     (tmp_path / ".f.partial").mkdir()
     (tmp_path / "f").rename(tmp_path / ".f.partial/replaced")
-    with pytest.raises(KeyError), atomic.replacing(tmp_path / "f"):
+    with pytest.raises(KeyError), files.replacing(tmp_path / "f"):
         raise KeyError
     assert (tmp_path / "f/file").read_text() == "old"
 
 
 def test_a_partial_file_is_not_in_the_way(tmp_path):
     (tmp_path / ".a.partial").write_text("half")
-    with atomic.replacing(tmp_path / "a") as file:
+    with files.replacing(tmp_path / "a") as file:
         file.write_text("whole")
     assert [p.name for p in tmp_path.iterdir()] == ["a"]

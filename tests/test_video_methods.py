@@ -13,7 +13,7 @@ from tests.reference_methods import Reference
 from vop_jax.clip.attention import Keys, attention
 from vop_jax.errors import UserError
 from vop_jax.model import TextVideoModel
-from vop_jax.tensorfile import flatten, unflatten
+from vop_jax.storage.tensors import flatten, unflatten
 from vop_jax.tuning.adapters import Adapter
 from vop_jax.tuning.methods import METHODS, MethodConfig
 

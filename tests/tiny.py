@@ -5,7 +5,7 @@ import numpy as np
 
 from vop_jax.clip.config import ClipConfig
 from vop_jax.model import TextVideoModel
-from vop_jax.tensorfile import unflatten
+from vop_jax.storage.tensors import unflatten
 from vop_jax.tuning.methods import MethodConfig
 
 CLIP = ClipConfig(

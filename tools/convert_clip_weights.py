@@ -21,12 +21,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from safetensors import SafetensorError
 
-from vop_jax import command, tensorfile
+from vop_jax import command
 from vop_jax.clip import download
 from vop_jax.clip.convert import Converted, convert
 from vop_jax.clip.layers import ACTIVATIONS
 from vop_jax.clip.weights import ClipWeights, load_clip, save_clip
 from vop_jax.errors import UserError
+from vop_jax.storage import tensors
 from vop_jax.tuning.prompts_file import save_prompts
 from vop_jax.tuning.released import released_method
 
@@ -97,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
         args.output, params, config, source=name, source_sha256=converted.sha256
     )
     clip = ClipWeights(params, config, fingerprint, name)
-    count = sum(leaf.size for leaf in tensorfile.flatten(params).values())
+    count = sum(leaf.size for leaf in tensors.flatten(params).values())
     print(f"{args.output}: {clip.name}, {config.activation}, {count:,} parameters")
     if converted.prompts is not None:
         write_prompts(args.prompts_output, converted, clip)

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vop_jax import tensorfile
 from vop_jax.clip.precision import held
 from vop_jax.clip.weights import ClipWeights
 from vop_jax.data.sources import CaptionTokenizer
 from vop_jax.errors import UserError
 from vop_jax.model import TextVideoModel
+from vop_jax.storage import tensors
 from vop_jax.training import sharding
 from vop_jax.tuning.methods import MethodConfig
 
@@ -42,7 +42,7 @@ class Backbone:
             raise UserError(f"devices={devices}: available: {len(local)}")
         self._mesh = sharding.make_mesh(devices=local[:devices])
         params = held({"clip": weights.params}, self.dtype)
-        self._flat = tensorfile.flatten(sharding.place(self._mesh, params))
+        self._flat = tensors.flatten(sharding.place(self._mesh, params))
         self._lock = threading.Lock()
         self._shapes: dict[MethodConfig, dict[str, tuple[int, ...]]] = {}
         self._tokenizers: dict[int, CaptionTokenizer] = {}
@@ -68,10 +68,10 @@ class Backbone:
                 self._tokenizers[slots] = CaptionTokenizer(slots, self.config.vocab_size)
             return self._tokenizers[slots]
 
-    def with_trained(self, trained: tensorfile.Tree) -> dict[str, Any]:
+    def with_trained(self, trained: tensors.Tree) -> dict[str, Any]:
         """All parameters, on the devices: these, and what they leave of the shared CLIP."""
         placed = sharding.place(self._mesh, dict(trained))
-        return tensorfile.unflatten({**self._flat, **tensorfile.flatten(placed)})
+        return tensors.unflatten({**self._flat, **tensors.flatten(placed)})
 
     def run(self, what: str, method: MethodConfig, params: Any, rows: np.ndarray) -> np.ndarray:
         """What a method of the model makes of rows [N, ...], float32 [N, ...].

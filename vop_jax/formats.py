@@ -11,7 +11,7 @@ from vop_jax.clip.precision import held
 from vop_jax.errors import UserError
 from vop_jax.model import TextVideoModel
 from vop_jax.selection import prompt_set, save_result
-from vop_jax.tensorfile import flatten, unflatten
+from vop_jax.storage.tensors import flatten, unflatten
 from vop_jax.training import hosts
 from vop_jax.tuning.released import check_released
 

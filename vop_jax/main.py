@@ -217,7 +217,8 @@ def run(
 ) -> int:
     """Runs one mode and prints its result; `writer` and `extend` as of `experiment.train`."""
     # Imported here so that a wrong call is answered at once.
-    from vop_jax import atomic, experiment, parameters, results
+    from vop_jax import experiment, parameters, results
+    from vop_jax.storage import files
     from vop_jax.training import hosts
     from vop_jax.training.loop import NonFiniteLoss
 
@@ -225,7 +226,7 @@ def run(
         counts = parameters.count_parameters(config)
         print(parameters.format_counts(counts))
         if json_path:
-            atomic.write_json(json_path, counts)
+            files.write_json(json_path, counts)
         return 0
     if mode == "export":
         path = experiment.export(config, workdir, form)

@@ -11,7 +11,7 @@ from vop_jax.clip.layers import ACROSS_FRAMES, Beside, Kernel
 from vop_jax.clip.memory import Memory
 from vop_jax.clip.model import Clip, unit
 from vop_jax.clip.weights import parameter_shapes
-from vop_jax.tensorfile import flatten
+from vop_jax.storage.tensors import flatten
 from vop_jax.tuning.adapters import Adapters
 from vop_jax.tuning.methods import MethodConfig
 from vop_jax.tuning.prompts import Prompts, TextLayout

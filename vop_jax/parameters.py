@@ -5,10 +5,11 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from vop_jax import config as configs
-from vop_jax import start, tensorfile
+from vop_jax import start
 from vop_jax.clip.config import ClipConfig
 from vop_jax.clip.weights import load_clip
 from vop_jax.model import TextVideoModel
+from vop_jax.storage import tensors
 from vop_jax.tuning import partition
 from vop_jax.tuning.methods import METHODS, MethodConfig
 
@@ -36,7 +37,7 @@ def count_parameters(config: ConfigDict) -> dict[str, dict[str, float]]:
 
 def count(clip: ClipConfig, method: MethodConfig) -> tuple[int, int]:
     """(trained parameters, those the paper's convention counts), from shapes alone."""
-    params = tensorfile.unflatten(TextVideoModel(clip, method).shapes())
+    params = tensors.unflatten(TextVideoModel(clip, method).shapes())
     trainable, _ = partition.split(params, method.trainable_patterns(clip))
     return partition.count(trainable), partition.count(trainable, method.parts.paper_factors)
 

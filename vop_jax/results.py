@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from vop_jax import atomic, parameters, start
+from vop_jax import parameters, start
 from vop_jax.data.annotations.benchmarks import BENCHMARKS
 from vop_jax.run_data import Data, by_chance
+from vop_jax.storage import files
 from vop_jax.training.evaluate import Evaluation
 from vop_jax.training.writer import MEASURED_ON, read_metrics
 
@@ -58,7 +59,7 @@ def write_summary(
         "clip": run.clip.name,
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    atomic.write_json(run.workdir / SUMMARY_FILE, summary)
+    files.write_json(run.workdir / SUMMARY_FILE, summary)
     return summary
 
 
@@ -79,7 +80,7 @@ def _write_rankings(run: start.Run, data: Data, found: Evaluation) -> None:
         )
     ]
     content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    atomic.write_atomic(run.workdir / RANKINGS_FILE, content.encode())
+    files.write_atomic(run.workdir / RANKINGS_FILE, content.encode())
 
 
 def protocol(kind: str) -> str | None:

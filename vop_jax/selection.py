@@ -6,8 +6,9 @@ from typing import Any
 
 from absl import logging
 
-from vop_jax import atomic, start
+from vop_jax import start
 from vop_jax.errors import UserError
+from vop_jax.storage import files
 from vop_jax.training import hosts, sharding
 from vop_jax.tuning.prompts_file import PromptSet, load_prompts, save_prompts
 
@@ -52,7 +53,7 @@ class Selection:
             return
         save_result(self.run, trainable, BEST_FILE)
         note = {"split": self.run.config.data.val_split, "step": step, "score": score}
-        hosts.on_first(lambda: atomic.write_json(self.run.workdir / BEST_NOTE, note))
+        hosts.on_first(lambda: files.write_json(self.run.workdir / BEST_NOTE, note))
         logging.info("best on %s so far: step %d, mean R@1 %.1f", note["split"], step, score)
 
     def chosen(self) -> dict[str, Any] | None:

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
-from vop_jax import atomic
 from vop_jax.data.tokenizer import Tokenizer
 from vop_jax.errors import UserError
 from vop_jax.model import TextVideoModel
-from vop_jax.tensorfile import Tree, flatten, unflatten
+from vop_jax.storage import files
+from vop_jax.storage.tensors import Tree, flatten, unflatten
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -57,7 +57,7 @@ def save_encoders(
         jax.ShapeDtypeStruct((batch, *rows.shape[1:]), rows.dtype)
         for rows in jax.eval_shape(model.example)
     )
-    with atomic.replacing(path) as folder:
+    with files.replacing(path) as folder:
         folder.mkdir()
         for name, rows in (("video", frames), ("text", ids)):
             program, weights = make_program(model, f"encode_{name}", params, rows)

@@ -19,7 +19,6 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vop_jax import atomic, tensorfile
 from vop_jax import config as configs
 from vop_jax.clip.config import PRESETS, ClipConfig
 from vop_jax.clip.layers import Kernel
@@ -29,6 +28,7 @@ from vop_jax.clip.precision import held
 from vop_jax.clip.weights import ClipWeights, check_shapes, load_clip
 from vop_jax.errors import UserError
 from vop_jax.model import TextVideoModel
+from vop_jax.storage import files, tensors
 from vop_jax.training import hosts, sharding
 from vop_jax.training.checkpoint import Checkpoints
 from vop_jax.training.evaluate import Encode, make_encoders
@@ -257,7 +257,7 @@ def _claim(
             before = configs.base_config()
         if configs.first_difference(config, before, passing):
             (root / METRICS_FILE).unlink(missing_ok=True)
-        atomic.write_json(path, config.to_dict())
+        files.write_json(path, config.to_dict())
         return
     before = configs.workdir_config(root) or config
     more = config.train.steps > before.train.steps
@@ -272,7 +272,7 @@ def _claim(
             f"another workdir, or that value to continue it{hint}"
         )
     if train or not path.exists():
-        atomic.write_json(path, config.to_dict())
+        files.write_json(path, config.to_dict())
 
 
 def pretrains(config: ConfigDict) -> bool:
@@ -320,7 +320,7 @@ def _random_clip(clip: ClipConfig, seed: int) -> ClipWeights:
     ids = np.zeros((1, clip.context_length), np.int32)
     params = jax.jit(Clip(clip).init)(jax.random.key(seed), frames, ids)["params"]
     params = jax.tree.map(np.asarray, params)
-    return ClipWeights(params, clip, tensorfile.fingerprint(params), f"seed {seed}")
+    return ClipWeights(params, clip, tensors.fingerprint(params), f"seed {seed}")
 
 
 def _prepare(
@@ -342,7 +342,7 @@ def _prepare(
         fresh = trainable
         trainable = hosts.in_all(lambda: _given_prompts(config, clip, method, fresh))
     rules = sharding.rules_of(config.mesh.placement)
-    sharding.check_rules(rules, list(tensorfile.flatten(params)))
+    sharding.check_rules(rules, list(tensors.flatten(params)))
     state = TrainState.create(trainable, make_optimizer(config.train))
     state = sharding.place(mesh, state, rules)
     meta: dict[str, Any] = {}
@@ -380,6 +380,6 @@ def _given_prompts(
     for key, mine in dataclasses.asdict(method).items():
         if key not in ("init_std", "frames") and theirs[key] != mine:
             raise UserError(f"{path}: holds method.{key}={theirs[key]!r}, config says {mine!r}")
-    shapes = {name: leaf.shape for name, leaf in tensorfile.flatten(fresh).items()}
+    shapes = {name: leaf.shape for name, leaf in tensors.flatten(fresh).items()}
     check_shapes(path, params, shapes)
     return params

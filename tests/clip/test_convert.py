@@ -19,7 +19,7 @@ from vop_jax.clip import layouts
 from vop_jax.clip.convert import convert as convert_any
 from vop_jax.clip.weights import load_clip, parameter_shapes, save_clip
 from vop_jax.errors import UserError
-from vop_jax.tensorfile import fingerprint, flatten
+from vop_jax.storage.tensors import fingerprint, flatten
 
 pytest.importorskip("torch", reason="writes PyTorch files")
 

@@ -18,7 +18,7 @@ from vop_jax.clip.source_config import PUBLISHED_HEADS, Facts, choose_heads, rea
 from vop_jax.clip.towers import PIXEL_MEAN, PIXEL_STD, patches
 from vop_jax.clip.weights import parameter_shapes
 from vop_jax.errors import UserError
-from vop_jax.tensorfile import unflatten
+from vop_jax.storage.tensors import unflatten
 
 OPEN_CLIP = layouts.OPENAI, "open_clip_config.json", checkpoints.open_clip_config(SIZES)
 HUGGING_FACE = layouts.HUGGING_FACE, "config.json", checkpoints.hugging_face_config(SIZES)

@@ -6,16 +6,16 @@ import pytest
 from safetensors import numpy as safetensors_numpy
 
 from tests import tiny
-from vop_jax import tensorfile
 from vop_jax.clip.config import PRESETS, arch_name
 from vop_jax.clip.weights import FORMAT, load_clip, parameter_shapes, save_clip
 from vop_jax.errors import UserError
+from vop_jax.storage import tensors
 
 
 def random_clip(seed=0):
     rng = np.random.default_rng(seed)
     shapes = parameter_shapes(tiny.CLIP)
-    return tensorfile.unflatten(
+    return tensors.unflatten(
         {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     )
 
@@ -27,10 +27,10 @@ def save(path, params, config=tiny.CLIP):
 def edited(path, change=lambda flat: None, **metadata):
     """Saves a good file with its tensors changed in place and its metadata overridden."""
     save(path, random_clip())
-    tree, described = tensorfile.load(path)
-    flat = tensorfile.flatten(tree)
+    tree, described = tensors.load(path)
+    flat = tensors.flatten(tree)
     change(flat)
-    tensorfile.save(path, tensorfile.unflatten(flat), described | metadata)
+    tensors.save(path, tensors.unflatten(flat), described | metadata)
     return path
 
 
@@ -39,8 +39,8 @@ def test_round_trip(tmp_path):
     fingerprint = save(path, params)
     clip = load_clip(path)
     assert clip.config == tiny.CLIP and clip.source == "ViT.pt"
-    assert clip.fingerprint == fingerprint == tensorfile.fingerprint(clip.params)
-    saved, loaded = tensorfile.flatten(params), tensorfile.flatten(clip.params)
+    assert clip.fingerprint == fingerprint == tensors.fingerprint(clip.params)
+    saved, loaded = tensors.flatten(params), tensors.flatten(clip.params)
     assert saved.keys() == loaded.keys()
     for name in saved:
         np.testing.assert_array_equal(saved[name], loaded[name])
@@ -48,16 +48,16 @@ def test_round_trip(tmp_path):
 
 
 def test_weights_are_held_in_float32(tmp_path):
-    half = {k: v.astype(np.float16) for k, v in tensorfile.flatten(random_clip()).items()}
-    save(tmp_path / "x", tensorfile.unflatten(half))
-    loaded = tensorfile.flatten(load_clip(tmp_path / "x").params)
+    half = {k: v.astype(np.float16) for k, v in tensors.flatten(random_clip()).items()}
+    save(tmp_path / "x", tensors.unflatten(half))
+    loaded = tensors.flatten(load_clip(tmp_path / "x").params)
     assert {leaf.dtype for leaf in loaded.values()} == {np.dtype(np.float32)}
 
 
 def test_the_file_says_what_it_is(tmp_path):
     fingerprint = save(tmp_path / "x", random_clip())
-    metadata = tensorfile.read_metadata(tmp_path / "x")
-    assert metadata.pop("config") and metadata.pop(tensorfile.CHECKSUM)
+    metadata = tensors.read_metadata(tmp_path / "x")
+    assert metadata.pop("config") and metadata.pop(tensors.CHECKSUM)
     assert metadata == {
         "format": FORMAT,
         "arch": "ViT-3x32/8@16px",
@@ -76,13 +76,13 @@ def test_the_fingerprint_is_that_of_the_tensors(tmp_path):
     assert load_clip(path).params
     with pytest.raises(UserError, match=r"x: its tensors have the fingerprint .*, not"):
         load_clip(path, verify=True)
-    tree, metadata = tensorfile.load(path)
-    del metadata[tensorfile.CHECKSUM]  # as in files that older versions wrote
-    safetensors_numpy.save_file(tensorfile.flatten(tree), path, metadata)
+    tree, metadata = tensors.load(path)
+    del metadata[tensors.CHECKSUM]  # as in files that older versions wrote
+    safetensors_numpy.save_file(tensors.flatten(tree), path, metadata)
     with pytest.raises(UserError, match=r"x: its tensors have the fingerprint"):
         load_clip(path)
     save(path, random_clip())
-    assert load_clip(path, verify=True).fingerprint == tensorfile.fingerprint(random_clip())
+    assert load_clip(path, verify=True).fingerprint == tensors.fingerprint(random_clip())
 
 
 def test_a_missing_tensor_is_named(tmp_path):
@@ -116,7 +116,7 @@ def test_an_unknown_activation_is_refused(tmp_path):
 
 @pytest.mark.parametrize("metadata", [{}, {"format": "vop_jax.prompts"}])
 def test_another_safetensors_file_is_refused(tmp_path, metadata):
-    tensorfile.save(tmp_path / "x", {"a": np.zeros(2)}, metadata)
+    tensors.save(tmp_path / "x", {"a": np.zeros(2)}, metadata)
     with pytest.raises(UserError, match=r"x: not a converted CLIP; .*convert_clip_weights.py"):
         load_clip(tmp_path / "x")
 

@@ -18,7 +18,7 @@ from vop_jax.clip.towers import PIXEL_MEAN, PIXEL_STD
 from vop_jax.clip.weights import parameter_shapes
 from vop_jax.errors import UserError
 from vop_jax.interop import scenic
-from vop_jax.tensorfile import flatten, unflatten
+from vop_jax.storage.tensors import flatten, unflatten
 from vop_jax.training.writer import read_metrics
 from vop_jax.tuning.methods import MethodConfig
 

@@ -14,9 +14,9 @@ from safetensors import numpy as safetensors_numpy
 from tests import checkpoints, processes
 from tests.checkpoints import SIZES
 from tests.server import serving
-from vop_jax import tensorfile
 from vop_jax.clip import download
 from vop_jax.clip.weights import load_clip
+from vop_jax.storage import tensors
 from vop_jax.tuning.prompts_file import check_same_clip, load_prompts
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "convert_clip_weights.py"
@@ -67,9 +67,9 @@ def test_runs_from_any_folder_without_the_package_installed(source, tmp_path):
     assert weights.config == SIZES
     assert weights.name in done.stdout
     assert weights.source == source.name
-    metadata = tensorfile.read_metadata(tmp_path / "new" / "clip.st")
+    metadata = tensors.read_metadata(tmp_path / "new" / "clip.st")
     assert metadata["source_sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
-    assert metadata["fingerprint"] == tensorfile.fingerprint(weights.params)
+    assert metadata["fingerprint"] == tensors.fingerprint(weights.params)
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["clip.st"], "nothing else is left"
 
 

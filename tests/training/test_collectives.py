@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from tests import tiny
 from vop_jax.config import base_config
 from vop_jax.model import TextVideoModel
-from vop_jax.tensorfile import unflatten
+from vop_jax.storage.tensors import unflatten
 from vop_jax.training import sharding, step
 from vop_jax.training.collectives import Collective, collectives
 from vop_jax.training.optimizer import make_optimizer

@@ -13,7 +13,7 @@ from absl import logging
 from tests import tiny
 from vop_jax import buckets, interrupt
 from vop_jax.config import base_config
-from vop_jax.tensorfile import flatten
+from vop_jax.storage.tensors import flatten
 from vop_jax.training import loop, prefetch, sharding
 from vop_jax.training.checkpoint import Checkpoints
 from vop_jax.training.optimizer import learning_rate, make_optimizer

@@ -15,7 +15,7 @@ from vop_jax.clip.precision import held
 from vop_jax.config import base_config
 from vop_jax.errors import UserError
 from vop_jax.model import TextVideoModel
-from vop_jax.tensorfile import flatten
+from vop_jax.storage.tensors import flatten
 from vop_jax.training import sharding
 from vop_jax.training.collectives import collectives
 from vop_jax.training.optimizer import make_optimizer

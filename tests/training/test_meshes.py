@@ -10,7 +10,7 @@ import pytest
 from tests import kernels, tiny
 from vop_jax.config import base_config
 from vop_jax.errors import UserError
-from vop_jax.tensorfile import flatten
+from vop_jax.storage.tensors import flatten
 from vop_jax.training import sharding
 from vop_jax.training.collectives import collectives
 from vop_jax.training.compiled import CompiledStep

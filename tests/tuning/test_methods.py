@@ -2,12 +2,12 @@ import dataclasses
 
 import pytest
 
-from vop_jax import tensorfile
 from vop_jax.clip.config import PRESETS
 from vop_jax.config import base_config
 from vop_jax.errors import UserError
 from vop_jax.model import TextVideoModel
 from vop_jax.parameters import count_parameters
+from vop_jax.storage import tensors
 from vop_jax.tuning import partition
 from vop_jax.tuning.methods import METHODS, MethodConfig
 
@@ -52,7 +52,7 @@ def test_every_pattern_matches_something_and_zero_shot_trains_nothing():
     for name in METHODS:
         method = MethodConfig(name)
         model = TextVideoModel(TINY, method)
-        params = tensorfile.unflatten(model.shapes())
+        params = tensors.unflatten(model.shapes())
         trainable, _ = partition.split(params, method.trainable_patterns(TINY))
         assert bool(partition.count(trainable)) == (name != "zero_shot")
 

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from vop_jax import tensorfile
 from vop_jax.clip.config import PRESETS
 from vop_jax.errors import UserError
 from vop_jax.model import TextVideoModel
+from vop_jax.storage import tensors
 from vop_jax.tuning import partition
 from vop_jax.tuning.methods import METHODS, MethodConfig
 from vop_jax.tuning.prompts_file import FORMAT, check_same_clip, load_prompts, save_prompts
@@ -22,7 +22,7 @@ VIDEO = {"frames": 7, "short_side": 128, "stored_fps": 2.0}
 def trained_shapes(method, clip):
     """The trainable subtree as shapes."""
     model = TextVideoModel(clip, method)
-    params = tensorfile.unflatten(model.shapes())
+    params = tensors.unflatten(model.shapes())
     return partition.split(params, method.trainable_patterns(clip))[0]
 
 
@@ -45,7 +45,7 @@ def test_round_trip_of_every_method(tmp_path, name):
     given = load_prompts(tmp_path / "p.safetensors")
     assert (given.method, given.clip_config, given.video) == (method, tiny.CLIP, VIDEO)
     assert (given.clip_fingerprint, given.clip_name) == ("f" * 64, "tiny from x.pt (ffff)")
-    saved, loaded = tensorfile.flatten(params), tensorfile.flatten(given.params)
+    saved, loaded = tensors.flatten(params), tensors.flatten(given.params)
     assert saved.keys() == loaded.keys()
     for key in saved:
         np.testing.assert_array_equal(saved[key], loaded[key])
@@ -58,7 +58,7 @@ def test_video_is_optional(tmp_path):
 
 def test_the_file_says_what_it_is(tmp_path):
     save(tmp_path / "p", random_params())
-    metadata = tensorfile.read_metadata(tmp_path / "p")
+    metadata = tensors.read_metadata(tmp_path / "p")
     assert metadata["format"] == FORMAT and metadata["method"] == "vop"
     assert metadata["activation"] == "quick_gelu" and metadata["clip_fingerprint"] == "f" * 64
 
@@ -73,7 +73,7 @@ def test_base_vop_over_vit_b32_is_half_a_megabyte(tmp_path):
 
 @pytest.mark.parametrize("metadata", [{}, {"format": "vop_jax.clip"}])
 def test_another_safetensors_file_is_refused(tmp_path, metadata):
-    tensorfile.save(tmp_path / "p", {"a": np.zeros(2)}, metadata)
+    tensors.save(tmp_path / "p", {"a": np.zeros(2)}, metadata)
     with pytest.raises(UserError, match="p: not a prompts file; --mode=export writes one"):
         load_prompts(tmp_path / "p")
 
@@ -81,9 +81,9 @@ def test_another_safetensors_file_is_refused(tmp_path, metadata):
 @pytest.mark.parametrize("changes", [None, {"video": "3"}, {"video": "[" * 100_000}])
 def test_wrong_metadata_is_refused(changes, tmp_path):
     save(tmp_path / "p", random_params())
-    tree, metadata = tensorfile.load(tmp_path / "p")
-    stated = {k: v for k, v in metadata.items() if k != tensorfile.CHECKSUM} | (changes or {})
-    tensorfile.save(tmp_path / "p", tree, stated if changes else {"format": FORMAT})
+    tree, metadata = tensors.load(tmp_path / "p")
+    stated = {k: v for k, v in metadata.items() if k != tensors.CHECKSUM} | (changes or {})
+    tensors.save(tmp_path / "p", tree, stated if changes else {"format": FORMAT})
     with pytest.raises(UserError, match="p: its metadata is not a prompts file's"):
         load_prompts(tmp_path / "p")
 

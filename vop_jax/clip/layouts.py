@@ -30,7 +30,7 @@ from vop_jax.clip.moves import (
 )
 from vop_jax.clip.weights import check_shapes, parameter_shapes
 from vop_jax.errors import UserError
-from vop_jax.tensorfile import Tree, flatten, unflatten
+from vop_jax.storage.tensors import Tree, flatten, unflatten
 
 Tensors = dict[str, np.ndarray]
 Row = tuple[str, str, tuple[tuple[str, str, Move], ...]]  # (PyTorch's module, ours, tensors)

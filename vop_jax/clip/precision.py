@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from vop_jax.tensorfile import Tree, flatten, unflatten
+from vop_jax.storage.tensors import Tree, flatten, unflatten
 
 # The first pattern that matches a frozen parameter's name says whether it is cast to the compute
 # dtype where it is used; it may then be held in it, half as large and with the same result.

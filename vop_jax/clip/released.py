@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from vop_jax import atomic
 from vop_jax.clip import layouts
 from vop_jax.clip.config import ClipConfig
 from vop_jax.clip.layouts import Tensors, check_tensor
 from vop_jax.errors import UserError
-from vop_jax.tensorfile import Tree
+from vop_jax.storage import files
+from vop_jax.storage.tensors import Tree
 
 VISUAL_PROMPTS = "visual_prompt_learner.visual_prompts"
 TEXT_PROMPTS = "text_prompt_learner.text_prompts"
@@ -137,7 +137,7 @@ def save(path: str | os.PathLike, tensors: Tensors) -> None:
     # Equal arrays become one tensor, of which the file holds one.
     same = {id(tensor): torch.from_numpy(tensor) for tensor in tensors.values()}
     state = {f"module.{name}": same[id(tensor)] for name, tensor in tensors.items()}
-    with atomic.replacing(path) as place, open(place, "wb") as file:
+    with files.replacing(path) as place, open(place, "wb") as file:
         torch.save({"state_dict": state}, file)
 
 

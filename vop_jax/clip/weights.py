@@ -11,11 +11,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from vop_jax import tensorfile
 from vop_jax.clip.config import ClipConfig, arch_name
 from vop_jax.clip.layers import ACTIVATIONS
 from vop_jax.clip.model import Clip
 from vop_jax.errors import UserError
+from vop_jax.storage import tensors
 
 FORMAT = "vop_jax.clip"
 
@@ -27,7 +27,7 @@ class ClipWeights:
     Attributes:
         params: the parameter tree of `clip.model.Clip`, float32.
         config: its sizes and activation.
-        fingerprint: SHA-256 of the parameters (see `tensorfile.fingerprint`).
+        fingerprint: SHA-256 of the parameters (see `tensors.fingerprint`).
         source: the file it was converted from, for people to read.
     """
 
@@ -48,13 +48,13 @@ def parameter_shapes(config: ClipConfig) -> Mapping[str, tuple[int, ...]]:
     frames = jax.ShapeDtypeStruct((1, config.image_size, config.image_size, 3), np.uint8)
     ids = jax.ShapeDtypeStruct((1, config.context_length), np.int32)
     variables = jax.eval_shape(Clip(config).init, jax.random.key(0), frames, ids)
-    shapes = {k: v.shape for k, v in tensorfile.flatten(variables["params"]).items()}
+    shapes = {k: v.shape for k, v in tensors.flatten(variables["params"]).items()}
     return types.MappingProxyType(shapes)
 
 
 def save_clip(
     path: str | os.PathLike,
-    params: tensorfile.Tree,
+    params: tensors.Tree,
     config: ClipConfig,
     *,
     source: str,
@@ -62,8 +62,8 @@ def save_clip(
 ) -> str:
     """Writes a CLIP atomically and returns its fingerprint."""
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), dict(params))
-    fingerprint = tensorfile.fingerprint(params)
-    tensorfile.save(
+    fingerprint = tensors.fingerprint(params)
+    tensors.save(
         path,
         params,
         {
@@ -90,13 +90,13 @@ def load_clip(path: str | os.PathLike, *, verify: bool = False) -> ClipWeights:
         UserError: no such file, another kind of file, tensors that are missing, unknown, not
             finite or of the wrong shape for the sizes the file states, or a file that was changed.
     """
-    metadata = tensorfile.read_metadata(path)
+    metadata = tensors.read_metadata(path)
     if metadata.get("format") != FORMAT:
         raise UserError(
             f"{path}: not a converted CLIP; convert PyTorch weights with "
             "tools/convert_clip_weights.py"
         )
-    params, _ = tensorfile.load(path)
+    params, _ = tensors.load(path)
     try:
         config = ClipConfig(**json.loads(metadata["config"]))
         for name, size in config.to_dict().items():
@@ -111,8 +111,8 @@ def load_clip(path: str | os.PathLike, *, verify: bool = False) -> ClipWeights:
         allowed = ", ".join(ACTIVATIONS)
         raise UserError(f"{path}: activation {config.activation!r} is not one of {allowed}")
     check_shapes(path, params, parameter_shapes(config))
-    if verify or tensorfile.CHECKSUM not in metadata:
-        found = tensorfile.fingerprint(params)
+    if verify or tensors.CHECKSUM not in metadata:
+        found = tensors.fingerprint(params)
         if found != fingerprint:
             raise UserError(
                 f"{path}: its tensors have the fingerprint {found[:12]}, not {fingerprint[:12]} as "
@@ -122,10 +122,10 @@ def load_clip(path: str | os.PathLike, *, verify: bool = False) -> ClipWeights:
 
 
 def check_shapes(
-    where: str | os.PathLike, tree: tensorfile.Tree, expected: Mapping[str, tuple[int, ...]]
+    where: str | os.PathLike, tree: tensors.Tree, expected: Mapping[str, tuple[int, ...]]
 ) -> None:
     """Raises UserError naming the first tensor that is missing, unknown or misshapen."""
-    found = tensorfile.flatten(tree)
+    found = tensors.flatten(tree)
     for name, shape in expected.items():
         if name not in found:
             raise UserError(f"{where}: tensor {name} is missing")

@@ -19,7 +19,6 @@ from etils import epath
 from tensorflow_datasets.core import dataset_builder, naming, splits
 from tqdm import tqdm
 
-from vop_jax.atomic import write_atomic, write_json
 from vop_jax.data import shards
 from vop_jax.data.annotations.benchmarks import read_benchmark
 from vop_jax.data.annotations.folder import DELIMITERS, JSON_LINES, read_folder
@@ -29,6 +28,7 @@ from vop_jax.data.locate import locate
 from vop_jax.data.records import Dataset
 from vop_jax.data.workers import in_processes, in_threads
 from vop_jax.errors import UserError
+from vop_jax.storage.files import write_atomic, write_json
 
 CLIPS_PER_SHARD = shards.CLIPS_PER_SHARD
 

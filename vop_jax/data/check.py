@@ -21,7 +21,7 @@ from etils import epath
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from vop_jax import atomic, command, main
+from vop_jax import command, main
 from vop_jax.config import validate
 from vop_jax.data import builders, layout, packed, shards
 from vop_jax.data.annotations.benchmarks import BENCHMARKS, check_sizes
@@ -29,6 +29,7 @@ from vop_jax.data.encode import Preprocessing, encode_clip
 from vop_jax.data.sources import CaptionTokenizer, count_sides, flip_warning
 from vop_jax.data.workers import in_processes
 from vop_jax.errors import UserError
+from vop_jax.storage import files
 
 Rows = list[dict[str, Any]]  # of a split, as in its index
 
@@ -246,7 +247,7 @@ def run(argv: Sequence[str]) -> int:
     validate(config)
     found = check(config)
     if flags.FLAGS.json:
-        atomic.write_json(flags.FLAGS.json, found)
+        files.write_json(flags.FLAGS.json, found)
     print(table(found))
     return 1 if found["problems"] else 0
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from etils import epath
 
-from vop_jax.atomic import write_json
 from vop_jax.data import shards
 from vop_jax.data.records import Clip, Dataset
 from vop_jax.errors import UserError
+from vop_jax.storage.files import write_json
 
 VERSION = "2.0.0"  # of the records
 SHARDS = "shards.json"  # which file holds which clips

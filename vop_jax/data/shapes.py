@@ -21,8 +21,8 @@ from etils import epath
 from PIL import Image
 from tqdm import tqdm
 
-from vop_jax.atomic import write_atomic
 from vop_jax.errors import UserError
+from vop_jax.storage.files import write_atomic
 
 SIZE = 64  # height and width, pixels
 FRAMES = 24  # of a clip: 8 uniform samples of it, reversed, are 8 uniform samples

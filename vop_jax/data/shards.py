@@ -20,11 +20,11 @@ import tensorflow_datasets as tfds
 from absl import logging
 from etils import epath
 
-from vop_jax.atomic import write_json
 from vop_jax.data.encode import Encoded, Preprocessing
 from vop_jax.data.locate import stat
 from vop_jax.data.records import Clip, Dataset
 from vop_jax.errors import UserError, VideoError
+from vop_jax.storage.files import write_json
 
 CLIPS_PER_SHARD = 256  # some 80 MB of 12 frames of 256 pixels
 

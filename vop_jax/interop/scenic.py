@@ -17,7 +17,7 @@ from vop_jax.clip.config import ClipConfig
 from vop_jax.clip.weights import check_shapes, parameter_shapes
 from vop_jax.errors import UserError
 from vop_jax.interop import scenic_config, scenic_data
-from vop_jax.tensorfile import Tree, flatten, unflatten
+from vop_jax.storage.tensors import Tree, flatten, unflatten
 from vop_jax.training.writer import Writer
 
 WHERE = "scenic's CLIP"

@@ -12,7 +12,7 @@ from etils import epath
 
 from vop_jax.config import CONFIG_FILE, RESUMABLE, flatten_config, workdir_config
 from vop_jax.errors import UserError
-from vop_jax.folders import walk
+from vop_jax.storage.files import walk
 from vop_jax.training.writer import read_metrics
 
 # What every summary and every line of rankings.jsonl holds; dict: of numbers.

@@ -19,7 +19,7 @@ from absl import logging
 from etils import epath
 
 from vop_jax.errors import UserError
-from vop_jax.folders import walk
+from vop_jax.storage.files import walk
 from vop_jax.training import hosts
 from vop_jax.training.step import TrainState
 

@@ -5,7 +5,7 @@ import re
 import optax
 from ml_collections import ConfigDict
 
-from vop_jax.tensorfile import Tree, flatten, unflatten
+from vop_jax.storage.tensors import Tree, flatten, unflatten
 
 NO_WEIGHT_DECAY = (r".*/(bias|scale)", r".*/logit_scale")  # norms, biases, temperature
 

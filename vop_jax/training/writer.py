@@ -9,8 +9,8 @@ from typing import Any, Protocol
 from absl import logging
 from etils import epath
 
-from vop_jax.atomic import write_atomic
 from vop_jax.errors import UserError
+from vop_jax.storage.files import write_atomic
 
 METRICS_FILE = "metrics.jsonl"
 MEASURED_ON = "measured_on"  # of an evaluation: the fingerprint of the split and the CLIP

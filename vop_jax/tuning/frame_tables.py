@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from vop_jax.errors import UserError
-from vop_jax.tensorfile import Tree, flatten, unflatten
+from vop_jax.storage.tensors import Tree, flatten, unflatten
 
 # (pattern of a parameter's name, its axis F)
 FRAME_AXES = (

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from vop_jax.tensorfile import Tree, flatten, unflatten
+from vop_jax.storage.tensors import Tree, flatten, unflatten
 
 
 def split(params: Tree, patterns: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -14,9 +14,9 @@ import jax
 import numpy as np
 from etils import epath
 
-from vop_jax import tensorfile
 from vop_jax.clip.config import ClipConfig
 from vop_jax.errors import UserError
+from vop_jax.storage import tensors
 from vop_jax.tuning.methods import MethodConfig
 
 FORMAT = "vop_jax.prompts"
@@ -44,13 +44,13 @@ class PromptSet:
     @property
     def fingerprint(self) -> str:
         """SHA-256: equal exactly when parameters, method and the way clips are read are."""
-        facts = [dataclasses.asdict(self.method), self.video, tensorfile.fingerprint(self.params)]
+        facts = [dataclasses.asdict(self.method), self.video, tensors.fingerprint(self.params)]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def save_prompts(
     path: str | os.PathLike,
-    params: tensorfile.Tree,
+    params: tensors.Tree,
     *,
     method: MethodConfig,
     clip_fingerprint: str,
@@ -104,10 +104,10 @@ def load_prompts(path: str | os.PathLike) -> PromptSet:
 def _as_kept(*, folder: bool) -> Any:
     """The module that saves and loads; orbax takes seconds to import."""
     if not folder:
-        return tensorfile
-    from vop_jax import treefolder
+        return tensors
+    from vop_jax.storage import tree_folder
 
-    return treefolder
+    return tree_folder
 
 
 def check_same_clip(

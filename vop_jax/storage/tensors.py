@@ -16,8 +16,8 @@ from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 from safetensors import numpy as safetensors_numpy
 
-from vop_jax import atomic
 from vop_jax.errors import UserError
+from vop_jax.storage import files
 
 CHECKSUM = "checksum"  # in the metadata
 
@@ -74,7 +74,7 @@ def save(path: str | os.PathLike, tree: Tree, metadata: Mapping[str, str]) -> No
     """
     flat = {name: np.asarray(leaf, order="C") for name, leaf in flatten(tree).items()}
     metadata = {**metadata, CHECKSUM: checksum(flat, metadata)}
-    with atomic.replacing(path) as place:
+    with files.replacing(path) as place:
         _write(os.fspath(place), flat, metadata)
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from vop_jax import atomic
 from vop_jax.errors import UserError
-from vop_jax.tensorfile import Tree, check_finite, flatten
+from vop_jax.storage import files
+from vop_jax.storage.tensors import Tree, check_finite, flatten
 
 PARAMS, METADATA = "params", "metadata.json"
 ORBAX_OWN = ("_METADATA", "manifest.ocdbt")  # in PARAMS
@@ -25,7 +25,7 @@ def save(path: str | os.PathLike, tree: Tree, metadata: Mapping[str, str]) -> No
     those beside it neither write nor wait.
     """
     values = jax.tree.map(np.asarray, dict(tree))
-    with atomic.replacing(path) as folder:
+    with files.replacing(path) as folder:
         folder.mkdir()
         (folder / METADATA).write_text(json.dumps(dict(metadata), indent=2) + "\n")
         with _checkpointer() as checkpointer:
