@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from benchmarks.input import records, tokenized
 from benchmarks.speed_jax import JaxPrograms, draw
 from benchmarks.step_cost import Programs
-from vop_jax.clip.config import PRESETS
-from vop_jax.config import base_config
+from vop_jax.config.base import base_config
+from vop_jax.config.clip import PRESETS
 from vop_jax.data.decoded import Drawn
 from vop_jax.data.packed import Part
 from vop_jax.data.pipeline import train_batches

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 
 from benchmarks.prepare import make_clip
 from benchmarks.step_cost import Programs, counted_flops
-from vop_jax.clip.config import PRESETS, ClipConfig
-from vop_jax.config import base_config
+from vop_jax.config.base import base_config
+from vop_jax.config.clip import PRESETS, ClipConfig
 from vop_jax.data.builders import Making
 from vop_jax.data.decoded import Drawn, clips_of, frame_shapes
 from vop_jax.data.encode import Preprocessing

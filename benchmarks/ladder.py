@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 
 from benchmarks.step_cost import counted_flops
 from vop_jax import command, experiment, report, start
-from vop_jax.config import first_difference
+from vop_jax.config.base import first_difference
 from vop_jax.data import sources
 from vop_jax.data.builders import Making
 from vop_jax.errors import UserError

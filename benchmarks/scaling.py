@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from vop_jax.clip.config import PRESETS
-from vop_jax.config import base_config
+from vop_jax.config.base import base_config
+from vop_jax.config.clip import PRESETS
 from vop_jax.model import TextVideoModel
 from vop_jax.storage import tensors
 from vop_jax.training import sharding

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.step_cost import Programs, peak_bytes
-from vop_jax.clip.config import ClipConfig
 from vop_jax.clip.precision import held
-from vop_jax.config import base_config
+from vop_jax.config.base import base_config
+from vop_jax.config.clip import ClipConfig
 from vop_jax.retrieval.metrics import rank_pairs
 from vop_jax.storage import tensors
 from vop_jax.training.evaluate import make_encoders

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.torch_vop import TorchVop
 from benchmarks.torch_weights import load
-from vop_jax.clip.config import ClipConfig
+from vop_jax.config.clip import ClipConfig
 from vop_jax.tuning.methods import MethodConfig
 
 WEIGHT_DECAY, CLIP_NORM, LEARNING_RATE = 0.2, 1.0, 5e-3

@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vop_jax.clip.config import PRESETS, ClipConfig
 from vop_jax.clip.memory import Memory
 from vop_jax.clip.precision import held
-from vop_jax.config import base_config
+from vop_jax.config.base import base_config
+from vop_jax.config.clip import PRESETS, ClipConfig
 from vop_jax.model import TextVideoModel
 from vop_jax.start import best_kernel
 from vop_jax.storage import tensors

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from vop_jax.clip.config import ClipConfig
+from vop_jax.config.clip import ClipConfig
 from vop_jax.tuning.methods import MethodConfig
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)

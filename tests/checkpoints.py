@@ -5,7 +5,7 @@ import warnings
 
 import numpy as np
 
-from vop_jax.clip.config import ClipConfig
+from vop_jax.config.clip import ClipConfig
 
 # Odd on purpose, with two heads and one by the rule width // 64.
 SIZES = ClipConfig(24, 8, 128, 3, 2, 10, 2, 1, 20, context_length=19)

@@ -13,9 +13,9 @@ from absl import flags
 from tests import xla
 from tests.data import videos
 from vop_jax import interrupt, main
-from vop_jax.clip.config import ClipConfig
 from vop_jax.clip.model import Clip
 from vop_jax.clip.weights import save_clip
+from vop_jax.config.clip import ClipConfig
 
 ROOT = Path(__file__).parents[1]
 CLIP = ClipConfig(16, 8, 32, 2, 2, 16, 2, 2, 24, context_length=24)

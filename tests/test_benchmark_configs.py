@@ -6,7 +6,7 @@ import runpy
 
 import pytest
 
-from vop_jax import config as configs
+from vop_jax.config import base as configs
 from vop_jax.tuning.methods import METHODS
 
 FOLDER = pathlib.Path(__file__).parent.parent / "configs"

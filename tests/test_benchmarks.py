@@ -7,7 +7,7 @@ import pytest
 from tests.data import videos
 from tests.data.annotations.official import write_official
 from tests.runs import ROOT, call, write_clip
-from vop_jax.config import base_config, validate
+from vop_jax.config.base import base_config, validate
 from vop_jax.data import prepare, sources
 from vop_jax.data.annotations.benchmarks import BENCHMARKS
 from vop_jax.errors import UserError

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from etils import epath
 
-from vop_jax import config as configs
 from vop_jax import start
+from vop_jax.config import base as configs
 from vop_jax.errors import UserError
 from vop_jax.tuning.methods import METHODS, MethodConfig
 

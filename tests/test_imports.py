@@ -99,7 +99,7 @@ def test_a_file_imports_only_from_lower_levels_or_its_own_folder(file):
     [
         ("model", "vop_jax.clip.model", True),
         ("clip", "vop_jax.tuning.prompts", False),
-        ("data", "vop_jax.clip.config", False),
+        ("data", "vop_jax.config.clip", False),
         ("training", "vop_jax.experiment", False),
         ("experiment", "vop_jax.start", True),
         ("clip", "vop_jax.utils", False),
@@ -148,7 +148,7 @@ def loaded_by(*modules):
 
 
 def test_importing_the_package_alone_loads_nothing_heavy():
-    assert loaded_by("vop_jax", "vop_jax.main", "vop_jax.config") == set()
+    assert loaded_by("vop_jax", "vop_jax.main", "vop_jax.config.base") == set()
 
 
 def test_importing_data_loads_nothing_heavy():

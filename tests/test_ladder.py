@@ -150,7 +150,7 @@ def test_learning_rates_are_judged_on_the_val_split(run_study):
 def test_every_study_is_of_settings_that_can_be(study, config_file):
     """Each is accepted by the config's CLIP; all differ."""
     from vop_jax import start
-    from vop_jax.config import validate
+    from vop_jax.config.base import validate
 
     get_config = runpy.run_path(str(runs.ROOT / "configs" / config_file))["get_config"]
     seen = set()

@@ -16,7 +16,7 @@ from tests import runs
 from tests.data import videos
 from vop_jax import experiment, run_data, start
 from vop_jax.clip.weights import load_clip
-from vop_jax.config import base_config
+from vop_jax.config.base import base_config
 from vop_jax.storage.tensors import read_metadata
 from vop_jax.training.optimizer import learning_rate
 from vop_jax.training.writer import read_metrics

@@ -10,7 +10,7 @@ import pytest
 import vop_jax
 from tests import checkpoints, processes
 from tests.peers import import_open_clip
-from vop_jax.clip.config import PRESETS, ClipConfig
+from vop_jax.config.clip import PRESETS, ClipConfig
 from vop_jax.tuning.prompts_file import load_prompts, save_prompts
 
 torch = pytest.importorskip("torch", reason="the reference is a PyTorch model")

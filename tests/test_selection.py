@@ -7,7 +7,7 @@ import pytest
 from etils import epath
 
 from vop_jax import selection
-from vop_jax.config import base_config
+from vop_jax.config.base import base_config
 from vop_jax.errors import UserError
 from vop_jax.selection import BEST_FILE, BEST_NOTE, Selection
 

@@ -9,7 +9,7 @@ pytest.importorskip("torch", reason="half of the table is PyTorch's")
 
 from benchmarks import speed
 from tests import tiny
-from vop_jax.clip.config import PRESETS
+from vop_jax.config.clip import PRESETS
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from vop_jax.clip.config import ClipConfig
+from vop_jax.config.clip import ClipConfig
 from vop_jax.model import TextVideoModel
 from vop_jax.storage.tensors import unflatten
 from vop_jax.tuning.methods import MethodConfig

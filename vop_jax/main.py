@@ -16,8 +16,8 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from vop_jax import command
-from vop_jax import config as config_defaults
-from vop_jax.config import check_keys, flatten_config, workdir_config
+from vop_jax.config import base as config_defaults
+from vop_jax.config.base import check_keys, flatten_config, workdir_config
 from vop_jax.errors import UserError
 
 if TYPE_CHECKING:

@@ -6,11 +6,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vop_jax.clip.config import ClipConfig
 from vop_jax.clip.layers import ACROSS_FRAMES, Beside, Kernel
 from vop_jax.clip.memory import Memory
 from vop_jax.clip.model import Clip, unit
 from vop_jax.clip.weights import parameter_shapes
+from vop_jax.config.clip import ClipConfig
 from vop_jax.storage.tensors import flatten
 from vop_jax.tuning.adapters import Adapters
 from vop_jax.tuning.methods import MethodConfig

@@ -4,10 +4,10 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from vop_jax import config as configs
 from vop_jax import start
-from vop_jax.clip.config import ClipConfig
 from vop_jax.clip.weights import load_clip
+from vop_jax.config import base as configs
+from vop_jax.config.clip import ClipConfig
 from vop_jax.model import TextVideoModel
 from vop_jax.storage import tensors
 from vop_jax.tuning import partition

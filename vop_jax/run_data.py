@@ -12,7 +12,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from vop_jax import buckets, run_cache, start
-from vop_jax.config import extra_rows
+from vop_jax.config.base import extra_rows
 from vop_jax.data import sources
 from vop_jax.data.annotations.folder import hash_of
 from vop_jax.data.packed import Packed, Part, Split

@@ -22,7 +22,7 @@ def digest(monkeypatch):
 
 
 def test_published_names_are_those_of_the_presets():
-    from vop_jax.clip.config import PRESETS
+    from vop_jax.config.clip import PRESETS
 
     assert download.PUBLISHED.keys() == PRESETS.keys() - {"tiny", "small"}
     assert len({digest for digest, _ in download.PUBLISHED.values()}) == 4

@@ -6,8 +6,8 @@ import pytest
 from safetensors import numpy as safetensors_numpy
 
 from tests import tiny
-from vop_jax.clip.config import PRESETS, arch_name
 from vop_jax.clip.weights import FORMAT, load_clip, parameter_shapes, save_clip
+from vop_jax.config.clip import PRESETS, arch_name
 from vop_jax.errors import UserError
 from vop_jax.storage import tensors
 

@@ -12,7 +12,7 @@ from tests import processes, runs
 from tests.data import videos
 from tests.data.annotations.official import write_official
 from vop_jax import command
-from vop_jax.config import base_config
+from vop_jax.config.base import base_config
 from vop_jax.data import check as program
 from vop_jax.data import prepare, sources
 

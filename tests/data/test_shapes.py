@@ -12,7 +12,7 @@ import pytest
 from etils import epath
 
 from tests import processes
-from vop_jax.config import base_config
+from vop_jax.config.base import base_config
 from vop_jax.data import shapes, sources
 from vop_jax.data.sampling import sample_indices
 from vop_jax.errors import UserError

@@ -12,10 +12,10 @@ import pytest
 
 from tests import processes, runs, tiny
 from tests.interop.scenic_there import lenient, needs_scenic  # noqa: F401
-from vop_jax.clip.config import PRESETS
 from vop_jax.clip.model import Clip
 from vop_jax.clip.towers import PIXEL_MEAN, PIXEL_STD
 from vop_jax.clip.weights import parameter_shapes
+from vop_jax.config.clip import PRESETS
 from vop_jax.errors import UserError
 from vop_jax.interop import scenic
 from vop_jax.storage.tensors import flatten, unflatten

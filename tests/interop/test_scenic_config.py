@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from tests.interop.scenic_there import lenient, needs_scenic  # noqa: F401
 from tests.runs import ROOT
-from vop_jax.config import base_config, flatten_config, validate
+from vop_jax.config.base import base_config, flatten_config, validate
 from vop_jax.errors import UserError
 from vop_jax.interop import scenic_config
 from vop_jax.interop.scenic_config import GIVEN, LAST_STEP, NAMES, translate

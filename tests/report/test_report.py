@@ -13,7 +13,7 @@ from PIL import Image
 
 import vop_jax.report
 from tests.data import videos
-from vop_jax.config import base_config
+from vop_jax.config.base import base_config
 from vop_jax.data.builders import Making
 from vop_jax.data.encode import Preprocessing
 from vop_jax.data.packing import pack

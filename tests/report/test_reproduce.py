@@ -7,7 +7,7 @@ import pytest
 
 from tests import runs as commands
 from vop_jax import parameters
-from vop_jax.config import base_config
+from vop_jax.config.base import base_config
 from vop_jax.report import __main__ as command
 from vop_jax.report import reproduce
 from vop_jax.report.runs import read_run

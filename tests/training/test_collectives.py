@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from tests import tiny
-from vop_jax.config import base_config
+from vop_jax.config.base import base_config
 from vop_jax.model import TextVideoModel
 from vop_jax.storage.tensors import unflatten
 from vop_jax.training import sharding, step

@@ -8,7 +8,7 @@ import pytest
 from absl import logging
 
 from tests import tiny
-from vop_jax.config import base_config
+from vop_jax.config.base import base_config
 from vop_jax.errors import UserError
 from vop_jax.training import compiled, sharding
 from vop_jax.training.compiled import CompiledStep, Estimate

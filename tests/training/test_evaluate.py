@@ -12,8 +12,8 @@ from ml_collections import config_flags
 
 from tests import runs
 from tests.retrieval.embeddings import random_pairs
-from vop_jax import config as configs
 from vop_jax import results, run_data
+from vop_jax.config import base as configs
 from vop_jax.errors import UserError
 from vop_jax.retrieval import metrics, rescoring
 from vop_jax.training import evaluate, sharding

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from benchmarks.step_cost import step_flops
-from vop_jax.clip.config import PRESETS, ClipConfig
+from vop_jax.config.clip import PRESETS, ClipConfig
 from vop_jax.tuning.methods import MethodConfig
 
 # Few layers, but widths at which matrix products outweigh the rest as in a real CLIP.

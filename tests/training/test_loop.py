@@ -12,7 +12,7 @@ from absl import logging
 
 from tests import tiny
 from vop_jax import buckets, interrupt
-from vop_jax.config import base_config
+from vop_jax.config.base import base_config
 from vop_jax.storage.tensors import flatten
 from vop_jax.training import loop, prefetch, sharding
 from vop_jax.training.checkpoint import Checkpoints

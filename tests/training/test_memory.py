@@ -12,7 +12,7 @@ import pytest
 from tests import tiny
 from vop_jax.clip.memory import Memory
 from vop_jax.clip.precision import held
-from vop_jax.config import base_config
+from vop_jax.config.base import base_config
 from vop_jax.errors import UserError
 from vop_jax.model import TextVideoModel
 from vop_jax.storage.tensors import flatten

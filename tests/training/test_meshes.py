@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests import kernels, tiny
-from vop_jax.config import base_config
+from vop_jax.config.base import base_config
 from vop_jax.errors import UserError
 from vop_jax.storage.tensors import flatten
 from vop_jax.training import sharding

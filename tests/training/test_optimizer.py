@@ -7,7 +7,7 @@ import pytest
 
 from tests import tiny
 from vop_jax.clip.weights import parameter_shapes
-from vop_jax.config import base_config
+from vop_jax.config.base import base_config
 from vop_jax.storage.tensors import flatten, unflatten
 from vop_jax.training.optimizer import learning_rate, make_optimizer, weight_decay_mask
 

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import scaling
 from tests import tiny
-from vop_jax.clip.config import PRESETS
+from vop_jax.config.clip import PRESETS
 from vop_jax.training import sharding
 from vop_jax.training.collectives import Collective
 

@@ -2,8 +2,8 @@ import dataclasses
 
 import pytest
 
-from vop_jax.clip.config import PRESETS
-from vop_jax.config import base_config
+from vop_jax.config.base import base_config
+from vop_jax.config.clip import PRESETS
 from vop_jax.errors import UserError
 from vop_jax.model import TextVideoModel
 from vop_jax.parameters import count_parameters

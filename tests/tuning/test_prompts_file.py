@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from vop_jax.clip.config import PRESETS
+from vop_jax.config.clip import PRESETS
 from vop_jax.errors import UserError
 from vop_jax.model import TextVideoModel
 from vop_jax.storage import tensors

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from vop_jax.clip import layouts, released, source_config, state_dict
-from vop_jax.clip.config import ClipConfig
 from vop_jax.clip.source_config import Facts, Pixels, choose_heads, settle
 from vop_jax.clip.towers import PIXEL_MEAN, PIXEL_STD
+from vop_jax.config.clip import ClipConfig
 from vop_jax.errors import UserError
 
 

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vop_jax.clip.config import ClipConfig
 from vop_jax.clip.moves import (
     BARE,
     CONV,
@@ -29,6 +28,7 @@ from vop_jax.clip.moves import (
     Shape,
 )
 from vop_jax.clip.weights import check_shapes, parameter_shapes
+from vop_jax.config.clip import ClipConfig
 from vop_jax.errors import UserError
 from vop_jax.storage.tensors import Tree, flatten, unflatten
 

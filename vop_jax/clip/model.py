@@ -4,8 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vop_jax.clip.config import ClipConfig
 from vop_jax.clip.towers import TextTower, VisionTower
+from vop_jax.config.clip import ClipConfig
 
 
 def unit(x: jax.Array) -> jax.Array:

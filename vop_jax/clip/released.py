@@ -9,8 +9,8 @@ import numpy as np
 from etils import epath
 
 from vop_jax.clip import layouts
-from vop_jax.clip.config import ClipConfig
 from vop_jax.clip.layouts import Tensors, check_tensor
+from vop_jax.config.clip import ClipConfig
 from vop_jax.errors import UserError
 from vop_jax.storage import files
 from vop_jax.storage.tensors import Tree

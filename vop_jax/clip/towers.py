@@ -8,9 +8,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vop_jax.clip.config import ClipConfig
 from vop_jax.clip.layers import Block, Transformer
 from vop_jax.clip.norm import LayerNorm
+from vop_jax.config.clip import ClipConfig
 
 # CLIP's channel statistics for RGB in [0, 1].
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)

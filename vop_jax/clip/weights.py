@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from vop_jax.clip.config import ClipConfig, arch_name
 from vop_jax.clip.layers import ACTIVATIONS
 from vop_jax.clip.model import Clip
+from vop_jax.config.clip import ClipConfig, arch_name
 from vop_jax.errors import UserError
 from vop_jax.storage import tensors
 

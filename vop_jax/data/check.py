@@ -22,7 +22,7 @@ from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from vop_jax import command, main
-from vop_jax.config import validate
+from vop_jax.config.base import validate
 from vop_jax.data import builders, layout, packed, shards
 from vop_jax.data.annotations.benchmarks import BENCHMARKS, check_sizes
 from vop_jax.data.encode import Preprocessing, encode_clip

@@ -21,7 +21,7 @@ RULE = "uniform_rule"  # the key of `described`
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """How clips are stored; the comments are in `vop_jax.config`, section `data`."""
+    """How clips are stored; the comments are in `vop_jax.config.base`, section `data`."""
 
     frames: int = 12
     sampling: str = "uniform"

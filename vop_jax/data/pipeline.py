@@ -158,7 +158,7 @@ def train_batches(
         image_size: S.
         frames: F.
         sampling: of the stored frames, see `sampling.sample_indices`.
-        scale, flip, augment: see `vop_jax.config`.
+        scale, flip, augment: see `vop_jax.config.base`.
         threads: reading and decoding, in this process or in each worker.
         workers: reader processes; 0: none.
         cache_gb: decoded frames are kept if those of the whole split take no more.

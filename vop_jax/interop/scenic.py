@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from vop_jax.clip.config import ClipConfig
 from vop_jax.clip.weights import check_shapes, parameter_shapes
+from vop_jax.config.clip import ClipConfig
 from vop_jax.errors import UserError
 from vop_jax.interop import scenic_config, scenic_data
 from vop_jax.storage.tensors import Tree, flatten, unflatten

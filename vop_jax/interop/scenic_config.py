@@ -10,7 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vop_jax.config import base_config, flatten_config
+from vop_jax.config.base import base_config, flatten_config
 from vop_jax.errors import UserError
 
 DATASET = "vop_jax"  # our name in scenic's registry

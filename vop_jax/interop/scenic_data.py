@@ -9,7 +9,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from vop_jax.config import validate
+from vop_jax.config.base import validate
 from vop_jax.data import sources
 from vop_jax.data.packed import Split
 from vop_jax.data.pipeline import Batch, eval_videos, train_batches

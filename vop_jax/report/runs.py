@@ -10,7 +10,7 @@ from typing import Any
 
 from etils import epath
 
-from vop_jax.config import CONFIG_FILE, RESUMABLE, flatten_config, workdir_config
+from vop_jax.config.base import CONFIG_FILE, RESUMABLE, flatten_config, workdir_config
 from vop_jax.errors import UserError
 from vop_jax.storage.files import walk
 from vop_jax.training.writer import read_metrics

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from vop_jax.clip.config import ClipConfig
+from vop_jax.config.clip import ClipConfig
 from vop_jax.errors import UserError
 
 # The paper counts tensors named *.weight or *.bias of OpenAI's CLIP. It thereby misses what
@@ -94,7 +94,7 @@ _AT_LEAST = {
 
 @dataclasses.dataclass(frozen=True)
 class MethodConfig:
-    """A method and the sizes of its prompts; the comments are in `vop_jax.config`."""
+    """A method and the sizes of its prompts; the comments are in `vop_jax.config.base`."""
 
     name: str = "vop"
     branches: str = "both"

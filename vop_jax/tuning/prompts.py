@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vop_jax.clip.config import ClipConfig
+from vop_jax.config.clip import ClipConfig
 from vop_jax.tuning.context import Context
 from vop_jax.tuning.frame_tables import check_frames
 from vop_jax.tuning.methods import MethodConfig

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from vop_jax.clip.config import ClipConfig
+from vop_jax.config.clip import ClipConfig
 from vop_jax.errors import UserError
 from vop_jax.storage import tensors
 from vop_jax.tuning.methods import MethodConfig

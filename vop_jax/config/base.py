@@ -348,7 +348,7 @@ def validate(config: ConfigDict) -> None:
     check_keys(values)
     for key in declared:
         if key not in values:
-            raise UserError(f"config.{key}: missing; start from vop_jax.config.base_config()")
+            raise UserError(f"config.{key}: missing; start from vop_jax.config.base.base_config()")
     for key, allowed in ALLOWED.items():
         if values[key] not in allowed:
             names = ", ".join(repr(name) for name in allowed)
