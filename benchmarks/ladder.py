@@ -27,7 +27,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from benchmarks.step_cost import counted_flops
-from vop_jax import command, experiment, report, start
+from vop_jax import cli, experiment, report, start
 from vop_jax.config.base import first_difference
 from vop_jax.data import sources
 from vop_jax.data.builders import Making
@@ -258,10 +258,10 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, on one device")
     parser.add_argument("--output", help="PREFIX.json and PREFIX.md; default: in the workdir")
     args = parser.parse_args()
-    command.set_up_logging()
+    cli.set_up_logging()
     if args.jobs > 1:  # else the first process takes most of a GPU's memory
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    sys.exit(command.run(lambda: measure(args), resumes=True))
+    sys.exit(cli.run(lambda: measure(args), resumes=True))
 
 
 def measure(args: argparse.Namespace) -> int:

@@ -25,10 +25,10 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 @pytest.fixture(scope="module")
 def quiet():
     """Leaves logging to pytest where a test calls the command line in its process."""
-    from vop_jax import command
+    from vop_jax import cli
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "set_up_logging", lambda: None)
+        patch.setattr(cli, "set_up_logging", lambda: None)
         yield
 
 

@@ -12,7 +12,7 @@ from absl import flags
 
 from tests import xla
 from tests.data import videos
-from vop_jax import interrupt, main
+from vop_jax import cli, main
 from vop_jax.clip.model import Clip
 from vop_jax.clip.weights import save_clip
 from vop_jax.config.clip import ClipConfig
@@ -105,7 +105,7 @@ def kept_signals():
     finally:
         for signum, handler in kept.items():
             signal.signal(signum, handler)
-        interrupt._pending.clear()
+        cli._pending.clear()
 
 
 def command(argv: list[str]) -> list[str]:

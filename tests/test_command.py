@@ -10,7 +10,7 @@ import pytest
 from absl import flags
 
 from tests import processes, runs
-from vop_jax import command, interrupt, main
+from vop_jax import cli, main
 from vop_jax.errors import UserError
 
 PROGRAMS = {
@@ -32,7 +32,7 @@ def test_help_is_no_mistake(program, capsys, monkeypatch):
         main.define_flags()
     with runs.kept_signals():
         if program == "vop_jax.data.check":
-            status = command.run(lambda: module.run(sys.argv))
+            status = cli.run(lambda: module.run(sys.argv))
         elif program == "vop_jax.report.__main__":
             status = module.main()
         else:
@@ -61,28 +61,28 @@ def raises(error):
             *(2, "error: file: no space left on the disk; free some, the same command continues\n"),
         ),
         (
-            lambda: raises(interrupt.Interrupted(signal.SIGTERM)),
+            lambda: raises(cli.Interrupted(signal.SIGTERM)),
             *(143, "stopped by SIGTERM; the same command continues\n"),
         ),
     ],
 )
 def test_exit_statuses(program, status, line, capsys):
     with runs.kept_signals():
-        assert command.run(program, resumes=True) == status
+        assert cli.run(program, resumes=True) == status
     assert capsys.readouterr().err == line
 
 
 def test_signals_are_handled_inside_alone():
     before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
-    assert command.run(lambda: signal.raise_signal(signal.SIGINT)) == 130
-    assert command.run(lambda: signal.raise_signal(signal.SIGTERM)) == 143
+    assert cli.run(lambda: signal.raise_signal(signal.SIGINT)) == 130
+    assert cli.run(lambda: signal.raise_signal(signal.SIGTERM)) == 143
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError(), BrokenPipeError(errno.EPIPE, "a server")])
 def test_what_nobody_expected_is_raised(error):
     with runs.kept_signals(), pytest.raises(type(error)):
-        command.run(lambda: raises(error))
+        cli.run(lambda: raises(error))
 
 
 PRINTS = "from vop_jax import command; import sys; sys.exit(command.run(lambda: print({})))"

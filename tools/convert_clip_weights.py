@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from safetensors import SafetensorError
 
-from vop_jax import command
+from vop_jax import cli
 from vop_jax.clip import download
 from vop_jax.clip.convert import Converted, convert
 from vop_jax.clip.layers import ACTIVATIONS
@@ -38,9 +38,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     Raises:
         UserError: an unknown flag, a missing one, or a value that is not allowed.
     """
-    parser = command.Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--source", metavar="FILE_OR_NAME", help="what to convert")
     add("--output", metavar="FILE", help="the converted CLIP, safetensors")
@@ -141,7 +139,7 @@ def main(argv: list[str]) -> int:
         except SafetensorError as error:  # a place that is none, a disk that is full
             raise UserError(str(error)) from error
 
-    return command.run(program)
+    return cli.run(program)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import errno
 class UserError(Exception):
     """The call, the config or the input is wrong; the one exception a user is meant to read.
 
-    The message is one line: what is wrong, where, and what is allowed. `command.run` prints it
+    The message is one line: what is wrong, where, and what is allowed. `cli.run` prints it
     without a traceback and exits with status 2.
     """
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from vop_jax import command
+from vop_jax import cli
 from vop_jax.config import base as config_defaults
 from vop_jax.config.base import check_keys, flatten_config, workdir_config
 from vop_jax.errors import UserError
@@ -176,7 +176,7 @@ def main(argv: Sequence[str]) -> int:
     def program() -> int:
         parse_flags(argv, __doc__)
         given = flags.FLAGS
-        command.set_up_logging()
+        cli.set_up_logging()
         join(given.coordinator, given.processes, given.process, given.timeout, given.mode)
         workdir, extend = given.workdir or "", "train.steps" in _said()
         config = _config(workdir, given.mode)
@@ -186,8 +186,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def finish(program: Callable[[], int]) -> int:
-    """`command.run`, after which this process has said how it ended."""
-    status = command.run(program, resumes=True)
+    """`cli.run`, after which this process has said how it ended."""
+    status = cli.run(program, resumes=True)
     if (hosts := sys.modules.get("vop_jax.training.hosts")) is not None:
         hosts.finish()
     return status

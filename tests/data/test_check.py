@@ -11,7 +11,7 @@ import pytest
 from tests import processes, runs
 from tests.data import videos
 from tests.data.annotations.official import write_official
-from vop_jax import command
+from vop_jax import cli
 from vop_jax.config.base import base_config
 from vop_jax.data import check as program
 from vop_jax.data import prepare, sources
@@ -64,7 +64,7 @@ def check(root, *overrides, **options):
     argv = [*arguments(root, *overrides, **options), "--workdir=of other programs"]
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = runs.call(*argv, program=lambda argv: command.run(lambda: program.run(argv)))
+        status = runs.call(*argv, program=lambda argv: cli.run(lambda: program.run(argv)))
     found = json.loads(written.read_text()) if written.exists() else None
     return status, out.getvalue(), err.getvalue(), found
 

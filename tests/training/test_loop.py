@@ -11,7 +11,7 @@ import pytest
 from absl import logging
 
 from tests import tiny
-from vop_jax import buckets, interrupt
+from vop_jax import buckets, cli
 from vop_jax.config.base import base_config
 from vop_jax.storage.tensors import flatten
 from vop_jax.training import loop, prefetch, sharding
@@ -180,7 +180,7 @@ def test_sigterm_saves_the_step_under_way(tmp_path):
         return step(state, frozen, batch)
 
     run.step = signalled
-    with pytest.raises(interrupt.Interrupted) as caught, interrupt.raised():
+    with pytest.raises(cli.Interrupted) as caught, cli.raised():
         run.fit()
     assert caught.value.exit_status == 143
     assert Checkpoints(str(tmp_path), keep=2).latest_step() == 3

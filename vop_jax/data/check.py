@@ -21,7 +21,7 @@ from etils import epath
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from vop_jax import command, main
+from vop_jax import cli, main
 from vop_jax.config.base import validate
 from vop_jax.data import builders, layout, packed, shards
 from vop_jax.data.annotations.benchmarks import BENCHMARKS, check_sizes
@@ -242,7 +242,7 @@ def define_flags() -> None:
 def run(argv: Sequence[str]) -> int:
     """The program; returns its exit status."""
     main.parse_flags(argv, __doc__)
-    command.set_up_logging()
+    cli.set_up_logging()
     config = flags.FLAGS.config
     validate(config)
     found = check(config)
@@ -254,4 +254,4 @@ def run(argv: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     define_flags()
-    sys.exit(command.run(lambda: run(sys.argv)))
+    sys.exit(cli.run(lambda: run(sys.argv)))

@@ -23,8 +23,8 @@ import tensorflow_datasets as tfds
 from absl import logging
 from etils import epath
 
-from vop_jax import command
-from vop_jax.command import Parser, number, whole
+from vop_jax import cli
+from vop_jax.cli import Parser, number, whole
 from vop_jax.data import packed, shards
 from vop_jax.data.builders import BUILDERS, CLIPS_PER_SHARD, Making
 from vop_jax.data.encode import Encoded, Preprocessing, encode_clip
@@ -195,12 +195,12 @@ def _beam(options: str | None) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    return command.run(lambda: _run(argv), resumes=True)
+    return cli.run(lambda: _run(argv), resumes=True)
 
 
 def _run(argv: Sequence[str] | None) -> None:
     args = vars(_parser().parse_args(argv))
-    command.set_up_logging()
+    cli.set_up_logging()
     made = prepare(
         args["dataset"],
         args["videos"],

@@ -155,7 +155,7 @@ def main(rng: Any, config: ConfigDict, workdir: str, writer: Writer) -> dict[str
 
 def _run() -> None:
     """The program: `scenic.app.run`, with our exit statuses."""
-    from vop_jax import command
+    from vop_jax import cli
     from vop_jax import main as command_line
     from vop_jax.training import hosts
 
@@ -164,7 +164,7 @@ def _run() -> None:
             ours = scenic_config.translate(config)
             return command_line.run(ours, workdir, "train", writer=writer)
 
-        command.set_up_logging()
+        cli.set_up_logging()
         sys.exit(command_line.finish(work))
 
     def program() -> None:
@@ -172,7 +172,7 @@ def _run() -> None:
         hosts.start()  # scenic looks at the devices before it calls us
         app.run(project)
 
-    sys.exit(command.run(program))
+    sys.exit(cli.run(program))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ python -m vop_jax.report [RUN_DIR…] --fill=docs/reproduce.md
 import argparse
 import sys
 
-from vop_jax.command import Parser, run
+from vop_jax.cli import Parser, run
 from vop_jax.errors import UserError
 from vop_jax.report.runs import find_runs
 from vop_jax.storage.files import write_atomic

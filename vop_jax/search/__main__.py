@@ -15,8 +15,8 @@ from typing import Any
 
 from absl import logging
 
-from vop_jax import command
-from vop_jax.command import Parser, number, whole
+from vop_jax import cli
+from vop_jax.cli import Parser, number, whole
 from vop_jax.errors import UserError
 from vop_jax.search import show
 
@@ -75,7 +75,7 @@ def _index(args: argparse.Namespace) -> int:
     from vop_jax.search.indexing import Making
     from vop_jax.search.make import make_index
 
-    command.set_up_logging()
+    cli.set_up_logging()
     asked = Request(
         args.folder, args.clip, args.prompts, args.window, args.stride, args.captions, args.store
     )
@@ -95,7 +95,7 @@ def _query(args: argparse.Namespace) -> None:
         raise UserError("the query is empty; say what to look for")
     if args.explain and args.to == "captions":
         raise UserError("--explain: is of videos' frames, not --to=captions")
-    command.set_up_logging(logging.ERROR)  # warnings are printed below
+    cli.set_up_logging(logging.ERROR)  # warnings are printed below
     searcher = open_searcher(args.index, args.clip or None, args.prompts or None)
     retriever = searcher.retriever
     if args.text is not None:
@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parser().parse_args(argv)
         return COMMANDS[args.command](args)
 
-    return command.run(program, resumes="index" in argv[:1])
+    return cli.run(program, resumes="index" in argv[:1])
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from vop_jax.command import printable
+from vop_jax.cli import printable
 from vop_jax.errors import UserError
 from vop_jax.search.index import Hit, Index
 from vop_jax.search.indexing import Done

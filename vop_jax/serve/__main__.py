@@ -16,8 +16,8 @@ from typing import Any
 
 from absl import logging
 
-from vop_jax import command
-from vop_jax.command import Parser, number, whole
+from vop_jax import cli
+from vop_jax.cli import Parser, number, whole
 from vop_jax.errors import UserError
 
 TOKEN = "VOP_JAX_TOKEN"  # in the environment: other users see the arguments of a process
@@ -131,10 +131,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def program() -> None:
         args = _parser().parse_args(argv)
-        command.set_up_logging(logging.ERROR)  # each response reports truncated queries
+        cli.set_up_logging(logging.ERROR)  # each response reports truncated queries
         _serve(args)
 
-    return command.run(program)
+    return cli.run(program)
 
 
 if __name__ == "__main__":

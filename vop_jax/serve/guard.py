@@ -16,7 +16,7 @@ from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vop_jax.command import printable
+from vop_jax.cli import printable
 from vop_jax.serve.files import displayable
 
 COOKIE = "token"

@@ -20,7 +20,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
-from vop_jax import interrupt
+from vop_jax import cli
 from vop_jax.errors import UserError, as_user_error
 
 T = TypeVar("T")
@@ -233,7 +233,7 @@ def preempted() -> bool:
 
 def stop() -> None:
     """Ends a run that was `preempted`; exit status 143."""
-    raise interrupt.Interrupted(signal.SIGTERM)
+    raise cli.Interrupted(signal.SIGTERM)
 
 
 def _client() -> Any:

@@ -13,7 +13,7 @@ from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vop_jax import interrupt
+from vop_jax import cli
 from vop_jax.training import hosts, prefetch
 from vop_jax.training.checkpoint import Checkpoints
 from vop_jax.training.progress import Progress
@@ -78,7 +78,7 @@ def fit(
     clock = Clock()
     left = itertools.islice(batches, config.steps - first)  # none is read that is not needed
     with (
-        interrupt.deferred(),
+        cli.deferred(),
         contextlib.closing(prefetch.placed(mesh, left)) as placed,
         prefetch.Idle() as idle,
         Progress("step", config.steps, first, "compiling, then the first step") as progress,
@@ -95,7 +95,7 @@ def fit(
                 jax.block_until_ready(unread[-STARTED][1])
                 progress.advance(step - STARTED + 1)
             preempted = hosts.preempted()
-            stop = preempted or interrupt.requested()
+            stop = preempted or cli.requested()
             last = step == config.steps
             if step == first + 1 or step % config.log_every == 0 or last:
                 note = _log(unread, step, clock, writer, schedule, compiling=step == first + 1)

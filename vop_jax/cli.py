@@ -8,14 +8,64 @@ import re
 import select
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from logging import WARNING, Formatter, LogRecord
 from typing import Any, NoReturn, TextIO
 
 from absl import flags, logging
 
-from vop_jax import interrupt
 from vop_jax.errors import UserError, as_user_error
+
+
+class Interrupted(BaseException):
+    """A signal asked the process to stop; its exit status is 128 + the signal's number."""
+
+    def __init__(self, signum: int):
+        super().__init__(signal.Signals(signum).name)
+        self.exit_status = 128 + signum
+
+
+_pending: list[int] = []
+_deferring = False
+
+
+@contextmanager
+def raised() -> Iterator[None]:
+    """Inside, SIGINT and SIGTERM raise `Interrupted`."""
+    before = {s: signal.signal(s, _handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        _pending.clear()
+        for signum, handler in before.items():
+            signal.signal(signum, handler or signal.SIG_DFL)
+
+
+def _handle(signum: int, frame: object) -> None:
+    if _deferring and not _pending:
+        _pending.append(signum)
+    else:  # nothing to finish first, or asked a second time
+        raise Interrupted(signum)
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Inside, a first signal waits until `requested` is asked; leaving raises it."""
+    global _deferring
+    _deferring = True
+    try:
+        yield
+    finally:
+        _deferring = False
+    if _pending:
+        raise Interrupted(_pending.pop())
+
+
+def requested() -> bool:
+    """Whether a signal is waiting."""
+    return bool(_pending)
+
 
 BROKEN_PIPE = 128 + signal.SIGPIPE
 _PACKAGE = os.path.dirname(__file__)
@@ -40,7 +90,7 @@ def run(program: Callable[[], int | None], *, resumes: bool = False) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names are any bytes
     try:
-        with interrupt.raised():
+        with raised():
             return _status_of(program, resumes)
     except BrokenPipeError:
         if not any(map(_reader_left, (1, 2))):
@@ -62,7 +112,7 @@ def _status_of(program: Callable[[], int | None], resumes: bool) -> int:
             status = int(end.code or 0)
         _flush(sys.stdout)
         return status
-    except interrupt.Interrupted as stopped:
+    except Interrupted as stopped:
         if resumes:
             print(f"stopped by {stopped}; the same command continues", file=sys.stderr)
         return stopped.exit_status
