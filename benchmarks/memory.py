@@ -20,7 +20,7 @@ from typing import Any
 import jax
 
 from benchmarks.step_cost import Programs, peak_bytes
-from vop_jax.clip.memory import Memory
+from vop_jax.clip.remat import Memory
 from vop_jax.config.clip import PRESETS
 from vop_jax.training.flops import product_flops
 from vop_jax.tuning.methods import METHODS, MethodConfig

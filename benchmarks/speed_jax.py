@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.step_cost import Programs, peak_bytes
-from vop_jax.clip.precision import held
+from vop_jax.clip.weights import held
 from vop_jax.config.base import base_config
 from vop_jax.config.clip import ClipConfig
 from vop_jax.retrieval.metrics import rank_pairs

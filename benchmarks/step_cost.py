@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vop_jax.clip.memory import Memory
-from vop_jax.clip.precision import held
+from vop_jax.clip.remat import Memory
+from vop_jax.clip.weights import held
 from vop_jax.config.base import base_config
 from vop_jax.config.clip import PRESETS, ClipConfig
 from vop_jax.model import TextVideoModel

@@ -2,13 +2,16 @@
 
 import functools
 
-from vop_jax.clip import norm, short
+from vop_jax.clip.kernels import fused_attention, layer_norm
 
 
 def interpret(monkeypatch) -> tuple[list, list]:
     """Lists to be filled: the shapes that attention packed, and layer norms' backward passes."""
     packed, backward = [], []
-    attention, normalized = functools.partial(short.attention, interpret=True), norm.normalized
+    attention, normalized = (
+        functools.partial(fused_attention.attention, interpret=True),
+        layer_norm.normalized,
+    )
 
     def attend(*arguments):
         packed.append(arguments[0].shape)
@@ -20,6 +23,6 @@ def interpret(monkeypatch) -> tuple[list, list]:
             *arguments[:-1], {"plain": "plain", "kernel": "interpreted"}[backward[-1]]
         )
 
-    monkeypatch.setattr(short, "attention", attend)
-    monkeypatch.setattr(norm, "normalized", normalize)
+    monkeypatch.setattr(fused_attention, "attention", attend)
+    monkeypatch.setattr(layer_norm, "normalized", normalize)
     return packed, backward

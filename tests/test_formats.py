@@ -13,7 +13,7 @@ import pytest
 import vop_jax
 from tests import readers, runs
 from vop_jax import formats, main
-from vop_jax.clip.convert import convert
+from vop_jax.clip.convert.pytorch import convert
 from vop_jax.clip.weights import load_clip
 from vop_jax.data.sources import CaptionTokenizer
 from vop_jax.model import TextVideoModel

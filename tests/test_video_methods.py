@@ -10,7 +10,7 @@ import pytest
 
 from tests import tiny
 from tests.reference_methods import Reference
-from vop_jax.clip.attention import Keys, attention
+from vop_jax.clip.kernels.attention import Keys, attention
 from vop_jax.errors import UserError
 from vop_jax.model import TextVideoModel
 from vop_jax.storage.tensors import flatten, unflatten

@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from safetensors import SafetensorError
 
 from vop_jax import cli
-from vop_jax.clip import download
-from vop_jax.clip.convert import Converted, convert
+from vop_jax.clip.convert import download
+from vop_jax.clip.convert.pytorch import Converted, convert
 from vop_jax.clip.layers import ACTIVATIONS
 from vop_jax.clip.weights import ClipWeights, load_clip, save_clip
 from vop_jax.errors import UserError

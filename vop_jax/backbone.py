@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vop_jax.clip.precision import held
-from vop_jax.clip.weights import ClipWeights
+from vop_jax.clip.weights import ClipWeights, held
 from vop_jax.data.sources import CaptionTokenizer
 from vop_jax.errors import UserError
 from vop_jax.model import TextVideoModel

@@ -6,8 +6,8 @@ from typing import Any
 from absl import logging
 
 from vop_jax import stablehlo, start
-from vop_jax.clip import released
-from vop_jax.clip.precision import held
+from vop_jax.clip.convert import vop_checkpoint
+from vop_jax.clip.weights import held
 from vop_jax.errors import UserError
 from vop_jax.model import TextVideoModel
 from vop_jax.selection import prompt_set, save_result
@@ -24,7 +24,7 @@ def check(form: str) -> None:
     if form not in FORMATS:
         raise UserError(f"--format={form}: allowed are {', '.join(FORMATS)}")
     if form == "pytorch":
-        released.import_torch("--format=pytorch")
+        vop_checkpoint.import_torch("--format=pytorch")
     elif form == "stablehlo":
         stablehlo.check_installed()
 
@@ -63,7 +63,7 @@ def _pytorch(run: start.Run, trainable: Any) -> str:
     prompts, path = prompt_set(run, trainable).params["prompts"], run.workdir / RELEASED_FILE
 
     def write() -> None:
-        released.save(path, released.join(run.clip.params, run.clip.config, prompts))
+        vop_checkpoint.save(path, vop_checkpoint.join(run.clip.params, run.clip.config, prompts))
 
     hosts.on_first(write)
     return str(path)

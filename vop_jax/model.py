@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from vop_jax.clip.layers import ACROSS_FRAMES, Beside, Kernel
-from vop_jax.clip.memory import Memory
 from vop_jax.clip.model import Clip, unit
+from vop_jax.clip.remat import Memory
 from vop_jax.clip.weights import parameter_shapes
 from vop_jax.config.clip import ClipConfig
 from vop_jax.storage.tensors import flatten

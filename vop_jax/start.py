@@ -20,10 +20,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vop_jax.clip.layers import Kernel
-from vop_jax.clip.memory import Memory
 from vop_jax.clip.model import Clip
-from vop_jax.clip.precision import held
-from vop_jax.clip.weights import ClipWeights, check_shapes, load_clip
+from vop_jax.clip.remat import Memory
+from vop_jax.clip.weights import ClipWeights, check_shapes, held, load_clip
 from vop_jax.config import base as configs
 from vop_jax.config.clip import PRESETS, ClipConfig
 from vop_jax.errors import UserError

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vop_jax.clip.attention import Keys, attention, attention_in_blocks, joined
+from vop_jax.clip.kernels.attention import Keys, attention, attention_in_blocks, joined
 from vop_jax.clip.layers import Attention, Beside, Block, read
 
 

@@ -15,8 +15,8 @@ from safetensors import numpy as safetensors_numpy
 
 from tests import checkpoints, processes
 from tests.checkpoints import SIZES
-from vop_jax.clip import layouts
-from vop_jax.clip.convert import convert as convert_any
+from vop_jax.clip.convert import layouts
+from vop_jax.clip.convert.pytorch import convert as convert_any
 from vop_jax.clip.weights import load_clip, parameter_shapes, save_clip
 from vop_jax.errors import UserError
 from vop_jax.storage.tensors import fingerprint, flatten

@@ -6,7 +6,7 @@ import socket
 import pytest
 
 from tests.server import serving
-from vop_jax.clip import download
+from vop_jax.clip.convert import download
 from vop_jax.errors import UserError
 
 NAME = "ViT-B/32"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vop_jax.clip.layers import ACTIVATIONS, Attention, Block, Mlp
-from vop_jax.clip.towers import PIXEL_MEAN, PIXEL_STD, normalize_pixels
+from vop_jax.clip.model import PIXEL_MEAN, PIXEL_STD, normalize_pixels
 
 WIDTH, HEADS, TOKENS = 12, 3, 5
 ERF = np.vectorize(math.erf)

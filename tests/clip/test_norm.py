@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vop_jax.clip.norm import EPS, LayerNorm, normalized
+from vop_jax.clip.kernels.layer_norm import EPS, LayerNorm, normalized
 
 WIDTH = 12  # no power of two: the kernel works on 16
 

@@ -10,9 +10,8 @@ import pytest
 
 from tests.checkpoints import hugging_face_config, open_clip_config
 from tests.peers import import_open_clip, import_transformers
-from vop_jax.clip.convert import convert
-from vop_jax.clip.model import Clip
-from vop_jax.clip.towers import PIXEL_MEAN, PIXEL_STD
+from vop_jax.clip.convert.pytorch import convert
+from vop_jax.clip.model import PIXEL_MEAN, PIXEL_STD, Clip
 from vop_jax.config.clip import PRESETS, ClipConfig
 
 torch = pytest.importorskip("torch", reason="the peers are PyTorch models")

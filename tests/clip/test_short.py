@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from tests import kernels, tiny
-from vop_jax.clip import short
-from vop_jax.clip.attention import Keys, attention
+from vop_jax.clip.kernels import fused_attention
+from vop_jax.clip.kernels.attention import Keys, attention
 from vop_jax.tuning.methods import MethodConfig
 
 N, T, H, K, P = 4, 10, 2, 16, 3
@@ -38,7 +38,7 @@ def test_values_and_gradients_are_those_of_plain_attention(masked, shared):
 
     def by_kernel(packed, bias, beside):
         others = Keys(*beside, other_mask) if beside else None
-        return short.attention(packed, bias, own_mask, others, interpret=True)
+        return fused_attention.attention(packed, bias, own_mask, others, interpret=True)
 
     def result(attend):
         value = lambda *x: (attend(*x) * weight).sum()  # noqa: E731
@@ -53,7 +53,7 @@ def test_values_and_gradients_are_those_of_plain_attention(masked, shared):
     [((50, 8), 64, True), ((128,), 64, True), ((129,), 64, False), ((50, 8), 48, False)],
 )
 def test_it_takes_short_sequences_and_heads_of_a_power_of_two(lengths, width, fits):
-    assert short.takes(lengths, width) is fits
+    assert fused_attention.takes(lengths, width) is fits
 
 
 QUICK = ("vop_f+p",)

@@ -11,11 +11,10 @@ import pytest
 
 from tests import checkpoints
 from tests.checkpoints import SIZES
-from vop_jax.clip import layouts
-from vop_jax.clip.convert import fold_pixels
-from vop_jax.clip.model import Clip
-from vop_jax.clip.source_config import PUBLISHED_HEADS, Facts, choose_heads, read_config
-from vop_jax.clip.towers import PIXEL_MEAN, PIXEL_STD, patches
+from vop_jax.clip.convert import layouts
+from vop_jax.clip.convert.pytorch import fold_pixels
+from vop_jax.clip.convert.source_config import PUBLISHED_HEADS, Facts, choose_heads, read_config
+from vop_jax.clip.model import PIXEL_MEAN, PIXEL_STD, Clip, patches
 from vop_jax.clip.weights import parameter_shapes
 from vop_jax.errors import UserError
 from vop_jax.storage.tensors import unflatten

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from vop_jax.clip import splash
-from vop_jax.clip.attention import Keys, attention
+from vop_jax.clip.kernels import splash_attention
+from vop_jax.clip.kernels.attention import Keys, attention
 from vop_jax.model import TextVideoModel
 from vop_jax.tuning.methods import MethodConfig
 
@@ -18,7 +18,7 @@ from vop_jax.tuning.methods import MethodConfig
     ("length", "side"), [(1, 128), (128, 128), (129, 256), (608, 640), (641, 384), (16456, 640)]
 )
 def test_tiles_are_few_and_little_is_filled_up(length, side):
-    assert splash.tile(length) == side
+    assert splash_attention.tile(length) == side
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(5, 7), (128, 128), (130, 700)])
@@ -32,7 +32,7 @@ def test_values_and_gradients_are_those_of_plain_attention(queries, keys):
         value = lambda *x: (attend(*x) * weight).sum()  # noqa: E731
         return jax.value_and_grad(value, argnums=(0, 1, 2))(*qkv)
 
-    ours = result(functools.partial(splash.attention, interpret=True))
+    ours = result(functools.partial(splash_attention.attention, interpret=True))
     theirs = result(lambda q, k, v: attention(q, Keys(k, v)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), ours, theirs)
 
@@ -40,13 +40,13 @@ def test_values_and_gradients_are_those_of_plain_attention(queries, keys):
 @pytest.mark.parametrize("name", ["vop_f", pytest.param("vop", marks=pytest.mark.slow)])
 def test_across_frames_and_nowhere_else(monkeypatch, name):
     lengths = []
-    interpreted = functools.partial(splash.attention, interpret=True)
+    interpreted = functools.partial(splash_attention.attention, interpret=True)
 
     def spy(query, key, value):
         lengths.append((query.shape[1], key.shape[1]))
         return interpreted(query, key, value)
 
-    monkeypatch.setattr(splash, "attention", spy)
+    monkeypatch.setattr(splash_attention, "attention", spy)
     method = MethodConfig(name, visual_prompts=2, split_layer=1, frames=tiny.FRAMES)
     model = TextVideoModel(tiny.CLIP, method)
     params = jax.jit(model.init)(jax.random.key(0), *model.example())["params"]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vop_jax.clip.towers import patches
+from vop_jax.clip.model import patches
 
 
 def by_convolution(x, kernel):

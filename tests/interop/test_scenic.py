@@ -12,8 +12,7 @@ import pytest
 
 from tests import processes, runs, tiny
 from tests.interop.scenic_there import lenient, needs_scenic  # noqa: F401
-from vop_jax.clip.model import Clip
-from vop_jax.clip.towers import PIXEL_MEAN, PIXEL_STD
+from vop_jax.clip.model import PIXEL_MEAN, PIXEL_STD, Clip
 from vop_jax.clip.weights import parameter_shapes
 from vop_jax.config.clip import PRESETS
 from vop_jax.errors import UserError

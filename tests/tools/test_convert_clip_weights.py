@@ -14,7 +14,7 @@ from safetensors import numpy as safetensors_numpy
 from tests import checkpoints, processes
 from tests.checkpoints import SIZES
 from tests.server import serving
-from vop_jax.clip import download
+from vop_jax.clip.convert import download
 from vop_jax.clip.weights import load_clip
 from vop_jax.storage import tensors
 from vop_jax.tuning.prompts_file import check_same_clip, load_prompts

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from vop_jax.clip.memory import Memory
-from vop_jax.clip.precision import held
+from vop_jax.clip.remat import Memory
+from vop_jax.clip.weights import held
 from vop_jax.config.base import base_config
 from vop_jax.errors import UserError
 from vop_jax.model import TextVideoModel

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import memory
-from vop_jax.clip import splash
+from vop_jax.clip.kernels import splash_attention
 
 
 def counted(function, *shapes):
@@ -34,7 +34,7 @@ def test_what_is_computed_again_is_counted_again():
 
 def test_products_in_a_kernel_are_counted_as_often_as_it_has_programs():
     def attend(q, k, v):
-        return splash.attention(q, k, v).sum()
+        return splash_attention.attention(q, k, v).sum()
 
     shapes = [(2, 1280, 3, 16), *[(2, 640, 3, 16)] * 2]
     product = 2 * 2 * 3 * 1280 * 640 * 16

@@ -11,9 +11,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vop_jax.clip import splash
-from vop_jax.clip.attention import Keys, attention, attention_in_blocks, joined
-from vop_jax.clip.norm import LayerNorm
+from vop_jax.clip.kernels import splash_attention
+from vop_jax.clip.kernels.attention import Keys, attention, attention_in_blocks, joined
+from vop_jax.clip.kernels.layer_norm import LayerNorm
 
 # Of attention. "xla": plain JAX; "blocks": see `clip.attention`; "cudnn": of `jax.nn`; "splash": on
 # TPUs, see `clip.splash`; "fused": on NVIDIA's GPUs `clip.short` where sequences are short, else
@@ -93,12 +93,16 @@ class Attention(nn.Module):
         if reads is not None:
             kernel = "xla"  # the weights of a few queries are few
         if kernel == "fused":
-            from vop_jax.clip import short  # not every platform's jaxlib has what it needs
+            from vop_jax.clip.kernels import (
+                fused_attention,  # not every platform's jaxlib has what it needs
+            )
 
             lengths = [x.shape[1], *(keys.key.shape[1] for keys in also)]
             # While parameters are made, each part makes its own.
-            if not self.is_initializing() and short.takes(lengths, self.width // self.heads):
-                return self.out(short.attention(*self._packed(x), mask, *also))
+            if not self.is_initializing() and fused_attention.takes(
+                lengths, self.width // self.heads
+            ):
+                return self.out(fused_attention.attention(*self._packed(x), mask, *also))
             kernel = "xla" if self.causal else "cudnn"
         q = self.query(read(x, reads))  # [N, R, H, D/H]
         parts = [Keys(self.key(x), self.value(x), mask), *also]
@@ -110,7 +114,7 @@ class Attention(nn.Module):
         if kernel == "blocks":
             return self.out(attention_in_blocks(q, k, v))
         if kernel == "splash":
-            return self.out(splash.attention(q, k, v))
+            return self.out(splash_attention.attention(q, k, v))
         return self.out(jax.nn.dot_product_attention(q, k, v, implementation=kernel))
 
     def _packed(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:

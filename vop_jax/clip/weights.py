@@ -4,11 +4,13 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import types
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vop_jax.clip.layers import ACTIVATIONS
@@ -16,6 +18,7 @@ from vop_jax.clip.model import Clip
 from vop_jax.config.clip import ClipConfig, arch_name
 from vop_jax.errors import UserError
 from vop_jax.storage import tensors
+from vop_jax.storage.tensors import Tree, flatten, unflatten
 
 FORMAT = "vop_jax.clip"
 
@@ -135,3 +138,27 @@ def check_shapes(
             )
     if unknown := sorted(set(found) - set(expected)):
         raise UserError(f"{where}: unknown tensor {unknown[0]} ({len(unknown)} in all)")
+
+
+# The first pattern that matches a frozen parameter's name says whether it is cast to the compute
+# dtype where it is used; it may then be held in it, half as large and with the same result.
+CAST_AT_USE: list[tuple[str, bool]] = [
+    (r".*/ln_\w+/(scale|bias)", False),  # a norm's float32 statistics are scaled in float32
+    (r".*/(kernel|bias|embedding)", True),
+    (r".*/(class|positional)_embedding", True),
+    (r".*", False),  # logit_scale
+]
+
+
+def held(frozen: Tree, dtype: Any) -> dict[str, Any]:
+    """The frozen tree, arrays or shapes, in the dtypes it is held in."""
+
+    def in_dtype(name: str, leaf: Any) -> Any:
+        cast = next(cast for pattern, cast in CAST_AT_USE if re.fullmatch(pattern, name))
+        if not cast:
+            return leaf
+        if hasattr(leaf, "astype"):
+            return leaf.astype(jnp.dtype(dtype))
+        return leaf.update(dtype=jnp.dtype(dtype))
+
+    return unflatten({name: in_dtype(name, leaf) for name, leaf in flatten(frozen).items()})

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from vop_jax.clip.memory import join_rows, split_rows
+from vop_jax.clip.remat import join_rows, split_rows
 from vop_jax.model import TextVideoModel
 from vop_jax.retrieval.losses import symmetric_cross_entropy
 from vop_jax.training.local import each_on_its_own

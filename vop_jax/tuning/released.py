@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from vop_jax.clip.source_config import HEAD_WIDTH
+from vop_jax.clip.convert.source_config import HEAD_WIDTH
 from vop_jax.config.clip import ClipConfig
 from vop_jax.errors import UserError
 from vop_jax.tuning.methods import MethodConfig

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from vop_jax.clip import layouts
-from vop_jax.clip.layouts import Tensors, check_tensor
+from vop_jax.clip.convert import layouts
+from vop_jax.clip.convert.layouts import Tensors, check_tensor
 from vop_jax.config.clip import ClipConfig
 from vop_jax.errors import UserError
 from vop_jax.storage import files

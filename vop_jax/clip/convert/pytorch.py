@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from vop_jax.clip import layouts, released, source_config, state_dict
-from vop_jax.clip.source_config import Facts, Pixels, choose_heads, settle
-from vop_jax.clip.towers import PIXEL_MEAN, PIXEL_STD
+from vop_jax.clip.convert import layouts, source_config, state_dict, vop_checkpoint
+from vop_jax.clip.convert.source_config import Facts, Pixels, choose_heads, settle
+from vop_jax.clip.model import PIXEL_MEAN, PIXEL_STD
 from vop_jax.config.clip import ClipConfig
 from vop_jax.errors import UserError
 
@@ -35,7 +35,7 @@ class Converted:
     params: dict[str, Any]
     config: ClipConfig
     prompts: dict[str, np.ndarray] | None
-    configuration: released.Configuration | None
+    configuration: vop_checkpoint.Configuration | None
     sha256: str
     notes: tuple[str, ...]
 
@@ -67,8 +67,8 @@ def convert(
     state = state_dict.read(path, ema=ema)
     tensors, prompts, configuration = state.tensors, None, None
     openai = "a TorchScript archive" if state.torchscript and "input_resolution" in tensors else ""
-    if not released.PROMPTS.isdisjoint(tensors):
-        tensors, prompts = released.split(path, tensors)
+    if not vop_checkpoint.PROMPTS.isdisjoint(tensors):
+        tensors, prompts = vop_checkpoint.split(path, tensors)
         openai = "the released VoP"
     elif any(name.startswith("text.") for name in tensors):  # open_clip's CustomTextCLIP
         tensors = state_dict.without_prefix(path, tensors, "text.")
@@ -92,8 +92,8 @@ def convert(
     if facts.pixels:
         fold_pixels(params, facts.pixels)
     if prompts is not None:
-        released.check_prompts(path, prompts, config)
-        configuration = released.read_configuration(path, prompts, config)
+        vop_checkpoint.check_prompts(path, prompts, config)
+        configuration = vop_checkpoint.read_configuration(path, prompts, config)
     notes = (*state.notes, *facts.notes, *assumed)
     return Converted(params, config, prompts, configuration, state.sha256, notes)
 

@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from vop_jax.clip.attention import Keys
+from vop_jax.clip.kernels.attention import Keys
 
 LONGEST = 128  # tokens of a sequence
 LEAST = 16  # rows of a matrix that a GPU multiplies

@@ -22,9 +22,9 @@ from etils import epath
 from safetensors import SafetensorError
 from safetensors import numpy as safetensors_numpy
 
-from vop_jax.clip.download import sha256
-from vop_jax.clip.layouts import Tensors
-from vop_jax.clip.released import import_torch
+from vop_jax.clip.convert.download import sha256
+from vop_jax.clip.convert.layouts import Tensors
+from vop_jax.clip.convert.vop_checkpoint import import_torch
 from vop_jax.errors import UserError
 
 # Of DataParallel and DeepSpeed, torch.compile, Lightning, and a model that holds a CLIP.

@@ -9,10 +9,17 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from vop_jax.clip import layouts
+from vop_jax.clip.convert import layouts
+from vop_jax.clip.convert.source_keys import (
+    HUGGING_FACE,
+    NO_KEYS,
+    NOTHING,
+    OPEN_CLIP,
+    PREPROCESSOR,
+    Keys,
+)
 from vop_jax.clip.layers import ACTIVATIONS
-from vop_jax.clip.source_keys import HUGGING_FACE, NO_KEYS, NOTHING, OPEN_CLIP, PREPROCESSOR, Keys
-from vop_jax.clip.towers import PIXEL_MEAN, PIXEL_STD
+from vop_jax.clip.model import PIXEL_MEAN, PIXEL_STD
 from vop_jax.config.clip import ClipConfig
 from vop_jax.errors import UserError
 
