@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 import vop_jax
-from vop_jax.data.frames import read_frames
 from vop_jax.retrieval.metrics import rank_pairs
+from vop_jax.video.frames import read_frames
 
 ROWS, FRAMES = 6, 8
 TILE, GAP, LEFT = 64, 4, 16

@@ -22,8 +22,8 @@ import numpy as np
 
 from vop_jax.data.encode import Encoded, Preprocessing, encode_clip
 from vop_jax.data.records import Clip
-from vop_jax.data.sampling import sample_indices
-from vop_jax.data.workers import in_processes
+from vop_jax.video.sampling import sample_indices
+from vop_jax.video.workers import in_processes
 
 SECONDS, RATE, WIDTH, HEIGHT = 10, 25, 320, 240
 PREPROCESSING = Preprocessing()

@@ -11,13 +11,13 @@ import vop_jax
 from tests import runs
 from tests.data import videos
 from vop_jax.clip.weights import load_clip
-from vop_jax.data.frames import read_frames
-from vop_jax.data.sampling import sample_indices
 from vop_jax.model import TextVideoModel
 from vop_jax.storage.tensors import flatten, unflatten
 from vop_jax.tuning.methods import MethodConfig
 from vop_jax.tuning.partition import split
 from vop_jax.tuning.prompts_file import save_prompts
+from vop_jax.video.frames import read_frames
+from vop_jax.video.sampling import sample_indices
 
 
 @pytest.fixture(scope="module")

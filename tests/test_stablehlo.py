@@ -9,9 +9,9 @@ from PIL import Image
 
 from tests import readers, tiny
 from vop_jax.clip.weights import held
-from vop_jax.data.pixels import eval_crop
 from vop_jax.stablehlo import README, save_encoders
 from vop_jax.tuning.methods import METHODS, MethodConfig
+from vop_jax.video.crops import eval_crop
 
 pytest.importorskip("flatbuffers", reason="with which jax writes programs")
 

@@ -10,15 +10,15 @@ from absl import logging
 
 from vop_jax.backbone import Backbone
 from vop_jax.clip.weights import check_shapes, load_clip
-from vop_jax.data.frames import Frames, read_frames
-from vop_jax.data.moments import Reading
-from vop_jax.data.pixels import eval_crop
-from vop_jax.data.sampling import sample_indices
-from vop_jax.data.workers import in_threads
 from vop_jax.errors import UserError, VideoError
 from vop_jax.tuning.frame_tables import interpolate_frames
 from vop_jax.tuning.methods import MethodConfig
 from vop_jax.tuning.prompts_file import check_same_clip, load_prompts
+from vop_jax.video.crops import eval_crop
+from vop_jax.video.frames import Frames, read_frames
+from vop_jax.video.moments import Reading
+from vop_jax.video.sampling import sample_indices
+from vop_jax.video.workers import in_threads
 
 # How clips are read when no prompts say how they were read in training.
 DEFAULT_VIDEO: dict[str, Any] = {

@@ -7,8 +7,8 @@ import random
 from tests.data import videos
 from vop_jax.data.encode import Encoded, Preprocessing, encode_clip
 from vop_jax.data.records import Clip
-from vop_jax.data.workers import in_processes
 from vop_jax.errors import VideoError
+from vop_jax.video.workers import in_processes
 
 MUTATIONS = 200
 KINDS = {

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.data import videos
-from vop_jax.data.frames import read_frames
-from vop_jax.data.sampling import sample_indices
-from vop_jax.data.segment import Segment
 from vop_jax.errors import VideoError
+from vop_jax.video.decode import Segment
+from vop_jax.video.frames import read_frames
+from vop_jax.video.sampling import sample_indices
 
 COUNT = 24
 F = 6

@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 
 from tests.data import videos
-from vop_jax.data import moments
-from vop_jax.data.frames import read_frames
-from vop_jax.data.moments import (
+from vop_jax.errors import VideoError
+from vop_jax.video import moments
+from vop_jax.video.crops import eval_crop
+from vop_jax.video.decode import Segment
+from vop_jax.video.frames import read_frames
+from vop_jax.video.moments import (
     WHOLE,
     Reading,
     Survey,
@@ -19,10 +22,7 @@ from vop_jax.data.moments import (
     survey,
     tasks_of,
 )
-from vop_jax.data.pixels import eval_crop
-from vop_jax.data.sampling import sample_indices
-from vop_jax.data.segment import Segment
-from vop_jax.errors import VideoError
+from vop_jax.video.sampling import sample_indices
 
 READING = Reading(frames=4, image_size=16, short_side=32)
 

@@ -16,10 +16,10 @@ from tests.data import videos
 from vop_jax.data import builders, encode, packed, shards
 from vop_jax.data.builders import Making
 from vop_jax.data.encode import Preprocessing
-from vop_jax.data.frames import read_frames
 from vop_jax.data.packing import pack
 from vop_jax.data.records import Clip
 from vop_jax.errors import UserError
+from vop_jax.video.frames import read_frames
 
 F = 4
 PREPROCESSING = Preprocessing(frames=F, short_side=32)

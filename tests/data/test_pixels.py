@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vop_jax.data.pixels import (
+from vop_jax.video.crops import (
     _draw_box,
     centre_cut,
     cut_out,

@@ -4,8 +4,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vop_jax.data.pixels import centre_cut, cut_out, draw_cut
 from vop_jax.data.resampling import BITS, Sides, sides_of, weights_of
+from vop_jax.video.crops import centre_cut, cut_out, draw_cut
 
 SIZE = 20
 

@@ -12,11 +12,11 @@ from PIL import Image
 from tests.data import videos
 from vop_jax.data.builders import Making
 from vop_jax.data.encode import Preprocessing, encode_clip
-from vop_jax.data.frames import read_frames
 from vop_jax.data.packing import pack
 from vop_jax.data.records import Clip
-from vop_jax.data.sampling import SAMPLINGS, sample_indices, stored_indices
 from vop_jax.errors import VideoError
+from vop_jax.video.frames import read_frames
+from vop_jax.video.sampling import SAMPLINGS, sample_indices, stored_indices
 
 
 @given(st.integers(1, 400), st.integers(1, 64), st.sampled_from(SAMPLINGS), st.integers(0, 9))

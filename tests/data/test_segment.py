@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from tests.data import videos
-from vop_jax.data.completeness import stated_bytes
-from vop_jax.data.frames import read_frame_at, read_frames
-from vop_jax.data.moments import WHOLE, Reading, Survey, Task, read_pictures, spans_of, survey
-from vop_jax.data.sampling import stored_indices
-from vop_jax.data.segment import Segment
 from vop_jax.errors import VideoError
+from vop_jax.video.decode import Segment
+from vop_jax.video.files import stated_bytes
+from vop_jax.video.frames import read_frame_at, read_frames
+from vop_jax.video.moments import WHOLE, Reading, Survey, Task, read_pictures, spans_of, survey
+from vop_jax.video.sampling import stored_indices
 
 FRAGMENTS = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
 PRESET = {"preset": "veryfast", "sc_threshold": "0"}
@@ -146,7 +146,7 @@ def test_three_hundred_files(tmp_path, monkeypatch):
         folder.mkdir()
         path, times = make(folder, name, milliseconds, **settings)
         decoded = in_order(path)
-        monkeypatch.setattr("vop_jax.data.segment.SEEK_FROM", rng.choice((0.0, 1.0, 10.0)))
+        monkeypatch.setattr("vop_jax.video.decode.SEEK_FROM", rng.choice((0.0, 1.0, 10.0)))
         check(path, times, decoded, 0.0, math.inf)
         for _ in range(5):
             start = rng.uniform(0, times[-1] * 1.2)

@@ -14,8 +14,8 @@ from etils import epath
 from tests import processes
 from vop_jax.config.base import base_config
 from vop_jax.data import shapes, sources
-from vop_jax.data.sampling import sample_indices
 from vop_jax.errors import UserError
+from vop_jax.video.sampling import sample_indices
 
 OPPOSITE = {"up": "down", "to the left": "to the right"}
 

@@ -11,8 +11,8 @@ import pytest
 
 from tests import processes
 from tests.data import calls
-from vop_jax.data.workers import in_processes, in_threads, starting
 from vop_jax.errors import VideoError
+from vop_jax.video.workers import in_processes, in_threads, starting
 
 
 def outcomes(tasks, workers=2, seconds=processes.HANG):

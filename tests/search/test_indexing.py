@@ -179,7 +179,7 @@ def test_what_is_in_a_folder_that_cannot_be_listed_stays(films, tmp_path, retrie
 
 
 def test_long_files_come_in_parts(films, tmp_path, retriever, monkeypatch):
-    from vop_jax.data import moments
+    from vop_jax.video import moments
 
     whole = tmp_path / "whole"
     library.make(whole, films, retriever, window=1.0)

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from vop_jax.data.decoded import Drawn
-from vop_jax.data.pixels import centre_cut, cut_out, draw_cut
 from vop_jax.data.resampling import BITS
 from vop_jax.errors import UserError
 from vop_jax.training import device_cache, sharding
 from vop_jax.training.device_cache import DeviceCache, Layout, fill
+from vop_jax.video.crops import centre_cut, cut_out, draw_cut
 
 F, SIZE, ROWS = 2, 16, 8
 SHAPES = [(20, 30), (30, 20), (16, 16), (9, 40), (40, 12), (7, 8), (24, 32), (32, 24), (18, 18)]

@@ -26,9 +26,9 @@ from vop_jax.data.encode import Preprocessing, encode_clip
 from vop_jax.data.layout import SHARDS, VERSION, fingerprint, index_name, link, staging_of
 from vop_jax.data.locate import locate
 from vop_jax.data.records import Dataset
-from vop_jax.data.workers import in_processes, in_threads
 from vop_jax.errors import UserError
 from vop_jax.storage.files import write_atomic, write_json
+from vop_jax.video.workers import in_processes, in_threads
 
 CLIPS_PER_SHARD = shards.CLIPS_PER_SHARD
 

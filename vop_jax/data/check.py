@@ -27,9 +27,9 @@ from vop_jax.data import builders, layout, packed, shards
 from vop_jax.data.annotations.benchmarks import BENCHMARKS, check_sizes
 from vop_jax.data.encode import Preprocessing, encode_clip
 from vop_jax.data.sources import CaptionTokenizer, count_sides, flip_warning
-from vop_jax.data.workers import in_processes
 from vop_jax.errors import UserError
 from vop_jax.storage import files
+from vop_jax.video.workers import in_processes
 
 Rows = list[dict[str, Any]]  # of a split, as in its index
 

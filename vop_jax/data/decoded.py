@@ -15,11 +15,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from vop_jax.data.packed import Split
-from vop_jax.data.pixels import Cut, centre_cut
 from vop_jax.data.resampling import Sides, sides_of
-from vop_jax.data.sampling import sample_indices
-from vop_jax.data.workers import in_threads
 from vop_jax.errors import UserError
+from vop_jax.video.crops import Cut, centre_cut
+from vop_jax.video.sampling import sample_indices
+from vop_jax.video.workers import in_threads
 
 T = TypeVar("T")
 

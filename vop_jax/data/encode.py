@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vop_jax.data.frames import read_frames
 from vop_jax.data.records import Clip
-from vop_jax.data.sampling import UNIFORM_RULE
 from vop_jax.errors import VideoError
+from vop_jax.video.frames import read_frames
+from vop_jax.video.sampling import UNIFORM_RULE
 
 RULE = "uniform_rule"  # the key of `described`
 

@@ -10,10 +10,10 @@ from collections.abc import Container, Sequence
 from etils import epath
 from etils.epath.stat_utils import StatResult
 
-from vop_jax.data.pictures import is_picture
 from vop_jax.data.records import Clip
 from vop_jax.errors import UserError, VideoError
 from vop_jax.storage.files import walk
+from vop_jax.video.images import is_picture
 
 # What names of videos end with, in lower case; also those that a search indexes.
 VIDEOS = (

@@ -20,9 +20,9 @@ from vop_jax.data.layout import (
     staging_of,
 )
 from vop_jax.data.records import Clip
-from vop_jax.data.sampling import OLDER_RULE, UNIFORM_RULE
 from vop_jax.data.shards import digest
 from vop_jax.errors import UserError
+from vop_jax.video.sampling import OLDER_RULE, UNIFORM_RULE
 
 REMEDY = "use another config.data.records, or delete that folder to make them again"
 

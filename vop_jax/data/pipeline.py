@@ -14,8 +14,8 @@ from absl import logging
 from vop_jax import buckets
 from vop_jax.data.decoded import Drawn, decode, draws_frames
 from vop_jax.data.packed import Split
-from vop_jax.data.pixels import Cut, centre_cut, cut_out, draw_cut, eval_crop
-from vop_jax.data.workers import stand_apart, starting
+from vop_jax.video.crops import Cut, centre_cut, cut_out, draw_cut, eval_crop
+from vop_jax.video.workers import stand_apart, starting
 
 Batch = dict[str, np.ndarray]
 Tokenize = Callable[[Sequence[str]], np.ndarray]  # N captions -> int32 [N, T]

@@ -30,9 +30,9 @@ from vop_jax.data.builders import BUILDERS, CLIPS_PER_SHARD, Making
 from vop_jax.data.encode import Encoded, Preprocessing, encode_clip
 from vop_jax.data.packing import pack
 from vop_jax.data.records import Clip
-from vop_jax.data.sampling import SAMPLINGS
-from vop_jax.data.workers import in_processes
 from vop_jax.errors import UserError
+from vop_jax.video.sampling import SAMPLINGS
+from vop_jax.video.workers import in_processes
 
 PROBED = 8  # clips encoded to estimate the size
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from vop_jax.data.pixels import Cut
+from vop_jax.video.crops import Cut
 
 BITS = 22  # of a weight's fraction
 SUPPORT = 2.0  # of the filter, in pixels of the coarser side

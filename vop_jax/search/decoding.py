@@ -9,7 +9,9 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 
 import numpy as np
 
-from vop_jax.data.moments import (
+from vop_jax.errors import VideoError
+from vop_jax.search.files import Found
+from vop_jax.video.moments import (
     WHOLE,
     Pictures,
     Reading,
@@ -20,9 +22,7 @@ from vop_jax.data.moments import (
     survey,
     tasks_of,
 )
-from vop_jax.data.workers import in_processes
-from vop_jax.errors import VideoError
-from vop_jax.search.files import Found
+from vop_jax.video.workers import in_processes
 
 State = tuple[int, int, int]  # size, nanoseconds of the last changes of content and of the file
 

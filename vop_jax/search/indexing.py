@@ -9,12 +9,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 from tqdm import tqdm
 
-from vop_jax.data.moments import Span
 from vop_jax.retriever import Retriever
 from vop_jax.search.catalog import IndexInfo
 from vop_jax.search.decoding import Decoder, Work
 from vop_jax.search.files import Found, Scan
 from vop_jax.search.writing import Catalog, File
+from vop_jax.video.moments import Span
 
 AHEAD = 2  # batches that wait for the devices
 ATTEMPTS = 3  # to read a file that changes meanwhile

@@ -6,12 +6,12 @@ from collections.abc import Iterable
 import numpy as np
 from etils import epath
 
-from vop_jax.data.moments import read_segment
-from vop_jax.data.pictures import decode_picture
 from vop_jax.errors import UserError, VideoError
 from vop_jax.retriever import Retriever, load
 from vop_jax.search.asked import check_same_model
 from vop_jax.search.index import Hit, Index
+from vop_jax.video.images import decode_picture
+from vop_jax.video.moments import read_segment
 
 
 class Searcher:

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from vop_jax.data.moments import Span
 from vop_jax.search import catalog
 from vop_jax.search.catalog import IndexInfo
 from vop_jax.search.store import TABLES, VectorStore, open_store
+from vop_jax.video.moments import Span
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -5,14 +5,14 @@ import io
 import numpy as np
 from PIL import Image
 
-from vop_jax.data.frames import read_frame_at
-from vop_jax.data.moments import Reading, read_segment
-from vop_jax.data.pictures import decode_picture
-from vop_jax.data.pixels import eval_crop
-from vop_jax.data.segment import Segment
 from vop_jax.errors import VideoError
 from vop_jax.search.writing import File
 from vop_jax.serve.files import open_indexed, path_of
+from vop_jax.video.crops import eval_crop
+from vop_jax.video.decode import Segment
+from vop_jax.video.frames import read_frame_at
+from vop_jax.video.images import decode_picture
+from vop_jax.video.moments import Reading, read_segment
 
 WIDTH, HEIGHT = 320, 640  # that a thumbnail fits in
 QUALITY = 80

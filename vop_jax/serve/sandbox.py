@@ -13,8 +13,8 @@ from typing import Any
 
 from absl import logging
 
-from vop_jax.data.workers import in_processes
 from vop_jax.errors import VideoError
+from vop_jax.video.workers import in_processes
 
 MEMORY = 2 << 30  # bytes that a process may take, beyond its libraries
 ENDING = 0.3  # seconds that the processes have when the server ends

@@ -8,8 +8,8 @@ import numpy as np
 from etils import epath
 from PIL import Image, ImageOps
 
-from vop_jax.data.pixels import resize_short_side
 from vop_jax.errors import VideoError
+from vop_jax.video.crops import resize_short_side
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from vop_jax.data.locate import stat
-from vop_jax.data.pictures import list_pictures, read_picture
-from vop_jax.data.sampling import sample_indices, stored_indices
-from vop_jax.data.segment import Segment, as_video_error
 from vop_jax.errors import VideoError
+from vop_jax.video.decode import Segment, as_video_error
+from vop_jax.video.images import list_pictures, read_picture
+from vop_jax.video.sampling import sample_indices, stored_indices
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vop_jax.data.pixels import eval_crop
-from vop_jax.data.sampling import sample_indices, stored_indices
-from vop_jax.data.segment import Segment, as_video_error
 from vop_jax.errors import VideoError
+from vop_jax.video.crops import eval_crop
+from vop_jax.video.decode import Segment, as_video_error
+from vop_jax.video.sampling import sample_indices, stored_indices
 
 Span = tuple[float, float]  # seconds [start, end)
 WHOLE: Span = (0.0, math.inf)
