@@ -14,7 +14,7 @@ import tempfile
 import numpy as np
 
 import vop_jax.search
-from vop_jax.data.annotations.folder import read_folder
+from vop_jax.data.datasets.folder import read_folder
 from vop_jax.search.__main__ import main as search
 
 WITHIN = 5

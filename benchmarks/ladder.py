@@ -29,7 +29,7 @@ from ml_collections import ConfigDict
 from benchmarks.step_cost import counted_flops
 from vop_jax import cli, experiment, report, start
 from vop_jax.config.base import first_difference
-from vop_jax.data import sources
+from vop_jax.data import load
 from vop_jax.data.builders import Making
 from vop_jax.errors import UserError
 from vop_jax.model import TextVideoModel
@@ -201,7 +201,7 @@ def _run_side_by_side(pairs: list[tuple[ConfigDict, str]], workdir: str, jobs: i
 
 def _pack(config: ConfigDict, run: str) -> None:
     """Makes the records that all runs read, in as many processes as there are cores."""
-    sources.load(config.data, run, select=config.train.select, making=Making())
+    load.load(config.data, run, select=config.train.select, making=Making())
 
 
 def _cost(config: Mapping[str, Any]) -> dict[str, float]:

@@ -20,8 +20,8 @@ from collections.abc import Callable
 import av
 import numpy as np
 
+from vop_jax.data.clips import Clip
 from vop_jax.data.encode import Encoded, Preprocessing, encode_clip
-from vop_jax.data.records import Clip
 from vop_jax.video.sampling import sample_indices
 from vop_jax.video.workers import in_processes
 

@@ -8,8 +8,8 @@ from tests.data import videos
 from tests.data.annotations.official import write_official
 from tests.runs import ROOT, call, write_clip
 from vop_jax.config.base import base_config, validate
-from vop_jax.data import prepare, sources
-from vop_jax.data.annotations.benchmarks import BENCHMARKS
+from vop_jax.data import load, prepare
+from vop_jax.data.datasets.registry import BENCHMARKS
 from vop_jax.errors import UserError
 
 TRAIN, TEST, VAL = 10, 4, 3
@@ -155,7 +155,7 @@ def test_a_share_can_be_held_out_beside_the_test_split_that_was(tmp_path):
     data = base_config().data
     data.update(annotations=str(tmp_path / "captions.csv"), videos=str(tmp_path))
     data.update(frames=3, short_side=32, val_share=0.1)
-    splits = sources.load(data, str(tmp_path / "run"), select="best").splits
+    splits = load.load(data, str(tmp_path / "run"), select="best").splits
     assert sum(map(len, splits.values())) == 40 and 1 <= len(splits["val"]) <= 9
 
 
@@ -210,10 +210,10 @@ def test_held_out_clips_stay_out(tmp_path, clip):
     data = base_config().data
     data.update(kind="msrvtt9k", records=str(tmp_path / "records"), official_sizes=False)
     data.update(frames=3, short_side=32, val_share=0.3)
-    packed = sources.load(data, str(tmp_path), select="best")
+    packed = load.load(data, str(tmp_path), select="best")
     train, val = packed.splits["train"], packed.splits["val"]
     assert len(train) + len(val) == TRAIN and len(val) and not {*train.ids} & {*val.ids}
-    assert len(sources.load(data, str(tmp_path)).splits["train"]) == TRAIN
+    assert len(load.load(data, str(tmp_path)).splits["train"]) == TRAIN
     whole = packed.splits["train"]._whole
     for part in (train, val):
         for i, name in enumerate(part.ids):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vop_jax import buckets
+from vop_jax.data import tokenizer
 
 
 def captions(*lengths, slots=20):
@@ -26,12 +26,12 @@ def captions(*lengths, slots=20):
 )
 def test_the_smallest_bucket_that_holds_all(lengths, given, width):
     ids = captions(*lengths)
-    assert buckets.longest(ids) == max(lengths)
-    np.testing.assert_array_equal(buckets.cut(ids, given), ids[:, :width])
+    assert tokenizer.longest(ids) == max(lengths)
+    np.testing.assert_array_equal(tokenizer.cut(ids, given), ids[:, :width])
 
 
 def test_no_captions_take_no_slots():
-    assert buckets.longest(np.zeros((0, 20), np.int32)) == 0
+    assert tokenizer.longest(np.zeros((0, 20), np.int32)) == 0
 
 
 @pytest.mark.parametrize(
@@ -49,15 +49,15 @@ def test_no_captions_take_no_slots():
 )
 def test_widths_that_batches_will_have(long, batch_size, found):
     ids = captions(*[4] * (100 - long), *[9] * long)
-    assert buckets.widths(ids, (5,), batch_size) == found
+    assert tokenizer.widths(ids, (5,), batch_size) == found
 
 
 def test_widths_are_those_that_are_met():
     rng = np.random.default_rng(0)
     ids = captions(*rng.integers(2, 21, 300))
-    met = {buckets.cut(ids[rng.integers(300, size=3)], (8, 12, 30)).shape[1] for _ in range(2000)}
-    assert buckets.widths(ids, (8, 12, 30), 3) == tuple(sorted(met)) == (8, 12, 20)
+    met = {tokenizer.cut(ids[rng.integers(300, size=3)], (8, 12, 30)).shape[1] for _ in range(2000)}
+    assert tokenizer.widths(ids, (8, 12, 30), 3) == tuple(sorted(met)) == (8, 12, 20)
 
 
 def test_without_buckets_there_is_one_width():
-    assert buckets.widths(captions(3, 4), (), 2) == (20,)
+    assert tokenizer.widths(captions(3, 4), (), 2) == (20,)

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from tests import processes, runs
-from vop_jax.data import shapes
+from vop_jax.data.datasets import shapes
 
 CONFIG = f"--config={runs.ROOT / 'configs/demo.py'}"
 

@@ -15,7 +15,7 @@ from tests import readers, runs
 from vop_jax import formats, main
 from vop_jax.clip.convert.pytorch import convert
 from vop_jax.clip.weights import load_clip
-from vop_jax.data.sources import CaptionTokenizer
+from vop_jax.data.tokenizer import CaptionTokenizer
 from vop_jax.model import TextVideoModel
 from vop_jax.storage import tensors
 from vop_jax.tuning.methods import MethodConfig

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from benchmarks import ladder
 from tests import runs
 from vop_jax import experiment
-from vop_jax.data import shapes
+from vop_jax.data.datasets import shapes
 from vop_jax.errors import UserError
 from vop_jax.tuning.methods import METHODS
 
@@ -94,16 +94,16 @@ def test_runs_side_by_side_are_started_once_each_seed_by_seed(monkeypatch, tmp_p
 
 
 def test_records_are_packed_as_asked(tmp_path, monkeypatch):
-    from vop_jax.data import sources
+    from vop_jax.data import load
     from vop_jax.data.builders import Making
 
     asked = []
-    monkeypatch.setattr(sources, "pack", lambda *_, making, **__: asked.append(making))
+    monkeypatch.setattr(load, "pack", lambda *_, making, **__: asked.append(making))
     config = runpy.run_path(str(runs.ROOT / "configs/motion.py"))["get_config"]("vop")
-    monkeypatch.setitem(sources.SOURCES, "clips", lambda *_: {"train": [1], "test": [1]})
-    sources.load(config.data, str(tmp_path))
+    monkeypatch.setitem(load.SOURCES, "clips", lambda *_: {"train": [1], "test": [1]})
+    load.load(config.data, str(tmp_path))
     ladder._pack(config, str(tmp_path))
-    assert asked == [sources.IN_A_RUN, Making()] and asked[1].isolated
+    assert asked == [load.IN_A_RUN, Making()] and asked[1].isolated
 
 
 def test_rates_are_of_the_val_split_and_its_records(monkeypatch, tmp_path):

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from vop_jax import buckets
 from vop_jax.clip.model import Clip
 from vop_jax.clip.weights import parameter_shapes
+from vop_jax.data import tokenizer
 from vop_jax.model import TextVideoModel
 from vop_jax.storage.tensors import flatten
 from vop_jax.tuning.methods import MethodConfig
@@ -151,7 +151,7 @@ def test_fewer_slots_give_the_same_features(method):
     model, params = tiny.model_and_params(method)
     ids = tiny.captions(BATCH, 10)
     whole = np.pad(ids, ((0, 0), (0, method.text_slots(tiny.CLIP) - 10)))
-    held = buckets.longest(ids)
+    held = tokenizer.longest(ids)
     assert held <= 10 < whole.shape[1]
     expected = encode(model, params, "text", whole)
     for fewer in {held, 10}:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vop_jax.clip.weights import ClipWeights, held
-from vop_jax.data.sources import CaptionTokenizer
+from vop_jax.data.tokenizer import CaptionTokenizer
 from vop_jax.errors import UserError
 from vop_jax.model import TextVideoModel
 from vop_jax.storage import tensors

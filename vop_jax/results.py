@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from vop_jax import parameters, start
-from vop_jax.data.annotations.benchmarks import BENCHMARKS
+from vop_jax.data.datasets.registry import BENCHMARKS
 from vop_jax.run_data import Data, by_chance
 from vop_jax.storage import files
 from vop_jax.training.evaluate import Evaluation

@@ -11,13 +11,15 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from vop_jax import buckets, run_cache, start
+from vop_jax import run_cache, start
 from vop_jax.config.base import extra_rows
-from vop_jax.data import sources
-from vop_jax.data.annotations.folder import hash_of
+from vop_jax.data import tokenizer
+from vop_jax.data.datasets.folder import hash_of
+from vop_jax.data.load import contrasts, flip_warning, load
 from vop_jax.data.packed import Packed, Part, Split
 from vop_jax.data.pipeline import eval_videos, train_batches
 from vop_jax.data.shards import label_of
+from vop_jax.data.tokenizer import CaptionTokenizer, TokenizedCaptions
 from vop_jax.errors import UserError
 from vop_jax.training import hosts, sharding
 from vop_jax.training.evaluate import Bank, EvalSet, batch_size_for
@@ -33,7 +35,7 @@ class Data:
     Attributes:
         train_batches: start step -> this process's rows of that batch and all after it.
         learnt_from: a hash of the training split's ids and captions; "" where it is not read.
-        text_widths: of their captions, see `buckets.widths`.
+        text_widths: of their captions, see `tokenizer.widths`.
         cache: what `train_batches` are cut out of, where frames live on the devices.
         val_set: what a checkpoint is chosen on, if one is.
         num_texts, num_videos: both sides of the evaluation, misses included.
@@ -59,8 +61,8 @@ def load_data(run: start.Run, *, training: bool = True) -> Data:
         training: whether the training split is needed; evaluation does without it.
     """
     config, clip = run.config, run.clip.config
-    load = partial(
-        sources.load,
+    load_packed = partial(
+        load,
         config.data,
         str(run.workdir),
         select=config.train.select,
@@ -68,19 +70,19 @@ def load_data(run: start.Run, *, training: bool = True) -> Data:
     )
     if training:
         check_batch(config)
-    packed = packed_once(load)
+    packed = packed_once(load_packed)
     _check_sizes(run, packed, training)
     hosts.agree({f"split {name!r}": _content(split) for name, split in packed.splits.items()})
     train_split = packed.splits.get(config.data.train_split)
     learnt_from = _digest(train_split) if training and train_split else ""
     _check_continued(run, learnt_from)
     test = packed.splits[config.data.eval_split]
-    tokenize = sources.CaptionTokenizer(run.method.text_slots(clip), clip.vocab_size)
+    tokenize = CaptionTokenizer(run.method.text_slots(clip), clip.vocab_size)
     texts = [c for captions in test.captions for c in captions]
     ids, cut = tokenize.with_cuts(texts)
     in_train = [c for captions in train_split.captions for c in captions] if train_split else []
     train_ids, cut_in_train = tokenize.with_cuts(in_train)
-    tokenized = sources.TokenizedCaptions(in_train, train_ids)
+    tokenized = TokenizedCaptions(in_train, train_ids)
     missed = test.skipped if config.eval.missing == "miss" else []
     missed_texts = sum(len(clip.captions) for clip in missed)
     train_buckets, train_batch = _train_buckets(run, train_ids), config.train.batch_size
@@ -94,7 +96,7 @@ def load_data(run: start.Run, *, training: bool = True) -> Data:
             video_of_text=np.repeat(np.arange(len(test)), [len(c) for c in test.captions]),
             contrasts={
                 name: tokenize(turned)
-                for name, turned in sources.contrasts(config.data.kind, texts).items()
+                for name, turned in contrasts(config.data.kind, texts).items()
             },
             missed_texts=missed_texts,
             missed_videos=len(missed),
@@ -120,7 +122,7 @@ def load_data(run: start.Run, *, training: bool = True) -> Data:
             **_reading(run),
         ),
         learnt_from=learnt_from,
-        text_widths=buckets.widths(train_ids, train_buckets, train_batch) if in_train else (),
+        text_widths=tokenizer.widths(train_ids, train_buckets, train_batch) if in_train else (),
         num_texts=len(ids) + missed_texts,
         num_videos=len(test) + len(missed),
         cut_captions=int(cut.sum() + cut_in_train.sum()),
@@ -219,7 +221,7 @@ def _batches_of(run: start.Run, batch_size: int) -> dict[str, Any]:
 
 
 def _val_set(
-    run: start.Run, packed: Packed, tokenize: sources.CaptionTokenizer, reading: Reading
+    run: start.Run, packed: Packed, tokenize: CaptionTokenizer, reading: Reading
 ) -> EvalSet | None:
     """What a checkpoint is chosen on, if one is."""
     config = run.config
@@ -245,11 +247,11 @@ def _train_buckets(run: start.Run, ids: np.ndarray) -> tuple[int, ...]:
     widths, batch_size = _buckets(run), run.config.train.batch_size
     if len(sharding.process_rows(run.mesh, batch_size)) == batch_size:
         return widths
-    return (buckets.cut(ids, widths).shape[1],)
+    return (tokenizer.cut(ids, widths).shape[1],)
 
 
 def _bank(
-    run: start.Run, packed: Packed, tokenize: sources.CaptionTokenizer, reading: Reading
+    run: start.Run, packed: Packed, tokenize: CaptionTokenizer, reading: Reading
 ) -> Bank | None:
     """`eval.bank` clips of the training split and the first caption of each, if asked for.
 
@@ -288,7 +290,7 @@ def _report_data(run: start.Run, data: Data) -> None:
         logging.warning("skipped %s (%s): %s", label, skipped["split"], skipped["reason"])
     if data.learnt_from:
         learnt = data.packed.splits[run.config.data.train_split].captions
-        if warning := sources.flip_warning(run.config.data, learnt):
+        if warning := flip_warning(run.config.data, learnt):
             logging.warning("%s", warning)
     if few := by_chance(data.num_videos):
         logging.warning(

@@ -14,7 +14,7 @@ from tests.data.annotations.official import write_official
 from vop_jax import cli
 from vop_jax.config.base import base_config
 from vop_jax.data import check as program
-from vop_jax.data import prepare, sources
+from vop_jax.data import load, prepare
 
 pytestmark = pytest.mark.usefixtures("quiet")
 
@@ -92,14 +92,14 @@ def test_sides_are_whole_words():
     said = ["LEFT!", "turn right.", "the leftmost", "a right-hand bend", "righthand", "leftward"]
     said += ["counter-clockwise", "anticlockwise", "Clockwise"]
     other = ["bright lights", "copyright", "a cleft", "leftovers", "clockwork", ""]
-    assert sources.count_sides([*said, *other]) == len(said)
+    assert load.count_sides([*said, *other]) == len(said)
     data = base_config().data
-    assert "9 of 15 captions (60.0 %)" in sources.flip_warning(data, [said, other])
-    assert not sources.flip_warning(data, [other])
+    assert "9 of 15 captions (60.0 %)" in load.flip_warning(data, [said, other])
+    assert not load.flip_warning(data, [other])
     for key in ("flip", "augment"):
         data = base_config().data
         data[key] = False
-        assert not sources.flip_warning(data, [said])
+        assert not load.flip_warning(data, [said])
 
 
 def test_the_slots_are_the_methods(msrvtt):

@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from vop_jax.data.locate import locate, stat
-from vop_jax.data.records import Clip
+from vop_jax.data.clips import Clip
+from vop_jax.data.datasets.locate import locate, stat
 from vop_jax.errors import UserError, VideoError
 
 

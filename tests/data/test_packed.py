@@ -15,9 +15,9 @@ from PIL import Image
 from tests.data import videos
 from vop_jax.data import builders, encode, packed, shards
 from vop_jax.data.builders import Making
+from vop_jax.data.clips import Clip
 from vop_jax.data.encode import Preprocessing
 from vop_jax.data.packing import pack
-from vop_jax.data.records import Clip
 from vop_jax.errors import UserError
 from vop_jax.video.frames import read_frames
 

@@ -20,9 +20,9 @@ from tests.data import calls, videos
 from tests.data.annotations.official import write_official
 from vop_jax.data import builders, layout, packed, packing, prepare, shards
 from vop_jax.data.builders import Making
+from vop_jax.data.clips import Clip
 from vop_jax.data.encode import Preprocessing
 from vop_jax.data.packing import locked, pack
-from vop_jax.data.records import Clip
 from vop_jax.errors import UserError
 
 SIZES = {"train": 10, "test": 4}

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vop_jax.data.resampling import BITS, Sides, sides_of, weights_of
+from vop_jax.data.device_crops import BITS, Sides, sides_of, weights_of
 from vop_jax.video.crops import centre_cut, cut_out, draw_cut
 
 SIZE = 20

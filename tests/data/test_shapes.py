@@ -13,7 +13,8 @@ from etils import epath
 
 from tests import processes
 from vop_jax.config.base import base_config
-from vop_jax.data import shapes, sources
+from vop_jax.data import load
+from vop_jax.data.datasets import shapes
 from vop_jax.errors import UserError
 from vop_jax.video.sampling import sample_indices
 
@@ -284,7 +285,7 @@ def test_impossible_numbers_of_stills_are_refused(tmp_path):
 
 
 def test_needs_no_jax():
-    code = "import sys, vop_jax.data.shapes; assert not {'jax', 'flax'} & set(sys.modules)"
+    code = "import sys, vop_jax.data.datasets.shapes; assert not {'jax', 'flax'} & set(sys.modules)"
     processes.run([sys.executable, "-c", code], check=True)
 
 
@@ -292,5 +293,5 @@ def test_a_run_renders_as_many_as_its_config_says(monkeypatch, tmp_path):
     config = base_config()
     config.data.kind, config.data.rendered = "clips", 6
     monkeypatch.setattr(shapes, "render", functools.partial(shapes.render, val=2, test=4))
-    splits = sources.load(config.data, str(tmp_path)).splits
+    splits = load.load(config.data, str(tmp_path)).splits
     assert {name: len(split) for name, split in splits.items()} == {"train": 6, "test": 4}

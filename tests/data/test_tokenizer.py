@@ -11,8 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import processes
-from vop_jax.data.sources import CaptionTokenizer, TokenizedCaptions
-from vop_jax.data.tokenizer import EOT, SOT, VOCAB_SIZE, Tokenizer
+from vop_jax.data.tokenizer import (
+    EOT,
+    SOT,
+    VOCAB_SIZE,
+    CaptionTokenizer,
+    TokenizedCaptions,
+    Tokenizer,
+)
 from vop_jax.errors import UserError
 
 TOKENIZER = Tokenizer()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vop_jax.data.decoded import Drawn
-from vop_jax.data.resampling import BITS
+from vop_jax.data.device_crops import BITS
 from vop_jax.errors import UserError
 from vop_jax.training import device_cache, sharding
 from vop_jax.training.device_cache import DeviceCache, Layout, fill

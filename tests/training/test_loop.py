@@ -11,8 +11,9 @@ import pytest
 from absl import logging
 
 from tests import tiny
-from vop_jax import buckets, cli
+from vop_jax import cli
 from vop_jax.config.base import base_config
+from vop_jax.data import tokenizer
 from vop_jax.storage.tensors import flatten
 from vop_jax.training import loop, prefetch, sharding
 from vop_jax.training.checkpoint import Checkpoints
@@ -211,7 +212,7 @@ def test_captions_in_buckets_teach_the_same_with_a_program_for_each_width(tmp_pa
         for k, batch in zip(itertools.count(start), batches(start), strict=False):
             ids = tiny.captions(BATCH, (6, 12, slots)[k % 3], seed=k)
             ids = np.pad(ids, ((0, 0), (0, slots - ids.shape[1])))
-            yield batch | {"ids": buckets.cut(ids, widths)}
+            yield batch | {"ids": tokenizer.cut(ids, widths)}
 
     whole = Run(tmp_path / "whole").fit(source)
     widths[:] = 6, 12

@@ -20,12 +20,12 @@ from tensorflow_datasets.core import dataset_builder, naming, splits
 from tqdm import tqdm
 
 from vop_jax.data import shards
-from vop_jax.data.annotations.benchmarks import read_benchmark
-from vop_jax.data.annotations.folder import DELIMITERS, JSON_LINES, read_folder
+from vop_jax.data.clips import Dataset
+from vop_jax.data.datasets.folder import DELIMITERS, JSON_LINES, read_folder
+from vop_jax.data.datasets.locate import locate
+from vop_jax.data.datasets.registry import read_benchmark
 from vop_jax.data.encode import Preprocessing, encode_clip
 from vop_jax.data.layout import SHARDS, VERSION, fingerprint, index_name, link, staging_of
-from vop_jax.data.locate import locate
-from vop_jax.data.records import Dataset
 from vop_jax.errors import UserError
 from vop_jax.storage.files import write_atomic, write_json
 from vop_jax.video.workers import in_processes, in_threads
@@ -91,7 +91,7 @@ class VideoBuilder(dataset_builder.FileReaderBuilder, skip_registration=True):  
         """The clips of the official files, their videos looked up if wanted; what was noticed.
 
         Raises:
-            UserError: see `benchmarks.read_benchmark` and `locate.locate`.
+            UserError: see `registry.read_benchmark` and `locate.locate`.
         """
         dataset, notes = read_benchmark(
             cls.name, annotations, splits=only, official_sizes=official_sizes

@@ -24,9 +24,10 @@ from tqdm import tqdm
 from vop_jax import cli, main
 from vop_jax.config.base import validate
 from vop_jax.data import builders, layout, packed, shards
-from vop_jax.data.annotations.benchmarks import BENCHMARKS, check_sizes
+from vop_jax.data.datasets.registry import BENCHMARKS, check_sizes
 from vop_jax.data.encode import Preprocessing, encode_clip
-from vop_jax.data.sources import CaptionTokenizer, count_sides, flip_warning
+from vop_jax.data.load import count_sides, flip_warning
+from vop_jax.data.tokenizer import CaptionTokenizer
 from vop_jax.errors import UserError
 from vop_jax.storage import files
 from vop_jax.video.workers import in_processes

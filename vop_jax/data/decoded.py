@@ -14,8 +14,8 @@ from absl import logging
 from PIL import Image
 from tqdm import tqdm
 
+from vop_jax.data.device_crops import Sides, sides_of
 from vop_jax.data.packed import Split
-from vop_jax.data.resampling import Sides, sides_of
 from vop_jax.errors import UserError
 from vop_jax.video.crops import Cut, centre_cut
 from vop_jax.video.sampling import sample_indices

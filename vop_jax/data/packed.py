@@ -11,6 +11,7 @@ from absl import logging
 from etils import epath
 
 from vop_jax.data.builders import Folder, check_share
+from vop_jax.data.clips import Clip
 from vop_jax.data.encode import RULE, Preprocessing
 from vop_jax.data.layout import (
     SHARDS,
@@ -19,7 +20,6 @@ from vop_jax.data.layout import (
     read_index,
     staging_of,
 )
-from vop_jax.data.records import Clip
 from vop_jax.data.shards import digest
 from vop_jax.errors import UserError
 from vop_jax.video.sampling import OLDER_RULE, UNIFORM_RULE

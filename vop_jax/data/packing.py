@@ -12,6 +12,7 @@ from absl import logging
 from etils import epath
 
 from vop_jax.data.builders import BUILDERS, Folder, Making
+from vop_jax.data.clips import Clip, Dataset
 from vop_jax.data.encode import Preprocessing
 from vop_jax.data.layout import (
     SHARDS,
@@ -23,7 +24,6 @@ from vop_jax.data.layout import (
     staging_of,
 )
 from vop_jax.data.packed import Packed, differences, find_records, older_rule, open_records
-from vop_jax.data.records import Clip, Dataset
 from vop_jax.data.shards import has_changed
 from vop_jax.errors import UserError
 

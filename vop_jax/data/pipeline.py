@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from vop_jax import buckets
+from vop_jax.data import tokenizer
 from vop_jax.data.decoded import Drawn, decode, draws_frames
 from vop_jax.data.packed import Split
 from vop_jax.video.crops import Cut, centre_cut, cut_out, draw_cut, eval_crop
@@ -163,7 +163,7 @@ def train_batches(
         workers: reader processes; 0: none.
         cache_gb: decoded frames are kept if those of the whole split take no more.
         text_buckets: widths that the captions of a batch are cut to if they fit, see
-            `buckets.cut`. Processes that read different rows need the same width: give them one
+            `tokenizer.cut`. Processes that read different rows need the same width: give them one
             that holds all captions of the split.
         drawn: of frames that are on the devices already: batches tell what to cut out of them.
 
@@ -190,7 +190,7 @@ def train_batches(
     if drawn:
         threads = 1  # draws are a few microseconds of Python, that more would only wait for
     batches = _read(rows, len(local), start_step, threads, workers)
-    return (batch | {"ids": buckets.cut(batch["ids"], text_buckets)} for batch in batches)
+    return (batch | {"ids": tokenizer.cut(batch["ids"], text_buckets)} for batch in batches)
 
 
 def eval_videos(

@@ -27,9 +27,9 @@ from vop_jax import cli
 from vop_jax.cli import Parser, number, whole
 from vop_jax.data import packed, shards
 from vop_jax.data.builders import BUILDERS, CLIPS_PER_SHARD, Making
+from vop_jax.data.clips import Clip
 from vop_jax.data.encode import Encoded, Preprocessing, encode_clip
 from vop_jax.data.packing import pack
-from vop_jax.data.records import Clip
 from vop_jax.errors import UserError
 from vop_jax.video.sampling import SAMPLINGS
 from vop_jax.video.workers import in_processes

@@ -20,9 +20,9 @@ import tensorflow_datasets as tfds
 from absl import logging
 from etils import epath
 
+from vop_jax.data.clips import Clip, Dataset
+from vop_jax.data.datasets.locate import stat
 from vop_jax.data.encode import Encoded, Preprocessing
-from vop_jax.data.locate import stat
-from vop_jax.data.records import Clip, Dataset
 from vop_jax.errors import UserError, VideoError
 from vop_jax.storage.files import write_json
 

@@ -175,3 +175,78 @@ def clean(text: str) -> str:
     """OpenAI's cleaning: encoding and HTML entities mended, one space between words, lower case."""
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return _SPACE.sub(" ", text).strip().lower()
+
+
+RARE = 1e-3  # of all batches
+
+
+def longest(ids: np.ndarray) -> int:
+    """Slots that the longest of the captions [N, T] takes, its EOT, the largest id, included."""
+    return int(ids.argmax(axis=-1).max(initial=-1)) + 1
+
+
+def cut(ids: np.ndarray, buckets: Sequence[int]) -> np.ndarray:
+    """int32 [N, T] -> [N, T'], the smallest bucket that holds all of them, or T itself."""
+    needed = longest(ids)
+    return ids[:, : min((width for width in buckets if width >= needed), default=ids.shape[1])]
+
+
+def widths(ids: np.ndarray, buckets: Sequence[int], batch_size: int) -> tuple[int, ...]:
+    """Ascending: what `cut` makes of batches drawn from the captions [N, T], but for the RARE.
+
+    A batch fits a width if all its captions do: of n of N that fit, none drawn twice, by chance
+    n / N * (n - 1) / (N - 1) * …
+    """
+    count, slots = ids.shape
+    allowed = sorted({slots, *(min(width, slots) for width in buckets)})
+    lengths, drawn = ids.argmax(axis=-1) + 1, np.arange(min(batch_size, count))
+    fitting = [np.sum(lengths <= width) for width in allowed]
+    chances = [np.prod(np.maximum(n - drawn, 0) / (count - drawn)) for n in fitting]
+    shares = np.diff(chances, prepend=0.0)
+    return tuple(width for width, share in zip(allowed, shares, strict=True) if share >= RARE)
+
+
+class CaptionTokenizer:
+    """Captions -> ids of a fixed number of slots; can be sent to worker processes.
+
+    Raises:
+        UserError: the model's vocabulary is of another tokenizer.
+    """
+
+    def __init__(self, slots: int, vocab_size: int = VOCAB_SIZE):
+        if vocab_size != VOCAB_SIZE:
+            raise UserError(
+                f"a CLIP with a vocabulary of {vocab_size:,} tokens, which is of another tokenizer "
+                f"than CLIP's own, of {VOCAB_SIZE:,}: it cannot be told what captions say"
+            )
+        self.slots = slots
+        self._tokenizer = Tokenizer()
+
+    def __call__(self, captions: Sequence[str]) -> np.ndarray:
+        """int32 [N, T]; a caption that is too long is cut, its EOT kept."""
+        return self.with_cuts(captions)[0]
+
+    def lengths(self, captions: Sequence[str]) -> np.ndarray:
+        """int [N]: the slots that whole captions take, SOS and EOT among them."""
+        return self._tokenizer.lengths(captions)
+
+    def with_cuts(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """(int32 [N, T], bool [N]: the caption was cut)."""
+        return self._tokenizer(captions, self.slots)
+
+
+class TokenizedCaptions:
+    """Captions -> ids that were made before: drawing one, epoch after epoch, costs a lookup.
+
+    Args:
+        captions: N.
+        ids: int32 [N, T], row i of caption i.
+    """
+
+    def __init__(self, captions: Sequence[str], ids: np.ndarray):
+        self._ids = ids.astype(np.uint16)  # VOCAB_SIZE fits; they are kept, and sent to workers
+        self._row_of = {caption: row for row, caption in enumerate(captions)}
+
+    def __call__(self, captions: Sequence[str]) -> np.ndarray:
+        """int32 [N, T]."""
+        return self._ids[[self._row_of[caption] for caption in captions]].astype(np.int32)

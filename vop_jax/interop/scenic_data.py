@@ -10,7 +10,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from vop_jax.config.base import validate
-from vop_jax.data import sources
+from vop_jax.data import load, tokenizer
 from vop_jax.data.packed import Split
 from vop_jax.data.pipeline import Batch, eval_videos, train_batches
 from vop_jax.errors import UserError
@@ -61,13 +61,13 @@ def build(
     if shuffle_seed is None:
         shuffle_seed = 0 if rng is None else int(jax.random.randint(rng, (), 0, 2**31 - 1))
     select = "best" if data.val_share or given.get("val_split") else "last"
-    packed = packed_once(lambda: sources.load(data, "", select=select))
+    packed = packed_once(lambda: load.load(data, "", select=select))
     splits = packed.splits
     train, test = splits[data.train_split], splits[data.eval_split]
     valid = splits[data.val_split] if select == "best" else None
-    if warning := sources.flip_warning(data, train.captions):
+    if warning := load.flip_warning(data, train.captions):
         logging.warning("%s", warning)
-    tokenize = sources.CaptionTokenizer(slots)
+    tokenize = tokenizer.CaptionTokenizer(slots)
     reading = {
         "image_size": size,
         "frames": data.frames,

@@ -9,7 +9,7 @@ from typing import Any
 from etils import epath
 
 from vop_jax.config.base import RESUMABLE, base_config, flatten_config
-from vop_jax.data.annotations.benchmarks import BENCHMARKS
+from vop_jax.data.datasets.registry import BENCHMARKS
 from vop_jax.errors import UserError
 from vop_jax.report.runs import UNTOLD, Row, Run, format_mean, grouped
 from vop_jax.tuning.methods import METHODS

@@ -5,7 +5,7 @@ import os
 
 from tqdm import tqdm
 
-from vop_jax.data.annotations.folder import read_folder
+from vop_jax.data.datasets.folder import read_folder
 from vop_jax.errors import UserError
 from vop_jax.retriever import Retriever
 from vop_jax.search.writing import Catalog

@@ -7,7 +7,7 @@ from collections.abc import Container
 
 from absl import logging
 
-from vop_jax.data.locate import VIDEOS
+from vop_jax.data.datasets.locate import VIDEOS
 from vop_jax.errors import UserError
 from vop_jax.storage.files import walk
 

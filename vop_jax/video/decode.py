@@ -22,7 +22,7 @@ from av.container import InputContainer
 from av.video.reformatter import VideoReformatter
 from etils import epath
 
-from vop_jax.data.locate import stat
+from vop_jax.data.datasets.locate import stat
 from vop_jax.errors import VideoError
 from vop_jax.video.crops import resize, resize_short_side
 from vop_jax.video.files import stated_bytes

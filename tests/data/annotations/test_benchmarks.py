@@ -3,7 +3,7 @@
 import pytest
 
 from tests.data.annotations.official import sentence, sentences, write_official
-from vop_jax.data.annotations.benchmarks import BENCHMARKS, check_sizes, read_benchmark
+from vop_jax.data.datasets.registry import BENCHMARKS, check_sizes, read_benchmark
 from vop_jax.errors import UserError
 
 SIZES = {"train": 5, "val": 2, "test": 3}

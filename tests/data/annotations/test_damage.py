@@ -7,7 +7,7 @@ import random
 import pytest
 
 from tests.data.annotations.official import write_official
-from vop_jax.data.annotations.benchmarks import BENCHMARKS, read_benchmark
+from vop_jax.data.datasets.registry import BENCHMARKS, read_benchmark
 from vop_jax.errors import UserError
 
 ROUNDS = 30  # of each benchmark

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from vop_jax.data.annotations.folder import read_folder, video_of
+from vop_jax.data.datasets.folder import read_folder, video_of
 from vop_jax.errors import UserError
 
 

@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from tests.data.annotations.official import sentence, write_official
-from vop_jax.data.annotations.benchmarks import BENCHMARKS, read_benchmark
+from vop_jax.data.datasets.registry import BENCHMARKS, read_benchmark
 from vop_jax.errors import UserError
 
 SIZES = {"train": 5, "val": 2, "test": 3}

@@ -5,10 +5,9 @@ import os
 import pytest
 from etils import epath
 
-from vop_jax.data.annotations.benchmarks import read_benchmark
-from vop_jax.data.annotations.msrvtt import read_train_list
-from vop_jax.data.annotations.official import Size
-from vop_jax.data.annotations.reading import find_optional
+from vop_jax.data.datasets.msrvtt import read_train_list
+from vop_jax.data.datasets.parsing import Size, find_optional
+from vop_jax.data.datasets.registry import read_benchmark
 
 VARIABLE = "VOP_JAX_ANNOTATIONS"
 

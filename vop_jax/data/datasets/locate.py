@@ -10,7 +10,7 @@ from collections.abc import Container, Sequence
 from etils import epath
 from etils.epath.stat_utils import StatResult
 
-from vop_jax.data.records import Clip
+from vop_jax.data.clips import Clip
 from vop_jax.errors import UserError, VideoError
 from vop_jax.storage.files import walk
 from vop_jax.video.images import is_picture

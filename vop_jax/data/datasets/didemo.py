@@ -4,19 +4,21 @@ import pathlib
 
 from etils import epath
 
-from vop_jax.data.annotations.official import (
+from vop_jax.data.clips import Clip
+from vop_jax.data.datasets.parsing import (
     Benchmark,
     Captions,
     Size,
     caption,
     expect,
+    find,
     identifier,
     member,
     note_ids,
+    read_json,
+    read_list,
     without_empty,
 )
-from vop_jax.data.annotations.reading import find, read_json, read_list
-from vop_jax.data.records import Clip
 
 # Videos are cut to this many seconds: what the annotators saw.
 SECONDS = 30.0

@@ -2,10 +2,9 @@
 
 from etils import epath
 
-from vop_jax.data.annotations.msvd import captions_by_id
-from vop_jax.data.annotations.official import Benchmark, Size, clips_of
-from vop_jax.data.annotations.reading import find, read_json, read_list
-from vop_jax.data.records import Clip
+from vop_jax.data.clips import Clip
+from vop_jax.data.datasets.msvd import captions_by_id
+from vop_jax.data.datasets.parsing import Benchmark, Size, clips_of, find, read_json, read_list
 
 FILES = {split: (f"vatex_{split}_list.txt", f"{split}_list.txt") for split in ("train", "test")}
 CAPTIONS = ("ref_captions.json",)

@@ -4,21 +4,19 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-import numpy as np
 from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from vop_jax.data import shapes
-from vop_jax.data.annotations.benchmarks import BENCHMARKS, check_sizes, read_benchmark
-from vop_jax.data.annotations.folder import hash_of, read_folder, video_of
 from vop_jax.data.builders import Making
+from vop_jax.data.clips import Dataset
+from vop_jax.data.datasets import shapes
+from vop_jax.data.datasets.folder import hash_of, read_folder, video_of
+from vop_jax.data.datasets.locate import locate
+from vop_jax.data.datasets.registry import BENCHMARKS, check_sizes, read_benchmark
 from vop_jax.data.encode import Preprocessing
-from vop_jax.data.locate import locate
 from vop_jax.data.packed import Packed, Part, find_records, open_records, splits_of
 from vop_jax.data.packing import check_local, pack
-from vop_jax.data.records import Dataset
-from vop_jax.data.tokenizer import VOCAB_SIZE, Tokenizer
 from vop_jax.errors import UserError
 
 
@@ -84,7 +82,7 @@ def load(
         making: how records are packed that are not there.
 
     Raises:
-        UserError: see `folder.read_folder`, `benchmarks.read_benchmark` and `packing.pack`.
+        UserError: see `folder.read_folder`, `registry.read_benchmark` and `packing.pack`.
     """
     wanted = {data.train_split, data.eval_split} if training else {data.eval_split}
     if training and select == "best" and not data.val_share:
@@ -205,49 +203,3 @@ def flip_warning(data: ConfigDict, captions_of: Iterable[Sequence[str]]) -> str:
         "config.data.flip=True mirrors half of the clips; where these words are sides, train with "
         "--config.data.flip=False"
     )
-
-
-class CaptionTokenizer:
-    """Captions -> ids of a fixed number of slots; can be sent to worker processes.
-
-    Raises:
-        UserError: the model's vocabulary is of another tokenizer.
-    """
-
-    def __init__(self, slots: int, vocab_size: int = VOCAB_SIZE):
-        if vocab_size != VOCAB_SIZE:
-            raise UserError(
-                f"a CLIP with a vocabulary of {vocab_size:,} tokens, which is of another tokenizer "
-                f"than CLIP's own, of {VOCAB_SIZE:,}: it cannot be told what captions say"
-            )
-        self.slots = slots
-        self._tokenizer = Tokenizer()
-
-    def __call__(self, captions: Sequence[str]) -> np.ndarray:
-        """int32 [N, T]; a caption that is too long is cut, its EOT kept."""
-        return self.with_cuts(captions)[0]
-
-    def lengths(self, captions: Sequence[str]) -> np.ndarray:
-        """int [N]: the slots that whole captions take, SOS and EOT among them."""
-        return self._tokenizer.lengths(captions)
-
-    def with_cuts(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """(int32 [N, T], bool [N]: the caption was cut)."""
-        return self._tokenizer(captions, self.slots)
-
-
-class TokenizedCaptions:
-    """Captions -> ids that were made before: drawing one, epoch after epoch, costs a lookup.
-
-    Args:
-        captions: N.
-        ids: int32 [N, T], row i of caption i.
-    """
-
-    def __init__(self, captions: Sequence[str], ids: np.ndarray):
-        self._ids = ids.astype(np.uint16)  # VOCAB_SIZE fits; they are kept, and sent to workers
-        self._row_of = {caption: row for row, caption in enumerate(captions)}
-
-    def __call__(self, captions: Sequence[str]) -> np.ndarray:
-        """int32 [N, T]."""
-        return self._ids[[self._row_of[caption] for caption in captions]].astype(np.int32)

@@ -4,17 +4,18 @@ import re
 
 from etils import epath
 
-from vop_jax.data.annotations.official import (
+from vop_jax.data.clips import Clip
+from vop_jax.data.datasets.parsing import (
     Benchmark,
     Captions,
     Size,
     caption,
     clips_of,
+    find,
     identifier,
+    read_lines,
     unique,
 )
-from vop_jax.data.annotations.reading import find, read_lines
-from vop_jax.data.records import Clip
 from vop_jax.errors import UserError
 
 FILES = {

@@ -5,15 +5,14 @@ from collections.abc import Collection, Mapping
 
 from etils import epath
 
-from vop_jax.data.annotations.activitynet import ACTIVITYNET
-from vop_jax.data.annotations.didemo import DIDEMO
-from vop_jax.data.annotations.lsmdc import LSMDC
-from vop_jax.data.annotations.msrvtt import MSRVTT7K, MSRVTT9K
-from vop_jax.data.annotations.msvd import MSVD
-from vop_jax.data.annotations.official import Benchmark
-from vop_jax.data.annotations.reading import find
-from vop_jax.data.annotations.vatex import VATEX
-from vop_jax.data.records import Dataset
+from vop_jax.data.clips import Dataset
+from vop_jax.data.datasets.activitynet import ACTIVITYNET
+from vop_jax.data.datasets.didemo import DIDEMO
+from vop_jax.data.datasets.lsmdc import LSMDC
+from vop_jax.data.datasets.msrvtt import MSRVTT7K, MSRVTT9K
+from vop_jax.data.datasets.msvd import MSVD
+from vop_jax.data.datasets.parsing import Benchmark, find
+from vop_jax.data.datasets.vatex import VATEX
 from vop_jax.errors import UserError
 
 BENCHMARKS: dict[str, Benchmark] = {

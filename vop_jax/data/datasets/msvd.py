@@ -6,17 +6,19 @@ from typing import Any
 
 from etils import epath
 
-from vop_jax.data.annotations.official import (
+from vop_jax.data.clips import Clip
+from vop_jax.data.datasets.parsing import (
     Benchmark,
     Captions,
     Size,
     caption,
     clips_of,
     expect,
+    find,
     identifier,
+    read_json,
+    read_list,
 )
-from vop_jax.data.annotations.reading import find, read_json, read_list
-from vop_jax.data.records import Clip
 from vop_jax.errors import UserError
 
 FILES = {

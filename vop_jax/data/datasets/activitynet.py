@@ -2,19 +2,21 @@
 
 from etils import epath
 
-from vop_jax.data.annotations.official import (
+from vop_jax.data.clips import Clip
+from vop_jax.data.datasets.parsing import (
     Benchmark,
     Captions,
     Size,
     caption,
     expect,
+    find,
+    find_optional,
     identifier,
     member,
     note_ids,
+    read_json,
     without_empty,
 )
-from vop_jax.data.annotations.reading import find, find_optional, read_json
-from vop_jax.data.records import Clip
 
 FILES = {
     "train": ("activitynet_train.json", "train.json"),

@@ -5,18 +5,21 @@ from collections.abc import Mapping
 
 from etils import epath
 
-from vop_jax.data.annotations.official import (
+from vop_jax.data.clips import Clip
+from vop_jax.data.datasets.parsing import (
     Benchmark,
     Captions,
     Size,
     caption,
     clips_of,
+    find,
+    find_optional,
     identifier,
     member,
+    read_csv,
+    read_json,
     unique,
 )
-from vop_jax.data.annotations.reading import find, find_optional, read_csv, read_json
-from vop_jax.data.records import Clip
 
 TEST = ("MSRVTT_JSFUSION_test.csv",)
 CAPTIONS = ("MSRVTT_data.json",)

@@ -15,8 +15,8 @@ from typing import Any
 from absl import logging
 from etils import epath
 
-from vop_jax.data.annotations.official import NO_TEXT
-from vop_jax.data.records import Clip, Dataset
+from vop_jax.data.clips import Clip, Dataset
+from vop_jax.data.datasets.parsing import NO_TEXT
 from vop_jax.errors import UserError
 
 COLUMNS = ("video", "caption", "start", "end", "split")
