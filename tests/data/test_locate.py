@@ -5,8 +5,9 @@ import os
 import pytest
 
 from vop_jax.data.clips import Clip
-from vop_jax.data.datasets.locate import locate, stat
+from vop_jax.data.datasets.locate import locate
 from vop_jax.errors import UserError, VideoError
+from vop_jax.video.files import stat
 
 
 def clips(*paths):

@@ -21,10 +21,10 @@ from absl import logging
 from etils import epath
 
 from vop_jax.data.clips import Clip, Dataset
-from vop_jax.data.datasets.locate import stat
 from vop_jax.data.encode import Encoded, Preprocessing
 from vop_jax.errors import UserError, VideoError
 from vop_jax.storage.files import write_json
+from vop_jax.video.files import stat
 
 CLIPS_PER_SHARD = 256  # some 80 MB of 12 frames of 256 pixels
 

@@ -7,9 +7,9 @@ from collections.abc import Container
 
 from absl import logging
 
-from vop_jax.data.datasets.locate import VIDEOS
 from vop_jax.errors import UserError
 from vop_jax.storage.files import walk
+from vop_jax.video.files import VIDEOS
 
 # Of ISO media, that are no videos: pictures and sound.
 OTHER_BRANDS = (b"heic", b"heix", b"mif1", b"msf1", b"avif", b"crx ", b"M4A ", b"M4B ")

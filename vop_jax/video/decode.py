@@ -22,10 +22,9 @@ from av.container import InputContainer
 from av.video.reformatter import VideoReformatter
 from etils import epath
 
-from vop_jax.data.datasets.locate import stat
 from vop_jax.errors import VideoError
 from vop_jax.video.crops import resize, resize_short_side
-from vop_jax.video.files import stated_bytes
+from vop_jax.video.files import stat, stated_bytes
 
 # What may be opened: formats that hold their frames themselves. Playlists and image sequences
 # name other files and addresses, which a file from anywhere shall not have read.

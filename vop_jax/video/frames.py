@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vop_jax.data.datasets.locate import stat
 from vop_jax.errors import VideoError
 from vop_jax.video.decode import Segment, as_video_error
+from vop_jax.video.files import stat
 from vop_jax.video.images import list_pictures, read_picture
 from vop_jax.video.sampling import sample_indices, stored_indices
 

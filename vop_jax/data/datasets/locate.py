@@ -1,26 +1,18 @@
 """Where the videos of official names really are: other extensions, other places, frames."""
 
 import dataclasses
-import functools
 import os
 import posixpath
-import unicodedata
 from collections.abc import Container, Sequence
 
 from etils import epath
-from etils.epath.stat_utils import StatResult
 
 from vop_jax.data.clips import Clip
-from vop_jax.errors import UserError, VideoError
+from vop_jax.errors import UserError
 from vop_jax.storage.files import walk
+from vop_jax.video.files import VIDEOS, name_of
 from vop_jax.video.images import is_picture
 
-# What names of videos end with, in lower case; also those that a search indexes.
-VIDEOS = (
-    *(".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".asf", ".flv"),
-    *(".f4v", ".3gp", ".3g2", ".ts", ".mts", ".m2ts", ".vob", ".mxf", ".ogv", ".gif", ".divx"),
-    *(".qt", ".dv", ".m2v", ".rm", ".rmvb"),
-)
 # ActivityNet's ids are YouTube's with this before them; some downloads are named without.
 PREFIX = "v_"
 
@@ -77,66 +69,6 @@ def _names(path: str) -> tuple[str, ...]:
     """The names, without extension, that a video may have; the official one first."""
     stem = name_of(path)
     return (stem, stem.removeprefix(PREFIX)) if stem.startswith(PREFIX) else (stem,)
-
-
-def name_of(path: str) -> str:
-    """The name of a video without its extensions, of which downloads add some: `ID.mp4.webm`.
-
-    Accents are composed (NFC); macOS decomposes them in the names of files.
-    """
-    name = unicodedata.normalize("NFC", posixpath.basename(path))
-    while name.lower().endswith(VIDEOS):
-        name = name.rpartition(".")[0]
-    return name
-
-
-def stat(path: str | os.PathLike) -> StatResult:
-    """Kind, size and time of a file or folder that a user or an annotation file names.
-
-    Raises:
-        VideoError: it is not there or cannot be a file, and why.
-    """
-    text = os.fspath(path)
-    try:
-        if not text:
-            raise FileNotFoundError
-        return epath.Path(text).stat()
-    except (FileNotFoundError, NotADirectoryError):
-        if os.path.islink(text):
-            raise VideoError("a link to what is not there") from None
-        raise VideoError("no such file" + _hint(text)) from None
-    except (KeyError, NotImplementedError):  # etils looks the scheme up
-        scheme = text.partition("://")[0].rpartition("/")[2]
-        raise VideoError(f"an address ({scheme}://), not a file; download it") from None
-    except ImportError as error:  # what a bucket needs
-        raise VideoError(str(error)) from None
-    except ValueError:
-        raise VideoError("not the name of a file") from None
-    except OSError as error:
-        raise VideoError(f"cannot be opened ({error.strerror or error})") from None
-    except Exception as error:  # the clients of buckets raise what they like
-        if "://" not in text:
-            raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise VideoError(f"cannot be opened ({reason})") from None
-
-
-def _hint(path: str) -> str:
-    """The file of nearly that name, if there is one; names are often given without extension."""
-    folder, name = os.path.split(path)
-    if "://" in path or name_of(name) not in (there := _names_in(folder or ".")):
-        return ""
-    other = there[name_of(name)]
-    same = unicodedata.normalize("NFC", other) == unicodedata.normalize("NFC", name)
-    return f", but there is {ascii(other) if same or not other.isprintable() else other}"
-
-
-@functools.lru_cache(4)  # many files of a folder may be missing
-def _names_in(folder: str) -> dict[str, str]:
-    try:
-        return {name_of(name): name for name in sorted(os.listdir(folder))}
-    except OSError:
-        return {}
 
 
 def _at_official_paths(root: epath.Path, clips: Sequence[Clip]) -> set[str]:
