@@ -23,10 +23,9 @@ from benchmarks.speed_jax import JaxPrograms, draw
 from benchmarks.step_cost import Programs
 from vop_jax.config.base import base_config
 from vop_jax.config.clip import PRESETS
-from vop_jax.data.decoded import Drawn
-from vop_jax.data.device_crops import BITS
-from vop_jax.data.packed import Part
+from vop_jax.data.device_crops import BITS, Drawn
 from vop_jax.data.pipeline import train_batches
+from vop_jax.data.records.read import Part
 from vop_jax.start import best_kernel
 from vop_jax.training import device_cache, prefetch, sharding
 from vop_jax.training.optimizer import make_optimizer

@@ -23,14 +23,14 @@ from benchmarks.prepare import make_clip
 from benchmarks.step_cost import Programs, counted_flops
 from vop_jax.config.base import base_config
 from vop_jax.config.clip import PRESETS, ClipConfig
-from vop_jax.data.builders import Making
 from vop_jax.data.clips import Clip
-from vop_jax.data.decoded import Drawn, clips_of, frame_shapes
-from vop_jax.data.device_crops import BITS, Sides
-from vop_jax.data.encode import Preprocessing
-from vop_jax.data.packed import Part, Split
-from vop_jax.data.packing import pack
+from vop_jax.data.device_crops import BITS, Drawn, Sides
 from vop_jax.data.pipeline import train_batches
+from vop_jax.data.records.decoded import clips_of, frame_shapes
+from vop_jax.data.records.encode import Preprocessing
+from vop_jax.data.records.read import Part, Split
+from vop_jax.data.records.tfds_builder import Making
+from vop_jax.data.records.write import pack
 from vop_jax.data.tokenizer import CaptionTokenizer, TokenizedCaptions
 from vop_jax.model import TextVideoModel
 from vop_jax.training import device_cache, prefetch, sharding

@@ -30,7 +30,7 @@ from benchmarks.step_cost import counted_flops
 from vop_jax import cli, experiment, report, start
 from vop_jax.config.base import first_difference
 from vop_jax.data import load
-from vop_jax.data.builders import Making
+from vop_jax.data.records.tfds_builder import Making
 from vop_jax.errors import UserError
 from vop_jax.model import TextVideoModel
 from vop_jax.results import SUMMARY_FILE

@@ -21,7 +21,7 @@ import av
 import numpy as np
 
 from vop_jax.data.clips import Clip
-from vop_jax.data.encode import Encoded, Preprocessing, encode_clip
+from vop_jax.data.records.encode import Encoded, Preprocessing, encode_clip
 from vop_jax.video.sampling import sample_indices
 from vop_jax.video.workers import in_processes
 

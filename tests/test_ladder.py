@@ -95,7 +95,7 @@ def test_runs_side_by_side_are_started_once_each_seed_by_seed(monkeypatch, tmp_p
 
 def test_records_are_packed_as_asked(tmp_path, monkeypatch):
     from vop_jax.data import load
-    from vop_jax.data.builders import Making
+    from vop_jax.data.records.tfds_builder import Making
 
     asked = []
     monkeypatch.setattr(load, "pack", lambda *_, making, **__: asked.append(making))

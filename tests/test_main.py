@@ -504,7 +504,7 @@ def test_two_runs_in_one_workdir(call, tmp_path):
 
 
 def test_a_full_disk(call, tmp_path, monkeypatch):
-    from vop_jax.data import encode
+    from vop_jax.data.records import encode
     from vop_jax.training import checkpoint
 
     def full(*args, **kwargs):

@@ -6,9 +6,9 @@ import json
 from absl import logging
 
 from vop_jax import start
-from vop_jax.data.decoded import Drawn, clips_of, draws_frames, frame_shapes
-from vop_jax.data.device_crops import BITS
-from vop_jax.data.packed import Split
+from vop_jax.data.device_crops import BITS, Drawn
+from vop_jax.data.records.decoded import clips_of, draws_frames, frame_shapes
+from vop_jax.data.records.read import Split
 from vop_jax.errors import UserError
 from vop_jax.training import device_cache, hosts
 

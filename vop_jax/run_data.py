@@ -16,9 +16,9 @@ from vop_jax.config.base import extra_rows
 from vop_jax.data import tokenizer
 from vop_jax.data.datasets.folder import hash_of
 from vop_jax.data.load import contrasts, flip_warning, load
-from vop_jax.data.packed import Packed, Part, Split
 from vop_jax.data.pipeline import eval_videos, train_batches
-from vop_jax.data.shards import label_of
+from vop_jax.data.records.read import Packed, Part, Split
+from vop_jax.data.records.shards import label_of
 from vop_jax.data.tokenizer import CaptionTokenizer, TokenizedCaptions
 from vop_jax.errors import UserError
 from vop_jax.training import hosts, sharding

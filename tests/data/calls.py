@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 
-from vop_jax.data.encode import encode_clip
+from vop_jax.data.records.encode import encode_clip
 from vop_jax.errors import VideoError
 
 

@@ -6,7 +6,7 @@ import random
 
 from tests.data import videos
 from vop_jax.data.clips import Clip
-from vop_jax.data.encode import Encoded, Preprocessing, encode_clip
+from vop_jax.data.records.encode import Encoded, Preprocessing, encode_clip
 from vop_jax.errors import VideoError
 from vop_jax.video.workers import in_processes
 

@@ -13,11 +13,11 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from tests.data import videos
-from vop_jax.data import builders, encode, packed, shards
-from vop_jax.data.builders import Making
 from vop_jax.data.clips import Clip
-from vop_jax.data.encode import Preprocessing
-from vop_jax.data.packing import pack
+from vop_jax.data.records import encode, read, shards, tfds_builder
+from vop_jax.data.records.encode import Preprocessing
+from vop_jax.data.records.tfds_builder import Making
+from vop_jax.data.records.write import pack
 from vop_jax.errors import UserError
 from vop_jax.video.frames import read_frames
 
@@ -66,7 +66,7 @@ def test_records_hold_the_sampled_frames(folder, tmp_path):
 
 def test_records_are_a_tfds_dataset_that_describes_itself(folder, tmp_path):
     make({"train": clips(folder, GOOD)}, tmp_path)
-    builder = tfds.builder_from_directory(os.fspath(packed.find_records(tmp_path)))
+    builder = tfds.builder_from_directory(os.fspath(read.find_records(tmp_path)))
     carried = {**dataclasses.asdict(PREPROCESSING), "uniform_rule": "(a + b - 1) // 2"}
     assert builder.info.metadata["preprocessing"] == carried
     example = builder.as_data_source("train")[2]
@@ -80,7 +80,7 @@ def test_records_are_a_tfds_dataset_that_describes_itself(folder, tmp_path):
 def test_records_of_the_older_rule_are_named_read_and_not_added_to(folder, tmp_path, caplog):
     dataset = {"train": clips(folder, GOOD)}
     make(dataset, tmp_path)
-    metadata = packed.find_records(tmp_path) / "metadata.json"
+    metadata = read.find_records(tmp_path) / "metadata.json"
     made = json.loads(metadata.read_text())
     del made["preprocessing"]["uniform_rule"]
     metadata.write_text(json.dumps(made))
@@ -118,7 +118,7 @@ def test_a_shard_of_the_older_rule_is_made_again(folder, tmp_path):
 def test_packing_happens_once(folder, tmp_path, monkeypatch):
     dataset = {"train": clips(folder, GOOD)}
     make(dataset, tmp_path)
-    monkeypatch.setattr(builders, "encode_clip", None)
+    monkeypatch.setattr(tfds_builder, "encode_clip", None)
     assert make(dataset, tmp_path).splits["train"].ids == GOOD
 
 
@@ -158,7 +158,7 @@ def test_rows_that_cannot_be_files_are_named_and_the_others_go_on(folder, tmp_pa
     rows = [{"video": name, "caption": "x", "split": "test"} for name in [*ROWS, *GOOD]]
     annotations = tmp_path / "rows.jsonl"
     annotations.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    dataset, _ = builders.Folder.read(annotations, folder)
+    dataset, _ = tfds_builder.Folder.read(annotations, folder)
     made = make(dataset, tmp_path / "records", max_skipped=0.9)
     assert made.splits["test"].ids == GOOD
     assert [clip.id for clip in made.splits["test"].skipped][1:] == ROWS[1:]

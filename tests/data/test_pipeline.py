@@ -11,11 +11,11 @@ from absl import flags
 
 from tests.data import calls, videos
 from vop_jax.data import pipeline
-from vop_jax.data.builders import Making
 from vop_jax.data.clips import Clip
-from vop_jax.data.encode import Preprocessing
-from vop_jax.data.packing import pack
 from vop_jax.data.pipeline import eval_videos, train_batches
+from vop_jax.data.records.encode import Preprocessing
+from vop_jax.data.records.tfds_builder import Making
+from vop_jax.data.records.write import pack
 
 F, SIZE, CLIPS = 3, 16, 7
 

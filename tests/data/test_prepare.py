@@ -18,11 +18,12 @@ from etils import epath
 from tests import processes
 from tests.data import calls, videos
 from tests.data.annotations.official import write_official
-from vop_jax.data import builders, layout, packed, packing, prepare, shards
-from vop_jax.data.builders import Making
+from vop_jax.data import prepare
 from vop_jax.data.clips import Clip
-from vop_jax.data.encode import Preprocessing
-from vop_jax.data.packing import locked, pack
+from vop_jax.data.records import layout, read, shards, tfds_builder, write
+from vop_jax.data.records.encode import Preprocessing
+from vop_jax.data.records.tfds_builder import Making
+from vop_jax.data.records.write import locked, pack
 from vop_jax.errors import UserError
 
 SIZES = {"train": 10, "test": 4}
@@ -78,7 +79,7 @@ def test_the_command(msvd, tmp_path):
     assert "about" in printed.stderr and "free in" in printed.stderr
     assert "packing msvd" in printed.stderr and "17/17" in printed.stderr
     assert "flag parsing" not in printed.stderr
-    made = packed.find_records(tmp_path / "a")
+    made = read.find_records(tmp_path / "a")
     assert made.parent.name == "msvd"
     source = tfds.builder_from_directory(str(made)).as_data_source("train")
     assert len(source) == 10 and len(source[0]["frames"]) == 4
@@ -87,7 +88,7 @@ def test_the_command(msvd, tmp_path):
     assert prepare.main(command(msvd, tmp_path / "a")) == 0
     assert digest(tmp_path / "a") == before
     assert prepare.main(command(msvd, tmp_path / "b", "--clips_per_shard=100")) == 0
-    other = tfds.builder_from_directory(str(packed.find_records(tmp_path / "b")))
+    other = tfds.builder_from_directory(str(read.find_records(tmp_path / "b")))
     for one, same in zip(source, other.as_data_source("train"), strict=True):
         assert one["id"] == same["id"] and list(one["captions"]) == list(same["captions"])
         assert (one["frames"][3] == same["frames"][3]).all()
@@ -99,7 +100,7 @@ def test_a_tfds_user_finds_the_builders(msvd, tmp_path):
     manual.mkdir()
     (manual / "annotations").symlink_to(annotations)
     (manual / "videos").symlink_to(films)
-    assert {*builders.BUILDERS} <= {*tfds.list_builders(with_community_datasets=False)}
+    assert {*tfds_builder.BUILDERS} <= {*tfds.list_builders(with_community_datasets=False)}
     making = Making(2, isolated=False, progress=False)
     builder = tfds.builder("msvd", data_dir=str(tmp_path / "data"), making=making)
     config = tfds.download.DownloadConfig(manual_dir=str(manual))
@@ -133,11 +134,11 @@ def test_ten_kills_change_nothing(msvd, tmp_path):
             kills += 1
         process.wait()
         finished = list(layout.staging_of(tmp_path / "killed", "msvd").glob("*.json"))
-        done = packed.find_records(tmp_path / "killed") is not None
+        done = read.find_records(tmp_path / "killed") is not None
         assert done or len(finished) >= kept
         kept = len(finished)
         if done:  # begin anew: there are more kills to come
-            packed.find_records(tmp_path / "killed").rmtree()
+            read.find_records(tmp_path / "killed").rmtree()
             kept = 0
     assert start(tmp_path / "killed").wait() == 0
     assert digest(tmp_path / "killed") == digest(tmp_path / "whole")
@@ -154,24 +155,24 @@ def test_finished_shards_are_not_made_again(msvd, tmp_path, monkeypatch):
         seen.append(clip.id)
         return real(clip, preprocessing)
 
-    real = builders.encode_clip
-    monkeypatch.setattr(builders, "encode_clip", encode)
-    dataset, _ = builders.Msvd.read(annotations, films, official_sizes=False)
+    real = tfds_builder.encode_clip
+    monkeypatch.setattr(tfds_builder, "encode_clip", encode)
+    dataset, _ = tfds_builder.Msvd.read(annotations, films, official_sizes=False)
     with pytest.raises(KeyboardInterrupt):
         pack(dataset, tmp_path, Preprocessing(4), name="msvd", making=making)
     staging = layout.staging_of(tmp_path, "msvd")
     finished = sorted(p.name for p in staging.glob("*.json"))
     assert finished
-    assert packed.find_records(tmp_path) is None
+    assert read.find_records(tmp_path) is None
     with pytest.raises(UserError, match=r"no records there; .*unfinished: run it again"):
-        packed.open_records(tmp_path, Preprocessing(4), ["test"], name="msvd")
+        read.open_records(tmp_path, Preprocessing(4), ["test"], name="msvd")
     first, seen[:] = list(seen), []
 
     def again(clip, preprocessing):
         seen.append(clip.id)
         return real(clip, preprocessing)
 
-    monkeypatch.setattr(builders, "encode_clip", again)
+    monkeypatch.setattr(tfds_builder, "encode_clip", again)
     pack(dataset, tmp_path, Preprocessing(4), name="msvd", making=making)
     assert len(seen) == 17 - 3 * len(finished)
     assert not {*seen} & {*first[: 3 * len(finished)]}
@@ -184,7 +185,7 @@ def test_a_decoder_that_crashes_or_hangs_costs_its_clip(msvd, tmp_path, monkeypa
     clips = [Clip(p.name, str(p), ("x",)) for p in good]
     clips.insert(2, Clip("crash", str(films / "crash.avi"), ("x",)))
     clips.insert(5, Clip("hang", str(films / "hang.avi"), ("x",)))
-    monkeypatch.setattr(builders, "encode_clip", calls.treacherous)
+    monkeypatch.setattr(tfds_builder, "encode_clip", calls.treacherous)
     making = Making(2, seconds=2, progress=False)
     made = pack({"test": clips}, tmp_path, Preprocessing(4), making=making, max_skipped=0.5)
     assert made.splits["test"].ids == [p.name for p in good]
@@ -241,14 +242,14 @@ def test_array_record_tells_of_a_full_disk(tmp_path):
 def test_videos_that_came_later_are_taken_up(msvd, tmp_path, monkeypatch):
     """An attempt that was cut off left a clip out; now its file is there."""
     annotations, films = msvd
-    dataset, _ = builders.Msvd.read(annotations, films, official_sizes=False, only=["test"])
+    dataset, _ = tfds_builder.Msvd.read(annotations, films, official_sizes=False, only=["test"])
     late = tmp_path / "late.avi"
     clips = {"test": [Clip("late", str(late), ("x",)), *dataset["test"]]}
     making = Making(1, isolated=False, progress=False, clips_per_shard=3)
     staged = layout.staging_of(tmp_path / "out", "folder")
     planned = shards.plan(clips, staged, Preprocessing(4), 3)
-    encode = functools.partial(builders.encode_clip, preprocessing=Preprocessing(4))
-    results = builders.in_threads(encode, planned[0].clips, 1)
+    encode = functools.partial(tfds_builder.encode_clip, preprocessing=Preprocessing(4))
+    results = tfds_builder.in_threads(encode, planned[0].clips, 1)
     shards.write_shards(shards.tasks_of(planned[:1]), results)
     assert planned[0].note()["clips"][0]["skipped"] == "no such file"
     assert not shards.tasks_of(planned[:1])
@@ -280,11 +281,11 @@ def test_wrong_calls(msvd, tmp_path_factory, changed, message, capsys):
 
 def test_records_of_another_version_are_refused(msvd, tmp_path):
     assert prepare.main(command(msvd, tmp_path, "--splits=test")) == 0
-    made = packed.find_records(tmp_path)
+    made = read.find_records(tmp_path)
     for version, why in (("3.0.0", "newer than this vop_jax"), ("1.0.0", "of an older vop_jax")):
         made = made.rename(made.parent / version)
         with pytest.raises(UserError, match=f"records of version {version}, {why}"):
-            packed.open_records(tmp_path, Preprocessing(4), ["test"], name="msvd")
+            read.open_records(tmp_path, Preprocessing(4), ["test"], name="msvd")
 
 
 def test_what_others_keep_there_is_left_alone(msvd, tmp_path):
@@ -322,15 +323,15 @@ def test_finished_records_outlive_whatever_happens_to_the_videos(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "records")
 
     with monkeypatch.context() as patched:
-        patched.setattr(builders, "write_json", fail)
+        patched.setattr(tfds_builder, "write_json", fail)
         assert prepare.main(command((annotations, mine), out)) == 2
-    kept = packed.find_records(out)
+    kept = read.find_records(out)
     assert {k: v for k, v in digest(out).items() if ".shards/" not in k} == before
-    again = packed.open_records(out, STORED, ["train", "test"], name="msvd", max_skipped=1.0)
+    again = read.open_records(out, STORED, ["train", "test"], name="msvd", max_skipped=1.0)
     assert len(again.splits) == 2
     # Cut off between the two renames.
-    kept.rename(kept.parent / packing.OLD)
-    assert packed.find_records(out) is None
+    kept.rename(kept.parent / write.OLD)
+    assert read.find_records(out) is None
     assert prepare.main(command((annotations, mine), out)) == 0
     records = {k: v for k, v in digest(out).items() if "array_record" in k}
     assert records == {k: v for k, v in digest(whole).items() if "array_record" in k}
@@ -360,21 +361,21 @@ def test_two_runs_make_the_same_records_once(msvd, tmp_path):
 def test_splits_can_be_added(msvd, whole, tmp_path, monkeypatch):
     assert prepare.main(command(msvd, tmp_path / "grown", "--splits=test")) == 0
     with pytest.raises(UserError, match="no records of split 'train'; there are test"):
-        packed.open_records(tmp_path / "grown", STORED, ["train"], name="msvd")
+        read.open_records(tmp_path / "grown", STORED, ["train"], name="msvd")
     seen = []
-    real = builders.in_processes
+    real = tfds_builder.in_processes
 
     def counted(call, tasks, workers, *, seconds):
         tasks = list(tasks)
         seen.extend(clip.id for clip in tasks)
         return real(call, tasks, workers, seconds=seconds)
 
-    monkeypatch.setattr(builders, "in_processes", counted)
+    monkeypatch.setattr(tfds_builder, "in_processes", counted)
     assert prepare.main(command(msvd, tmp_path / "grown", "--clips_per_shard=99")) == 0
     assert len(seen) == 13  # of 17: the four test videos were there
     for split in ("train", "val", "test"):
         roots = whole, tmp_path / "grown"
-        both = [packed.open_records(root, STORED, [split], name="msvd") for root in roots]
+        both = [read.open_records(root, STORED, [split], name="msvd") for root in roots]
         one, other = (made.splits[split] for made in both)
         assert one.ids == other.ids
         assert all(one[i] == other[i] for i in range(len(one)))
@@ -405,7 +406,7 @@ def test_cut_off_between_a_shard_and_its_note(msvd, whole, tmp_path, monkeypatch
 def test_an_addition_that_was_cut_off_is_continued(msvd, tmp_path, monkeypatch):
     out, done = tmp_path / "out", []
     assert prepare.main(command(msvd, out, "--splits=test")) == 0
-    before, encode, write = digest(out), builders.in_processes, shards._record_file
+    before, encode, write = digest(out), tfds_builder.in_processes, shards._record_file
 
     def counted(call, tasks, workers, *, seconds):
         done.append(list(tasks))
@@ -416,7 +417,7 @@ def test_an_addition_that_was_cut_off_is_continued(msvd, tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         return write(path)
 
-    monkeypatch.setattr(builders, "in_processes", counted)
+    monkeypatch.setattr(tfds_builder, "in_processes", counted)
     with monkeypatch.context() as patched:
         patched.setattr(shards, "_record_file", full)
         assert prepare.main(command(msvd, out, "--splits=test,train")) == 2
@@ -439,7 +440,7 @@ def test_a_clip_that_was_left_out_is_tried_again_when_its_file_has_changed(msvd,
     gone.unlink()
     out = tmp_path / "out"
     assert prepare.main(command((annotations, late), out)) == 0
-    (skipped,) = json.loads((packed.find_records(out) / "metadata.json").read_text())["skipped"]
+    (skipped,) = json.loads((read.find_records(out) / "metadata.json").read_text())["skipped"]
     assert skipped["reason"] == "no such file"
     before = digest(out)
     assert prepare.main(command((annotations, late), out)) == 0
@@ -448,7 +449,7 @@ def test_a_clip_that_was_left_out_is_tried_again_when_its_file_has_changed(msvd,
     late.mkdir()
     gone.write_bytes(content)
     assert prepare.main(command((annotations, late), out)) == 0
-    assert not json.loads((packed.find_records(out) / "metadata.json").read_text())["skipped"]
+    assert not json.loads((read.find_records(out) / "metadata.json").read_text())["skipped"]
     records = {k: v for k, v in digest(out).items() if "array_record" in k}
     assert records == {k: v for k, v in digest(whole).items() if "array_record" in k}
 
@@ -479,7 +480,7 @@ def test_a_wrong_folder_of_videos_leaves_nothing_in_the_way(tmp_path, capsys):
 )
 def test_a_file_beside_records_that_was_copied_in_part(msvd, whole, tmp_path, name, capsys):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
-    file = packed.find_records(tmp_path) / name
+    file = read.find_records(tmp_path) / name
     lines = file.read_bytes().splitlines(keepends=True)
     file.write_bytes(b"".join(lines[:-1]))
     assert prepare.main(command(msvd, tmp_path)) == 2
@@ -488,7 +489,7 @@ def test_a_file_beside_records_that_was_copied_in_part(msvd, whole, tmp_path, na
 
 def test_records_that_were_copied_in_part_are_refused(whole, tmp_path):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
-    made = packed.find_records(tmp_path)
+    made = read.find_records(tmp_path)
     shard = next(iter(made.glob("msvd-test.array_record-*")))
     content = shard.read_bytes()
     for cut in (content[: len(content) // 2], None):
@@ -496,26 +497,26 @@ def test_records_that_were_copied_in_part_are_refused(whole, tmp_path):
         if cut is not None:
             shard.write_bytes(cut)
         with pytest.raises(UserError, match=r"msvd-test.* bytes; copy the records again"):
-            packed.open_records(tmp_path, STORED, ["test"], name="msvd")
+            read.open_records(tmp_path, STORED, ["test"], name="msvd")
     shard.write_bytes(content[:200] + bytes(300) + content[500:])  # of the right size
-    packed.open_records(tmp_path, STORED, ["test"], name="msvd")
+    read.open_records(tmp_path, STORED, ["test"], name="msvd")
     with pytest.raises(UserError, match=r"msvd-test.*damaged; copy the records again"):
-        packed.check_content(made, "test")
+        read.check_content(made, "test")
     index = made / layout.index_name("test")
     index.write_bytes(index.read_bytes()[:-9])
     with pytest.raises(UserError, match=r"clips-test\.jsonl: damaged"):
-        packed.open_records(tmp_path, STORED, ["test"], name="msvd")
-    packed.open_records(tmp_path, STORED, ["train"], name="msvd")
+        read.open_records(tmp_path, STORED, ["test"], name="msvd")
+    read.open_records(tmp_path, STORED, ["train"], name="msvd")
     (made / "metadata.json").unlink()
     with pytest.raises(UserError, match=r"metadata\.json: not there; copy the records again"):
-        packed.open_records(tmp_path, STORED, ["train"], name="msvd")
+        read.open_records(tmp_path, STORED, ["train"], name="msvd")
 
 
 def test_the_folder_of_the_version_is_found_too(whole, tmp_path):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
-    inner = packed.find_records(tmp_path)
-    assert packed.find_records(inner) == inner
-    assert packed.open_records(inner, STORED, ["test"], name="msvd").splits["test"].ids
+    inner = read.find_records(tmp_path)
+    assert read.find_records(inner) == inner
+    assert read.open_records(inner, STORED, ["test"], name="msvd").splits["test"].ids
 
 
 @pytest.mark.parametrize(

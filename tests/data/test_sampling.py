@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.data import videos
-from vop_jax.data.builders import Making
 from vop_jax.data.clips import Clip
-from vop_jax.data.encode import Preprocessing, encode_clip
-from vop_jax.data.packing import pack
+from vop_jax.data.records.encode import Preprocessing, encode_clip
+from vop_jax.data.records.tfds_builder import Making
+from vop_jax.data.records.write import pack
 from vop_jax.errors import VideoError
 from vop_jax.video.frames import read_frames
 from vop_jax.video.sampling import SAMPLINGS, sample_indices, stored_indices

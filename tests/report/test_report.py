@@ -14,10 +14,10 @@ from PIL import Image
 import vop_jax.report
 from tests.data import videos
 from vop_jax.config.base import base_config
-from vop_jax.data.builders import Making
 from vop_jax.data.clips import Clip
-from vop_jax.data.encode import Preprocessing
-from vop_jax.data.packing import pack
+from vop_jax.data.records.encode import Preprocessing
+from vop_jax.data.records.tfds_builder import Making
+from vop_jax.data.records.write import pack
 from vop_jax.errors import UserError
 from vop_jax.report import __main__ as command
 from vop_jax.report.ablations import find_ablations

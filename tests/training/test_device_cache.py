@@ -5,8 +5,7 @@ import types
 import numpy as np
 import pytest
 
-from vop_jax.data.decoded import Drawn
-from vop_jax.data.device_crops import BITS
+from vop_jax.data.device_crops import BITS, Drawn
 from vop_jax.errors import UserError
 from vop_jax.training import device_cache, sharding
 from vop_jax.training.device_cache import DeviceCache, Layout, fill

@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 from vop_jax import cli, main
 from vop_jax.config.base import validate
-from vop_jax.data import builders, layout, packed, shards
 from vop_jax.data.datasets.registry import BENCHMARKS, check_sizes
-from vop_jax.data.encode import Preprocessing, encode_clip
 from vop_jax.data.load import count_sides, flip_warning
+from vop_jax.data.records import layout, read, shards, tfds_builder
+from vop_jax.data.records.encode import Preprocessing, encode_clip
 from vop_jax.data.tokenizer import CaptionTokenizer
 from vop_jax.errors import UserError
 from vop_jax.storage import files
@@ -50,7 +50,7 @@ def check(config: ConfigDict) -> dict[str, Any]:
     notes: list[str] = []
     needs_val = config.train.select == "best" and not data.val_share
     wanted = ("train_split", "eval_split", *(["val_split"] if needs_val else []))
-    records = packed.find_records(data.records) if data.records else None
+    records = read.find_records(data.records) if data.records else None
     if records is not None:
         rows = _of_records(records, data, preprocessing, notes, problems, wanted)
     elif data.annotations and data.videos:
@@ -102,15 +102,15 @@ def _of_records(
     wanted: Sequence[str],
 ) -> dict[str, Rows]:
     made = json.loads((records / "metadata.json").read_text())
-    name = builders.name_of(data.kind)
+    name = tfds_builder.name_of(data.kind)
     if records.parent.name != name:
         raise UserError(f"{data.records}: records of {records.parent.name!r}, not of {name!r}")
-    for key, theirs, mine in packed.differences(made["preprocessing"], preprocessing):
+    for key, theirs, mine in read.differences(made["preprocessing"], preprocessing):
         problems.append(f"records were made with data.{key}={theirs!r}, the config says {mine!r}")
-    if older := packed.older_rule(made["preprocessing"], preprocessing):
+    if older := read.older_rule(made["preprocessing"], preprocessing):
         notes.append(f"{data.records}: {older}")
     if data.annotations:
-        dataset, _ = builders.BUILDERS[name].read(
+        dataset, _ = tfds_builder.BUILDERS[name].read(
             data.annotations,
             None,  # records need their videos no more
             official_sizes=data.official_sizes,
@@ -122,8 +122,8 @@ def _of_records(
     rows = {}
     for split in made["clips"]:
         try:
-            rows[split] = packed.Split(records, split).rows
-            packed.check_content(records, split)
+            rows[split] = read.Split(records, split).rows
+            read.check_content(records, split)
         except UserError as error:
             problems.append(str(error))
     _check_splits(data, wanted, made["clips"], problems)
@@ -146,7 +146,7 @@ def _of_videos(
     problems: list[str],
     wanted: Sequence[str],
 ) -> dict[str, Rows]:
-    builder = builders.BUILDERS[builders.name_of(data.kind)]
+    builder = tfds_builder.BUILDERS[tfds_builder.name_of(data.kind)]
     dataset, noticed = builder.read(
         data.annotations, data.videos, official_sizes=data.official_sizes
     )
@@ -155,7 +155,10 @@ def _of_videos(
     encode = functools.partial(encode_clip, preprocessing=preprocessing)
     clips = [(split, clip) for split, own in dataset.items() for clip in own]
     found = in_processes(
-        encode, (clip for _, clip in clips), os.cpu_count() or 1, seconds=builders.Making().seconds
+        encode,
+        (clip for _, clip in clips),
+        os.cpu_count() or 1,
+        seconds=tfds_builder.Making().seconds,
     )
     rows: dict[str, Rows] = {split: [] for split in dataset}
     with contextlib.closing(found), tqdm(found, "decoding", len(clips), unit="clip") as bar:

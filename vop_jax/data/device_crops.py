@@ -4,13 +4,14 @@ A side is resized by a sum over a few neighbours with whole-number weights, the 
 rows of a frame: horizontally first, rounded to uint8, then vertically.
 """
 
+import dataclasses
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from vop_jax.video.crops import Cut
+from vop_jax.video.crops import Cut, centre_cut
 
 BITS = 22  # of a weight's fraction
 SUPPORT = 2.0  # of the filter, in pixels of the coarser side
@@ -70,3 +71,34 @@ def _bicubic(x: np.ndarray) -> np.ndarray:
     near = ((a + 2) * x - (a + 3)) * x * x + 1
     far = (((x - 5) * x + 8) * x - 4) * a
     return np.where(x < 1, near, np.where(x < 2, far, 0.0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """How crops of clips [M, F, H, W, 3] are told.
+
+    Attributes:
+        shapes: (h, w) of each clip's frames, without the padding.
+        sides: all ways in which crops are resized.
+    """
+
+    shapes: Sequence[tuple[int, int]]
+    sides: Sides
+
+    @classmethod
+    def of(cls, shapes: Sequence[tuple[int, int]], size: int, augment: bool) -> "Drawn":
+        """For pictures of `size` pixels; without augmentation the centre crops alone."""
+        if augment:  # any box there may be
+            longest = max(max(shape) for shape in shapes)
+            return cls(shapes, Sides(((n, size, 0) for n in range(1, longest + 1)), size))
+        found = (sides_of(centre_cut(shape, size)) for shape in set(shapes))
+        return cls(shapes, Sides((side for pair in found for side in pair), size))
+
+    def numbers(self, clip: int, cut: Cut) -> dict[str, np.ndarray]:
+        """Of a row: its clip; the box's corner, top and left; the numbers of its sides."""
+        return {
+            "clip": np.array(clip, np.int32),
+            "corner": np.array([cut.top, cut.left], np.int32),
+            "sides": np.array(self.sides.numbers(cut), np.int32),
+            "mirrored": np.array(cut.mirrored),
+        }

@@ -8,15 +8,15 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from vop_jax.data.builders import Making
 from vop_jax.data.clips import Dataset
 from vop_jax.data.datasets import shapes
 from vop_jax.data.datasets.folder import hash_of, read_folder, video_of
 from vop_jax.data.datasets.locate import locate
 from vop_jax.data.datasets.registry import BENCHMARKS, check_sizes, read_benchmark
-from vop_jax.data.encode import Preprocessing
-from vop_jax.data.packed import Packed, Part, find_records, open_records, splits_of
-from vop_jax.data.packing import check_local, pack
+from vop_jax.data.records.encode import Preprocessing
+from vop_jax.data.records.read import Packed, Part, find_records, open_records, splits_of
+from vop_jax.data.records.tfds_builder import Making
+from vop_jax.data.records.write import check_local, pack
 from vop_jax.errors import UserError
 
 
@@ -82,7 +82,7 @@ def load(
         making: how records are packed that are not there.
 
     Raises:
-        UserError: see `folder.read_folder`, `registry.read_benchmark` and `packing.pack`.
+        UserError: see `folder.read_folder`, `registry.read_benchmark` and `write.pack`.
     """
     wanted = {data.train_split, data.eval_split} if training else {data.eval_split}
     if training and select == "best" and not data.val_share:

@@ -12,8 +12,9 @@ import numpy as np
 from absl import logging
 
 from vop_jax.data import tokenizer
-from vop_jax.data.decoded import Drawn, decode, draws_frames
-from vop_jax.data.packed import Split
+from vop_jax.data.device_crops import Drawn
+from vop_jax.data.records.decoded import decode, draws_frames
+from vop_jax.data.records.read import Split
 from vop_jax.video.crops import Cut, centre_cut, cut_out, draw_cut, eval_crop
 from vop_jax.video.workers import stand_apart, starting
 

@@ -25,11 +25,11 @@ from etils import epath
 
 from vop_jax import cli
 from vop_jax.cli import Parser, number, whole
-from vop_jax.data import packed, shards
-from vop_jax.data.builders import BUILDERS, CLIPS_PER_SHARD, Making
 from vop_jax.data.clips import Clip
-from vop_jax.data.encode import Encoded, Preprocessing, encode_clip
-from vop_jax.data.packing import pack
+from vop_jax.data.records import read, shards
+from vop_jax.data.records.encode import Encoded, Preprocessing, encode_clip
+from vop_jax.data.records.tfds_builder import BUILDERS, CLIPS_PER_SHARD, Making
+from vop_jax.data.records.write import pack
 from vop_jax.errors import UserError
 from vop_jax.video.sampling import SAMPLINGS
 from vop_jax.video.workers import in_processes
@@ -48,7 +48,7 @@ def prepare(
     splits: Sequence[str] | None = None,
     official_sizes: bool = True,
     beam: Any = None,
-) -> packed.Packed:
+) -> read.Packed:
     """The records of a dataset, made or completed.
 
     Args:
@@ -69,7 +69,7 @@ def prepare(
     root = epath.Path(output)
     if "://" in output:
         raise UserError(f"--output={output}: a folder of this machine is needed; copy it then")
-    if packed.find_records(root) is None:
+    if read.find_records(root) is None:
         root.mkdir(parents=True, exist_ok=True)
         every = [clip for clips in dataset.values() for clip in clips]
         _tell_size(every, root, preprocessing, making)
@@ -109,7 +109,7 @@ def _bytes(count: float) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
-def report(made: packed.Packed) -> str:
+def report(made: read.Packed) -> str:
     """What came of it, a line a split."""
     lines = []
     for split in made.splits.values():

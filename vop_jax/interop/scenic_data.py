@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 
 from vop_jax.config.base import validate
 from vop_jax.data import load, tokenizer
-from vop_jax.data.packed import Split
 from vop_jax.data.pipeline import Batch, eval_videos, train_batches
+from vop_jax.data.records.read import Split
 from vop_jax.errors import UserError
 from vop_jax.interop import scenic_config
 from vop_jax.run_data import packed_once

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vop_jax.data.packed import stored_frames
+from vop_jax.data.records.read import stored_frames
 from vop_jax.errors import UserError
 from vop_jax.report.runs import Run
 

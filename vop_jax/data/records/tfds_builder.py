@@ -19,13 +19,13 @@ from etils import epath
 from tensorflow_datasets.core import dataset_builder, naming, splits
 from tqdm import tqdm
 
-from vop_jax.data import shards
 from vop_jax.data.clips import Dataset
 from vop_jax.data.datasets.folder import DELIMITERS, JSON_LINES, read_folder
 from vop_jax.data.datasets.locate import locate
 from vop_jax.data.datasets.registry import read_benchmark
-from vop_jax.data.encode import Preprocessing, encode_clip
-from vop_jax.data.layout import SHARDS, VERSION, fingerprint, index_name, link, staging_of
+from vop_jax.data.records import shards
+from vop_jax.data.records.encode import Preprocessing, encode_clip
+from vop_jax.data.records.layout import SHARDS, VERSION, fingerprint, index_name, link, staging_of
 from vop_jax.errors import UserError
 from vop_jax.storage.files import write_atomic, write_json
 from vop_jax.video.workers import in_processes, in_threads

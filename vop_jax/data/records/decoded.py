@@ -4,7 +4,6 @@ Kept on the devices are the F frames of each clip, all of one size, padded at th
 right. What a batch needs of them is told in a few numbers a row.
 """
 
-import dataclasses
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
@@ -14,47 +13,14 @@ from absl import logging
 from PIL import Image
 from tqdm import tqdm
 
-from vop_jax.data.device_crops import Sides, sides_of
-from vop_jax.data.packed import Split
+from vop_jax.data.records.read import Split
 from vop_jax.errors import UserError
-from vop_jax.video.crops import Cut, centre_cut
 from vop_jax.video.sampling import sample_indices
 from vop_jax.video.workers import in_threads
 
 T = TypeVar("T")
 
 RANDOM = ("rand", "segments")  # samplings that draw
-
-
-@dataclasses.dataclass(frozen=True)
-class Drawn:
-    """How crops of clips [M, F, H, W, 3] are told.
-
-    Attributes:
-        shapes: (h, w) of each clip's frames, without the padding.
-        sides: all ways in which crops are resized.
-    """
-
-    shapes: Sequence[tuple[int, int]]
-    sides: Sides
-
-    @classmethod
-    def of(cls, shapes: Sequence[tuple[int, int]], size: int, augment: bool) -> "Drawn":
-        """For pictures of `size` pixels; without augmentation the centre crops alone."""
-        if augment:  # any box there may be
-            longest = max(max(shape) for shape in shapes)
-            return cls(shapes, Sides(((n, size, 0) for n in range(1, longest + 1)), size))
-        found = (sides_of(centre_cut(shape, size)) for shape in set(shapes))
-        return cls(shapes, Sides((side for pair in found for side in pair), size))
-
-    def numbers(self, clip: int, cut: Cut) -> dict[str, np.ndarray]:
-        """Of a row: its clip; the box's corner, top and left; the numbers of its sides."""
-        return {
-            "clip": np.array(clip, np.int32),
-            "corner": np.array([cut.top, cut.left], np.int32),
-            "sides": np.array(self.sides.numbers(cut), np.int32),
-            "mirrored": np.array(cut.mirrored),
-        }
 
 
 def frame_shapes(split: Split, frames: int, sampling: str, threads: int) -> list[tuple[int, int]]:

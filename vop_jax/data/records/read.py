@@ -10,17 +10,17 @@ import tensorflow_datasets as tfds
 from absl import logging
 from etils import epath
 
-from vop_jax.data.builders import Folder, check_share
 from vop_jax.data.clips import Clip
-from vop_jax.data.encode import RULE, Preprocessing
-from vop_jax.data.layout import (
+from vop_jax.data.records.encode import RULE, Preprocessing
+from vop_jax.data.records.layout import (
     SHARDS,
     VERSION,
     index_name,
     read_index,
     staging_of,
 )
-from vop_jax.data.shards import digest
+from vop_jax.data.records.shards import digest
+from vop_jax.data.records.tfds_builder import Folder, check_share
 from vop_jax.errors import UserError
 from vop_jax.video.sampling import OLDER_RULE, UNIFORM_RULE
 

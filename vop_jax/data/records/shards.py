@@ -21,7 +21,7 @@ from absl import logging
 from etils import epath
 
 from vop_jax.data.clips import Clip, Dataset
-from vop_jax.data.encode import Encoded, Preprocessing
+from vop_jax.data.records.encode import Encoded, Preprocessing
 from vop_jax.errors import UserError, VideoError
 from vop_jax.storage.files import write_json
 from vop_jax.video.files import stat

@@ -11,10 +11,9 @@ import tensorflow_datasets as tfds
 from absl import logging
 from etils import epath
 
-from vop_jax.data.builders import BUILDERS, Folder, Making
 from vop_jax.data.clips import Clip, Dataset
-from vop_jax.data.encode import Preprocessing
-from vop_jax.data.layout import (
+from vop_jax.data.records.encode import Preprocessing
+from vop_jax.data.records.layout import (
     SHARDS,
     VERSION,
     fingerprint,
@@ -23,8 +22,9 @@ from vop_jax.data.layout import (
     reopen,
     staging_of,
 )
-from vop_jax.data.packed import Packed, differences, find_records, older_rule, open_records
-from vop_jax.data.shards import has_changed
+from vop_jax.data.records.read import Packed, differences, find_records, older_rule, open_records
+from vop_jax.data.records.shards import has_changed
+from vop_jax.data.records.tfds_builder import BUILDERS, Folder, Making
 from vop_jax.errors import UserError
 
 OLD = f"{VERSION}.old"  # records that are being replaced

@@ -7,8 +7,8 @@ from typing import Any
 
 from etils import epath
 
-from vop_jax.data import shards
 from vop_jax.data.clips import Clip, Dataset
+from vop_jax.data.records import shards
 from vop_jax.errors import UserError
 from vop_jax.storage.files import write_json
 
