@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 import vop_jax
-from vop_jax.retrieval.metrics import rank_pairs
+from vop_jax.evaluation.metrics import rank_pairs
 from vop_jax.video.frames import read_frames
 
 ROWS, FRAMES = 6, 8

@@ -34,8 +34,7 @@ from vop_jax.data.records.write import pack
 from vop_jax.data.tokenizer import CaptionTokenizer, TokenizedCaptions
 from vop_jax.model import TextVideoModel
 from vop_jax.training import device_cache, prefetch, sharding
-from vop_jax.training.optimizer import make_optimizer
-from vop_jax.training.step import TrainState, make_train_step
+from vop_jax.training.step import TrainState, make_optimizer, make_train_step
 from vop_jax.tuning import partition
 from vop_jax.tuning.methods import MethodConfig
 

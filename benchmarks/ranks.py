@@ -34,7 +34,7 @@ def measure(texts: int, videos: int, width: int, what: str) -> dict[str, Any]:
     text_rows, video_rows = unit(texts), unit(videos)
     owner = np.arange(texts) * videos // texts
     if what != "dense":
-        from vop_jax.retrieval import pairs, ranks
+        from vop_jax.evaluation import pairs, ranks
     started = bytes_so_far()
     begin = time.perf_counter()
     if what == "blocks":

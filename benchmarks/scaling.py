@@ -21,14 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from benchmarks.collectives import Collective, collectives
 from vop_jax.config.base import base_config
 from vop_jax.config.clip import PRESETS
 from vop_jax.model import TextVideoModel
 from vop_jax.storage import tensors
 from vop_jax.training import sharding
-from vop_jax.training.collectives import Collective, collectives
-from vop_jax.training.optimizer import make_optimizer
-from vop_jax.training.step import TrainState, make_train_step
+from vop_jax.training.step import TrainState, make_optimizer, make_train_step
 from vop_jax.tuning.methods import METHODS, MethodConfig
 from vop_jax.tuning.partition import split
 

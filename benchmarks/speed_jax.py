@@ -11,12 +11,11 @@ from benchmarks.step_cost import Programs, peak_bytes
 from vop_jax.clip.weights import held
 from vop_jax.config.base import base_config
 from vop_jax.config.clip import ClipConfig
-from vop_jax.retrieval.metrics import rank_pairs
+from vop_jax.evaluation.evaluate import make_encoders
+from vop_jax.evaluation.metrics import rank_pairs
 from vop_jax.storage import tensors
-from vop_jax.training.evaluate import make_encoders
-from vop_jax.training.optimizer import make_optimizer
 from vop_jax.training.sharding import make_mesh
-from vop_jax.training.step import TrainState
+from vop_jax.training.step import TrainState, make_optimizer
 from vop_jax.tuning.methods import MethodConfig
 from vop_jax.tuning.partition import merge, split
 

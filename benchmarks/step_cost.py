@@ -25,9 +25,8 @@ from vop_jax.config.clip import PRESETS, ClipConfig
 from vop_jax.model import TextVideoModel
 from vop_jax.start import best_kernel
 from vop_jax.storage import tensors
-from vop_jax.training.optimizer import make_optimizer
 from vop_jax.training.sharding import make_mesh
-from vop_jax.training.step import TrainState, batch_loss, make_train_step
+from vop_jax.training.step import TrainState, batch_loss, make_optimizer, make_train_step
 from vop_jax.tuning.methods import METHODS, MethodConfig
 from vop_jax.tuning.partition import merge, split
 

@@ -18,7 +18,7 @@ from vop_jax import experiment, run_data, start
 from vop_jax.clip.weights import load_clip
 from vop_jax.config.base import base_config
 from vop_jax.storage.tensors import read_metadata
-from vop_jax.training.optimizer import learning_rate
+from vop_jax.training.step import learning_rate
 from vop_jax.training.writer import read_metrics
 from vop_jax.tuning.prompts_file import load_prompts
 

@@ -11,13 +11,12 @@ from ml_collections import ConfigDict
 from vop_jax import formats, results, run_cache, run_data, start
 from vop_jax.clip.weights import save_clip
 from vop_jax.errors import UserError
+from vop_jax.evaluation import evaluate as evaluation
 from vop_jax.formats import PROMPTS_FILE
 from vop_jax.selection import Selection, save_result
-from vop_jax.training import evaluate as evaluation
 from vop_jax.training import hosts, loop
-from vop_jax.training.compiled import CompiledStep
-from vop_jax.training.optimizer import learning_rate, make_optimizer
-from vop_jax.training.step import make_train_step
+from vop_jax.training.compile import CompiledStep
+from vop_jax.training.step import learning_rate, make_optimizer, make_train_step
 from vop_jax.training.writer import MetricWriter, NoWriter, Writer
 from vop_jax.tuning import partition
 from vop_jax.tuning.prompts_file import load_prompts

@@ -10,9 +10,9 @@ import numpy as np
 
 from vop_jax import parameters, start
 from vop_jax.data.datasets.registry import BENCHMARKS
+from vop_jax.evaluation.evaluate import Evaluation
 from vop_jax.run_data import Data, by_chance
 from vop_jax.storage import files
-from vop_jax.training.evaluate import Evaluation
 from vop_jax.training.writer import MEASURED_ON, read_metrics
 
 SUMMARY_FILE = "summary.json"

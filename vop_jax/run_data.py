@@ -21,8 +21,8 @@ from vop_jax.data.records.read import Packed, Part, Split
 from vop_jax.data.records.shards import label_of
 from vop_jax.data.tokenizer import CaptionTokenizer, TokenizedCaptions
 from vop_jax.errors import UserError
+from vop_jax.evaluation.evaluate import Bank, EvalSet, batch_size_for
 from vop_jax.training import hosts, sharding
-from vop_jax.training.evaluate import Bank, EvalSet, batch_size_for
 
 Reading = Callable[[Split], dict[str, Any]]  # the arguments of `eval_videos` for a split
 FEW = 50  # evaluated videos, of which figures say little

@@ -26,13 +26,12 @@ from vop_jax.clip.weights import ClipWeights, check_shapes, held, load_clip
 from vop_jax.config import base as configs
 from vop_jax.config.clip import PRESETS, ClipConfig
 from vop_jax.errors import UserError
+from vop_jax.evaluation.evaluate import Encode, make_encoders
 from vop_jax.model import TextVideoModel
 from vop_jax.storage import files, tensors
 from vop_jax.training import hosts, sharding
 from vop_jax.training.checkpoint import Checkpoints
-from vop_jax.training.evaluate import Encode, make_encoders
-from vop_jax.training.optimizer import make_optimizer
-from vop_jax.training.step import TrainState
+from vop_jax.training.step import TrainState, make_optimizer
 from vop_jax.training.writer import METRICS_FILE
 from vop_jax.tuning import partition
 from vop_jax.tuning.frame_tables import has_frame_tables, interpolate_frames

@@ -12,7 +12,7 @@ from vop_jax.config.base import base_config, flatten_config, validate
 from vop_jax.errors import UserError
 from vop_jax.interop import scenic_config
 from vop_jax.interop.scenic_config import GIVEN, LAST_STEP, NAMES, translate
-from vop_jax.training.optimizer import learning_rate
+from vop_jax.training.step import learning_rate
 
 
 def nested(**fields):

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vop_jax.retrieval.losses import symmetric_cross_entropy
+from vop_jax.training.step import symmetric_cross_entropy
 
 loss = jax.jit(symmetric_cross_entropy)
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.retrieval.embeddings import pairs, random_pairs
-from vop_jax.retrieval import metrics
+from vop_jax.evaluation import metrics
 
 
 def brute_force(texts, videos, owner):

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.retrieval.embeddings import random_pairs
-from vop_jax.retrieval import pairs as tiles
-from vop_jax.retrieval import ranks
+from vop_jax.evaluation import pairs as tiles
+from vop_jax.evaluation import ranks
 
 COUNTS = st.integers(1, 3000)
 

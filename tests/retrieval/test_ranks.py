@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from tests.retrieval.embeddings import random_pairs
-from vop_jax.retrieval import ranks
+from vop_jax.evaluation import ranks
 
 
 def largest(jaxpr):

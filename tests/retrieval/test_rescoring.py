@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 
 from tests.retrieval.embeddings import pairs, random_pairs, unit
-from vop_jax.retrieval import metrics, rescoring
+from vop_jax.evaluation import metrics, rescoring
 
 
 def dense_dual_softmax(similar, scale):

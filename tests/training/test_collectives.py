@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from benchmarks.collectives import Collective, collectives
 from tests import tiny
 from vop_jax.config.base import base_config
 from vop_jax.model import TextVideoModel
 from vop_jax.storage.tensors import unflatten
 from vop_jax.training import sharding, step
-from vop_jax.training.collectives import Collective, collectives
-from vop_jax.training.optimizer import make_optimizer
+from vop_jax.training.step import make_optimizer
 from vop_jax.tuning.methods import METHODS, MethodConfig
 from vop_jax.tuning.partition import split
 

@@ -10,11 +10,10 @@ from absl import logging
 from tests import tiny
 from vop_jax.config.base import base_config
 from vop_jax.errors import UserError
-from vop_jax.training import compiled, sharding
-from vop_jax.training.compiled import CompiledStep, Estimate
+from vop_jax.training import compile, sharding
+from vop_jax.training.compile import CompiledStep, Estimate
 from vop_jax.training.flops import product_flops
-from vop_jax.training.optimizer import make_optimizer
-from vop_jax.training.step import TrainState, make_train_step
+from vop_jax.training.step import TrainState, make_optimizer, make_train_step
 from vop_jax.tuning import partition
 from vop_jax.tuning.methods import MethodConfig
 
@@ -97,8 +96,8 @@ def test_what_it_takes_is_said(caplog, monkeypatch):
     logging.set_verbosity(logging.INFO)
     mesh, step, state, frozen = placed((1, 1, 1))
     size = sum(x.nbytes for x in jax.tree.leaves((state, frozen)))
-    monkeypatch.setattr(compiled, "available_memory", lambda: 1000)  # bytes
-    monkeypatch.setattr(compiled, "products_per_second", lambda dtype, platform: 1e6)
+    monkeypatch.setattr(compile, "available_memory", lambda: 1000)  # bytes
+    monkeypatch.setattr(compile, "products_per_second", lambda dtype, platform: 1e6)
     flops = product_flops(jax.make_jaxpr(step)(state, frozen, batch_of(mesh, 8)).jaxpr)
     run = CompiledStep(step, mesh, steps=100)
     with caplog.at_level("INFO", logger="absl"):
@@ -161,7 +160,7 @@ def test_a_step_that_fits_or_a_device_that_does_not_say(device):
 def test_it_is_refused_before_it_runs(monkeypatch):
     mesh, step, state, frozen = placed((1, 1, 1))
     too_much = Estimate(held=GB, between=GB, limit=GB)
-    monkeypatch.setattr(compiled.Estimate, "of", lambda *_: too_much)
+    monkeypatch.setattr(compile.Estimate, "of", lambda *_: too_much)
     with pytest.raises(UserError, match=r"1\.0 GB are missing"):
         CompiledStep(step, mesh)(state, frozen, batch_of(mesh, 8))
     assert int(state.step) == 0  # not consumed

@@ -15,8 +15,8 @@ from tests.retrieval.embeddings import random_pairs
 from vop_jax import results, run_data
 from vop_jax.config import base as configs
 from vop_jax.errors import UserError
-from vop_jax.retrieval import metrics, rescoring
-from vop_jax.training import evaluate, sharding
+from vop_jax.evaluation import evaluate, metrics, rescoring
+from vop_jax.training import sharding
 
 BATCH = 4
 BOTH = ("dual_softmax", "query_bank")

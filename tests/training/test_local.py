@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vop_jax.training import sharding
-from vop_jax.training.local import each_on_its_own
+from vop_jax.training.sharding import each_on_its_own
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 1, 8), (1, 8, 1)])

@@ -17,8 +17,7 @@ from vop_jax.data import tokenizer
 from vop_jax.storage.tensors import flatten
 from vop_jax.training import loop, prefetch, sharding
 from vop_jax.training.checkpoint import Checkpoints
-from vop_jax.training.optimizer import learning_rate, make_optimizer
-from vop_jax.training.step import TrainState, make_train_step
+from vop_jax.training.step import TrainState, learning_rate, make_optimizer, make_train_step
 from vop_jax.training.writer import MetricWriter, read_metrics
 from vop_jax.tuning import partition
 from vop_jax.tuning.methods import MethodConfig

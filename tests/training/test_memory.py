@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.collectives import collectives
 from tests import tiny
 from vop_jax.clip.remat import Memory
 from vop_jax.clip.weights import held
@@ -17,9 +18,7 @@ from vop_jax.errors import UserError
 from vop_jax.model import TextVideoModel
 from vop_jax.storage.tensors import flatten
 from vop_jax.training import sharding
-from vop_jax.training.collectives import collectives
-from vop_jax.training.optimizer import make_optimizer
-from vop_jax.training.step import TrainState, loss_and_gradient, make_train_step
+from vop_jax.training.step import TrainState, loss_and_gradient, make_optimizer, make_train_step
 from vop_jax.tuning import partition
 from vop_jax.tuning.methods import MethodConfig
 

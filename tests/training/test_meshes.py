@@ -7,16 +7,15 @@ import jax
 import numpy as np
 import pytest
 
+from benchmarks.collectives import collectives
 from tests import kernels, tiny
 from vop_jax.config.base import base_config
 from vop_jax.errors import UserError
+from vop_jax.evaluation.evaluate import make_encoders
 from vop_jax.storage.tensors import flatten
 from vop_jax.training import sharding
-from vop_jax.training.collectives import collectives
-from vop_jax.training.compiled import CompiledStep
-from vop_jax.training.evaluate import make_encoders
-from vop_jax.training.optimizer import make_optimizer
-from vop_jax.training.step import TrainState, loss_and_gradient, make_train_step
+from vop_jax.training.compile import CompiledStep
+from vop_jax.training.step import TrainState, loss_and_gradient, make_optimizer, make_train_step
 from vop_jax.tuning import partition
 from vop_jax.tuning.methods import MethodConfig
 

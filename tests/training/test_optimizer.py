@@ -9,7 +9,7 @@ from tests import tiny
 from vop_jax.clip.weights import parameter_shapes
 from vop_jax.config.base import base_config
 from vop_jax.storage.tensors import flatten, unflatten
-from vop_jax.training.optimizer import learning_rate, make_optimizer, weight_decay_mask
+from vop_jax.training.step import learning_rate, make_optimizer, weight_decay_mask
 
 
 def train_config(**values):

@@ -3,7 +3,8 @@
 import pytest
 from absl import logging
 
-from vop_jax.training import evaluate, sharding
+from vop_jax.evaluation import evaluate
+from vop_jax.training import sharding
 from vop_jax.training.progress import Progress
 
 

@@ -5,10 +5,10 @@ import argparse
 import pytest
 
 from benchmarks import scaling
+from benchmarks.collectives import Collective
 from tests import tiny
 from vop_jax.config.clip import PRESETS
 from vop_jax.training import sharding
-from vop_jax.training.collectives import Collective
 
 SWITCHED = scaling.Machine("", 1.0, 8, 100.0, 10.0, 1.0, 7.0, torus=False, share=0.5)
 TORUS = scaling.Machine("", 1.0, 16, 100.0, 10.0, 1.0, 7.0, torus=True)

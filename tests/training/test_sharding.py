@@ -6,9 +6,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from vop_jax.errors import UserError
-from vop_jax.retrieval.losses import symmetric_cross_entropy
 from vop_jax.storage.tensors import flatten
 from vop_jax.training import sharding
+from vop_jax.training.step import symmetric_cross_entropy
 
 TREE = {"clip": {"a": np.arange(6.0).reshape(2, 3), "b": np.float32(1)}, "prompts": np.ones(5)}
 

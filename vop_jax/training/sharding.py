@@ -13,12 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vop_jax.errors import UserError
+from vop_jax.storage.tensors import Tree, flatten, unflatten
 
 AXES = ("data", "fsdp", "model")
 ROWS = ("data", "fsdp")  # the axes that rows of a batch are spread over
@@ -263,3 +265,46 @@ def to_global(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Arra
         return jax.make_array_from_callback((size, *local.shape[1:]), sharding, shard)
 
     return {key: placed(rows) for key, rows in batch.items()}
+
+
+def on_own_rows(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function(whole, rows) -> rows`, run by every device on its rows.
+
+    Where parameters are whole on every device, each runs the program of one device, kernels
+    included. Where the mesh cuts them the compiler shares the work out.
+    """
+    if row_shards(mesh) == 1 or cuts_parameters(mesh):
+        return function
+    own = on_row_shards(mesh, lambda rows, whole: function(whole, rows))
+    return lambda whole, rows: own(rows, whole)
+
+
+def each_on_its_own(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function(trainable, frozen, rows) -> rows`, run by every device on its rows and prompts.
+
+    The same values; but the gradient of what is added to CLIP is summed over a device's rows
+    first and then over devices, once a step. Left to itself the compiler sums over devices
+    wherever a parameter is used: at every layer that shares it. CLIP's own parameters are used
+    once each, and not copied where the compiler shares the work out.
+    """
+    ways = row_shards(mesh)
+    if ways == 1 or not cuts_parameters(mesh):
+        own = on_own_rows(mesh, lambda whole, rows: function(*whole, rows))
+        return lambda trainable, frozen, rows: own((trainable, frozen), rows)
+    over = batch_sharding(mesh)
+
+    def placed(x: jax.Array) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, over)
+
+    def run(trainable: Tree, frozen: Tree, rows: Any) -> Any:
+        flat = flatten(trainable)
+        axes = {name: None if name.startswith("clip/") else 0 for name in flat}
+        for name, axis in axes.items():
+            if axis == 0:
+                flat[name] = placed(jnp.broadcast_to(flat[name], (ways, *flat[name].shape)))
+        parts = jax.tree.map(lambda x: placed(x.reshape(ways, -1, *x.shape[1:])), rows)
+        each = jax.vmap(function, (unflatten(axes), None, 0), spmd_axis_name=ROWS)
+        found = each(unflatten(flat), frozen, parts)
+        return jax.tree.map(lambda x: placed(x.reshape(-1, *x.shape[2:])), found)
+
+    return run

@@ -1,6 +1,7 @@
 """One step: pure functions of (state, frozen parameters, batch)."""
 
 import math
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,12 +11,34 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from vop_jax.clip.remat import join_rows, split_rows
 from vop_jax.model import TextVideoModel
-from vop_jax.retrieval.losses import symmetric_cross_entropy
-from vop_jax.training.local import each_on_its_own
+from vop_jax.storage.tensors import Tree, flatten, unflatten
+from vop_jax.training.sharding import each_on_its_own
 from vop_jax.tuning.partition import merge
+
+
+def symmetric_cross_entropy(text: jax.Array, video: jax.Array, temperature: jax.Array) -> jax.Array:
+    """CLIP's loss over a batch of pairs: row i of one side belongs to row i of the other.
+
+    Written over the global batch: under `jit` with sharded rows the compiler gathers the
+    embeddings, so every device sees all negatives.
+
+    Args:
+        text, video: unit rows [B, E], float32.
+        temperature: scalar, the factor on similarities.
+
+    Returns:
+        The mean of text-to-video and video-to-text cross-entropy, a scalar.
+    """
+    logits = temperature * jnp.matmul(text, video.T, precision=jax.lax.Precision.HIGHEST)
+    labels = jnp.arange(logits.shape[0])
+    t2v = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    v2t = optax.softmax_cross_entropy_with_integer_labels(logits.T, labels)
+    return (t2v.mean() + v2t.mean()) / 2
+
 
 Batch = dict[str, jax.Array]  # "frames" uint8 [B, F, S, S, 3], "ids" int32 [B, T]
 Metrics = dict[str, jax.Array]  # scalars
@@ -135,3 +158,32 @@ def make_train_step(
         return TrainState(state.step + 1, trainable, opt_state), metrics
 
     return train_step
+
+
+NO_WEIGHT_DECAY = (r".*/(bias|scale)", r".*/logit_scale")  # norms, biases, temperature
+
+
+def learning_rate(train: ConfigDict) -> optax.Schedule:
+    """0 -> train.learning_rate over the first `warmup` share of the steps, then cosine to 0."""
+    warmup = round(train.warmup * train.steps)
+    return optax.warmup_cosine_decay_schedule(
+        0.0, train.learning_rate, warmup, max(train.steps, warmup + 1)
+    )
+
+
+def weight_decay_mask(params: Tree) -> dict:
+    """True where weight decay applies."""
+    return unflatten(
+        {
+            name: not any(re.fullmatch(pattern, name) for pattern in NO_WEIGHT_DECAY)
+            for name in flatten(params)
+        }
+    )
+
+
+def make_optimizer(train: ConfigDict) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW; `train` is the config's section of that name."""
+    return optax.chain(
+        optax.clip_by_global_norm(train.clip_norm),
+        optax.adamw(learning_rate(train), weight_decay=train.weight_decay, mask=weight_decay_mask),
+    )

@@ -11,12 +11,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vop_jax.data import tokenizer
+from vop_jax.evaluation import metrics, rescoring
+from vop_jax.evaluation.ranks import Score
 from vop_jax.model import TextVideoModel
-from vop_jax.retrieval import metrics, rescoring
-from vop_jax.retrieval.ranks import Score
 from vop_jax.training import prefetch, sharding
-from vop_jax.training.local import on_own_rows
 from vop_jax.training.progress import Progress
+from vop_jax.training.sharding import on_own_rows
 
 TOP = 5  # videos kept of each text's ranking
 

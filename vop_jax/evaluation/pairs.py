@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vop_jax.retrieval.ranks import bound, check, padded
+from vop_jax.evaluation.ranks import bound, check, padded
 
 
 def pair_ranks(

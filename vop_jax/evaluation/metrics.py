@@ -10,8 +10,8 @@ import dataclasses
 
 import numpy as np
 
-from vop_jax.retrieval.pairs import pair_ranks
-from vop_jax.retrieval.ranks import PLAIN, Score, best_candidates, grouped_ranks, own_ranks
+from vop_jax.evaluation.pairs import pair_ranks
+from vop_jax.evaluation.ranks import PLAIN, Score, best_candidates, grouped_ranks, own_ranks
 
 RECALLS = (1, 5, 10)
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vop_jax.retrieval.ranks import Score, best_candidates, log_sums
+from vop_jax.evaluation.ranks import Score, best_candidates, log_sums
 
 BETA = 20.0  # QB-Norm's inverse temperature, as its authors set it
 ROOT = 8
