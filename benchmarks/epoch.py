@@ -26,7 +26,7 @@ from vop_jax.config.clip import PRESETS
 from vop_jax.data.device_crops import BITS, Drawn
 from vop_jax.data.pipeline import train_batches
 from vop_jax.data.records.read import Part
-from vop_jax.start import best_kernel
+from vop_jax.experiment.setup import best_kernel
 from vop_jax.training import device_cache, prefetch, sharding
 from vop_jax.training.step import TrainState, make_optimizer
 from vop_jax.tuning.methods import MethodConfig

@@ -12,8 +12,8 @@ import json
 import pathlib
 
 from vop_jax.data.datasets.shapes import contrasts
+from vop_jax.experiment.results import RANKINGS_FILE
 from vop_jax.report.runs import format_mean, mean_std
-from vop_jax.results import RANKINGS_FILE
 
 KINDS = ("own", "reversal", "other speed", "another")
 

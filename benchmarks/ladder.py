@@ -27,13 +27,14 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from benchmarks.step_cost import counted_flops
-from vop_jax import cli, experiment, report, start
+from vop_jax import cli, report
 from vop_jax.config.base import first_difference
 from vop_jax.data import load
 from vop_jax.data.records.tfds_builder import Making
 from vop_jax.errors import UserError
+from vop_jax.experiment import setup, train
+from vop_jax.experiment.results import SUMMARY_FILE
 from vop_jax.model import TextVideoModel
-from vop_jax.results import SUMMARY_FILE
 from vop_jax.storage import files
 from vop_jax.tuning.methods import METHODS
 
@@ -164,9 +165,9 @@ def _backbone(config: ConfigDict, workdir: str) -> dict[str, Any]:
     shared = os.path.join(workdir, "shared")
     videos = os.path.join(workdir, "videos")
     config.data.videos = videos
-    if not os.path.exists(os.path.join(shared, start.CLIP_FILE)):
-        experiment.train(config, shared)
-    return {"init.clip": os.path.join(shared, start.CLIP_FILE), "data.videos": videos}
+    if not os.path.exists(os.path.join(shared, setup.CLIP_FILE)):
+        train.train(config, shared)
+    return {"init.clip": os.path.join(shared, setup.CLIP_FILE), "data.videos": videos}
 
 
 def _finished(run: str, config: ConfigDict) -> bool:
@@ -178,7 +179,7 @@ def _finished(run: str, config: ConfigDict) -> bool:
 def _run(config: ConfigDict, run: str) -> report.Run:
     if not _finished(run, config):
         logging.info("%s", run)
-        experiment.train(config, run)
+        train.train(config, run)
     return report.read_run(run)
 
 
@@ -207,8 +208,8 @@ def _pack(config: ConfigDict, run: str) -> None:
 def _cost(config: Mapping[str, Any]) -> dict[str, float]:
     """FLOPs and milliseconds of embedding one clip, on this machine's first device."""
     full = ConfigDict(config)
-    clip = start.preset(full)
-    model = TextVideoModel(clip, start.method_of(full))
+    clip = setup.preset(full)
+    model = TextVideoModel(clip, setup.method_of(full))
     batch = full.eval.batch_size
     frames = np.zeros((batch, full.data.frames, clip.image_size, clip.image_size, 3), np.uint8)
     params = jax.jit(model.init)(jax.random.key(0), *model.example())["params"]

@@ -19,8 +19,8 @@ import numpy as np
 import vop_jax
 from vop_jax.clip.weights import parameter_shapes, save_clip
 from vop_jax.config.clip import PRESETS, ClipConfig
+from vop_jax.inference.retriever import Retriever
 from vop_jax.model import TextVideoModel
-from vop_jax.retriever import Retriever
 from vop_jax.storage import tensors
 from vop_jax.tuning.methods import MethodConfig
 from vop_jax.tuning.partition import split

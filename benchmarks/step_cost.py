@@ -22,8 +22,8 @@ from vop_jax.clip.remat import Memory
 from vop_jax.clip.weights import held
 from vop_jax.config.base import base_config
 from vop_jax.config.clip import PRESETS, ClipConfig
+from vop_jax.experiment.setup import best_kernel
 from vop_jax.model import TextVideoModel
-from vop_jax.start import best_kernel
 from vop_jax.storage import tensors
 from vop_jax.training.sharding import make_mesh
 from vop_jax.training.step import TrainState, batch_loss, make_optimizer, make_train_step

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from etils import epath
 
-from vop_jax import start
 from vop_jax.config import base as configs
 from vop_jax.errors import UserError
+from vop_jax.experiment import setup
 from vop_jax.tuning.methods import METHODS, MethodConfig
 
 SHIPPED = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
@@ -254,9 +254,9 @@ class Devices:
 def test_attention_is_by_default_what_the_device_has(platform, version, shape, dtype, kernel):
     config = configs.base_config()
     config.compute.dtype = dtype
-    assert start.kernel_of(config, Devices(platform, version, *shape)) == kernel
+    assert setup.kernel_of(config, Devices(platform, version, *shape)) == kernel
     config.compute.attention = "blocks"
-    assert start.kernel_of(config, Devices(platform, version, *shape)) == "blocks"
+    assert setup.kernel_of(config, Devices(platform, version, *shape)) == "blocks"
 
 
 def test_a_store_without_its_package_is_told_by_its_key(monkeypatch):
@@ -268,7 +268,7 @@ def test_a_store_without_its_package_is_told_by_its_key(monkeypatch):
     config.init.clip = "gs://b/clip"
     says = "config.init.clip=gs://b/clip: Please install gcsfs; pip install -e '.[gcs]'"
     with pytest.raises(UserError, match=re.escape(says)):
-        start._check_stores(config)
+        setup._check_stores(config)
 
 
 @pytest.mark.parametrize(
@@ -294,4 +294,4 @@ def test_a_kernel_that_the_devices_lack_is_refused(asked, devices, says):
     config = configs.base_config()
     config.compute.attention = asked
     with pytest.raises(UserError, match=re.escape(says)):
-        start.check_kernel(config, devices)
+        setup.check_kernel(config, devices)

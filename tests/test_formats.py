@@ -12,10 +12,11 @@ import pytest
 
 import vop_jax
 from tests import readers, runs
-from vop_jax import formats, main
+from vop_jax import main
 from vop_jax.clip.convert.pytorch import convert
 from vop_jax.clip.weights import load_clip
 from vop_jax.data.tokenizer import CaptionTokenizer
+from vop_jax.experiment import export as exports
 from vop_jax.model import TextVideoModel
 from vop_jax.storage import tensors
 from vop_jax.tuning.methods import MethodConfig
@@ -102,7 +103,7 @@ def rows(*counts):
 
 
 def test_the_command_line_knows_every_format():
-    assert set(main.FORMATS) == set(formats.FORMATS)
+    assert set(main.FORMATS) == set(exports.FORMATS)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +121,7 @@ def test_wrong_calls(clip, tmp_path, capsys, flags, messages):
 
 def test_a_format_unknown_to_python(tmp_path):
     with pytest.raises(vop_jax.UserError, match="--format=onnx: allowed are safetensors, "):
-        formats.check("onnx")
+        exports.check("onnx")
 
 
 def test_safetensors_is_the_default(trained, export):
@@ -215,7 +216,7 @@ def test_what_is_trained_as_released_is_exported_whole(released_clip, tmp_path, 
     state = torch.load(path, weights_only=True)["state_dict"]
     reference, ours = (
         ReferenceVop(state),
-        vop_jax.load(released_clip, workdir / formats.PROMPTS_FILE),
+        vop_jax.load(released_clip, workdir / exports.PROMPTS_FILE),
     )
     [frames], _ = rows(3)
     pooled = reference.encode_video(torch.from_numpy(frames))
@@ -231,7 +232,7 @@ def test_what_is_trained_as_released_is_exported_whole(released_clip, tmp_path, 
     first, again = load_clip(released_clip), convert(path)
     assert again.config == first.config
     assert tensors.fingerprint(again.params) == tensors.fingerprint(first.params)
-    learnt = load_prompts(workdir / formats.PROMPTS_FILE).params["prompts"]
+    learnt = load_prompts(workdir / exports.PROMPTS_FILE).params["prompts"]
     assert tensors.fingerprint(again.prompts) == tensors.fingerprint(learnt)
 
 

@@ -11,9 +11,9 @@ from ml_collections import ConfigDict
 
 from benchmarks import ladder
 from tests import runs
-from vop_jax import experiment
 from vop_jax.data.datasets import shapes
 from vop_jax.errors import UserError
+from vop_jax.experiment import train
 from vop_jax.tuning.methods import METHODS
 
 CONFIG = """
@@ -61,7 +61,7 @@ def test_methods_share_a_clip_and_finished_runs_are_read(run_study, monkeypatch)
     configs = [json.loads(p.read_text()) for p in run_study.root.glob("methods/*/*/config.json")]
     assert len(configs) == 3 and len({c["init"]["clip"] for c in configs}) == 1
     assert len(list(run_study.root.glob("**/clip.safetensors"))) == 1
-    monkeypatch.setattr(experiment, "train", None)
+    monkeypatch.setattr(train, "train", None)
     again = run_study("methods", [0, 1], only=["zero_shot", "vop"])
     assert [row["metrics"] for row in again] == [row["metrics"] for row in rows]
 
@@ -149,8 +149,8 @@ def test_learning_rates_are_judged_on_the_val_split(run_study):
 @pytest.mark.parametrize("study", ladder.STUDIES)
 def test_every_study_is_of_settings_that_can_be(study, config_file):
     """Each is accepted by the config's CLIP; all differ."""
-    from vop_jax import start
     from vop_jax.config.base import validate
+    from vop_jax.experiment import setup
 
     get_config = runpy.run_path(str(runs.ROOT / "configs" / config_file))["get_config"]
     seen = set()
@@ -158,8 +158,8 @@ def test_every_study_is_of_settings_that_can_be(study, config_file):
         config = get_config(settings["method.name"])
         config.update_from_flattened_dict(dict(settings))
         validate(config)
-        method = start.method_of(config)
-        method.check_fits(start.preset(config))
+        method = setup.method_of(config)
+        method.check_fits(setup.preset(config))
         setting = json.dumps(config.to_dict(), sort_keys=True)
         assert setting not in seen, label
         seen.add(setting)

@@ -14,9 +14,9 @@ from absl import logging
 import vop_jax
 from tests import runs
 from tests.data import videos
-from vop_jax import experiment, run_data, start
 from vop_jax.clip.weights import load_clip
 from vop_jax.config.base import base_config
+from vop_jax.experiment import inputs, setup, train
 from vop_jax.storage.tensors import read_metadata
 from vop_jax.training.step import learning_rate
 from vop_jax.training.writer import read_metrics
@@ -157,7 +157,7 @@ def test_more_steps_are_a_new_schedule(finished, call, tmp_path):
     assert (tmp_path / "whole/prompts.safetensors").read_bytes() != (
         finished / "prompts.safetensors"
     ).read_bytes()
-    config = start.configs.workdir_config(tmp_path / "whole").train
+    config = setup.configs.workdir_config(tmp_path / "whole").train
     lines = read_metrics(tmp_path / "whole")
     assert [line["step"] for line in lines] == [0, 1, 2, 4, 4, 5, 6, 6]
     rates = {line["step"]: line["learning_rate"] for line in lines if "learning_rate" in line}
@@ -228,9 +228,9 @@ def test_exported_prompts_give_the_features_of_training(finished, folder, clip):
         config.update(json.loads((finished / "config.json").read_text()))
         config.data.crop_scale = tuple(config.data.crop_scale)
         config.mesh.data = 1
-    with start.opened(config, str(finished), None) as run:
-        data = run_data.load_data(run)
-        encode_video, encode_text = experiment.evaluation.make_encoders(run.model, run.mesh)
+    with setup.opened(config, str(finished), None) as run:
+        data = inputs.load_data(run)
+        encode_video, encode_text = train.evaluation.make_encoders(run.model, run.mesh)
         frames = next(data.eval_set.videos())["frames"]
         ours = np.asarray(encode_video(run.params(), frames))
         texts = np.asarray(encode_text(run.params(), data.eval_set.ids))

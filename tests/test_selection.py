@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 from etils import epath
 
-from vop_jax import selection
 from vop_jax.config.base import base_config
 from vop_jax.errors import UserError
-from vop_jax.selection import BEST_FILE, BEST_NOTE, Selection
+from vop_jax.experiment import export
+from vop_jax.experiment.export import BEST_FILE, BEST_NOTE, Selection
 
 
 @pytest.fixture
@@ -22,8 +22,8 @@ def run(tmp_path, monkeypatch):
     def load(path):
         return SimpleNamespace(params=json.loads(path.read_text()))
 
-    monkeypatch.setattr(selection, "save_result", save)
-    monkeypatch.setattr(selection, "load_prompts", load)
+    monkeypatch.setattr(export, "save_result", save)
+    monkeypatch.setattr(export, "load_prompts", load)
     config = base_config()
     config.train.update(select="best", eval_every=1)
     state = SimpleNamespace(step=9, trainable="the last")

@@ -9,7 +9,7 @@ from PIL import Image
 
 from tests import readers, tiny
 from vop_jax.clip.weights import held
-from vop_jax.stablehlo import README, save_encoders
+from vop_jax.inference.stablehlo import README, save_encoders
 from vop_jax.tuning.methods import METHODS, MethodConfig
 from vop_jax.video.crops import eval_crop
 

@@ -7,7 +7,7 @@ __all__ = ["UserError", "load"]
 def __getattr__(name: str):
     # Lazy, so that data workers (`import vop_jax.data...`) start without loading jax.
     if name == "load":
-        from vop_jax.retriever import load
+        from vop_jax.inference.retriever import load
 
         return load
     if name == "UserError":

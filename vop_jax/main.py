@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from vop_jax.training.writer import Writer
 
 MODES = ("train", "eval", "export", "params")
-FORMATS = ("safetensors", "orbax", "pytorch", "stablehlo")  # see vop_jax/formats.py
+FORMATS = ("safetensors", "orbax", "pytorch", "stablehlo")  # see vop_jax/experiment/export.py
 
 
 def define_flags() -> None:
@@ -215,29 +215,29 @@ def run(
     writer: "Writer | None" = None,
     extend: bool = False,
 ) -> int:
-    """Runs one mode and prints its result; `writer` and `extend` as of `experiment.train`."""
+    """Runs one mode and prints its result; `writer` and `extend` as of `train.train`."""
     # Imported here so that a wrong call is answered at once.
-    from vop_jax import experiment, parameters, results
+    from vop_jax.experiment import export, results, train
     from vop_jax.storage import files
     from vop_jax.training import hosts
     from vop_jax.training.loop import NonFiniteLoss
 
     if mode == "params":
-        counts = parameters.count_parameters(config)
-        print(parameters.format_counts(counts))
+        counts = results.count_parameters(config)
+        print(results.format_counts(counts))
         if json_path:
             files.write_json(json_path, counts)
         return 0
     if mode == "export":
-        path = experiment.export(config, workdir, form)
+        path = export.export(config, workdir, form)
         if hosts.is_first():
             print(path)
         return 0
     try:
         if mode == "eval":
-            summary = experiment.evaluate(config, workdir)
+            summary = train.evaluate(config, workdir)
         else:
-            summary = experiment.train(config, workdir, writer, extend)
+            summary = train.train(config, workdir, writer, extend)
     except NonFiniteLoss as error:
         print(f"error: {error}; {workdir}/checkpoints keeps the last good state", file=sys.stderr)
         return 1

@@ -90,9 +90,11 @@ def test_the_program_without_scenic():
 
 
 def given_to(monkeypatch):
-    """What `main` gives to `experiment.train`."""
+    """What `main` gives to `train.train`."""
     calls = []
-    monkeypatch.setattr("vop_jax.experiment.train", lambda *a: calls.append(a) or {"steps": 3})
+    monkeypatch.setattr(
+        "vop_jax.experiment.train.train", lambda *a: calls.append(a) or {"steps": 3}
+    )
     return calls
 
 

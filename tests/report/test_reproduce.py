@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from tests import runs as commands
-from vop_jax import parameters
 from vop_jax.config.base import base_config
+from vop_jax.experiment import results
 from vop_jax.report import __main__ as command
 from vop_jax.report import reproduce
 from vop_jax.report.runs import read_run
@@ -280,7 +280,7 @@ def test_the_papers_tables_agree_with_each_other():
 
 def test_the_papers_parameters_are_those_of_its_methods():
     rows = reproduce.load_paper()["printed"]["msrvtt9k"]["rows"]
-    counts = parameters.count_parameters(base_config())
+    counts = results.count_parameters(base_config())
     # Most likely a slip of the paper, see docs/methods.md.
     saved = counts["vop_p"]["percent"] - counts["vop_f+p"]["percent"]
     counts["vop_f+c"]["percent"] = counts["vop_c"]["percent"] - saved

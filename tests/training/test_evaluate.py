@@ -12,10 +12,10 @@ from ml_collections import config_flags
 
 from tests import runs
 from tests.retrieval.embeddings import random_pairs
-from vop_jax import results, run_data
 from vop_jax.config import base as configs
 from vop_jax.errors import UserError
 from vop_jax.evaluation import evaluate, metrics, rescoring
+from vop_jax.experiment import inputs, results
 from vop_jax.training import sharding
 
 BATCH = 4
@@ -165,7 +165,7 @@ def bank_of(train, test, *, bank=1000, extra="query_bank"):
     config.eval.update(extra=(extra,), bank=bank)
     packed = SimpleNamespace(splits={"train": train, "test": test})
     run = SimpleNamespace(config=config)
-    return run_data._bank(run, packed, lambda captions: captions, lambda split: {})
+    return inputs._bank(run, packed, lambda captions: captions, lambda split: {})
 
 
 def test_the_bank_holds_training_clips_alone_with_their_first_captions():

@@ -5,8 +5,8 @@ import pytest
 from vop_jax.config.base import base_config
 from vop_jax.config.clip import PRESETS
 from vop_jax.errors import UserError
+from vop_jax.experiment.results import count_parameters
 from vop_jax.model import TextVideoModel
-from vop_jax.parameters import count_parameters
 from vop_jax.storage import tensors
 from vop_jax.tuning import partition
 from vop_jax.tuning.methods import METHODS, MethodConfig

@@ -60,9 +60,9 @@ def check(config: ConfigDict) -> dict[str, Any]:
             f"config.data.records={data.records!r}: no records there; without them "
             "config.data.annotations and config.data.videos are needed"
         )
-    from vop_jax import start  # brings jax, which the decoding processes do without
+    from vop_jax.experiment import setup  # brings jax, which the decoding processes do without
 
-    slots = start.method_of(config).text_slots(start.preset(config, default="ViT-B/32"))
+    slots = setup.method_of(config).text_slots(setup.preset(config, default="ViT-B/32"))
     tokenize = CaptionTokenizer(slots)
     splits = {split: _describe(own, tokenize) for split, own in rows.items()}
     learnt = (row["captions"] for row in rows.get(data.train_split, ()))

@@ -146,11 +146,11 @@ def main(rng: Any, config: ConfigDict, workdir: str, writer: Writer) -> dict[str
         rng: not used; everything is drawn from config.rng_seed, which it is made of.
         config: scenic's names and ours, see `scenic_config.translate`.
 
-    Raises: as `experiment.train`.
+    Raises: as `train.train`.
     """
-    from vop_jax import experiment
+    from vop_jax.experiment import train
 
-    return experiment.train(scenic_config.translate(config), workdir, writer)
+    return train.train(scenic_config.translate(config), workdir, writer)
 
 
 def _run() -> None:

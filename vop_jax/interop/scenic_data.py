@@ -14,8 +14,8 @@ from vop_jax.data import load, tokenizer
 from vop_jax.data.pipeline import Batch, eval_videos, train_batches
 from vop_jax.data.records.read import Split
 from vop_jax.errors import UserError
+from vop_jax.experiment.inputs import packed_once
 from vop_jax.interop import scenic_config
-from vop_jax.run_data import packed_once
 
 # Of scenic's text-video projects; in a run of ours the CLIP tells these two.
 CROP_SIZE, WORDS = "crop_size", "max_num_words"

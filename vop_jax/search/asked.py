@@ -5,7 +5,7 @@ import os
 import pathlib
 
 from vop_jax.errors import UserError
-from vop_jax.retriever import Retriever
+from vop_jax.inference.retriever import Retriever
 from vop_jax.search import catalog
 from vop_jax.search.catalog import IndexInfo
 from vop_jax.search.files import Found

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 from tqdm import tqdm
 
-from vop_jax.retriever import Retriever
+from vop_jax.inference.retriever import Retriever
 from vop_jax.search.catalog import IndexInfo
 from vop_jax.search.decoding import Decoder, Work
 from vop_jax.search.files import Found, Scan

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 import filelock
 
-from vop_jax import retriever as retrievers
 from vop_jax.errors import UserError
-from vop_jax.retriever import Retriever
+from vop_jax.inference import retriever as retrievers
+from vop_jax.inference.retriever import Retriever
 from vop_jax.search import catalog
 from vop_jax.search.asked import (
     Request,

@@ -7,7 +7,7 @@ import numpy as np
 from etils import epath
 
 from vop_jax.errors import UserError, VideoError
-from vop_jax.retriever import Retriever, load
+from vop_jax.inference.retriever import Retriever, load
 from vop_jax.search.asked import check_same_model
 from vop_jax.search.index import Hit, Index
 from vop_jax.video.images import decode_picture

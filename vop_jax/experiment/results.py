@@ -1,5 +1,6 @@
 """What a run leaves: its scalars, its summary, its rankings; and how people read them."""
 
+import dataclasses
 import json
 import os
 import time
@@ -7,13 +8,20 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
-from vop_jax import parameters, start
+from vop_jax.clip.weights import load_clip
+from vop_jax.config import base as configs
+from vop_jax.config.clip import ClipConfig
 from vop_jax.data.datasets.registry import BENCHMARKS
 from vop_jax.evaluation.evaluate import Evaluation
-from vop_jax.run_data import Data, by_chance
-from vop_jax.storage import files
+from vop_jax.experiment import setup
+from vop_jax.experiment.inputs import Data, by_chance
+from vop_jax.model import TextVideoModel
+from vop_jax.storage import files, tensors
 from vop_jax.training.writer import MEASURED_ON, read_metrics
+from vop_jax.tuning import partition
+from vop_jax.tuning.methods import METHODS, MethodConfig
 
 SUMMARY_FILE = "summary.json"
 RANKINGS_FILE = "rankings.jsonl"
@@ -24,7 +32,7 @@ Results = dict[str, dict[str, float]]
 
 
 def write_summary(
-    run: start.Run,
+    run: setup.Run,
     data: Data,
     before: Results | None,
     after: Evaluation,
@@ -32,7 +40,7 @@ def write_summary(
 ) -> dict[str, Any]:
     """Writes summary.json and rankings.jsonl; returns the summary."""
     _write_rankings(run, data, after)
-    true, paper = parameters.count(run.clip.config, run.method)
+    true, paper = count(run.clip.config, run.method)
     speeds = [
         line["videos_per_second"]
         for line in read_metrics(run.workdir)
@@ -63,7 +71,7 @@ def write_summary(
     return summary
 
 
-def _write_rankings(run: start.Run, data: Data, found: Evaluation) -> None:
+def _write_rankings(run: setup.Run, data: Data, found: Evaluation) -> None:
     """One line per caption that was read: its rank, and the videos that were nearest to it."""
     test = data.packed.splits[run.config.data.eval_split]
     texts = [(test.ids[i], text) for i, texts in enumerate(test.captions) for text in texts]
@@ -168,4 +176,41 @@ def format_summary(summary: dict[str, Any], workdir: str) -> str:
     if summary["skipped_videos"]:
         rows.append(f"skipped videos: {len(summary['skipped_videos'])}, see summary.json")
     rows.append(f"results in {workdir}")
+    return "\n".join(rows)
+
+
+def count_parameters(config: ConfigDict) -> dict[str, dict[str, float]]:
+    """{method: {"trainable", "paper", "percent"}} at the config's CLIP size.
+
+    `paper` and `percent` follow the paper's way of counting, see `tuning.methods`.
+    """
+    configs.validate(config)
+    if config.init.clip:
+        clip = load_clip(config.init.clip).config
+    else:
+        clip = setup.preset(config, default="ViT-B/32")
+    counts = {}
+    for name in METHODS:
+        method = dataclasses.replace(setup.method_of(config), name=name)
+        method.validate()
+        method.check_fits(clip)
+        true, paper = count(clip, method)
+        counts[name] = {"trainable": true, "paper": paper}
+    whole = counts["full"]["paper"]
+    return {name: {**c, "percent": 100 * c["paper"] / whole} for name, c in counts.items()}
+
+
+def count(clip: ClipConfig, method: MethodConfig) -> tuple[int, int]:
+    """(trained parameters, those the paper's convention counts), from shapes alone."""
+    params = tensors.unflatten(TextVideoModel(clip, method).shapes())
+    trainable, _ = partition.split(params, method.trainable_patterns(clip))
+    return partition.count(trainable), partition.count(trainable, method.parts.paper_factors)
+
+
+def format_counts(counts: dict[str, dict[str, float]]) -> str:
+    rows = [f"{'method':<14}{'trainable':>14}{'paper':>14}{'percent':>10}"]
+    rows += [
+        f"{name:<14}{c['trainable']:>14,}{c['paper']:>14,}{c['percent']:>9.3f}%"
+        for name, c in counts.items()
+    ]
     return "\n".join(rows)

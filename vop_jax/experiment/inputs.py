@@ -11,21 +11,32 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from vop_jax import run_cache, start
 from vop_jax.config.base import extra_rows
 from vop_jax.data import tokenizer
 from vop_jax.data.datasets.folder import hash_of
+from vop_jax.data.device_crops import BITS, Drawn
 from vop_jax.data.load import contrasts, flip_warning, load
 from vop_jax.data.pipeline import eval_videos, train_batches
+from vop_jax.data.records.decoded import clips_of, draws_frames, frame_shapes
 from vop_jax.data.records.read import Packed, Part, Split
 from vop_jax.data.records.shards import label_of
 from vop_jax.data.tokenizer import CaptionTokenizer, TokenizedCaptions
 from vop_jax.errors import UserError
 from vop_jax.evaluation.evaluate import Bank, EvalSet, batch_size_for
-from vop_jax.training import hosts, sharding
+from vop_jax.experiment import setup
+from vop_jax.training import device_cache, hosts, sharding
 
 Reading = Callable[[Split], dict[str, Any]]  # the arguments of `eval_videos` for a split
 FEW = 50  # evaluated videos, of which figures say little
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What goes to the devices, and how crops of it are told."""
+
+    split: Split
+    layout: device_cache.Layout
+    drawn: Drawn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +62,10 @@ class Data:
     num_texts: int
     num_videos: int
     cut_captions: int
-    cache: run_cache.Plan | None
+    cache: Plan | None
 
 
-def load_data(run: start.Run, *, training: bool = True) -> Data:
+def load_data(run: setup.Run, *, training: bool = True) -> Data:
     """Packs the videos once and tokenizes their captions.
 
     Args:
@@ -87,7 +98,7 @@ def load_data(run: start.Run, *, training: bool = True) -> Data:
     missed_texts = sum(len(clip.captions) for clip in missed)
     train_buckets, train_batch = _train_buckets(run, train_ids), config.train.batch_size
     reading = partial(_in_evaluation, run)
-    cache = run_cache.plan(run, train_split) if training and train_split else None
+    cache = plan(run, train_split) if training and train_split else None
     data = Data(
         packed=packed,
         eval_set=EvalSet(
@@ -141,7 +152,7 @@ def check_batch(config: ConfigDict) -> None:
         )
 
 
-def _check_sizes(run: start.Run, packed: Packed, training: bool) -> None:
+def _check_sizes(run: setup.Run, packed: Packed, training: bool) -> None:
     """Raises UserError for splits of which nothing can be learnt or measured."""
     keys = ("train_split", "eval_split") if training else ("eval_split",)
     for key in keys:
@@ -175,7 +186,7 @@ def packed_once(load: Callable[[], Packed]) -> Packed:
     return hosts.in_all(lambda: first[0] if first else load())
 
 
-def _check_continued(run: start.Run, learnt_from: str) -> None:
+def _check_continued(run: setup.Run, learnt_from: str) -> None:
     """Raises UserError where the workdir's run learnt from another training split."""
     if learnt_from and run.meta.get("learnt_from", learnt_from) != learnt_from:  # older: none
         raise UserError(
@@ -193,7 +204,7 @@ def _digest(split: Split) -> str:
     return hashlib.sha256(_content(split).encode()).hexdigest()
 
 
-def _fingerprint(run: start.Run, packed: Packed, split: Split) -> str:
+def _fingerprint(run: setup.Run, packed: Packed, split: Split) -> str:
     """Of all that evaluations of one config may differ in; figures of another are not compared."""
     missed = [(clip.id, clip.captions) for clip in split.skipped]
     facts = [run.clip.fingerprint, _content(split), missed, run.config.eval.missing]
@@ -201,27 +212,27 @@ def _fingerprint(run: start.Run, packed: Packed, split: Split) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
-def _reading(run: start.Run) -> dict[str, Any]:
+def _reading(run: setup.Run) -> dict[str, Any]:
     """What training and evaluation read of a clip."""
     data = run.config.data
     of_data = {key: data[key] for key in ("frames", "sampling", "threads")}
     return of_data | {"image_size": run.clip.config.image_size}
 
 
-def _in_evaluation(run: start.Run, split: Split) -> dict[str, Any]:
+def _in_evaluation(run: setup.Run, split: Split) -> dict[str, Any]:
     """How a split is read; a few clips are not padded to a whole `eval.batch_size`."""
     batch_size = batch_size_for(run.mesh, len(split), run.config.eval.batch_size)
     return _batches_of(run, batch_size) | _reading(run)
 
 
-def _batches_of(run: start.Run, batch_size: int) -> dict[str, Any]:
+def _batches_of(run: setup.Run, batch_size: int) -> dict[str, Any]:
     """The size of a global batch and this process's rows of it."""
     rows = sharding.process_rows(run.mesh, batch_size)
     return {"batch_size": batch_size, "local_rows": rows.tolist()}
 
 
 def _val_set(
-    run: start.Run, packed: Packed, tokenize: CaptionTokenizer, reading: Reading
+    run: setup.Run, packed: Packed, tokenize: CaptionTokenizer, reading: Reading
 ) -> EvalSet | None:
     """What a checkpoint is chosen on, if one is."""
     config = run.config
@@ -237,12 +248,12 @@ def _val_set(
     )
 
 
-def _buckets(run: start.Run) -> tuple[int, ...]:
+def _buckets(run: setup.Run) -> tuple[int, ...]:
     """Widths that captions may be cut to; none where the last slot has a meaning."""
     return tuple(run.config.data.text_buckets) if run.method.takes_fewer_slots else ()
 
 
-def _train_buckets(run: start.Run, ids: np.ndarray) -> tuple[int, ...]:
+def _train_buckets(run: setup.Run, ids: np.ndarray) -> tuple[int, ...]:
     """The same; of several processes, which know their own rows alone, one for all batches."""
     widths, batch_size = _buckets(run), run.config.train.batch_size
     if len(sharding.process_rows(run.mesh, batch_size)) == batch_size:
@@ -251,7 +262,7 @@ def _train_buckets(run: start.Run, ids: np.ndarray) -> tuple[int, ...]:
 
 
 def _bank(
-    run: start.Run, packed: Packed, tokenize: CaptionTokenizer, reading: Reading
+    run: setup.Run, packed: Packed, tokenize: CaptionTokenizer, reading: Reading
 ) -> Bank | None:
     """`eval.bank` clips of the training split and the first caption of each, if asked for.
 
@@ -280,7 +291,7 @@ def _bank(
     )
 
 
-def _report_data(run: start.Run, data: Data) -> None:
+def _report_data(run: setup.Run, data: Data) -> None:
     for name, split in data.packed.splits.items():
         captions = sum(len(c) for c in split.captions)
         left_out = f", {len(split.skipped)} videos left out" if split.skipped else ""
@@ -300,3 +311,38 @@ def _report_data(run: start.Run, data: Data) -> None:
     if data.cut_captions:
         slots = run.method.text_slots(run.clip.config)
         logging.warning("%d captions cut to %d token slots, EOT kept", data.cut_captions, slots)
+
+
+KEY = "config.data.device_cache_gb"
+
+
+def plan(run: setup.Run, split: Split) -> Plan | None:
+    """None where the config asks for no cache.
+
+    Raises:
+        UserError: it does not fit, or not this run.
+    """
+    data = run.config.data
+    if not data.device_cache_gb:
+        return None
+    if draws_frames(split, data.frames, data.sampling):
+        raise UserError(
+            f"{KEY}: data.sampling={data.sampling!r} takes other frames of the stored ones each "
+            f"epoch, the devices keep {data.frames} of a clip; set it to 0, or data.stored_fps to 0"
+        )
+    shapes = hosts.in_all(lambda: frame_shapes(split, data.frames, data.sampling, data.threads))
+    hosts.agree({"size of stored frames": json.dumps(shapes)})
+    height, width = (max(sides) for sides in zip(*shapes, strict=True))
+    layout = device_cache.Layout(run.mesh, len(split), (data.frames, height, width, 3))
+    hosts.in_all(lambda: layout.check(data.device_cache_gb))
+    return Plan(split, layout, Drawn.of(shapes, run.clip.config.image_size, data.augment))
+
+
+def filled(run: setup.Run, plan: Plan) -> device_cache.DeviceCache:
+    """Decodes the split to the devices, each process what its own hold."""
+    data, sides = run.config.data, plan.drawn.sides
+    clips = clips_of(plan.split, plan.layout.here, data.frames, data.sampling, data.threads)
+    frames = device_cache.fill(plan.layout, clips)
+    gigabytes = plan.layout.bytes_per_device / 1e9
+    logging.info("%d clips on the devices, %.3g GB on each", len(plan.split), gigabytes)
+    return device_cache.DeviceCache(run.mesh, frames, sides.first, sides.weights, BITS)

@@ -1,4 +1,4 @@
-"""A config becomes a run: train, evaluate, export and params, each read top to bottom."""
+"""A config becomes a run: train and evaluate, each read top to bottom."""
 
 import dataclasses
 from functools import partial
@@ -8,12 +8,11 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from vop_jax import formats, results, run_cache, run_data, start
 from vop_jax.clip.weights import save_clip
 from vop_jax.errors import UserError
 from vop_jax.evaluation import evaluate as evaluation
-from vop_jax.formats import PROMPTS_FILE
-from vop_jax.selection import Selection, save_result
+from vop_jax.experiment import inputs, results, setup
+from vop_jax.experiment.export import PROMPTS_FILE, Selection, log_limits, save_result
 from vop_jax.training import hosts, loop
 from vop_jax.training.compile import CompiledStep
 from vop_jax.training.step import learning_rate, make_optimizer, make_train_step
@@ -37,12 +36,12 @@ def train(
         NonFiniteLoss: training diverged.
         Interrupted: a signal; the same call continues.
     """
-    with start.opened(config, workdir, _pretrain, extend) as run:
+    with setup.opened(config, workdir, _pretrain, extend) as run:
         # ---- What is trained, and on what.
         steps, first = config.train.steps if run.state.trainable else 0, int(run.state.step)
         if steps:
-            formats.log_limits(run)
-        data = run_data.load_data(run, training=bool(steps))
+            log_limits(run)
+        data = inputs.load_data(run, training=bool(steps))
         selection = Selection(run)
         if not first:
             selection.reset()
@@ -79,8 +78,8 @@ def train(
 class _Evaluations:
     """A run's evaluations, each logged once a step; those of a selection's split choose."""
 
-    run: start.Run
-    data: run_data.Data
+    run: setup.Run
+    data: inputs.Data
     selection: Selection
     metrics: NoWriter
 
@@ -108,7 +107,7 @@ class _Evaluations:
         return split
 
 
-def _metrics_of(run: start.Run, data: run_data.Data, writer: Writer | None) -> NoWriter:
+def _metrics_of(run: setup.Run, data: inputs.Data, writer: Writer | None) -> NoWriter:
     if not hosts.is_first():
         return NoWriter()
     splits = [split.fingerprint for split in (data.eval_set, data.val_set) if split]
@@ -116,11 +115,11 @@ def _metrics_of(run: start.Run, data: run_data.Data, writer: Writer | None) -> N
 
 
 def _fit(
-    run: start.Run, data: run_data.Data, metrics: NoWriter, evaluations: _Evaluations, prefix: str
+    run: setup.Run, data: inputs.Data, metrics: NoWriter, evaluations: _Evaluations, prefix: str
 ) -> None:
     """The steps from the run's state to the last; changes the state."""
     config, first, steps = run.config, int(run.state.step), run.config.train.steps
-    phase = "2 of 2: " if start.pretrains(config) else ""
+    phase = "2 of 2: " if setup.pretrains(config) else ""
     logging.info("%straining %s, steps %d to %d", phase, run.method.name, first + 1, steps)
     extended_at = run.meta.get("extended_at", [])
     if run.meta.get("steps", steps) != steps:
@@ -138,7 +137,7 @@ def _fit(
     dtype, left = config.compute.dtype, steps - first
     step_fn: loop.Step = CompiledStep(train_step, run.mesh, data.text_widths, left, dtype)
     if data.cache:
-        step_fn = run_cache.filled(run, data.cache).before(step_fn)
+        step_fn = inputs.filled(run, data.cache).before(step_fn)
     run.state = loop.fit(
         step_fn,
         run.state,
@@ -160,9 +159,9 @@ def evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
     Raises:
         UserError: as `train`; also when there is nothing trained to evaluate.
     """
-    with start.opened(config, workdir) as run:
-        _check_trained(run)
-        data = run_data.load_data(run, training=False)
+    with setup.opened(config, workdir) as run:
+        setup.check_trained(run)
+        data = inputs.load_data(run, training=False)
         selection = Selection(run)
         params = partition.merge(selection.trainable(), run.frozen)
         found = _evaluate(run, data.eval_set, params)
@@ -170,22 +169,6 @@ def evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
         before = results.logged_results(workdir, 0, data.eval_set.fingerprint)
         chosen = selection.chosen()
         return hosts.on_first(lambda: results.write_summary(run, data, before, found, chosen))
-
-
-def export(config: ConfigDict, workdir: str, form: str = "safetensors") -> str:
-    """Writes the workdir's newest prompts, or what is made of them; returns the path.
-
-    Args:
-        form: one of `formats.FORMATS`.
-
-    Raises:
-        UserError: as `train`; also when there is nothing trained to export, or the format
-            cannot say it.
-    """
-    formats.check(form)
-    with start.opened(config, workdir) as run:
-        _check_trained(run)
-        return formats.save(run, Selection(run).trainable(), form)
 
 
 def _pretrain(config: ConfigDict, root: epath.Path) -> None:
@@ -201,7 +184,7 @@ def _pretrain(config: ConfigDict, root: epath.Path) -> None:
     trained = load_prompts(workdir / PROMPTS_FILE)  # all of CLIP: the method is `full`
     save = partial(
         save_clip,
-        root / start.CLIP_FILE,
+        root / setup.CLIP_FILE,
         trained.params["clip"],
         trained.clip_config,
         source=f"{config.pretrain.steps} steps on rendered stills",
@@ -226,13 +209,6 @@ def pretrain_config(config: ConfigDict) -> ConfigDict:
     return inner
 
 
-def _evaluate(run: start.Run, split: evaluation.EvalSet, params: Any) -> evaluation.Evaluation:
+def _evaluate(run: setup.Run, split: evaluation.EvalSet, params: Any) -> evaluation.Evaluation:
     batch_size = run.config.eval.batch_size
     return evaluation.evaluate(run.encoders, params, run.mesh, split, batch_size)
-
-
-def _check_trained(run: start.Run) -> None:
-    if not run.meta and not run.config.init.prompts and run.state.trainable:
-        raise UserError(
-            f"--workdir={run.workdir}: no checkpoint; train first, or set config.init.prompts"
-        )

@@ -381,3 +381,10 @@ def _given_prompts(
     shapes = {name: leaf.shape for name, leaf in tensors.flatten(fresh).items()}
     check_shapes(path, params, shapes)
     return params
+
+
+def check_trained(run: Run) -> None:
+    if not run.meta and not run.config.init.prompts and run.state.trainable:
+        raise UserError(
+            f"--workdir={run.workdir}: no checkpoint; train first, or set config.init.prompts"
+        )
