@@ -24,7 +24,7 @@ from vop_jax.model import TextVideoModel
 from vop_jax.storage import tensors
 from vop_jax.tuning.methods import MethodConfig
 from vop_jax.tuning.partition import split
-from vop_jax.tuning.prompts_file import save_prompts
+from vop_jax.tuning.prompt_set import save_prompts
 
 
 def draw(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict:

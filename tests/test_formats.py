@@ -21,7 +21,7 @@ from vop_jax.model import TextVideoModel
 from vop_jax.storage import tensors
 from vop_jax.tuning.methods import MethodConfig
 from vop_jax.tuning.partition import split
-from vop_jax.tuning.prompts_file import load_prompts, save_prompts
+from vop_jax.tuning.prompt_set import load_prompts, save_prompts
 
 BASE = MethodConfig("vop", visual_prompts=2, text_prefix=1, text_suffix=1, frames=3)
 CONTEXT = dataclasses.replace(BASE, name="vop_f+c", specific_prompts=1)

@@ -20,7 +20,7 @@ from vop_jax.experiment import inputs, setup, train
 from vop_jax.storage.tensors import read_metadata
 from vop_jax.training.step import learning_rate
 from vop_jax.training.writer import read_metrics
-from vop_jax.tuning.prompts_file import load_prompts
+from vop_jax.tuning.prompt_set import load_prompts
 
 pytestmark = pytest.mark.usefixtures("quiet")
 

@@ -11,7 +11,7 @@ import vop_jax
 from tests import checkpoints, processes
 from tests.peers import import_open_clip
 from vop_jax.config.clip import PRESETS, ClipConfig
-from vop_jax.tuning.prompts_file import load_prompts, save_prompts
+from vop_jax.tuning.prompt_set import load_prompts, save_prompts
 
 torch = pytest.importorskip("torch", reason="the reference is a PyTorch model")
 

@@ -15,7 +15,7 @@ from vop_jax.model import TextVideoModel
 from vop_jax.storage.tensors import flatten, unflatten
 from vop_jax.tuning.methods import MethodConfig
 from vop_jax.tuning.partition import split
-from vop_jax.tuning.prompts_file import save_prompts
+from vop_jax.tuning.prompt_set import save_prompts
 from vop_jax.video.frames import read_frames
 from vop_jax.video.sampling import sample_indices
 

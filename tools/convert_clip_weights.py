@@ -28,7 +28,7 @@ from vop_jax.clip.layers import ACTIVATIONS
 from vop_jax.clip.weights import ClipWeights, load_clip, save_clip
 from vop_jax.errors import UserError
 from vop_jax.storage import tensors
-from vop_jax.tuning.prompts_file import save_prompts
+from vop_jax.tuning.prompt_set import save_prompts
 from vop_jax.tuning.released import released_method
 
 

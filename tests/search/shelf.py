@@ -6,7 +6,7 @@ import numpy as np
 
 from vop_jax.search import catalog
 from vop_jax.search.catalog import IndexInfo
-from vop_jax.search.store import named_ids
+from vop_jax.search.stores.base import named_ids
 from vop_jax.search.writing import Catalog
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from tests.data import videos
 from vop_jax import UserError
-from vop_jax.search.files import find_videos
+from vop_jax.search.scan import find_videos
 
 ISO = b"\0\0\0\x20ftyp"
 PACKET = b"G@\0\x10\0" + bytes(183)  # of MPEG-TS

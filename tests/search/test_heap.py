@@ -16,8 +16,9 @@ import pytest
 from tests.search.shelf import Shelf
 from tests.search.test_stores import assert_finds, brute_force, drawn
 from vop_jax.errors import UserError
-from vop_jax.search import catalog, heap, top_k
+from vop_jax.search import catalog
 from vop_jax.search.index import Index
+from vop_jax.search.stores import heap, top_k
 
 E = 8
 

@@ -13,10 +13,10 @@ import vop_jax.search
 from tests.search import library
 from tests.search.shelf import Shelf
 from vop_jax import UserError
-from vop_jax.search import heap
 from vop_jax.search import query as queries
 from vop_jax.search.catalog import reading
 from vop_jax.search.index import Index
+from vop_jax.search.stores import heap
 
 DIM = 8
 FOLDERS = ("", "cats/", "cats/black/", "cats2/", "dogs/")

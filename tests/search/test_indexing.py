@@ -12,10 +12,10 @@ import vop_jax.search
 from tests.data import videos
 from tests.search import library, treacherous
 from vop_jax import UserError
-from vop_jax.search import catalog, decoding, indexing, make, show
+from vop_jax.search import build, catalog, decoder, show, updater
 from vop_jax.search.asked import Request, absolute
+from vop_jax.search.build import make_index
 from vop_jax.search.index import Index
-from vop_jax.search.make import make_index
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def no_decoding(monkeypatch):
     def refuse(*_):
         raise AssertionError("decoded")
 
-    monkeypatch.setattr(decoding.Decoder, "decode", refuse)
+    monkeypatch.setattr(decoder.Decoder, "decode", refuse)
 
 
 def test_it_follows_its_folder(films, tmp_path, retriever, monkeypatch):
@@ -138,8 +138,8 @@ def test_files_that_go_wrong_cost_themselves(films, tmp_path, retriever, monkeyp
     for name in ("crash", "endless", "rotate", "growing", "vanishing"):
         content = (films / "a.mp4").read_bytes() + name.encode()
         (films / f"{name}.mp4").write_bytes(content)
-    monkeypatch.setattr(decoding, "_plan", treacherous.plan)
-    monkeypatch.setattr(decoding, "_decode", treacherous.decode)
+    monkeypatch.setattr(decoder, "_plan", treacherous.plan)
+    monkeypatch.setattr(decoder, "_decode", treacherous.decode)
     done = library.make(tmp_path / "index", films, retriever)
     assert (done.added, done.failed, done.unchanged, done.changed, done.removed) == (1, 2, 4, 0, 0)
     reasons = dict(Index.open(tmp_path / "index").failures())
@@ -215,7 +215,7 @@ def test_a_write_that_fails_changes_nothing(films, tmp_path, retriever, monkeypa
         raise OSError(28, "No space left on device", "vectors")
 
     with monkeypatch.context() as patch:
-        patch.setattr("vop_jax.search.heap.Heap.append", full)
+        patch.setattr("vop_jax.search.stores.heap.Heap.append", full)
         with pytest.raises(OSError, match="No space"):
             library.make(index, films, retriever)
     found = {path for path, *_ in library.content(index)}
@@ -239,28 +239,28 @@ def test_captions_are_those_of_the_file(films, tmp_path, retriever):
 
 def test_two_writers(films, tmp_path, retriever, monkeypatch):
     """Already when the first looks for files: what the second adds later would be missing there."""
-    real = make.find_videos
+    real = build.find_videos
 
     def find_videos(*arguments):
-        monkeypatch.setattr(make, "find_videos", real)
+        monkeypatch.setattr(build, "find_videos", real)
         with pytest.raises(UserError, match="another process is writing this index"):
             library.make(tmp_path / "index", films, retriever)
         return real(*arguments)
 
-    monkeypatch.setattr(make, "find_videos", find_videos)
+    monkeypatch.setattr(build, "find_videos", find_videos)
     assert library.make(tmp_path / "index", films, retriever).added == 4
 
 
 def test_an_index_that_another_made_meanwhile(films, tmp_path, retriever, monkeypatch):
     """Looked at before it is locked, it is another once it is."""
-    real = make.check_new
+    real = build.check_new
 
     def check_new(*arguments):
         real(*arguments)
-        monkeypatch.setattr(make, "check_new", real)
+        monkeypatch.setattr(build, "check_new", real)
         library.make(tmp_path / "index", films, retriever, window=1.0)
 
-    monkeypatch.setattr(make, "check_new", check_new)
+    monkeypatch.setattr(build, "check_new", check_new)
     with pytest.raises(UserError, match="another process made this index meanwhile; run it again"):
         library.make(tmp_path / "index", films, retriever)
     assert Index.open(tmp_path / "index").info.window == 1.0
@@ -326,8 +326,8 @@ def test_what_cannot_be_indexed(films, tmp_path, retriever):
 
 def test_batches_do_not_matter(films, tmp_path, retriever, monkeypatch):
     library.make(tmp_path / "four", films, retriever, window=1.0)
-    monkeypatch.setattr(indexing, "AHEAD", 0)
-    request = indexing.Making(workers=2, batch=1)
+    monkeypatch.setattr(updater, "AHEAD", 0)
+    request = updater.Making(workers=2, batch=1)
     make_index(tmp_path / "one", Request(str(films), window=1.0), request, retriever)
     library.assert_same(library.content(tmp_path / "one"), library.content(tmp_path / "four"))
 

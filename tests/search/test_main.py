@@ -9,7 +9,7 @@ import pytest
 
 from tests import processes, runs
 from tests.search import library
-from vop_jax.search import catalog, indexing
+from vop_jax.search import catalog, updater
 from vop_jax.search.__main__ import main
 
 
@@ -179,7 +179,7 @@ def test_a_full_disk_is_told_in_one_line(place, call, monkeypatch, tmp_path):
         raise OSError(28, "No space left on device", "vectors.f32")
 
     index = library.copy(place[1], tmp_path / "index")
-    monkeypatch.setattr("vop_jax.search.make._update", full)
+    monkeypatch.setattr("vop_jax.search.build._update", full)
     status, _, err = call("index", "--index", index)
     assert (status, err) == (
         2,
@@ -188,8 +188,8 @@ def test_a_full_disk_is_told_in_one_line(place, call, monkeypatch, tmp_path):
 
 
 def test_files_that_went_away_are_told_by_the_status(place, call, monkeypatch):
-    skipped = indexing.Done(unchanged=3, skipped={"a.mp4": "no such file"})
-    monkeypatch.setattr("vop_jax.search.make.make_index", lambda *_: skipped)
+    skipped = updater.Done(unchanged=3, skipped={"a.mp4": "no such file"})
+    monkeypatch.setattr("vop_jax.search.build.make_index", lambda *_: skipped)
     status, out, _ = call("index", "--index", place[1])
     assert status == 1 and "not read: 1, first a.mp4 (no such file); what is indexed" in out
 

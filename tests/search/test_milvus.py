@@ -11,7 +11,7 @@ from tests import processes
 from tests.search.shelf import Shelf
 from tests.search.test_stores import assert_finds, drawn
 from vop_jax.errors import UserError
-from vop_jax.search.milvus import MilvusStore
+from vop_jax.search.stores.milvus import MilvusStore
 
 ROOT = pathlib.Path(__file__).parents[2]
 E = 8
@@ -39,7 +39,7 @@ def test_without_the_extra(tmp_path, monkeypatch, missing):
 # A closed port, and an address that nobody answers from (RFC 5737).
 @pytest.mark.parametrize("address", ["http://127.0.0.1:1", "http://192.0.2.1:19530"])
 def test_a_server_that_is_down(installed, monkeypatch, address):
-    monkeypatch.setattr("vop_jax.search.milvus.CONNECT", 0.5)
+    monkeypatch.setattr("vop_jax.search.stores.milvus.CONNECT", 0.5)
     with pytest.raises(UserError, match=rf"^store {address}: .*server unavailable.*$"):
         opened(address)
 
@@ -51,7 +51,7 @@ def test_an_address_that_is_none(installed, address):
 
 
 def test_a_server_that_stops(installed, tmp_path, monkeypatch):
-    monkeypatch.setattr("vop_jax.search.milvus.ANSWER", 1.0)
+    monkeypatch.setattr("vop_jax.search.stores.milvus.ANSWER", 1.0)
     shelf = Shelf(tmp_path / "index", E, f"{tmp_path}/a.db")
     from milvus_lite.server_manager import server_manager_instance
 
@@ -76,7 +76,7 @@ def test_the_token_comes_from_the_environment(installed, monkeypatch):
         given.update(options)
         raise UserError("far enough")
 
-    monkeypatch.setattr("vop_jax.search.milvus._import", lambda: client)
+    monkeypatch.setattr("vop_jax.search.stores.milvus._import", lambda: client)
     monkeypatch.setenv("MILVUS_TOKEN", "secret")
     with pytest.raises(UserError, match="far enough"):
         opened("https://host:19530#clips", write=False)
@@ -132,7 +132,7 @@ def test_one_process_at_a_time_and_quietly(installed, tmp_path):
     shelf.add(drawn(1))
     code = (
         "import sys\nfrom vop_jax.errors import UserError\n"
-        "from vop_jax.search.milvus import MilvusStore\n"
+        "from vop_jax.search.stores.milvus import MilvusStore\n"
         "try:\n    store = MilvusStore(sys.argv[1], 8, 'moments', write=True)\n"
         "    len(store); store.search([[0.0] * 8], 1); store.close()\n"
         "except UserError as error:\n    print(error)\n"
@@ -148,8 +148,8 @@ def test_one_process_at_a_time_and_quietly(installed, tmp_path):
 
 
 def test_many_go_in_several_messages(installed, tmp_path, monkeypatch):
-    monkeypatch.setattr("vop_jax.search.milvus.ROWS", 7)
-    monkeypatch.setattr("vop_jax.search.milvus.LISTED", 9)
+    monkeypatch.setattr("vop_jax.search.stores.milvus.ROWS", 7)
+    monkeypatch.setattr("vop_jax.search.stores.milvus.LISTED", 9)
     shelf = Shelf(tmp_path / "index", E, f"{tmp_path}/a.db")
     vectors = drawn(40)
     shelf.add(vectors)
@@ -162,7 +162,7 @@ def test_many_go_in_several_messages(installed, tmp_path, monkeypatch):
 
 
 def test_more_than_milvus_answers(installed, tmp_path, monkeypatch):
-    monkeypatch.setattr("vop_jax.search.milvus.MOST", 5)
+    monkeypatch.setattr("vop_jax.search.stores.milvus.MOST", 5)
     shelf = Shelf(tmp_path / "index", E, f"{tmp_path}/a.db")
     shelf.add(drawn(6))
     with pytest.raises(UserError, match="k=6; Milvus finds 5 at most"):

@@ -18,7 +18,7 @@ from tests.search.shelf import Shelf
 from vop_jax.errors import UserError
 from vop_jax.search import catalog
 from vop_jax.search.index import Index
-from vop_jax.search.store import named_ids, open_store
+from vop_jax.search.stores.base import named_ids, open_store
 
 E = 8
 ROOT = pathlib.Path(__file__).parents[2]
@@ -177,8 +177,8 @@ change = st.one_of(
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 def test_any_history(tmp_path_factory, monkeypatch, changes, query, k, allowed):
     """Small whole numbers, so that ties are many and exact; blocks of two rows."""
-    monkeypatch.setattr("vop_jax.search.heap.SLACK", 0)
-    monkeypatch.setattr("vop_jax.search.heap.BLOCK", 2)
+    monkeypatch.setattr("vop_jax.search.stores.heap.SLACK", 0)
+    monkeypatch.setattr("vop_jax.search.stores.heap.BLOCK", 2)
     monkeypatch.setattr("os.fsync", lambda _: None)
     directory = tmp_path_factory.mktemp("history")
     shelf, files = Shelf(directory, 3), {}  # by path
@@ -282,7 +282,7 @@ def test_searches_see_whole_states_while_one_writes(tmp_path, monkeypatch):
     """Files come by threes and go by threes, and half of the time all is copied."""
     from concurrent.futures import ThreadPoolExecutor
 
-    monkeypatch.setattr("vop_jax.search.heap.SLACK", 0)
+    monkeypatch.setattr("vop_jax.search.stores.heap.SLACK", 0)
     shelf = Shelf(tmp_path, E)
     shelf.add(drawn(3))
     index = Index.open(tmp_path)

@@ -8,14 +8,14 @@ import pathlib
 import shutil
 import signal
 
-from vop_jax.search import decoding
+from vop_jax.search import decoder
 
 
 def plan(path, **given):
     """As it should, but for a file that takes all memory."""
     if path.endswith("/endless.mp4"):
         raise MemoryError
-    return decoding._plan(path, **given)
+    return decoder._plan(path, **given)
 
 
 def decode(job):
@@ -33,4 +33,4 @@ def decode(job):
             file.write(b"more")
     elif path.name == "vanishing.mp4":
         path.unlink()
-    return decoding._decode(job)
+    return decoder._decode(job)

@@ -15,9 +15,9 @@ from tests.search import library
 from tests.serve import treacherous
 from vop_jax.search.index import Hit
 from vop_jax.search.searcher import open_searcher
-from vop_jax.serve import answers
-from vop_jax.serve.guard import error
+from vop_jax.serve import schemas
 from vop_jax.serve.media import VideoResponse
+from vop_jax.serve.middleware import error
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def test_a_thumbnail_is_small_and_made_once(own, retriever, monkeypatch):
     first = client.get(address).content
     with Image.open(io.BytesIO(first)) as picture:
         assert picture.size == (320, 240)
-    monkeypatch.setattr("vop_jax.serve.work.Sandbox.submit", None)
+    monkeypatch.setattr("vop_jax.serve.executor.Sandbox.submit", None)
     assert client.get(address).content == first
 
 
@@ -233,7 +233,7 @@ def test_a_folder_whose_name_is_not_utf8(own, serve, retriever, tmp_path):
 def test_file_names_that_are_not_utf8(searcher, films, tmp_path):
     """No index holds one today; a caption may name one."""
     name = os.fsdecode(b"\xff\n.mp4")
-    (hit,) = answers.found(searcher, [Hit(1, name, 0.5, 0.0, 1.0, "\ud800")])
+    (hit,) = schemas.found(searcher, [Hit(1, name, 0.5, 0.0, 1.0, "\ud800")])
     assert (hit.name, hit.caption, hit.missing) == ("\ufffd\n.mp4", "\ufffd", True)
     with open(films[0] / "a.mp4", "rb") as file:
         headers = VideoResponse(file, name).headers
@@ -395,8 +395,8 @@ def test_a_file_that_could_not_be_indexed_is_not_handed_out(own, retriever):
     ("how", "said"), [("crash", "its decoder crashed (SIGABRT)"), ("fail", "not decodable")]
 )
 def test_a_decoder_that_goes_wrong(client, monkeypatch, how, said):
-    monkeypatch.setattr("vop_jax.serve.decoding.thumbnail", getattr(treacherous, how))
-    monkeypatch.setattr("vop_jax.serve.decoding.uploaded_video", getattr(treacherous, how))
+    monkeypatch.setattr("vop_jax.serve.decoders.thumbnail", getattr(treacherous, how))
+    monkeypatch.setattr("vop_jax.serve.decoders.uploaded_video", getattr(treacherous, how))
     answer = client.get("/api/thumbnail/films/1")
     assert (answer.status_code, answer.json()) == (422, {"error": f"a.mp4: {said}"})
     answer = client.post("/api/search/video", files={"file": ("f.mp4", b"0")})

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from vop_jax.search.writing import File
-from vop_jax.serve.files import Gone, open_indexed, open_inside, path_of
+from vop_jax.serve.media import Gone, open_indexed, open_inside, path_of
 
 
 @pytest.fixture

@@ -129,12 +129,12 @@ def test_a_length_that_is_none(client):
 
 
 def test_too_many_uploads_at_a_time(client, monkeypatch):
-    monkeypatch.setattr("vop_jax.serve.guard.UPLOADS", 0)
+    monkeypatch.setattr("vop_jax.serve.middleware.UPLOADS", 0)
     answer = client.post("/api/search/video", files={"file": b"0"})
     assert answer.status_code == 503 and answer.headers["retry-after"]
 
 
 def test_an_upload_that_takes_too_long(client, monkeypatch):
-    monkeypatch.setattr("vop_jax.serve.guard.UPLOAD_SECONDS", 0.0)
+    monkeypatch.setattr("vop_jax.serve.middleware.UPLOAD_SECONDS", 0.0)
     answer = client.post("/api/search/video", files={"file": b"0"})
     assert answer.status_code == 408

@@ -6,8 +6,8 @@ import threading
 import anyio
 import pytest
 
+from vop_jax.serve.executor import Kept, Work
 from vop_jax.serve.sandbox import Busy
-from vop_jax.serve.work import Kept, Work
 
 CLIENTS = 50
 
@@ -72,7 +72,7 @@ def test_what_is_kept_is_bounded():
 
 
 def test_too_many_that_wait_are_refused(monkeypatch):
-    monkeypatch.setattr("vop_jax.serve.work.WAITING", 1)
+    monkeypatch.setattr("vop_jax.serve.executor.WAITING", 1)
     go = threading.Event()
 
     async def main():

@@ -12,7 +12,7 @@ import pytest
 from tests.search import library
 from tests.serve import browser, treacherous
 from vop_jax.search.searcher import open_searcher
-from vop_jax.serve import guard
+from vop_jax.serve import middleware
 from vop_jax.serve.app import Settings, make_app
 from vop_jax.serve.sandbox import Sandbox
 
@@ -84,7 +84,7 @@ def until(condition):
 
 
 def test_clients_that_stall_cost_little_and_not_for_long(start, connect, monkeypatch):
-    monkeypatch.setattr(guard, "STREAMS", 8)
+    monkeypatch.setattr(middleware, "STREAMS", 8)
     port, server = start(idle=0.3, stalled=0.6)
     ask(port, "/api/thumbnail/large/2")
     before = len(os.listdir("/dev/fd"))
@@ -174,14 +174,14 @@ def test_uploads_whose_clients_have_left_are_not_decoded(start, connect, tmp_pat
 
 
 def test_an_upload_that_does_not_go_on(start, connect, monkeypatch):
-    monkeypatch.setattr(guard, "UPLOAD_PAUSE", 0.2)
+    monkeypatch.setattr(middleware, "UPLOAD_PAUSE", 0.2)
     head, body = upload(1000)
     answer = read(connect(start()[0], head + body[:100]))
     assert b" 408 " in answer and b'{"error":"the upload does not go on"}' in answer
 
 
 def test_its_end_breaks_off_what_is_under_way(large, connect, monkeypatch, caplog):
-    monkeypatch.setattr("vop_jax.serve.decoding.thumbnail", treacherous.hang)
+    monkeypatch.setattr("vop_jax.serve.decoders.thumbnail", treacherous.hang)
     app = make_app({"large": large}, Settings(workers=1))
     with browser.served(app, ending=0.2) as (address, server):
         port = int(address.rpartition(":")[2])
@@ -200,7 +200,7 @@ def test_six_hundred_that_stall(start, connect):
     before = len(os.listdir("/dev/fd"))
     stalled = [connect(port, get("/media/large/1")) for _ in range(600)]
     assert ask(port, "/api/thumbnail/large/2?t=1")
-    assert len(os.listdir("/dev/fd")) < before + 2 * 600 + 2 * guard.STREAMS
+    assert len(os.listdir("/dev/fd")) < before + 2 * 600 + 2 * middleware.STREAMS
     until(lambda: not server.server_state.connections)
     for client in stalled:
         client.close()

@@ -17,7 +17,7 @@ from tests.server import serving
 from vop_jax.clip.convert import download
 from vop_jax.clip.weights import load_clip
 from vop_jax.storage import tensors
-from vop_jax.tuning.prompts_file import check_same_clip, load_prompts
+from vop_jax.tuning.prompt_set import check_same_clip, load_prompts
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "convert_clip_weights.py"
 STATE = checkpoints.openai_state(SIZES)

@@ -11,7 +11,7 @@ from vop_jax.model import TextVideoModel
 from vop_jax.storage import tensors
 from vop_jax.tuning import partition
 from vop_jax.tuning.methods import METHODS, MethodConfig
-from vop_jax.tuning.prompts_file import FORMAT, check_same_clip, load_prompts, save_prompts
+from vop_jax.tuning.prompt_set import FORMAT, check_same_clip, load_prompts, save_prompts
 
 METHOD = MethodConfig(
     visual_prompts=2, text_prefix=1, text_suffix=2, specific_prompts=1, suffix="released"

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from absl import logging
+from ml_collections import ConfigDict
 
 from vop_jax.clip.convert import vop_checkpoint
 from vop_jax.clip.weights import held
@@ -16,7 +17,7 @@ from vop_jax.model import TextVideoModel
 from vop_jax.storage import files
 from vop_jax.storage.tensors import flatten, unflatten
 from vop_jax.training import hosts, sharding
-from vop_jax.tuning.prompts_file import PromptSet, load_prompts, save_prompts
+from vop_jax.tuning.prompt_set import PromptSet, load_prompts, save_prompts
 from vop_jax.tuning.released import check_released
 
 VALIDATION = "val_"  # begins the names of what is measured on the validation split

@@ -36,7 +36,7 @@ from vop_jax.training.writer import METRICS_FILE
 from vop_jax.tuning import partition
 from vop_jax.tuning.frame_tables import has_frame_tables, interpolate_frames
 from vop_jax.tuning.methods import MethodConfig
-from vop_jax.tuning.prompts_file import check_same_clip, load_prompts
+from vop_jax.tuning.prompt_set import check_same_clip, load_prompts
 
 CLIP_FILE = "clip.safetensors"  # of a workdir that pre-trained its own
 STORES = "pip install -e '.[gcs]'"  # brings what opens gs://

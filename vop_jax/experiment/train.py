@@ -18,7 +18,7 @@ from vop_jax.training.compile import CompiledStep
 from vop_jax.training.step import learning_rate, make_optimizer, make_train_step
 from vop_jax.training.writer import MetricWriter, NoWriter, Writer
 from vop_jax.tuning import partition
-from vop_jax.tuning.prompts_file import load_prompts
+from vop_jax.tuning.prompt_set import load_prompts
 
 
 def train(

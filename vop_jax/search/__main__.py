@@ -72,8 +72,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _index(args: argparse.Namespace) -> int:
     from vop_jax.search.asked import Request
-    from vop_jax.search.indexing import Making
-    from vop_jax.search.make import make_index
+    from vop_jax.search.build import make_index
+    from vop_jax.search.updater import Making
 
     cli.set_up_logging()
     asked = Request(

@@ -8,7 +8,7 @@ from vop_jax.errors import UserError
 from vop_jax.inference.retriever import Retriever
 from vop_jax.search import catalog
 from vop_jax.search.catalog import IndexInfo
-from vop_jax.search.files import Found
+from vop_jax.search.scan import Found
 
 # What an index's folder may hold before there is an index: of a run that was killed early.
 OF_A_START = (".lock", catalog.FILE)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from vop_jax.search.filters import Filter
-from vop_jax.search.store import MOST, Snapshot
+from vop_jax.search.stores.base import MOST, Snapshot
 
 TARGETS = ("videos", "captions")
 # So many vectors are told to a store one by one; of a larger share the best of all are filtered.

@@ -10,8 +10,8 @@ import numpy as np
 from vop_jax.cli import printable
 from vop_jax.errors import UserError
 from vop_jax.search.index import Hit, Index
-from vop_jax.search.indexing import Done
 from vop_jax.search.searcher import Searcher
+from vop_jax.search.updater import Done
 
 BAR = 40  # characters of the highest score
 LISTED = 20  # unreadable files that are shown as text

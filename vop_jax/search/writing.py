@@ -15,7 +15,7 @@ from absl import logging
 
 from vop_jax.search import catalog
 from vop_jax.search.catalog import IndexInfo
-from vop_jax.search.store import TABLES, VectorStore, open_store
+from vop_jax.search.stores.base import TABLES, VectorStore, open_store
 from vop_jax.video.moments import Span
 
 

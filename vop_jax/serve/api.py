@@ -18,12 +18,11 @@ from vop_jax.errors import UserError, VideoError
 from vop_jax.search import writing
 from vop_jax.search.filters import make_filter
 from vop_jax.search.searcher import Searcher
-from vop_jax.serve import answers, decoding
-from vop_jax.serve.answers import About, Answer, Error, Explanation
-from vop_jax.serve.files import open_indexed
+from vop_jax.serve import decoders, schemas
+from vop_jax.serve.executor import Work
 from vop_jax.serve.library import Library
-from vop_jax.serve.media import VideoResponse, not_modified
-from vop_jax.serve.work import Work
+from vop_jax.serve.media import VideoResponse, not_modified, open_indexed
+from vop_jax.serve.schemas import About, Answer, Error, Explanation
 
 MOST = 100  # hits
 LONGEST = 2000  # characters of a query
@@ -110,7 +109,7 @@ def indexes(served: Serving) -> list[About]:
     found, gone = [], ""
     for name, searcher in served.library.items():
         try:
-            found.append(answers.about(name, searcher))
+            found.append(schemas.about(name, searcher))
         except UserError as error:
             gone = str(error)
     if not found:
@@ -139,7 +138,7 @@ async def search_by_video(
 ) -> Answer:
     """What is like a video, or the captions that describe it."""
     retriever = searcher.retriever
-    given = decoding.uploaded_video, retriever.reading, served.max_seconds
+    given = decoders.uploaded_video, retriever.reading, served.max_seconds
     pixels = await _decoded(served, file, *given)
     vector = (await served.work.model(retriever.embed_frames, pixels[None]))[0]
     return await _nearest(served, searcher, vector, k, file.filename or "", to=to, **filters)
@@ -151,7 +150,7 @@ async def search_by_image(
 ) -> Answer:
     """What is like a picture."""
     retriever = searcher.retriever
-    pixels = await _decoded(served, file, decoding.uploaded_image, retriever.reading)
+    pixels = await _decoded(served, file, decoders.uploaded_image, retriever.reading)
     vector = (await served.work.model(retriever.embed_images, [pixels]))[0]
     return await _nearest(served, searcher, vector, k, file.filename or "", **filters)
 
@@ -172,7 +171,7 @@ async def explain(
     folder, record = await _file(searcher, file_id)
     retriever = searcher.retriever
     last = float("inf") if end is None else end
-    call = decoding.moment, folder, record, retriever.reading, start, last
+    call = decoders.moment, folder, record, retriever.reading, start, last
     try:
         pixels, seconds = await served.work.decode(*call)
     except VideoError as error:
@@ -194,7 +193,7 @@ async def thumbnail(
     # One that is kept is not shown where the file is gone.
     await anyio.to_thread.run_sync(lambda: _open(folder, record).close())
     try:
-        picture = await served.work.picture(decoding.thumbnail, folder, record, round(t, 2))
+        picture = await served.work.picture(decoders.thumbnail, folder, record, round(t, 2))
     except VideoError as error:
         raise type(error)(f"{record.path}: {error}") from None
     headers = {
@@ -236,8 +235,8 @@ async def _nearest(
     cut: bool = False,
     **filters: Any,
 ) -> Answer:
-    def find() -> list[answers.Found]:
-        return answers.found(searcher, searcher.nearest(vector, k, **filters))
+    def find() -> list[schemas.Found]:
+        return schemas.found(searcher, searcher.nearest(vector, k, **filters))
 
     try:
         hits = await served.work.search(find)

@@ -17,12 +17,12 @@ from starlette.staticfiles import StaticFiles
 import vop_jax
 from vop_jax.errors import UserError, VideoError
 from vop_jax.serve import api
-from vop_jax.serve.answers import Health
-from vop_jax.serve.files import Gone
-from vop_jax.serve.guard import Guard, error
+from vop_jax.serve.executor import Work
 from vop_jax.serve.library import Library
+from vop_jax.serve.media import Gone
+from vop_jax.serve.middleware import Guard, error
 from vop_jax.serve.sandbox import Busy, Sandbox
-from vop_jax.serve.work import Work
+from vop_jax.serve.schemas import Health
 
 PAGE = StaticFiles(directory=os.path.join(os.path.dirname(__file__), "static"))
 

@@ -13,7 +13,7 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-from vop_jax.serve.guard import STREAMS
+from vop_jax.serve.middleware import STREAMS
 
 FILES = 2 * STREAMS + 96  # descriptors beside those of connections
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from vop_jax.errors import UserError
-from vop_jax.search.store import (
+from vop_jax.search.stores.base import (
     NO_ID,
     checked_ids,
     checked_k,
@@ -117,8 +117,8 @@ class Rows:
     def search(
         self, queries: np.ndarray, k: int, allowed: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The best k of all or of the allowed ids, see `store.Snapshot`."""
-        from vop_jax.search import top_k
+        """The best k of all or of the allowed ids, see `base.Snapshot`."""
+        from vop_jax.search.stores import top_k
 
         queries, k = checked_vectors(queries, self.vectors.shape[1], "queries"), checked_k(k)
         rows = None if allowed is None else distinct(checked_ids(allowed))
@@ -139,7 +139,7 @@ class Rows:
     @cached_property
     def _placed(self) -> "jax.Array | None":
         """The vectors on a GPU or TPU, put there for the first search; else None."""
-        from vop_jax.search import top_k
+        from vop_jax.search.stores import top_k
 
         self.check()
         return top_k.place(self.vectors)

@@ -119,12 +119,12 @@ def open_store(
     uri = info.store if table == "moments" else ""
     local, _, _ = uri.partition("#")
     if uri.startswith(("milvus-lite:", "http://", "https://")) or local.endswith(".db"):
-        from vop_jax.search.milvus import MilvusStore
+        from vop_jax.search.stores.milvus import MilvusStore
 
         return MilvusStore(uri, info.dim, table, write=write, new=new)
     if "://" in uri:
         raise UserError(f"store {uri}: must be a local folder, FILE.db or http(s)://HOST:PORT")
-    from vop_jax.search.heap import Heap
+    from vop_jax.search.stores.heap import Heap
 
     return Heap(uri or directory, info.dim, table, write=write)
 

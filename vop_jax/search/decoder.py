@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 import numpy as np
 
 from vop_jax.errors import VideoError
-from vop_jax.search.files import Found
+from vop_jax.search.scan import Found
 from vop_jax.video.moments import (
     WHOLE,
     Pictures,

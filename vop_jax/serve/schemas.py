@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, Field
 
 from vop_jax.search.index import Hit
 from vop_jax.search.searcher import Searcher
-from vop_jax.serve.files import displayable
+from vop_jax.serve.media import displayable
 
 Name = Annotated[str, BeforeValidator(displayable)]
 

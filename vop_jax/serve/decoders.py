@@ -7,7 +7,7 @@ from PIL import Image
 
 from vop_jax.errors import VideoError
 from vop_jax.search.writing import File
-from vop_jax.serve.files import open_indexed, path_of
+from vop_jax.serve.media import open_indexed, path_of
 from vop_jax.video.crops import eval_crop
 from vop_jax.video.decode import Segment
 from vop_jax.video.frames import read_frame_at

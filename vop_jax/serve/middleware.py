@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vop_jax.cli import printable
-from vop_jax.serve.files import displayable
+from vop_jax.serve.media import displayable
 
 COOKIE = "token"
 BODY = 64 << 10  # bytes of a request that is no upload, and of what is around an upload

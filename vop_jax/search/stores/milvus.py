@@ -7,10 +7,12 @@
 The index is FLAT and the metric IP: what is found is exact.
 """
 
+import collections
 import contextlib
 import logging
 import os
 import sqlite3
+import threading
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -18,8 +20,7 @@ from typing import Any
 import numpy as np
 
 from vop_jax.errors import UserError
-from vop_jax.search import lite
-from vop_jax.search.store import (
+from vop_jax.search.stores.base import (
     MOST,
     NO_ID,
     checked_ids,
@@ -51,7 +52,7 @@ class MilvusStore:
         try:
             if "://" not in address:
                 path = os.path.abspath(address.removeprefix("milvus-lite:"))
-                address = lite.start(uri, path, write=write)
+                address = start(uri, path, write=write)
                 self._lite = path
             token = "" if self._lite else os.environ.get("MILVUS_TOKEN", "")
             with self._told():
@@ -170,7 +171,7 @@ class MilvusStore:
             self._client.close()
             self._client = None
         if self._lite:
-            lite.stop(self._lite)
+            stop(self._lite)
             self._lite = ""
 
     def _find(self, queries: np.ndarray, k: int, filter: str) -> list[list[tuple[float, int]]]:
@@ -259,3 +260,41 @@ def _import() -> Any:
     for name in ("pymilvus", "milvus_lite", "grpc._server"):
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     return MilvusClient
+
+
+_users: collections.Counter[str] = collections.Counter()  # by path
+_lock = threading.Lock()
+
+
+def start(name: str, path: str, *, write: bool) -> str:
+    """The address of Milvus Lite over a folder, started if no other store here uses it.
+
+    Raises:
+        UserError: nothing there to read, a file of that name, another process has it open.
+    """
+    try:
+        from milvus_lite.server_manager import server_manager_instance
+    except ImportError as error:
+        raise UserError(f'Milvus Lite: {error}; pip install -e ".[milvus]"') from None
+    if os.path.isfile(path):
+        raise UserError(f"store {name}: is a file; Milvus Lite 3 keeps a folder of that name")
+    if not write and not os.path.isdir(path):
+        raise UserError(f"store {name}: no vector store")
+    with _lock:
+        address = server_manager_instance.start_and_get_uri(path)
+        if address is None:
+            raise UserError(
+                f"store {name}: Milvus Lite cannot open it; only one process at a time may"
+            )
+        _users[path] += 1
+    return address
+
+
+def stop(path: str) -> None:
+    """One user less of the folder; after the last, another process may open it."""
+    from milvus_lite.server_manager import server_manager_instance
+
+    with _lock:
+        _users[path] -= 1
+        if not _users[path]:
+            server_manager_instance.release_server(path)

@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from vop_jax.inference.retriever import Retriever
 from vop_jax.search.catalog import IndexInfo
-from vop_jax.search.decoding import Decoder, Work
-from vop_jax.search.files import Found, Scan
+from vop_jax.search.decoder import Decoder, Work
+from vop_jax.search.scan import Found, Scan
 from vop_jax.search.writing import Catalog, File
 from vop_jax.video.moments import Span
 
