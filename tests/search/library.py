@@ -12,7 +12,7 @@ from vop_jax.search import catalog
 from vop_jax.search.asked import Request
 from vop_jax.search.build import make_index
 from vop_jax.search.index import Index
-from vop_jax.search.stores.base import open_store
+from vop_jax.search.stores.open import open_store
 from vop_jax.search.updater import Making
 
 DATE = 1_700_000_000  # files' own, so that changes are seen

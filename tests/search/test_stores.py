@@ -18,7 +18,8 @@ from tests.search.shelf import Shelf
 from vop_jax.errors import UserError
 from vop_jax.search import catalog
 from vop_jax.search.index import Index
-from vop_jax.search.stores.base import named_ids, open_store
+from vop_jax.search.stores.base import named_ids
+from vop_jax.search.stores.open import open_store
 
 E = 8
 ROOT = pathlib.Path(__file__).parents[2]

@@ -11,7 +11,8 @@ from vop_jax.search import catalog
 from vop_jax.search.catalog import IndexInfo
 from vop_jax.search.filters import Date, make_filter
 from vop_jax.search.query import TARGETS, Hit, Search
-from vop_jax.search.stores.base import MOST, TABLES, VectorStore, open_store
+from vop_jax.search.stores.base import MOST, TABLES, VectorStore
+from vop_jax.search.stores.open import open_store
 from vop_jax.search.writing import File
 
 

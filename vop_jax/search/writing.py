@@ -15,7 +15,8 @@ from absl import logging
 
 from vop_jax.search import catalog
 from vop_jax.search.catalog import IndexInfo
-from vop_jax.search.stores.base import TABLES, VectorStore, open_store
+from vop_jax.search.stores.base import TABLES, VectorStore
+from vop_jax.search.stores.open import open_store
 from vop_jax.video.moments import Span
 
 
