@@ -29,6 +29,7 @@ from ml_collections import ConfigDict
 from benchmarks.step_cost import counted_flops
 from vop_jax import cli, report
 from vop_jax.config.base import first_difference
+from vop_jax.config.clip import preset
 from vop_jax.data import load
 from vop_jax.data.records.tfds_builder import Making
 from vop_jax.errors import UserError
@@ -36,6 +37,7 @@ from vop_jax.experiment import setup, train
 from vop_jax.experiment.results import SUMMARY_FILE
 from vop_jax.model import TextVideoModel
 from vop_jax.storage import files
+from vop_jax.tuning import methods
 from vop_jax.tuning.methods import METHODS
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)  # the same for every method
@@ -208,8 +210,8 @@ def _pack(config: ConfigDict, run: str) -> None:
 def _cost(config: Mapping[str, Any]) -> dict[str, float]:
     """FLOPs and milliseconds of embedding one clip, on this machine's first device."""
     full = ConfigDict(config)
-    clip = setup.preset(full)
-    model = TextVideoModel(clip, setup.method_of(full))
+    clip = preset(full)
+    model = TextVideoModel(clip, methods.method_of(full))
     batch = full.eval.batch_size
     frames = np.zeros((batch, full.data.frames, clip.image_size, clip.image_size, 3), np.uint8)
     params = jax.jit(model.init)(jax.random.key(0), *model.example())["params"]

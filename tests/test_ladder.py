@@ -11,9 +11,11 @@ from ml_collections import ConfigDict
 
 from benchmarks import ladder
 from tests import runs
+from vop_jax.config import clip
 from vop_jax.data.datasets import shapes
 from vop_jax.errors import UserError
 from vop_jax.experiment import train
+from vop_jax.tuning import methods
 from vop_jax.tuning.methods import METHODS
 
 CONFIG = """
@@ -150,7 +152,6 @@ def test_learning_rates_are_judged_on_the_val_split(run_study):
 def test_every_study_is_of_settings_that_can_be(study, config_file):
     """Each is accepted by the config's CLIP; all differ."""
     from vop_jax.config.base import validate
-    from vop_jax.experiment import setup
 
     get_config = runpy.run_path(str(runs.ROOT / "configs" / config_file))["get_config"]
     seen = set()
@@ -158,8 +159,8 @@ def test_every_study_is_of_settings_that_can_be(study, config_file):
         config = get_config(settings["method.name"])
         config.update_from_flattened_dict(dict(settings))
         validate(config)
-        method = setup.method_of(config)
-        method.check_fits(setup.preset(config))
+        method = methods.method_of(config)
+        method.check_fits(clip.preset(config))
         setting = json.dumps(config.to_dict(), sort_keys=True)
         assert setting not in seen, label
         seen.add(setting)

@@ -8,13 +8,18 @@ import re
 import select
 import signal
 import sys
-from collections.abc import Callable, Iterator
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from logging import WARNING, Formatter, LogRecord
 from typing import Any, NoReturn, TextIO
 
 from absl import flags, logging
+from ml_collections import ConfigDict
 
+from vop_jax.config import base as config_defaults
+from vop_jax.config.base import check_keys, workdir_config
 from vop_jax.errors import UserError, as_user_error
 
 
@@ -204,3 +209,106 @@ def number(low: float) -> Callable[[str], float]:
         return given
 
     return read
+
+
+def parse_flags(argv: Sequence[str], usage: str) -> None:
+    """Parses the command line into `flags.FLAGS`; `--help` prints `usage` and every flag.
+
+    Raises:
+        UserError: it is wrong, or the config file is.
+    """
+    if {"--help", "-help", "-h", "--helpfull", "--helpshort"} & {*argv}:
+        module = flags.FLAGS.find_module_defining_flag("config")
+        print(f"{usage.strip()}\n\n{flags.FLAGS.module_help(module)}")
+        sys.exit(0)
+    try:
+        argv = _with_config_file(argv)
+        overrides = (a.lstrip("-") for a in argv if re.match("--?config[.]", a))
+        check_keys(o.split("=")[0].removeprefix("config.") for o in overrides)
+        with warnings.catch_warnings():
+            # ml_collections' way to load the file, under `python -W error`.
+            warnings.filterwarnings("ignore", "the load_module", DeprecationWarning)
+            rest = flags.FLAGS(argv)
+        if len(rest) > 1:
+            raise UserError(f"{rest[1]}: not a flag; flags look like --config=FILE")
+        _check_flags(flags.FLAGS.config)
+    except OSError as error:  # the config file could not be loaded, and is overridden
+        where = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        raise UserError(f"--config: {where}") from None
+    except flags.IllegalFlagValueError as error:
+        raise UserError(_wrong_value(str(error))) from None
+    except (flags.Error, TypeError, ValueError) as error:
+        raise UserError(str(error)) from None
+    except UserError:
+        raise
+    except Exception as error:  # the config file's own
+        if "has no attribute 'get_config'" in str(error):
+            raise UserError("--config: the file defines no get_config()") from None
+        why = f"{_where(error)}{type(error).__name__}: {_last_line(error)}"
+        raise UserError(f"--config: {why}") from None
+
+
+def _wrong_value(message: str) -> str:
+    """What absl says of a value, with the kind that is allowed instead of what Python says."""
+    kinds = {"int()": "a whole number", "to float": "a number", "boolean": "True or False"}
+    for words, kind in kinds.items():
+        if words in message:
+            return f"{message.split(': ')[0].removeprefix('flag ')}: must be {kind}"
+    return message.removeprefix("flag ")
+
+
+def _with_config_file(argv: Sequence[str]) -> list[str]:
+    """The command line with a --config that exists; ml_collections says it in many words.
+
+    A workdir that has a config needs no other; what the flags change is then counted from it, see
+    `_config`.
+    """
+    if (value := _value(argv, "config")) is not None:
+        path = value.partition(":")[0]
+        if not os.path.isfile(path):
+            raise UserError(f"--config={path}: no such file; configs/ has some")
+        if sum(bool(re.fullmatch("--?config(=.*)?", flag)) for flag in argv) > 1:
+            raise UserError("--config: give one file; --config.KEY=VALUE changes its keys")
+        return list(argv)
+    workdir = _value(argv, "workdir") if "mode" in flags.FLAGS else None
+    if not workdir or workdir_config(workdir) is None:
+        return list(argv)
+    return [argv[0], f"--config={config_defaults.__file__}", *argv[1:]]
+
+
+def _value(argv: Sequence[str], name: str) -> str | None:
+    """Of --NAME=VALUE or --NAME VALUE, the last one; None without."""
+    found = None
+    for flag, following in zip(argv, [*argv[1:], ""], strict=True):
+        if given := re.fullmatch(f"--?{name}(?:=(.*))?", flag):
+            found = following if given[1] is None else given[1]
+    return found
+
+
+def _check_flags(config: Any) -> None:
+    if config is None:
+        given = flags.FLAGS.workdir if "workdir" in flags.FLAGS else None
+        why = f", and --workdir={given} holds no run" if given else ""
+        raise UserError(f"--config=FILE is missing{why}; take one of configs/, as configs/demo.py")
+    if not isinstance(config, ConfigDict):
+        try:
+            config.seed  # noqa: B018  what went wrong in the file is raised on first use
+        except Exception as error:
+            raise UserError(f"--config: {_last_line(error)}") from None
+    if "workdir" in flags.FLAGS and not flags.FLAGS.workdir and flags.FLAGS.mode != "params":
+        raise UserError("--workdir=DIR is missing")
+    # Other programs parse their flags here, and have none of this name.
+    if "format" in flags.FLAGS and flags.FLAGS["format"].present and flags.FLAGS.mode != "export":
+        raise UserError(f"--format goes with --mode=export, not with --mode={flags.FLAGS.mode}")
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[-1].strip()
+
+
+def _where(error: Exception) -> str:
+    """FILE:LINE where it was raised."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}:{error.lineno}: "
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{frame.filename}:{frame.lineno}: "

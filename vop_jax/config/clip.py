@@ -2,6 +2,10 @@
 
 import dataclasses
 
+from ml_collections import ConfigDict
+
+from vop_jax.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class ClipConfig:
@@ -56,3 +60,12 @@ def arch_name(config: ClipConfig) -> str:
         f"ViT-{config.vision_layers}x{config.vision_width}/{config.patch_size}"
         f"@{config.image_size}px"
     )
+
+
+def preset(config: ConfigDict, default: str = "") -> ClipConfig:
+    """The sizes that `config.clip.arch` names; UserError lists the known names."""
+    arch = config.clip.arch or default
+    if arch not in PRESETS:
+        raise UserError(f"config.clip.arch={arch!r}: allowed are {', '.join(PRESETS)}")
+    known = PRESETS[arch]
+    return dataclasses.replace(known, activation=config.clip.activation or known.activation)

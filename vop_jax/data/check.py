@@ -21,8 +21,9 @@ from etils import epath
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from vop_jax import cli, main
+from vop_jax import cli
 from vop_jax.config.base import validate
+from vop_jax.config.clip import preset
 from vop_jax.data.datasets.registry import BENCHMARKS, check_sizes
 from vop_jax.data.load import count_sides, flip_warning
 from vop_jax.data.records import layout, read, shards, tfds_builder
@@ -30,6 +31,7 @@ from vop_jax.data.records.encode import Preprocessing, encode_clip
 from vop_jax.data.tokenizer import CaptionTokenizer
 from vop_jax.errors import UserError
 from vop_jax.storage import files
+from vop_jax.tuning.methods import method_of
 from vop_jax.video.workers import in_processes
 
 Rows = list[dict[str, Any]]  # of a split, as in its index
@@ -60,9 +62,8 @@ def check(config: ConfigDict) -> dict[str, Any]:
             f"config.data.records={data.records!r}: no records there; without them "
             "config.data.annotations and config.data.videos are needed"
         )
-    from vop_jax.experiment import setup  # brings jax, which the decoding processes do without
 
-    slots = setup.method_of(config).text_slots(setup.preset(config, default="ViT-B/32"))
+    slots = method_of(config).text_slots(preset(config, default="ViT-B/32"))
     tokenize = CaptionTokenizer(slots)
     splits = {split: _describe(own, tokenize) for split, own in rows.items()}
     learnt = (row["captions"] for row in rows.get(data.train_split, ()))
@@ -245,7 +246,7 @@ def define_flags() -> None:
 
 def run(argv: Sequence[str]) -> int:
     """The program; returns its exit status."""
-    main.parse_flags(argv, __doc__)
+    cli.parse_flags(argv, __doc__)
     cli.set_up_logging()
     config = flags.FLAGS.config
     validate(config)

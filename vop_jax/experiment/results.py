@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from vop_jax.clip.weights import load_clip
 from vop_jax.config import base as configs
-from vop_jax.config.clip import ClipConfig
+from vop_jax.config.clip import ClipConfig, preset
 from vop_jax.data.datasets.registry import BENCHMARKS
 from vop_jax.evaluation.evaluate import Evaluation
 from vop_jax.experiment import setup
@@ -20,7 +20,7 @@ from vop_jax.experiment.inputs import Data, by_chance
 from vop_jax.model import TextVideoModel
 from vop_jax.storage import files, tensors
 from vop_jax.training.writer import MEASURED_ON, read_metrics
-from vop_jax.tuning import partition
+from vop_jax.tuning import methods, partition
 from vop_jax.tuning.methods import METHODS, MethodConfig
 
 SUMMARY_FILE = "summary.json"
@@ -188,10 +188,10 @@ def count_parameters(config: ConfigDict) -> dict[str, dict[str, float]]:
     if config.init.clip:
         clip = load_clip(config.init.clip).config
     else:
-        clip = setup.preset(config, default="ViT-B/32")
+        clip = preset(config, default="ViT-B/32")
     counts = {}
     for name in METHODS:
-        method = dataclasses.replace(setup.method_of(config), name=name)
+        method = dataclasses.replace(methods.method_of(config), name=name)
         method.validate()
         method.check_fits(clip)
         true, paper = count(clip, method)

@@ -24,7 +24,7 @@ from vop_jax.clip.model import Clip
 from vop_jax.clip.remat import Memory
 from vop_jax.clip.weights import ClipWeights, check_shapes, held, load_clip
 from vop_jax.config import base as configs
-from vop_jax.config.clip import PRESETS, ClipConfig
+from vop_jax.config.clip import ClipConfig, preset
 from vop_jax.errors import UserError
 from vop_jax.evaluation.evaluate import Encode, make_encoders
 from vop_jax.model import TextVideoModel
@@ -35,7 +35,7 @@ from vop_jax.training.step import TrainState, make_optimizer
 from vop_jax.training.writer import METRICS_FILE
 from vop_jax.tuning import partition
 from vop_jax.tuning.frame_tables import has_frame_tables, interpolate_frames
-from vop_jax.tuning.methods import MethodConfig
+from vop_jax.tuning.methods import MethodConfig, method_of
 from vop_jax.tuning.prompt_set import check_same_clip, load_prompts
 
 CLIP_FILE = "clip.safetensors"  # of a workdir that pre-trained its own
@@ -74,11 +74,6 @@ class Run:
     def params(self) -> dict[str, Any]:
         """The whole tree."""
         return partition.merge(self.state.trainable, self.frozen)
-
-
-def method_of(config: ConfigDict) -> MethodConfig:
-    """The config's method, with the frames of a clip that its tables have rows for."""
-    return MethodConfig.from_mapping({**config.method.to_dict(), "frames": config.data.frames})
 
 
 @contextmanager
@@ -302,15 +297,6 @@ def load_backbone(config: ConfigDict, root: epath.Path) -> ClipWeights:
             f"made with {clip.config.activation}"
         )
     return clip
-
-
-def preset(config: ConfigDict, default: str = "") -> ClipConfig:
-    """The sizes that `config.clip.arch` names; UserError lists the known names."""
-    arch = config.clip.arch or default
-    if arch not in PRESETS:
-        raise UserError(f"config.clip.arch={arch!r}: allowed are {', '.join(PRESETS)}")
-    known = PRESETS[arch]
-    return dataclasses.replace(known, activation=config.clip.activation or known.activation)
 
 
 def _random_clip(clip: ClipConfig, seed: int) -> ClipWeights:

@@ -8,6 +8,8 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from vop_jax.config.clip import ClipConfig
 from vop_jax.errors import UserError
 
@@ -244,3 +246,8 @@ class MethodConfig:
         for placeholder, index in last.items():
             patterns = tuple(p.replace(placeholder, str(index)) for p in patterns)
         return patterns
+
+
+def method_of(config: ConfigDict) -> MethodConfig:
+    """The config's method, with the frames of a clip that its tables have rows for."""
+    return MethodConfig.from_mapping({**config.method.to_dict(), "frames": config.data.frames})

@@ -1,8 +1,13 @@
 """Opens the store of an index by its address."""
 
 import os
+from typing import TYPE_CHECKING
 
 from vop_jax.errors import UserError
+from vop_jax.search.stores.base import VectorStore
+
+if TYPE_CHECKING:
+    from vop_jax.search.catalog import IndexInfo
 
 
 def open_store(
