@@ -11,7 +11,7 @@ import numpy as np
 from absl import flags
 
 from tests import xla
-from tests.data import videos
+from tests.video import videos
 from vop_jax import cli, main
 from vop_jax.clip.model import Clip
 from vop_jax.clip.weights import save_clip

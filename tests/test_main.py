@@ -13,7 +13,7 @@ from absl import logging
 
 import vop_jax
 from tests import runs
-from tests.data import videos
+from tests.video import videos
 from vop_jax.clip.weights import load_clip
 from vop_jax.config.base import base_config
 from vop_jax.experiment import inputs, setup, train

@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from tests import processes, runs
-from tests.data import videos
-from tests.data.annotations.official import write_official
+from tests.data.datasets.official import write_official
+from tests.video import videos
 from vop_jax import cli
 from vop_jax.config.base import base_config
 from vop_jax.data import check as program

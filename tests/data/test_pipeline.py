@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from absl import flags
 
-from tests.data import calls, videos
+from tests.data import calls
+from tests.video import videos
 from vop_jax.data import pipeline
 from vop_jax.data.clips import Clip
 from vop_jax.data.pipeline import eval_videos, train_batches

@@ -16,8 +16,9 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from tests import processes
-from tests.data import calls, videos
-from tests.data.annotations.official import write_official
+from tests.data import calls
+from tests.data.datasets.official import write_official
+from tests.video import videos
 from vop_jax.data import prepare
 from vop_jax.data.clips import Clip
 from vop_jax.data.records import layout, read, shards, tfds_builder, write

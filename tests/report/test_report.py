@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import vop_jax.report
-from tests.data import videos
+from tests.video import videos
 from vop_jax.config.base import base_config
 from vop_jax.data.clips import Clip
 from vop_jax.data.records.encode import Preprocessing

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 
 from tests import processes, runs
-from tests.data import videos
+from tests.video import videos
 from vop_jax.search import catalog
 from vop_jax.search.asked import Request
 from vop_jax.search.build import make_index

@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from tests import runs
-from tests.data import videos
 from tests.search import library
+from tests.video import videos
 from vop_jax.search.__main__ import main
 
 NAME = "a\x1b]0;title\x07\x9b2J\r\n\u202e\u20ac\xe9.mp4"

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.data import videos
 from tests.search import library
 from tests.serve import treacherous
+from tests.video import videos
 from vop_jax.search.index import Hit
 from vop_jax.search.searcher import open_searcher
 from vop_jax.serve import schemas

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.data import videos
 from tests.processes import HANG
 from tests.search import library
 from tests.serve import browser as browsers
+from tests.video import videos
 from vop_jax.search.searcher import open_searcher
 
 pytestmark = pytest.mark.slow

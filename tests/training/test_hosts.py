@@ -1,4 +1,4 @@
-"""What several processes share, as far as one process shows it; tests/test_hosts.py has two."""
+"""What several processes share, as far as one process shows it."""
 
 import errno
 import json

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from benchmarks.collectives import collectives
-from tests import kernels, tiny
+from tests import tiny
+from tests.clip.kernels import kernels
 from vop_jax.config.base import base_config
 from vop_jax.errors import UserError
 from vop_jax.evaluation.evaluate import make_encoders

@@ -1,0 +1,1 @@
+"""Trained prompts in use: the retriever, and programs for other runtimes."""

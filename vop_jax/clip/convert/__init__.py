@@ -1,0 +1,1 @@
+"""CLIP's weights from PyTorch's formats, and back."""

@@ -1,0 +1,1 @@
+"""Attention and layer norm, written for the accelerators."""

@@ -1,1 +1,1 @@
-"""Annotation files become clips: a parser for each kind."""
+"""One file a dataset: how its annotations are read."""

@@ -1,0 +1,1 @@
+"""Records: videos decoded once, in files that training reads."""

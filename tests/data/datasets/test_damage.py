@@ -1,0 +1,98 @@
+"""Damaged files: whatever happens to them, they are read, or one line says which is wrong."""
+
+import json
+import pickle
+import random
+
+import pytest
+
+from tests.data.datasets.official import write_official
+from vop_jax.data.datasets.registry import BENCHMARKS, read_benchmark
+from vop_jax.errors import UserError
+
+ROUNDS = 30  # of each benchmark
+SIZES = {"train": 4, "val": 3, "test": 3}
+VALUES = (None, True, -1, 1e400, float("nan"), 10**400, "", " ", "a\0b", "\ud800", "../x", [], {})
+
+
+def flip(data, chance):
+    changed = bytearray(data)
+    for _ in range(chance.randint(1, 8)):
+        changed[chance.randrange(len(changed))] = chance.randrange(256)
+    return bytes(changed)
+
+
+def truncate(data, chance):
+    return data[: chance.randrange(len(data))]
+
+
+def garbage(data, chance):
+    at = chance.randrange(len(data))
+    return data[:at] + chance.randbytes(chance.randint(1, 200)) + data[at:]
+
+
+def delete_lines(data, chance):
+    lines = data.splitlines(keepends=True)
+    return b"".join(line for line in lines if chance.random() < 0.8)
+
+
+def duplicate_lines(data, chance):
+    lines = data.splitlines(keepends=True)
+    return b"".join(line * chance.choice((1, 1, 1, 2)) for line in lines)
+
+
+def swap_values(data, chance):
+    """Another type somewhere in the JSON; bytes flipped in what is none."""
+    try:
+        value = json.loads(data)
+    except ValueError:
+        return flip(data, chance)
+    return json.dumps(swapped(value, chance)).encode()
+
+
+def swapped(value, chance):
+    if chance.random() < 0.1 or not isinstance(value, dict | list) or not value:
+        return chance.choice(VALUES)
+    if isinstance(value, dict):
+        key = chance.choice(list(value))
+        if chance.random() < 0.2:
+            return {k: v for k, v in value.items() if k != key}
+        return {**value, key: swapped(value[key], chance)}
+    i = chance.randrange(len(value))
+    return [*value[:i], swapped(value[i], chance), *value[i + 1 :]]
+
+
+DAMAGES = (flip, truncate, garbage, delete_lines, duplicate_lines, swap_values, swap_values)
+
+
+@pytest.mark.parametrize("name", [*BENCHMARKS, "msvd pickled"])
+def test_damaged_files_are_read_or_named(name, tmp_path):
+    chance = random.Random(name)
+    name, _, pickled = name.partition(" ")
+    write_official(name, tmp_path, {split: SIZES[split] for split in BENCHMARKS[name].sizes})
+    if pickled:
+        captions = tmp_path / "captions_msvd.json"
+        value = pickle.dumps(json.loads(captions.read_text()))
+        (tmp_path / "raw-captions.pkl").write_bytes(value)
+        captions.unlink()
+    files = sorted(tmp_path.iterdir())
+    outcomes = []
+    for _ in range(ROUNDS):
+        file = tmp_path / "raw-captions.pkl" if pickled else chance.choice(files)
+        whole = file.read_bytes()
+        file.write_bytes(chance.choice(DAMAGES)(whole, chance))
+        try:
+            dataset, notes = read_benchmark(name, tmp_path, official_sizes=False)
+        except UserError as error:
+            message = str(error)
+            assert message.isprintable(), message
+            assert any(f"{path}" in message for path in files), message
+            outcomes.append("named")
+        else:
+            assert all(note.isprintable() for note in notes)
+            for clip in [clip for clips in dataset.values() for clip in clips]:
+                assert clip.captions and all(text.strip() for text in clip.captions)
+                assert "\0" not in f"{clip}".encode().decode()
+            outcomes.append("read")
+        file.write_bytes(whole)
+    assert set(outcomes) == {"named", "read"}

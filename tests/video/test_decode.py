@@ -1,0 +1,401 @@
+"""The reader of videos against what was written, and against decoding whole files in order."""
+
+import io
+import itertools
+import math
+import random
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from tests.video import videos
+from vop_jax.errors import VideoError
+from vop_jax.video.decode import Segment
+from vop_jax.video.files import stated_bytes
+from vop_jax.video.frames import read_frame_at, read_frames
+from vop_jax.video.moments import WHOLE, Reading, Survey, Task, read_pictures, spans_of, survey
+from vop_jax.video.sampling import stored_indices
+
+FRAGMENTS = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
+PRESET = {"preset": "veryfast", "sc_threshold": "0"}
+X264 = {"codec": "libx264", "options": {**PRESET, "g": "35", "bf": "2"}}
+MPEG = {"codec": "mpeg2video", "options": {"g": "60", "bf": "2", "qmin": "1", "qmax": "3"}}
+# How a file of each kind is written. Key frames are 7 s apart; `rate`: it has no other times.
+CONTAINERS = {
+    "a.mp4": X264,
+    "fragments.mp4": {**X264, "container": FRAGMENTS},
+    "a.mov": X264,
+    "a.mkv": X264,
+    "hevc.mkv": {
+        "codec": "libx265",
+        "options": {"preset": "ultrafast", "x265-params": "log-level=none:keyint=35"},
+    },
+    "a.webm": {"codec": "libvpx-vp9", "options": {"deadline": "realtime", "cpu-used": "8"}},
+    "a.avi": {"codec": "mpeg4", "options": {"g": "35"}, "base": 25},
+    "open.avi": {"codec": "mpeg4", "options": {"g": "35", "bf": "2"}, "rate": 5},
+    "h264.avi": {
+        **X264,
+        "rate": 5,
+        "options": {**X264["options"], "x264-params": "open-gop=1:b-adapt=0"},
+    },
+    "a.flv": X264,
+    "a.ts": {**X264, "base": 90000},
+    "mpeg2.ts": {**MPEG, "rate": 25},
+    "a.mpg": {**MPEG, "rate": 25},
+    "a.asf": {"codec": "wmv2", "options": {"g": "35"}},
+    "a.nut": X264,
+    "a.gif": {"codec": "gif", "pixel_format": "rgb8", "base": 100},
+    "a.avif": {
+        "codec": "libsvtav1",
+        "options": {"preset": "12", "g": "35", "svtav1-params": "lp=1"},
+    },
+    "a.h264": {**X264, "rate": 5},
+}
+STEPS = [40, 40, 200, 520, 40, 1000, 80] * 8
+SCREEN = [0, *(6000 + 40 * i for i in range(100)), *(12000 + 40 * i for i in range(50))]
+TIMES = {  # milliseconds
+    "constant": [200 * i for i in range(70)],
+    "variable": [*itertools.accumulate(STEPS, initial=0)],
+    "screen": SCREEN,  # recordings of screens: one frame while nothing moves
+}
+
+
+def make(folder: Path, name: str, milliseconds: list[int], **settings) -> tuple[Path, np.ndarray]:
+    """(file, seconds of its frames)."""
+    settings = {**CONTAINERS.get(name, X264), **settings}
+    base = settings.setdefault("base", settings.get("rate", 1000))
+    if "rate" in settings:  # of other times the format knows nothing
+        milliseconds = [1000 * i // base for i in range(len(milliseconds))]
+    settings.setdefault("rate", 5)
+    times = [round(time * base / 1000) for time in milliseconds]
+    return videos.write_numbered(folder / name, times, **settings), np.array(times) / base
+
+
+def in_order(path: Path) -> dict[int, np.ndarray]:
+    """Pixels of a whole file by number, decoded without seeking or stopping."""
+    with av.open(str(path)) as container:
+        stream = max(container.streams.video, key=lambda stream: stream.frames)
+        stream.codec_context.thread_count = 1
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+    return {videos.number_of(pixels): pixels for pixels in frames}
+
+
+def check(path: Path, times: np.ndarray, decoded: dict, start: float, end: float) -> None:
+    """That a segment has the frames whose times are in it."""
+    expected = np.flatnonzero((start <= times) & (times < end)).tolist()
+    if not expected:
+        with pytest.raises(VideoError, match="no frame decodes between"):
+            read_frames(path, 3, start=start, end=end)
+        return
+    found = read_frames(path, len(expected), start=start, end=end)
+    assert found.count == len(expected)
+    assert [videos.number_of(pixels) for pixels in found.pixels] == expected
+    np.testing.assert_allclose(found.timestamps, times[expected], atol=2e-3)
+    for number, pixels in zip(expected, found.pixels, strict=True):
+        np.testing.assert_array_equal(pixels, decoded[number])
+
+
+@pytest.mark.parametrize(
+    ("name", "rate"),
+    [
+        (name, rate)
+        for name, rate in itertools.product(CONTAINERS, TIMES)
+        if rate == "constant" or "rate" not in CONTAINERS[name]
+    ],
+)
+def test_a_frame_belongs_to_a_segment_by_its_time(tmp_path, name, rate):
+    path, times = make(tmp_path, name, TIMES[rate])
+    decoded = in_order(path)
+    assert sorted(decoded) == list(range(len(times)))
+    last = times[-1]
+    # From the start; in the middle; beyond a seek; with the last frame; all; none.
+    for start, end in (
+        *((0.0, 1.003), (0.397, 2.003), (last / 2 - 0.003, last / 2 + 0.997)),
+        *((12.0, 12.397), (11.003, math.inf), (last, last + 1), (0.0, math.inf)),
+        *((last + 0.1, last + 5), (last + 100, math.inf)),
+    ):
+        check(path, times, decoded, start, end)
+        if start < last:  # packets tell how many there are, so that decoding once is enough
+            shown = int(((start <= times) & (times < end)).sum())
+            assert len(Segment(path, start, end).packet_times()) == shown
+    for seconds in (0.0, last / 2 + 0.003, 12.003, last + 0.003, last + 50):
+        number = int(np.searchsorted(times, seconds, "right")) - 1
+        np.testing.assert_array_equal(read_frame_at(path, seconds), decoded[number])
+
+
+@pytest.mark.slow
+def test_three_hundred_files(tmp_path, monkeypatch):
+    rng = random.Random(24)
+    for number in range(300):
+        name = rng.choice(list(CONTAINERS))
+        settings = {**CONTAINERS[name]}
+        if settings["codec"] == "libx264":
+            settings["options"] = {
+                **{**PRESET, "g": str(rng.choice((1, 7, 30, 250)))},
+                **{"bf": str(rng.choice((0, 2, 4))), "b-pyramid": rng.choice(("none", "normal"))},
+            }
+            if rng.random() < 0.3:
+                settings["options"]["x264-params"] = "open-gop=1"
+        steps = rng.choice(([120], [40], [40, 1000], [40, 40, 40, 2520], [520, 40]))
+        count = rng.randint(5, 255)
+        milliseconds = [*itertools.accumulate((steps * 255)[: count - 1], initial=0)]
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        path, times = make(folder, name, milliseconds, **settings)
+        decoded = in_order(path)
+        monkeypatch.setattr("vop_jax.video.decode.SEEK_FROM", rng.choice((0.0, 1.0, 10.0)))
+        check(path, times, decoded, 0.0, math.inf)
+        for _ in range(5):
+            start = rng.uniform(0, times[-1] * 1.2)
+            check(path, times, decoded, start, start + rng.choice((0.1, 1.0, 4.0, math.inf)))
+
+
+def numbers(path, **asked) -> list[int]:
+    """Of all frames of a segment."""
+    count = read_frames(path, 1, **asked).count
+    return [videos.number_of(pixels) for pixels in read_frames(path, count, **asked).pixels]
+
+
+def spliced(folder: Path) -> Path:
+    """MPEG-TS of 2 s, then 2 s of another clock, during which a stream of sound begins."""
+    first = videos.write_numbered(folder / "1.ts", [4500 * i for i in range(40)], base=90000)
+    with av.open(str(folder / "2.ts"), "w") as file:
+        picture = file.add_stream("libx264", rate=20)
+        sound = file.add_stream("aac", rate=16000)
+        picture.width, picture.height, picture.pix_fmt = 64, 32, "yuv420p"
+        for i in range(40):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 64, 3), 90, np.uint8), format="rgb24")
+            file.mux(picture.encode(frame))
+            samples = np.zeros((1, 1024), np.float32)
+            audio = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")
+            audio.sample_rate, audio.pts = 16000, 1024 * i
+            file.mux(sound.encode(audio))
+        for stream in (picture, sound):
+            file.mux(stream.encode(None))
+    path = folder / "spliced.ts"
+    path.write_bytes(first.read_bytes() + (folder / "2.ts").read_bytes())
+    return path
+
+
+def test_clocks_that_are_set_anew_while_recording(tmp_path):
+    """Time goes on, whatever leaps the stamps make: no list is as long as a leap."""
+    for name, codec in (("a.mkv", "mpeg4"), ("h264.mkv", "libx264"), ("a.flv", "libx264")):
+        plain = videos.write_numbered(tmp_path / name, [100 * i for i in range(40)], codec=codec)
+        path = tmp_path / f"leap_{name}"
+        with av.open(str(plain)) as source, av.open(str(path), "w") as file:
+            stream = file.add_stream_from_template(source.streams.video[0])
+            for packet in source.demux(video=0):
+                if packet.size:
+                    leap = 1_700_000_000_000 if packet.dts is not None and packet.dts >= 2000 else 0
+                    packet.pts, packet.dts = packet.pts + leap, (packet.dts or 0) + leap
+                    packet.stream = stream
+                    file.mux(packet)
+        assert numbers(path) == list(range(40))
+        assert len(read_frames(path, 1, fps=1).indices) in (4, 5)  # B-frames blur where it leaps
+        assert numbers(path, start=1.0, end=1.8) == list(range(10, 18))
+        seen = survey(path, Reading(4, 16))
+        assert seen.duration == pytest.approx(4.0, abs=0.6) and not spans_of(seen, 10, 5)
+    day = 24 * 3_600_000
+    # A picture may stay for a day; its moments are those in which one appears.
+    path = videos.write_numbered(tmp_path / "day.mkv", [0, 100, day, day + 100], codec="mpeg4")
+    seen = survey(path, Reading(4, 16))
+    spans = spans_of(seen, 10, 5)
+    assert spans[0] == (0.0, 10.0) and spans[-1][1] == seen.duration and len(spans) < 6
+    assert read_frames(path, 1, fps=1).count == 4
+    found = read_pictures(Task(str(path), Reading(2, 16), (WHOLE, *spans)))
+    assert None not in found.clips
+    path = spliced(tmp_path)
+    clip = read_frames(path, 80)
+    assert clip.count == 80 and clip.timestamps == sorted(clip.timestamps)
+    assert numbers(path, start=1.0, end=1.8) == list(range(20, 36))
+
+
+def test_moments_are_as_many_as_frames_show():
+    shown = np.array([0.0, 3.0, 3.1, 1000.25])
+    for window, stride in ((2.0, 0.5), (2.0, 1.5), (0.3, 0.3), (900.0, 450.0)):
+        spans = spans_of(Survey("", 1001.0, [], shown), window, stride)
+        starts = [*(i * stride for i in range(math.ceil((1001 - window) / stride))), 1001 - window]
+        assert spans == [
+            (round(start, 3), round(start + window, 3))
+            for start in starts
+            if ((shown >= round(start, 3)) & (shown < round(start + window, 3))).any()
+        ]
+    assert len(spans_of(Survey("", 1e12, [], np.array([0.0, 5e11])), 10.0, 5.0)) == 3
+    assert stored_indices([0.0, 0.1, 1e12, 1e12 + 0.5, 1e12 + 1], 0.0, 1.0) == [0, 2, 4]
+
+
+@pytest.mark.parametrize("signs", [*itertools.product((1, -1), repeat=2)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_every_orientation(tmp_path, transposed, signs):
+    a, b, c, d = matrix = (0, *signs, 0) if transposed else (signs[0], 0, 0, signs[1])
+    path = videos.write_numbered(tmp_path / "a.mp4", [0, 100], size=(64, 32))
+    stored = in_order(path)[1]
+    expected = np.zeros((64, 32, 3) if b else (32, 64, 3), np.uint8)
+    for y, x in np.ndindex(32, 64):  # as ISO 14496-12 says where a pixel goes
+        right, down = a * x + c * y, b * x + d * y
+        expected[down - (down < 0 or b + d < 0), right - (a + c < 0)] = stored[y, x]
+    found = read_frames(videos.turn(path, matrix), 2).pixels[1]
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_colour_tags_that_cannot_be_are_ignored(tmp_path):
+    plain = videos.write_numbered(tmp_path / "plain.mp4", [0, 100])
+    path = videos.write_numbered(tmp_path / "a.mp4", [0, 100], tags={"colorspace": 8})  # YCgCo
+    np.testing.assert_array_equal(read_frames(path, 2).pixels, read_frames(plain, 2).pixels)
+
+
+def test_frames_of_changing_size_are_brought_to_the_first_ones(tmp_path):
+    parts = [
+        videos.write_numbered(tmp_path / f"{i}.h264", [0, 1, 2], base=10, size=size).read_bytes()
+        for i, size in enumerate(((64, 32), (96, 96)))
+    ]
+    path = tmp_path / "both.h264"
+    path.write_bytes(b"".join(parts))
+    assert {pixels.shape for pixels in read_frames(path, 6).pixels} == {(32, 64, 3)}
+    assert numbers(path) == [0, 1, 2, 0, 1, 2]
+
+
+def write_two(path: Path, default: int, cover: bool) -> None:
+    """A track of one still of 32 x 32 and one of five numbered frames."""
+    with av.open(str(path), "w") as file:
+        still, film = file.add_stream("mjpeg", rate=10), file.add_stream("libx264", rate=10)
+        still.width, still.height, still.pix_fmt = 32, 32, "yuvj420p"
+        film.width, film.height, film.pix_fmt = 64, 32, "yuv420p"
+        marks = av.stream.Disposition
+        for number, stream in enumerate((still, film)):
+            stream.disposition = marks.default if number == default else marks(0)
+        if cover:
+            still.disposition = marks.attached_pic
+        grey = np.full((32, 64, 3), 99, np.uint8)
+        picture = av.VideoFrame.from_ndarray(grey[:, :32].copy(), format="rgb24")
+        file.mux(still.encode(picture))
+        for _ in range(5):
+            file.mux(film.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
+        for stream in (still, film):
+            file.mux(stream.encode(None))
+
+
+@pytest.mark.parametrize(
+    ("name", "default", "cover", "frames"),
+    [
+        ("a.mov", 1, False, 5),
+        ("a.mov", 0, False, 1),
+        ("a.mp4", 1, True, 5),
+        ("a.mkv", 1, False, 5),
+        ("a.mkv", -1, False, 5),
+        ("a.nut", -1, False, 5),
+    ],
+)
+def test_the_main_stream(tmp_path, name, default, cover, frames):
+    write_two(tmp_path / name, default, cover)
+    assert read_frames(tmp_path / name, 5).count == frames
+
+
+def test_what_begins_within_a_group_begins_at_its_key_frame(tmp_path):
+    path, _ = make(tmp_path, "a.ts", TIMES["constant"])
+    data = path.read_bytes()
+    path.write_bytes(data[len(data) // 4 // 188 * 188 :])
+    assert numbers(path) == list(range(35, 70))
+
+
+def test_statements_about_length_are_not_believed(tmp_path):
+    late = videos.write_numbered(tmp_path / "late.mp4", [1000 + 100 * i for i in range(20)])
+    assert numbers(late) == list(range(20))
+    slides = videos.write_numbered(
+        tmp_path / "slides.mkv", [0, 5000, 10000, 15000], options={"bf": "2"}
+    )
+    assert numbers(slides) == [0, 1, 2, 3]
+    # Matroska has one duration for all frames, here 10 s.
+    times, slow = [0, 33, 67, 100, 133, 167, 90000, 90033], Fraction(1, 10)
+    idle = videos.write_numbered(tmp_path / "idle.mkv", times, options={"bf": "2"}, rate=slow)
+    found = read_frames(idle, len(times))
+    np.testing.assert_allclose(found.timestamps, np.array(times) / 1000, atol=2e-3)
+    one = videos.write_numbered(tmp_path / "one.ts", [0], base=90000)  # too short to state it
+    assert read_frames(one, 1, end=0.5).timestamps == [0.0]
+    wrong = videos.write_numbered(tmp_path / "wrong.mkv", [100 * i for i in range(20)])
+    data = bytearray(wrong.read_bytes())
+    at = data.index(b"\x44\x89\x88") + 3  # the segment's duration, in milliseconds
+    data[at : at + 8] = np.array([1e9], ">f8").tobytes()
+    at = data.index(b"00:00:0", data.index(b"DURATION"))
+    data[at : at + 2] = b"99"
+    wrong.write_bytes(bytes(data))
+    assert numbers(wrong) == list(range(20))
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "fragments.mp4", "a.avi", "a.webm", "a.mkv"])
+def test_bytes_that_are_missing(tmp_path, name):
+    front = {"container": {"movflags": "faststart"}} if name == "a.mp4" else {}
+    path, _ = make(tmp_path, name, TIMES["constant"], size=(256, 128), **front)
+    kind = {"a.mp4": "mov,mp4", "fragments.mp4": "mov", "a.avi": "avi"}.get(name, "matroska,webm")
+    data = path.read_bytes()
+    with path.open("rb") as file:
+        assert stated_bytes(file, kind) == len(data)
+        assert stated_bytes(file, "mpegts") == 0
+    path.write_bytes(data + b"\0\0\0\1junk" + b"\xff" * 8)  # as a box of an MP4: of 2^64 - 1 bytes
+    assert len(read_frames(path, 3).indices) == 3
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(VideoError, match=r"^truncated: \d+\.\d s of \d+\.\d s decode$"):
+        read_frames(path, 3)
+
+
+@pytest.mark.parametrize("size", [b"", b"\0" + b"\xff" * 8])
+def test_a_size_that_is_none_states_nothing(size):
+    assert stated_bytes(io.BytesIO(b"\x1a\x45\xdf\xa3" + size), "matroska,webm") == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.mp4", "ffconcat version 1.0\nfile 'plain.mp4'\n"),
+        ("a.mp4", "#EXTM3U\n#EXT-X-TARGETDURATION:4\n#EXTINF:4,\nplain.ts\n#EXT-X-ENDLIST\n"),
+        ("a.sdp", "v=0\nc=IN IP4 127.0.0.1\nm=video 5000 RTP/AVP 96\na=rtpmap:96 H264/90000\n"),
+        ("%02d.png", None),
+    ],
+)
+def test_files_that_name_others_are_refused(tmp_path, name, text):
+    videos.write_numbered(tmp_path / "plain.mp4", [0, 100])
+    videos.write_numbered(tmp_path / "01.png", [0], codec="png", pixel_format="rgb24")
+    path = tmp_path / name
+    path.write_text(text or "x")
+    with pytest.raises(VideoError, match=r"not readable as video|no frame decodes"):
+        read_frames(path, 2)
+
+
+def test_names_and_numbers_that_are_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    videos.write_numbered(tmp_path / "a.mp4", [0, 100]).rename("12:30.mp4")
+    assert read_frames("12:30.mp4", 2).count == read_frame_at("12:30.mp4", 1.0).ndim - 1 == 2
+    for path, start, end, reason in (
+        ("https://youtu.be/x", None, None, r"^an address .https://., not a file"),
+        ("nul\0.mp4", None, None, "not the name of a file"),
+        ("x" * 5000, None, None, "cannot be opened"),
+        ("12:30.mp4", math.nan, None, "a segment from nan to inf s"),
+        ("12:30.mp4", 1e17, None, r"between 1e\+17 and the end"),
+        ("12:30.mp4", 0.1, 0.1, "between 0.1 and 0.1 s"),
+        ("12:30.mp4", 0.2, 0.1, "between 0.2 and 0.1 s"),
+    ):
+        with pytest.raises(VideoError, match=reason) as caught:
+            read_frames(path, 2, start=start, end=end)
+        assert len(str(caught.value).splitlines()) == 1
+    assert read_frames("12:30.mp4", 2, start=-5, end=0.05).count == 1
+    with pytest.raises(VideoError, match="no such file"):
+        Segment("none.mp4").packet_times()
+
+
+def test_what_reading_raises_is_a_video_error(tmp_path, monkeypatch):
+    path = videos.write_numbered(tmp_path / "a.mp4", [0, 100])
+    for error, reason in (
+        *((IndexError("a"), "a"), (KeyError("b"), "'b'"), (ImportError("c\nd"), "c d")),
+        *((MemoryError(), "out of memory"), (OSError(5, "e", "f"), "e"), (ValueError("g"), "g")),
+    ):
+
+        def broken(*_, error=error, **__):
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(av, "open", broken)
+            with pytest.raises(VideoError, match=f"^not readable as video .{reason}.$"):
+                read_frames(path, 2)
