@@ -23,7 +23,7 @@ from benchmarks.prepare import make_clip
 from benchmarks.step_cost import Programs, counted_flops
 from vop_jax.config.base import base_config
 from vop_jax.config.clip import PRESETS, ClipConfig
-from vop_jax.data.clips import Clip
+from vop_jax.data.clips import VideoClip
 from vop_jax.data.device_crops import BITS, Drawn, Sides
 from vop_jax.data.pipeline import train_batches
 from vop_jax.data.records.decoded import clips_of, frame_shapes
@@ -51,7 +51,7 @@ def records(folder: str, count: int) -> Split:
     for i in range(count):
         path = os.path.join(folder, f"{i}.mp4")
         make_clip(path, i)
-        clips.append(Clip(str(i), path, (f"a texture, number {i}, drifts over the screen",)))
+        clips.append(VideoClip(str(i), path, (f"a texture, number {i}, drifts over the screen",)))
     making = Making(isolated=False, progress=False)
     return pack({"train": clips}, f"{folder}/records", Preprocessing(), making=making).splits[
         "train"

@@ -20,7 +20,7 @@ from collections.abc import Callable
 import av
 import numpy as np
 
-from vop_jax.data.clips import Clip
+from vop_jax.data.clips import VideoClip
 from vop_jax.data.records.encode import Encoded, Preprocessing, encode_clip
 from vop_jax.video.sampling import sample_indices
 from vop_jax.video.workers import in_processes
@@ -48,7 +48,7 @@ def make_clip(path: str, seed: int) -> None:
 
 def ours(paths: list[str], workers: int) -> None:
     """As vop_jax.data.prepare does, without writing the records."""
-    clips = [Clip(path, path, ("",)) for path in paths]
+    clips = [VideoClip(path, path, ("",)) for path in paths]
     encode = functools.partial(encode_clip, preprocessing=PREPROCESSING)
     with contextlib.closing(in_processes(encode, clips, workers, seconds=300)) as results:
         assert all(isinstance(found, Encoded) for found in results)

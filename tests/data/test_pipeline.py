@@ -12,7 +12,7 @@ from absl import flags
 from tests.data import calls
 from tests.video import videos
 from vop_jax.data import pipeline
-from vop_jax.data.clips import Clip
+from vop_jax.data.clips import VideoClip
 from vop_jax.data.pipeline import eval_videos, train_batches
 from vop_jax.data.records.encode import Preprocessing
 from vop_jax.data.records.tfds_builder import Making
@@ -32,7 +32,7 @@ def split(tmp_path_factory):
     clips = []
     for i in range(CLIPS):
         path = videos.write(root / f"{i}.mp4", 8 + i, width=48, height=32)
-        clips.append(Clip(f"{i}", str(path), tuple(f"caption {10 * i + j}" for j in range(3))))
+        clips.append(VideoClip(f"{i}", str(path), tuple(f"caption {10 * i + j}" for j in range(3))))
     preprocessing = Preprocessing(F, stored_fps=10.0, short_side=32)
     making = Making(2, isolated=False, progress=False)
     return pack({"train": clips}, root / "records", preprocessing, making=making).splits["train"]

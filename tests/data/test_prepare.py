@@ -20,7 +20,7 @@ from tests.data import calls
 from tests.data.datasets.official import write_official
 from tests.video import videos
 from vop_jax.data import prepare
-from vop_jax.data.clips import Clip
+from vop_jax.data.clips import VideoClip
 from vop_jax.data.records import layout, read, shards, tfds_builder, write
 from vop_jax.data.records.encode import Preprocessing
 from vop_jax.data.records.tfds_builder import Making
@@ -183,9 +183,9 @@ def test_finished_shards_are_not_made_again(msvd, tmp_path, monkeypatch):
 def test_a_decoder_that_crashes_or_hangs_costs_its_clip(msvd, tmp_path, monkeypatch):
     _, films = msvd
     good = sorted(films.iterdir())[:6]
-    clips = [Clip(p.name, str(p), ("x",)) for p in good]
-    clips.insert(2, Clip("crash", str(films / "crash.avi"), ("x",)))
-    clips.insert(5, Clip("hang", str(films / "hang.avi"), ("x",)))
+    clips = [VideoClip(p.name, str(p), ("x",)) for p in good]
+    clips.insert(2, VideoClip("crash", str(films / "crash.avi"), ("x",)))
+    clips.insert(5, VideoClip("hang", str(films / "hang.avi"), ("x",)))
     monkeypatch.setattr(tfds_builder, "encode_clip", calls.treacherous)
     making = Making(2, seconds=2, progress=False)
     made = pack({"test": clips}, tmp_path, Preprocessing(4), making=making, max_skipped=0.5)
@@ -245,7 +245,7 @@ def test_videos_that_came_later_are_taken_up(msvd, tmp_path, monkeypatch):
     annotations, films = msvd
     dataset, _ = tfds_builder.Msvd.read(annotations, films, official_sizes=False, only=["test"])
     late = tmp_path / "late.avi"
-    clips = {"test": [Clip("late", str(late), ("x",)), *dataset["test"]]}
+    clips = {"test": [VideoClip("late", str(late), ("x",)), *dataset["test"]]}
     making = Making(1, isolated=False, progress=False, clips_per_shard=3)
     staged = layout.staging_of(tmp_path / "out", "folder")
     planned = shards.plan(clips, staged, Preprocessing(4), 3)
@@ -341,11 +341,11 @@ def test_finished_records_outlive_whatever_happens_to_the_videos(
 
 PACKING = """
 import sys
-from vop_jax.data.builders import Making
-from vop_jax.data.encode import Preprocessing
-from vop_jax.data.packing import pack
-from vop_jax.data.records import Clip
-clips = [Clip(path, path, ("x",)) for path in sys.argv[2:]]
+from vop_jax.data.records.tfds_builder import Making
+from vop_jax.data.records.encode import Preprocessing
+from vop_jax.data.records.write import pack
+from vop_jax.data.clips import VideoClip
+clips = [VideoClip(path, path, ("x",)) for path in sys.argv[2:]]
 making = Making(2, isolated=False, progress=False, clips_per_shard=2)
 assert len(pack({"test": clips}, sys.argv[1], Preprocessing(4), making=making).splits["test"])
 """
@@ -469,7 +469,7 @@ def test_a_wrong_folder_of_videos_leaves_nothing_in_the_way(tmp_path, capsys):
     assert prepare.main([*call, f"--videos={tmp_path}"]) == 2
     assert "none of the 1 videos is there; first" in capsys.readouterr().err
     # The same within a run, which looks at each file.
-    clips = {"test": [Clip("0", str(tmp_path / "0.mp4"), ("one",))]}
+    clips = {"test": [VideoClip("0", str(tmp_path / "0.mp4"), ("one",))]}
     with pytest.raises(UserError, match=r"split 'test': none of 1 videos can be used: .*no such"):
         pack(clips, tmp_path / "out", Preprocessing(4))
     assert prepare.main([*call, f"--videos={tmp_path / 'films'}"]) == 0

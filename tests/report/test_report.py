@@ -14,7 +14,7 @@ from PIL import Image
 import vop_jax.report
 from tests.video import videos
 from vop_jax.config.base import base_config
-from vop_jax.data.clips import Clip
+from vop_jax.data.clips import VideoClip
 from vop_jax.data.records.encode import Preprocessing
 from vop_jax.data.records.tfds_builder import Making
 from vop_jax.data.records.write import pack
@@ -74,7 +74,7 @@ def records(tmp_path_factory):
     root = tmp_path_factory.mktemp("records")
     for i, name in enumerate(VIDEOS):
         videos.write(root / name, 6 + i, width=120, height=90)
-    clips = [Clip(name, str(root / name), (name,)) for name in VIDEOS]
+    clips = [VideoClip(name, str(root / name), (name,)) for name in VIDEOS]
     preprocessing = Preprocessing(frames=5, short_side=90)
     making = Making(2, isolated=False, progress=False)
     pack({"test": clips}, root / "packed", preprocessing, making=making)

@@ -152,9 +152,9 @@ def test_two_processes_stop_in_a_bucket_and_one_goes_on(bucket, local, trained, 
 
 def test_videos_in_a_bucket_are_found_under_other_names(bucket, local):
     program = """
-from vop_jax.data.locate import locate
-from vop_jax.data.records import Clip
-clips, notes = locate([Clip("a", "elsewhere/3.avi", ("three",))], "gs://vop/")
+from vop_jax.data.datasets.locate import locate
+from vop_jax.data.clips import VideoClip
+clips, notes = locate([VideoClip("a", "elsewhere/3.avi", ("three",))], "gs://vop/")
 print(clips[0].path, *notes)
 """
     argv = [sys.executable, "-c", program]

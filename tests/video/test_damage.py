@@ -5,7 +5,7 @@ import functools
 import random
 
 from tests.video import videos
-from vop_jax.data.clips import Clip
+from vop_jax.data.clips import VideoClip
 from vop_jax.data.records.encode import Encoded, Preprocessing, encode_clip
 from vop_jax.errors import VideoError
 from vop_jax.video.workers import in_processes
@@ -50,7 +50,7 @@ def test_two_hundred_damaged_videos(tmp_path):
         name = rng.choice(list(whole))
         path = tmp_path / f"{i}_{name}"
         path.write_bytes(mutate(whole[name].read_bytes(), rng))
-        clips.append(Clip(str(i), str(path), ("x",)))
+        clips.append(VideoClip(str(i), str(path), ("x",)))
     preprocessing = Preprocessing(frames=4, short_side=32, stored_fps=2.0, short_clips="repeat")
     encode = functools.partial(encode_clip, preprocessing=preprocessing)
     with contextlib.closing(in_processes(encode, clips, 2, seconds=60)) as results:

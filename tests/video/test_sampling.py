@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.video import videos
-from vop_jax.data.clips import Clip
+from vop_jax.data.clips import VideoClip
 from vop_jax.data.records.encode import Preprocessing, encode_clip
 from vop_jax.data.records.tfds_builder import Making
 from vop_jax.data.records.write import pack
@@ -103,7 +103,7 @@ def test_records_hold_these_frames_within_what_jpeg_changes(film, sampling, tmp_
     preprocessing = Preprocessing(frames=6, sampling=sampling, short_side=96)
     making = Making(1, isolated=False, progress=False)
     for source in (path, folder):
-        clips = {"test": [Clip("film", str(source), ("a film",))]}
+        clips = {"test": [VideoClip("film", str(source), ("a film",))]}
         split = pack(clips, tmp_path / source.name, preprocessing, making=making).splits["test"]
         expected = read_frames(path, 6, sampling=sampling, short_side=96)
         assert [int(i) for i in split._source[0]["indices"]] == expected.indices
@@ -135,7 +135,7 @@ def test_frames_are_in_the_order_of_their_numbers(tmp_path):
 
 
 def test_short_clips_are_skipped_or_repeat(tmp_path):
-    clip = Clip("x", str(videos.write(tmp_path / "x.mp4", 3)), ("x",))
+    clip = VideoClip("x", str(videos.write(tmp_path / "x.mp4", 3)), ("x",))
     for sampling in ("uniform", "linspace", "segments"):
         with pytest.raises(VideoError, match=r"3 frames, fewer than config.data.frames=5"):
             encode_clip(clip, Preprocessing(frames=5, sampling=sampling))

@@ -4,8 +4,8 @@ import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
-class Clip:
-    """One video, or a stretch of one, with its captions.
+class VideoClip:
+    """One video, or a segment of one, with its captions.
 
     Attributes:
         id: unique in its split; reports call the clip by it.
@@ -23,4 +23,4 @@ class Clip:
     where: str = ""
 
 
-Dataset = dict[str, list[Clip]]  # split -> clips in file order
+Dataset = dict[str, list[VideoClip]]  # split -> clips in file order

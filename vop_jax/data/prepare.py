@@ -25,7 +25,7 @@ from etils import epath
 
 from vop_jax import cli
 from vop_jax.cli import Parser, number, whole
-from vop_jax.data.clips import Clip
+from vop_jax.data.clips import VideoClip
 from vop_jax.data.records import read, shards
 from vop_jax.data.records.encode import Encoded, Preprocessing, encode_clip
 from vop_jax.data.records.tfds_builder import BUILDERS, CLIPS_PER_SHARD, Making
@@ -87,7 +87,7 @@ def prepare(
 
 
 def _tell_size(
-    clips: list[Clip], root: epath.Path, preprocessing: Preprocessing, making: Making
+    clips: list[VideoClip], root: epath.Path, preprocessing: Preprocessing, making: Making
 ) -> None:
     """How much disk all clips will take, judged by a few of them."""
     some = clips[:: max(1, len(clips) // PROBED)][:PROBED]

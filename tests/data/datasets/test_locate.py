@@ -4,14 +4,14 @@ import os
 
 import pytest
 
-from vop_jax.data.clips import Clip
+from vop_jax.data.clips import VideoClip
 from vop_jax.data.datasets.locate import locate
 from vop_jax.errors import UserError, VideoError
 from vop_jax.video.files import stat
 
 
 def clips(*paths):
-    return [Clip(os.path.splitext(os.path.basename(path))[0], path, ("x",)) for path in paths]
+    return [VideoClip(os.path.splitext(os.path.basename(path))[0], path, ("x",)) for path in paths]
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from tests.video import videos
-from vop_jax.data.clips import Clip
+from vop_jax.data.clips import VideoClip
 from vop_jax.data.records import encode, read, shards, tfds_builder
 from vop_jax.data.records.encode import Preprocessing
 from vop_jax.data.records.tfds_builder import Making
@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
 
 
 def clips(folder, names):
-    return [Clip(n, str(folder / n), (f"film {n}", "again")) for n in names]
+    return [VideoClip(n, str(folder / n), (f"film {n}", "again")) for n in names]
 
 
 GOOD = ["0.mp4", "1.mp4", "2.mp4", "3.mp4"]

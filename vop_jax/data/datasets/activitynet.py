@@ -2,7 +2,7 @@
 
 from etils import epath
 
-from vop_jax.data.clips import Clip
+from vop_jax.data.clips import VideoClip
 from vop_jax.data.datasets.parsing import (
     Benchmark,
     Captions,
@@ -28,7 +28,7 @@ IDS = {
 }
 
 
-def read(folder: epath.Path, split: str) -> tuple[list[Clip], list[str]]:
+def read(folder: epath.Path, split: str) -> tuple[list[VideoClip], list[str]]:
     """Clips of a split, one paragraph each: the sentences, stripped, joined by one space.
 
     Raises:
@@ -45,7 +45,7 @@ def read(folder: epath.Path, split: str) -> tuple[list[Clip], list[str]]:
     kept = without_empty(path, sentences, notes)
     note_ids(path, [n for n in sentences if n not in kept], "without a sentence, left out", notes)
     _compare_with_ids(folder, split, path, list(sentences), notes)
-    return [Clip(name, f"{name}.mp4", (" ".join(own),)) for name, own in kept.items()], notes
+    return [VideoClip(name, f"{name}.mp4", (" ".join(own),)) for name, own in kept.items()], notes
 
 
 def _compare_with_ids(

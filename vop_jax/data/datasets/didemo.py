@@ -4,7 +4,7 @@ import pathlib
 
 from etils import epath
 
-from vop_jax.data.clips import Clip
+from vop_jax.data.clips import VideoClip
 from vop_jax.data.datasets.parsing import (
     Benchmark,
     Captions,
@@ -27,7 +27,7 @@ FILES = {
 }
 
 
-def read(folder: epath.Path, split: str) -> tuple[list[Clip], list[str]]:
+def read(folder: epath.Path, split: str) -> tuple[list[VideoClip], list[str]]:
     """Clips of a split, one paragraph each: the descriptions joined in file order.
 
     Raises:
@@ -38,7 +38,7 @@ def read(folder: epath.Path, split: str) -> tuple[list[Clip], list[str]]:
     described = find(folder, (f"didemo_{split}_data.json", f"{split}_data.json"))
     names = read_list(path, notes)
     by_name, by_stem = _descriptions(described, notes)
-    clips: dict[str, Clip] = {}
+    clips: dict[str, VideoClip] = {}
     missing, twice = [], []
     for name in names:
         stem = pathlib.PurePath(name).stem
@@ -47,7 +47,7 @@ def read(folder: epath.Path, split: str) -> tuple[list[Clip], list[str]]:
         if stem in clips:
             twice.append(name)
         elif sentences:
-            clips[stem] = Clip(stem, name, (" ".join(sentences),), None, SECONDS)
+            clips[stem] = VideoClip(stem, name, (" ".join(sentences),), None, SECONDS)
         else:
             missing.append(name)
     note_ids(path, missing, f"without a description in {described.name}, left out", notes)

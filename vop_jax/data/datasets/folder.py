@@ -15,7 +15,7 @@ from typing import Any
 from absl import logging
 from etils import epath
 
-from vop_jax.data.clips import Clip, Dataset
+from vop_jax.data.clips import Dataset, VideoClip
 from vop_jax.data.datasets.parsing import NO_TEXT
 from vop_jax.errors import UserError
 
@@ -72,7 +72,7 @@ def read_folder(annotations: str | os.PathLike, videos: str | os.PathLike) -> Da
         location = _location(os.fspath(videos), video)
         if ".." not in location:  # which may be another folder's behind a link
             location = _normalised(os.fspath(videos), video)
-        clip = Clip(clip_id, location, tuple(dict.fromkeys(own)), start, end, where)
+        clip = VideoClip(clip_id, location, tuple(dict.fromkeys(own)), start, end, where)
         dataset.setdefault(split or _split_of(clip), []).append(clip)
     if not all(with_split):
         _ensure_held_out(dataset)
@@ -239,7 +239,7 @@ def video_of(clip_id: str, start: float | None, end: float | None) -> str:
     return clip_id if whole else STRETCH.sub("", clip_id)
 
 
-def _split_of(clip: Clip) -> str:
+def _split_of(clip: VideoClip) -> str:
     video = video_of(clip.id, clip.start, clip.end)
     return "test" if hash_of(video) < HELD_OUT else "train"
 

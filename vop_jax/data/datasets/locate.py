@@ -7,7 +7,7 @@ from collections.abc import Container, Sequence
 
 from etils import epath
 
-from vop_jax.data.clips import Clip
+from vop_jax.data.clips import VideoClip
 from vop_jax.errors import UserError
 from vop_jax.storage.files import walk
 from vop_jax.video.files import VIDEOS, name_of
@@ -19,7 +19,9 @@ PREFIX = "v_"
 Match = tuple[str, bool]  # a relative path, and whether it is a folder of frames
 
 
-def locate(clips: Sequence[Clip], videos: str | os.PathLike) -> tuple[list[Clip], list[str]]:
+def locate(
+    clips: Sequence[VideoClip], videos: str | os.PathLike
+) -> tuple[list[VideoClip], list[str]]:
     """Finds the videos of clips whose paths are official ones, relative to a folder.
 
     A video that is not at its official path is, anywhere in the folder, the file of that name
@@ -71,7 +73,7 @@ def _names(path: str) -> tuple[str, ...]:
     return (stem, stem.removeprefix(PREFIX)) if stem.startswith(PREFIX) else (stem,)
 
 
-def _at_official_paths(root: epath.Path, clips: Sequence[Clip]) -> set[str]:
+def _at_official_paths(root: epath.Path, clips: Sequence[VideoClip]) -> set[str]:
     """The official paths that exist; one listing a folder, for stores where asking is slow."""
     there: set[str] = set()
     for folder in {posixpath.dirname(clip.path) for clip in clips}:
@@ -108,7 +110,7 @@ def _choose(path: str, matches: list[Match]) -> tuple[str, str]:
     return found, "have another extension" if other_extension else "lie elsewhere or are renamed"
 
 
-def _nothing_found(root: epath.Path, clips: Sequence[Clip]) -> str:
+def _nothing_found(root: epath.Path, clips: Sequence[VideoClip]) -> str:
     names = sorted(path.name for path in root.iterdir())[:3]
     return (
         f"{root}: none of the {len(clips)} videos is in this folder; looked for {clips[0].path}, "

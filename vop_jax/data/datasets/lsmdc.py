@@ -4,7 +4,7 @@ import re
 
 from etils import epath
 
-from vop_jax.data.clips import Clip
+from vop_jax.data.clips import VideoClip
 from vop_jax.data.datasets.parsing import (
     Benchmark,
     Captions,
@@ -28,7 +28,7 @@ CELLS = 6
 TIMES = re.compile(r"_\d\d\.\d\d\.\d\d\.\d\d\d-\d\d\.\d\d\.\d\d\.\d\d\d$")
 
 
-def read(folder: epath.Path, split: str) -> tuple[list[Clip], list[str]]:
+def read(folder: epath.Path, split: str) -> tuple[list[VideoClip], list[str]]:
     """Clips of a split; quotes have no meaning in these files.
 
     Raises:

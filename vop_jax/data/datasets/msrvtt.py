@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from etils import epath
 
-from vop_jax.data.clips import Clip
+from vop_jax.data.clips import VideoClip
 from vop_jax.data.datasets.parsing import (
     Benchmark,
     Captions,
@@ -27,7 +27,7 @@ CAPTIONS = ("MSRVTT_data.json",)
 
 def read(
     files: Mapping[str, tuple[str, ...]], folder: epath.Path, split: str
-) -> tuple[list[Clip], list[str]]:
+) -> tuple[list[VideoClip], list[str]]:
     """Clips of a split: 20 captions each in train, the one of the list in test.
 
     Raises:
@@ -83,7 +83,7 @@ def _sentences(path: epath.Path, notes: list[str]) -> Captions:
 
 
 def _note_other_sentences(
-    folder: epath.Path, path: epath.Path, clips: list[Clip], notes: list[str]
+    folder: epath.Path, path: epath.Path, clips: list[VideoClip], notes: list[str]
 ) -> None:
     """The test sentences are taken from the captions; others hint at files of two versions."""
     described = find_optional(folder, CAPTIONS)

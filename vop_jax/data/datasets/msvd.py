@@ -6,7 +6,7 @@ from typing import Any
 
 from etils import epath
 
-from vop_jax.data.clips import Clip
+from vop_jax.data.clips import VideoClip
 from vop_jax.data.datasets.parsing import (
     Benchmark,
     Captions,
@@ -27,7 +27,7 @@ FILES = {
 CAPTIONS = ("captions_msvd.json", "raw-captions.pkl")
 
 
-def read(folder: epath.Path, split: str) -> tuple[list[Clip], list[str]]:
+def read(folder: epath.Path, split: str) -> tuple[list[VideoClip], list[str]]:
     """Clips of a split with all their captions, repeated ones too, as the counts have it.
 
     Raises:

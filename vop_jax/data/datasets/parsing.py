@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from etils import epath
 
-from vop_jax.data.clips import Clip
+from vop_jax.data.clips import VideoClip
 from vop_jax.errors import UserError
 
 
@@ -174,7 +174,7 @@ class Benchmark:
     protocol: str
     files: Mapping[str, tuple[str, ...]]
     sizes: Mapping[str, Size]
-    read: Callable[[epath.Path, str], tuple[list[Clip], list[str]]]
+    read: Callable[[epath.Path, str], tuple[list[VideoClip], list[str]]]
 
 
 def expect(where: str, value: object, kind: type[T]) -> T:
@@ -256,7 +256,7 @@ def clips_of(
     described: tuple[epath.Path, Captions],
     path_of: Callable[[str], str],
     notes: list[str],
-) -> list[Clip]:
+) -> list[VideoClip]:
     """Clips of the ids of a list file, with the captions of another file.
 
     Empty captions, and videos without any caption, are left out and noted.
@@ -266,7 +266,7 @@ def clips_of(
     kept = without_empty(caption_file, wanted, notes)
     missing = [name for name in ids if name not in kept]
     note_ids(list_file, missing, f"without a caption in {caption_file.name}, left out", notes)
-    return [Clip(name, path_of(name), tuple(own)) for name, own in kept.items()]
+    return [VideoClip(name, path_of(name), tuple(own)) for name, own in kept.items()]
 
 
 def note_ids(path: epath.Path, ids: Sequence[str], what: str, notes: list[str]) -> None:

@@ -2,7 +2,7 @@
 
 from etils import epath
 
-from vop_jax.data.clips import Clip
+from vop_jax.data.clips import VideoClip
 from vop_jax.data.datasets.msvd import captions_by_id
 from vop_jax.data.datasets.parsing import Benchmark, Size, clips_of, find, read_json, read_list
 
@@ -10,7 +10,7 @@ FILES = {split: (f"vatex_{split}_list.txt", f"{split}_list.txt") for split in ("
 CAPTIONS = ("ref_captions.json",)
 
 
-def read(folder: epath.Path, split: str) -> tuple[list[Clip], list[str]]:
+def read(folder: epath.Path, split: str) -> tuple[list[VideoClip], list[str]]:
     """Clips of a split with all their captions.
 
     Raises:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vop_jax.data.clips import Clip
+from vop_jax.data.clips import VideoClip
 from vop_jax.errors import VideoError
 from vop_jax.video.frames import read_frames
 from vop_jax.video.sampling import UNIFORM_RULE
@@ -61,7 +61,7 @@ class Encoded:
     count: int
 
 
-def encode_clip(clip: Clip, preprocessing: Preprocessing) -> Encoded:
+def encode_clip(clip: VideoClip, preprocessing: Preprocessing) -> Encoded:
     """Decodes, samples and compresses a clip.
 
     Raises:

@@ -7,7 +7,7 @@ from typing import Any
 
 from etils import epath
 
-from vop_jax.data.clips import Clip, Dataset
+from vop_jax.data.clips import Dataset, VideoClip
 from vop_jax.data.records import shards
 from vop_jax.errors import UserError
 from vop_jax.storage.files import write_json
@@ -41,7 +41,7 @@ def reopen(records: epath.Path, staging: epath.Path) -> Dataset:
         write_json(f"{path}.json", note | {"clips": rows[split][first : begin[split]]})
     return {
         split: [
-            Clip(row["id"], row["path"], tuple(row["captions"]), row["start"], row["end"])
+            VideoClip(row["id"], row["path"], tuple(row["captions"]), row["start"], row["end"])
             for row in own
         ]
         for split, own in rows.items()
@@ -62,7 +62,7 @@ def index_name(split: str) -> str:
     return f"clips-{split}.jsonl"
 
 
-def fingerprint(clips: list[Clip]) -> str:
+def fingerprint(clips: list[VideoClip]) -> str:
     """Of ids, captions and times."""
     return hashlib.sha256(json.dumps(shards.content_of(clips)).encode()).hexdigest()
 

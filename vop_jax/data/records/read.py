@@ -10,7 +10,7 @@ import tensorflow_datasets as tfds
 from absl import logging
 from etils import epath
 
-from vop_jax.data.clips import Clip
+from vop_jax.data.clips import VideoClip
 from vop_jax.data.records.encode import RULE, Preprocessing
 from vop_jax.data.records.layout import (
     SHARDS,
@@ -46,7 +46,7 @@ class Split:
         self.ids = [row["id"] for row in kept]
         self.captions = [tuple(row["captions"]) for row in kept]
         self.skipped = [
-            Clip(row["id"], row["path"], tuple(row["captions"]))
+            VideoClip(row["id"], row["path"], tuple(row["captions"]))
             for row in self.rows
             if "skipped" in row
         ]
@@ -74,7 +74,7 @@ class Part(Split):
         self.captions = [whole.captions[i] for i in members]
         kept = [row for row in whole.rows if "skipped" not in row]
         self.rows = [kept[i] for i in members]
-        self.skipped: list[Clip] = []
+        self.skipped: list[VideoClip] = []
 
     def __len__(self) -> int:
         return len(self._members)

@@ -20,7 +20,7 @@ import tensorflow_datasets as tfds
 from absl import logging
 from etils import epath
 
-from vop_jax.data.clips import Clip, Dataset
+from vop_jax.data.clips import Dataset, VideoClip
 from vop_jax.data.records.encode import Encoded, Preprocessing
 from vop_jax.errors import UserError, VideoError
 from vop_jax.storage.files import write_json
@@ -55,7 +55,7 @@ class Shard:
 
     split: str
     path: str
-    clips: tuple[Clip, ...]
+    clips: tuple[VideoClip, ...]
     fingerprint: str
 
     def note(self) -> dict[str, Any] | None:
@@ -79,7 +79,7 @@ class Task:
     kept: tuple[dict[str, Any] | None, ...]
 
     @property
-    def to_encode(self) -> list[Clip]:
+    def to_encode(self) -> list[VideoClip]:
         return [clip for clip, row in zip(self.shard.clips, self.kept, strict=True) if row is None]
 
 
@@ -117,7 +117,7 @@ def file_name(split: str, number: int) -> str:
     return f"{split}-{number:05d}.array_record"
 
 
-def content_of(clips: Sequence[Clip]) -> list[list[Any]]:
+def content_of(clips: Sequence[VideoClip]) -> list[list[Any]]:
     """What a split asks for; paths are left out, so that a folder of videos may move."""
     return [[c.id, c.captions, c.start, c.end] for c in clips]
 
@@ -174,7 +174,7 @@ def write_shards(tasks: Iterable[Task], encoded: Iterator[Encoded | VideoError])
             raise
 
 
-def row_of(clip: Clip, found: Encoded | VideoError) -> dict[str, Any]:
+def row_of(clip: VideoClip, found: Encoded | VideoError) -> dict[str, Any]:
     """What an index says of a clip: how it was stored, or why it was "skipped"."""
     row: dict[str, Any] = {"id": clip.id, "path": clip.path, "captions": list(clip.captions)}
     row |= {"start": clip.start, "end": clip.end}
@@ -190,7 +190,7 @@ def label_of(row: Mapping[str, Any]) -> str:
     return f"{row['where']}: {path}" if "where" in row else path
 
 
-def has_changed(clip: Clip, row: dict[str, Any]) -> bool:
+def has_changed(clip: VideoClip, row: dict[str, Any]) -> bool:
     """Whether the file of a clip that was skipped is another now; one that is gone is not."""
     return "skipped" in row and state_of(clip.path) not in (None, row["state"])
 
@@ -260,11 +260,11 @@ def _disk_errors(path: epath.Path) -> Iterator[None]:
         raise OSError(code, os.strerror(code), os.fspath(path)) from None
 
 
-def _serializer() -> Callable[[Clip, Encoded], bytes]:
+def _serializer() -> Callable[[VideoClip, Encoded], bytes]:
     specs = features()
     serializer = tfds.core.example_serializer.ExampleSerializer(specs.get_serialized_info())
 
-    def serialize(clip: Clip, encoded: Encoded) -> bytes:
+    def serialize(clip: VideoClip, encoded: Encoded) -> bytes:
         example = {
             "id": clip.id,
             "captions": list(clip.captions),

@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 from absl import logging
 from etils import epath
 
-from vop_jax.data.clips import Clip, Dataset
+from vop_jax.data.clips import Dataset, VideoClip
 from vop_jax.data.records.encode import Preprocessing
 from vop_jax.data.records.layout import (
     SHARDS,
@@ -97,7 +97,7 @@ def _to_do(
     )
 
 
-def _has_more(records: epath.Path, split: str, clips: Sequence[Clip]) -> bool:
+def _has_more(records: epath.Path, split: str, clips: Sequence[VideoClip]) -> bool:
     """Whether a clip that was left out may be usable now."""
     rows = read_index(records, split)
     if len(rows) != len(clips):
