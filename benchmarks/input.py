@@ -35,8 +35,8 @@ from vop_jax.data.tokenizer import CaptionTokenizer, TokenizedCaptions
 from vop_jax.model import TextVideoModel
 from vop_jax.training import device_cache, prefetch, sharding
 from vop_jax.training.step import TrainState, make_optimizer, make_train_step
-from vop_jax.tuning import partition
 from vop_jax.tuning.methods import MethodConfig
+from vop_jax.tuning.partition import partition
 
 FRAMES, SIZE, BATCH, STEPS = 12, 224, 8, 24
 MANY = 9000  # clips whose draws are measured
@@ -88,7 +88,7 @@ class Loop:
         params = model.init(jax.random.key(0), *model.example())["params"]
         self.mesh = sharding.make_mesh(1)
         optimizer = make_optimizer(base_config().train)
-        trainable, frozen = partition.split(params, METHOD.trainable_patterns(SMALL))
+        trainable, frozen = partition(params, METHOD.trainable_patterns(SMALL))
         self.frozen = sharding.place(self.mesh, frozen)
         self.state = sharding.place(self.mesh, TrainState.create(trainable, optimizer))
         self.step = jax.jit(make_train_step(model, optimizer))

@@ -22,7 +22,7 @@ import jax
 from benchmarks.step_cost import Programs, peak_bytes
 from vop_jax.clip.remat import Memory
 from vop_jax.config.clip import PRESETS
-from vop_jax.training.flops import product_flops
+from vop_jax.training.flops import matmul_flops
 from vop_jax.tuning.methods import METHODS, MethodConfig
 
 Row = dict[str, Any]
@@ -55,8 +55,8 @@ class Settings:
 
 
 def step_flops(programs: Programs) -> float:
-    """`product_flops` of a training step; nothing is compiled."""
-    return product_flops(jax.make_jaxpr(programs.train_step)(*programs.shapes).jaxpr)
+    """`matmul_flops` of a training step; nothing is compiled."""
+    return matmul_flops(jax.make_jaxpr(programs.train_step)(*programs.shapes).jaxpr)
 
 
 def measure(text: str, method: str, args: argparse.Namespace, device: Any) -> Row:

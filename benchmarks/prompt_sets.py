@@ -23,7 +23,7 @@ from vop_jax.inference.retriever import Retriever
 from vop_jax.model import TextVideoModel
 from vop_jax.storage import tensors
 from vop_jax.tuning.methods import MethodConfig
-from vop_jax.tuning.partition import split
+from vop_jax.tuning.partition import partition
 from vop_jax.tuning.prompt_set import save_prompts
 
 
@@ -40,7 +40,7 @@ def write_sets(root: pathlib.Path, clip: ClipConfig, count: int) -> list[pathlib
     fingerprint = save_clip(root / "clip", params, clip, source="random", source_sha256="")
     method = MethodConfig("vop")
     shapes = tensors.unflatten(TextVideoModel(clip, method).shapes())
-    trainable, _ = split(shapes, method.trainable_patterns(clip))
+    trainable, _ = partition(shapes, method.trainable_patterns(clip))
     own = {name: leaf.shape for name, leaf in tensors.flatten(trainable).items()}
     paths = [root / f"{i}.safetensors" for i in range(count)]
     for i, path in enumerate(paths):

@@ -29,7 +29,7 @@ from vop_jax.storage import tensors
 from vop_jax.training import sharding
 from vop_jax.training.step import TrainState, make_optimizer, make_train_step
 from vop_jax.tuning.methods import METHODS, MethodConfig
-from vop_jax.tuning.partition import split
+from vop_jax.tuning.partition import partition
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +111,7 @@ def compile_step(
         "ids": jax.ShapeDtypeStruct((batch, method.text_slots(clip)), np.int32),
     }
     params = tensors.unflatten(model.shapes())
-    trainable, frozen = split(params, method.trainable_patterns(clip))
+    trainable, frozen = partition(params, method.trainable_patterns(clip))
     optimizer = make_optimizer(base_config().train)
     state = jax.eval_shape(lambda tree: TrainState.create(tree, optimizer), trainable)
 

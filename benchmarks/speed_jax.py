@@ -17,7 +17,7 @@ from vop_jax.storage import tensors
 from vop_jax.training.sharding import make_mesh
 from vop_jax.training.step import TrainState, make_optimizer
 from vop_jax.tuning.methods import MethodConfig
-from vop_jax.tuning.partition import merge, split
+from vop_jax.tuning.partition import merge, partition
 
 
 def draw(programs: Programs, clip: ClipConfig) -> tuple[dict, dict]:
@@ -46,7 +46,7 @@ class JaxPrograms:
         self.programs = programs
         self.rows = jax.device_put(rows)
         params = tensors.unflatten({k: jnp.array(v) for k, v in flat.items()})
-        self.trainable, frozen = split(params, method.trainable_patterns(clip))
+        self.trainable, frozen = partition(params, method.trainable_patterns(clip))
         self.frozen = held(frozen, programs.model.dtype)
         self.params = merge(self.trainable, self.frozen)
 

@@ -28,7 +28,7 @@ from vop_jax.storage import tensors
 from vop_jax.training.sharding import make_mesh
 from vop_jax.training.step import TrainState, batch_loss, make_optimizer, make_train_step
 from vop_jax.tuning.methods import METHODS, MethodConfig
-from vop_jax.tuning.partition import merge, split
+from vop_jax.tuning.partition import merge, partition
 
 Row = dict[str, Any]
 PLAIN = Memory()
@@ -68,7 +68,7 @@ class Programs:
             "ids": jax.ShapeDtypeStruct((batch, method.text_slots(clip)), np.int32),
         }
         params = tensors.unflatten(model.shapes())
-        trainable, frozen = split(params, method.trainable_patterns(clip))
+        trainable, frozen = partition(params, method.trainable_patterns(clip))
         optimizer = make_optimizer(base_config().train)
         state = jax.eval_shape(lambda tree: TrainState.create(tree, optimizer), trainable)
         place = jax.sharding.SingleDeviceSharding(device or jax.devices()[0])

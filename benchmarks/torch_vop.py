@@ -147,7 +147,7 @@ class Prompts(nn.Module):
 
     def __init__(self, c: ClipConfig, m: MethodConfig, split: int):
         super().__init__()
-        self.split, depth, width = split, c.vision_layers, c.vision_width
+        self.split_layer, depth, width = split, c.vision_layers, c.vision_width
         own = m.specific_prompts if m.parts.specific else 0
 
         def table(*shape: int) -> nn.Parameter:
@@ -176,7 +176,7 @@ class Prompts(nn.Module):
 
     def of_clips(self, layer: int, x: torch.Tensor) -> torch.Tensor:
         """[B, P, D], for x [B, ..., D]."""
-        return self.video[layer - self.split].to(x.dtype).expand(len(x), -1, -1)
+        return self.video[layer - self.split_layer].to(x.dtype).expand(len(x), -1, -1)
 
 
 class TorchVop(nn.Module):
@@ -195,9 +195,9 @@ class TorchVop(nn.Module):
         if any(getattr(m, key) != getattr(MethodConfig(), key) for key in (*usual, "suffix")):
             raise ValueError(f"the peer knows the default of {', '.join(usual)} and suffix only")
         self.dtype, self.prefix, self.suffix = dtype, m.text_prefix, m.text_suffix
-        self.split = m.split(c.vision_layers)
+        self.split_layer = m.resolved_split_layer(c.vision_layers)
         self.visual, self.text = Vision(c, m), Text(c, m)
-        self.prompts = Prompts(c, m, self.split) if m.parts.prompts else None
+        self.prompts = Prompts(c, m, self.split_layer) if m.parts.prompts else None
         self.logit_scale = nn.Parameter(torch.zeros(()))
 
     def encode_video(self, frames: torch.Tensor) -> torch.Tensor:
@@ -206,14 +206,14 @@ class TorchVop(nn.Module):
         x = self.visual.embed(frames.flatten(0, 1), self.dtype)  # [B * F, 1 + G, D]
         heads, present = 1, 0  # how many CLS tokens, then prompts, lead a sequence
         for layer, block in enumerate(self.visual.blocks):
-            if self.prompts is not None and layer == self.split:
+            if self.prompts is not None and layer == self.split_layer:
                 x = torch.cat([x[:, :1], x[:, 1 + present :]], dim=1).unflatten(0, (batch, count))
                 x = x + self.prompts.frame_position.to(x.dtype)[:, None]
                 x = torch.cat([x[:, :, 0], x[:, :, 1:].flatten(1, 2)], dim=1)
                 heads, present = count, 0
             if self.prompts is not None:
                 cls = x[:, :heads]
-                if layer < self.split:
+                if layer < self.split_layer:
                     own = self.prompts.of_frames(layer, cls.reshape(batch, count, -1))
                 else:
                     own = self.prompts.of_clips(layer, x)

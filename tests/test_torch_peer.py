@@ -11,7 +11,7 @@ from tests import tiny
 from vop_jax.storage.tensors import flatten
 from vop_jax.training.step import batch_loss
 from vop_jax.tuning.methods import METHODS, MethodConfig
-from vop_jax.tuning.partition import merge, split
+from vop_jax.tuning.partition import merge, partition
 
 torch = pytest.importorskip("torch", reason="the peer is a PyTorch model")
 
@@ -33,7 +33,7 @@ def made(name):
     """(model, parameters, the peer with the same parameters, frames, ids)."""
     method = dataclasses.replace(METHOD, name=name)
     model, params = tiny.model_and_params(method)
-    trainable, _ = split(params, method.trainable_patterns(tiny.CLIP))
+    trainable, _ = partition(params, method.trainable_patterns(tiny.CLIP))
     peer = TorchVop(tiny.CLIP, method)
     load(peer, flatten(params), flatten(trainable))
     ids = tiny.captions(4, method.text_slots(tiny.CLIP))
@@ -61,7 +61,7 @@ def test_features_are_equal(name):
 )
 def test_loss_and_gradients_are_equal(name):
     model, params, peer, *rows = made(name)
-    trainable, frozen = split(params, METHODS[name].trainable)
+    trainable, frozen = partition(params, METHODS[name].trainable)
 
     def loss_of(trainable):
         batch = dict(zip(("frames", "ids"), rows, strict=True))

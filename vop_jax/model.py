@@ -78,11 +78,11 @@ class TextVideoModel(nn.Module):
         """uint8 [B, F, S, S, 3] -> each frame within its clip, unit rows [B, F, E], float32."""
         tower = self.clip.visual
         batch, count = frames.shape[:2]
-        split = self.method.split(self.clip_config.vision_layers)
+        split_layer = self.method.resolved_split_layer(self.clip_config.vision_layers)
         x = tower.embed(frames.reshape(batch * count, *frames.shape[2:]))  # [B * F, 1 + G, D]
         heads = 1  # CLS tokens that lead each sequence
         for layer, block in enumerate(tower.blocks):
-            if layer == split:  # from here on all frames of a clip are one sequence
+            if layer == split_layer:  # from here on all frames of a clip are one sequence
                 x = self.prompts.join_frames(x.reshape(batch, count, *x.shape[1:]))
                 heads = count  # [B, F + F * G, D]
             prompts = None
@@ -95,7 +95,7 @@ class TextVideoModel(nn.Module):
             if layer == 0:  # the first prompts pass through it, too, as in the released code
                 x = tower.ln_pre(x)
                 prompts = None if prompts is None else tower.ln_pre(prompts)
-            across = layer >= split
+            across = layer >= split_layer
             kernel: Kernel = self.kernel if across or self.kernel not in ACROSS_FRAMES else "xla"
             x = self.memory.run(
                 block,

@@ -15,7 +15,7 @@ from vop_jax.storage.tensors import unflatten
 from vop_jax.training import sharding, step
 from vop_jax.training.step import make_optimizer
 from vop_jax.tuning.methods import METHODS, MethodConfig
-from vop_jax.tuning.partition import split
+from vop_jax.tuning.partition import partition
 
 MESH = jax.make_mesh((2, 4), ("x", "y"), (jax.sharding.AxisType.Auto,) * 2)
 
@@ -162,7 +162,7 @@ def step_of(name, per_device=2, shape=(-1, 1, 1)):
         "frames": tiny.frames(count),
         "ids": tiny.captions(count, method.text_slots(tiny.CLIP)),
     }
-    trainable, frozen = split(unflatten(model.shapes()), method.trainable_patterns(tiny.CLIP))
+    trainable, frozen = partition(unflatten(model.shapes()), method.trainable_patterns(tiny.CLIP))
     optimizer = make_optimizer(base_config().train)
     state = jax.eval_shape(lambda tree: step.TrainState.create(tree, optimizer), trainable)
 
@@ -203,8 +203,8 @@ def test_a_step_sends_embeddings_and_the_gradient_and_nothing_else(name):
 
 
 def test_left_to_the_compiler_a_step_of_context_sends_more(monkeypatch):
-    """Else the test above could not fail, and `each_on_its_own` would be of no use."""
-    monkeypatch.setattr(step, "each_on_its_own", lambda mesh, function: function)
+    """Else the test above could not fail, and `map_rows_for_gradient` would be of no use."""
+    monkeypatch.setattr(step, "map_rows_for_gradient", lambda mesh, function: function)
     found, trainable, count = step_of("vop_c")
     with pytest.raises(AssertionError):
         assert_only_what_it_must(found, trainable, count)
@@ -221,7 +221,7 @@ def test_on_a_mesh_that_cuts_parameters_the_gradient_of_context_is_summed_once(m
         return sum(c.times * c.bytes for c in large if c.bytes >= largest)
 
     copies = sums()
-    monkeypatch.setattr(step, "each_on_its_own", lambda mesh, function: function)
+    monkeypatch.setattr(step, "map_rows_for_gradient", lambda mesh, function: function)
     assert copies < sums()
 
 

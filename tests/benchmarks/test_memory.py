@@ -12,7 +12,7 @@ from vop_jax.clip.kernels import splash_attention
 
 def counted(function, *shapes):
     arrays = [jnp.ones(shape) for shape in shapes]
-    return memory.product_flops(jax.make_jaxpr(function)(*arrays).jaxpr)
+    return memory.matmul_flops(jax.make_jaxpr(function)(*arrays).jaxpr)
 
 
 def test_products_are_counted_as_often_as_loops_turn():

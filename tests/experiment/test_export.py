@@ -20,7 +20,7 @@ from vop_jax.experiment import export as exports
 from vop_jax.model import TextVideoModel
 from vop_jax.storage import tensors
 from vop_jax.tuning.methods import MethodConfig
-from vop_jax.tuning.partition import split
+from vop_jax.tuning.partition import partition
 from vop_jax.tuning.prompt_set import load_prompts, save_prompts
 
 BASE = MethodConfig("vop", visual_prompts=2, text_prefix=1, text_suffix=1, frames=3)
@@ -54,7 +54,7 @@ def trained(clip, tmp_path):
         draw = {
             name: rng.normal(0, 0.3, leaf.shape).astype(np.float32)
             for name, leaf in tensors.flatten(
-                split(shapes, method.trainable_patterns(weights.config))[0]
+                partition(shapes, method.trainable_patterns(weights.config))[0]
             ).items()
         }
         save_prompts(

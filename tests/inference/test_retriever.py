@@ -14,7 +14,7 @@ from vop_jax.clip.weights import load_clip
 from vop_jax.model import TextVideoModel
 from vop_jax.storage.tensors import flatten, unflatten
 from vop_jax.tuning.methods import MethodConfig
-from vop_jax.tuning.partition import split
+from vop_jax.tuning.partition import partition
 from vop_jax.tuning.prompt_set import save_prompts
 from vop_jax.video.frames import read_frames
 from vop_jax.video.sampling import sample_indices
@@ -119,7 +119,7 @@ def write_prompts(path, clip, seed, name="vop"):
     rng = np.random.default_rng(seed)
     shapes = TextVideoModel(weights.config, method).shapes()
     params = {name: rng.normal(0, 1, leaf.shape).astype("f4") for name, leaf in shapes.items()}
-    trained, _ = split(unflatten(params), method.trainable_patterns(weights.config))
+    trained, _ = partition(unflatten(params), method.trainable_patterns(weights.config))
     save_prompts(
         path,
         trained,

@@ -12,10 +12,10 @@ from vop_jax.config.base import base_config
 from vop_jax.errors import UserError
 from vop_jax.training import compile, sharding
 from vop_jax.training.compile import CompiledStep, Estimate
-from vop_jax.training.flops import product_flops
+from vop_jax.training.flops import matmul_flops
 from vop_jax.training.step import TrainState, make_optimizer, make_train_step
-from vop_jax.tuning import partition
 from vop_jax.tuning.methods import MethodConfig
+from vop_jax.tuning.partition import partition
 
 METHOD = MethodConfig("vop", frames=tiny.FRAMES, visual_prompts=2)
 GB = 10**9
@@ -43,7 +43,7 @@ def placed(shape):
     """(mesh, step, state, frozen) on a mesh of eight devices."""
     mesh = sharding.make_mesh(*shape)
     model, params = tiny.model_and_params(METHOD)
-    trainable, frozen = partition.split(params, METHOD.trainable_patterns(tiny.CLIP))
+    trainable, frozen = partition(params, METHOD.trainable_patterns(tiny.CLIP))
     optimizer = make_optimizer(base_config().train)
     state = sharding.place(mesh, TrainState.create(trainable, optimizer))
     step = make_train_step(model, optimizer, mesh)
@@ -97,8 +97,8 @@ def test_what_it_takes_is_said(caplog, monkeypatch):
     mesh, step, state, frozen = placed((1, 1, 1))
     size = sum(x.nbytes for x in jax.tree.leaves((state, frozen)))
     monkeypatch.setattr(compile, "available_memory", lambda: 1000)  # bytes
-    monkeypatch.setattr(compile, "products_per_second", lambda dtype, platform: 1e6)
-    flops = product_flops(jax.make_jaxpr(step)(state, frozen, batch_of(mesh, 8)).jaxpr)
+    monkeypatch.setattr(compile, "matmul_flops_per_second", lambda dtype, platform: 1e6)
+    flops = matmul_flops(jax.make_jaxpr(step)(state, frozen, batch_of(mesh, 8)).jaxpr)
     run = CompiledStep(step, mesh, steps=100)
     with caplog.at_level("INFO", logger="absl"):
         run(state, frozen, batch_of(mesh, 8))

@@ -17,7 +17,7 @@ def test_one_process_is_the_first_and_waits_for_nobody():
     assert hosts.is_first()
     assert hosts.on_first(lambda: {"a": 1}) == {"a": 1}
     hosts.agree({"config": "x"})
-    assert hosts.in_all(lambda: "done") == "done"
+    assert hosts.on_all(lambda: "done") == "done"
     assert not hosts.preempted()
 
 
@@ -66,7 +66,7 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/disk")
 def test_what_is_wrong_in_one_is_told_to_the_others(among_two, error, told):
     store = among_two()
     with pytest.raises(UserError, match=told):
-        hosts.in_all(lambda: raises(error))
+        hosts.on_all(lambda: raises(error))
     with pytest.raises(type(error)):
         hosts.on_first(lambda: raises(error))
     assert store.said == [told, {"error": told}]
@@ -75,14 +75,14 @@ def test_what_is_wrong_in_one_is_told_to_the_others(among_two, error, told):
 def test_what_is_wrong_in_another_is_raised_here(among_two):
     among_two("not there")
     with pytest.raises(UserError, match="not there"):
-        hosts.in_all(lambda: "done")
+        hosts.on_all(lambda: "done")
     among_two()
-    assert hosts.in_all(lambda: "done") == "done"
+    assert hosts.on_all(lambda: "done") == "done"
 
 
 def test_what_nobody_expected_is_not_told(among_two):
     store = among_two()
-    for turn in (hosts.in_all, hosts.on_first):
+    for turn in (hosts.on_all, hosts.on_first):
         with pytest.raises(ZeroDivisionError):
             turn(lambda: 1 // 0)
     assert store.said == []

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vop_jax.training import sharding
-from vop_jax.training.sharding import each_on_its_own
+from vop_jax.training.sharding import map_rows_for_gradient
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 1, 8), (1, 8, 1)])
@@ -27,7 +27,7 @@ def test_what_a_device_does_on_its_own_is_the_same(shape):
         assert a.shape == (16, 4) and b.shape == (16,)
         return ((a @ a.T) ** 2).sum() + (b * jnp.arange(16.0)).sum()
 
-    run = each_on_its_own(mesh, function)
+    run = map_rows_for_gradient(mesh, function)
     placed = jax.device_put(rows, sharding.batch_sharding(mesh))
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5),

@@ -19,8 +19,8 @@ from vop_jax.training import loop, prefetch, sharding
 from vop_jax.training.checkpoint import Checkpoints
 from vop_jax.training.step import TrainState, learning_rate, make_optimizer, make_train_step
 from vop_jax.training.writer import MetricWriter, read_metrics
-from vop_jax.tuning import partition
 from vop_jax.tuning.methods import MethodConfig
+from vop_jax.tuning.partition import parameter_count, partition
 
 METHOD = MethodConfig(visual_prompts=2, text_prefix=1, text_suffix=2)
 BATCH = 8
@@ -48,7 +48,7 @@ class Run:
         self.mesh = sharding.make_mesh(devices)
         self.config = train_config(steps)
         patterns = (*method.trainable_patterns(tiny.CLIP), "clip/logit_scale")
-        trainable, frozen = partition.split(params, patterns)
+        trainable, frozen = partition(params, patterns)
         self.frozen = sharding.place(self.mesh, frozen)
         optimizer = make_optimizer(self.config)
         state = TrainState.create(sharding.place(self.mesh, trainable), optimizer)
@@ -143,7 +143,7 @@ def test_frozen_parameters_are_untouched_and_the_rest_learns(tmp_path, name):
     ]
     assert not still
     # Optimizer moments exist for the trainable tree alone.
-    size = partition.count(state.trainable)
+    size = parameter_count(state.trainable)
     moments = sum(x.size for x in jax.tree.leaves(state.opt_state) if x.ndim)
     assert moments <= 2 * size
 

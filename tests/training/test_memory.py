@@ -19,8 +19,8 @@ from vop_jax.model import TextVideoModel
 from vop_jax.storage.tensors import flatten
 from vop_jax.training import sharding
 from vop_jax.training.step import TrainState, loss_and_gradient, make_optimizer, make_train_step
-from vop_jax.tuning import partition
 from vop_jax.tuning.methods import MethodConfig
+from vop_jax.tuning.partition import merge, partition
 
 BATCH = 16
 METHODS = ("vop", "vop_c", "vop_f", "adapter_attn", "full")
@@ -73,7 +73,7 @@ class Setting:
         """(trainable, frozen, batch)."""
         model, params = self.made
         slots = model.method.text_slots(tiny.CLIP)
-        split = partition.split(params, model.method.trainable_patterns(tiny.CLIP))
+        split = partition(params, model.method.trainable_patterns(tiny.CLIP))
         batch = {"frames": tiny.frames(BATCH), "ids": tiny.captions(BATCH, slots)}
         placed = (sharding.place(self.mesh, tree) for tree in split)
         return *placed, sharding.to_global(self.mesh, batch)
@@ -195,7 +195,7 @@ def test_frozen_parameters_in_the_compute_dtype_give_the_same_bits(name):
 
     @jax.jit
     def features(frozen):
-        params = partition.merge(trainable, frozen)
+        params = merge(trainable, frozen)
         return model.apply({"params": params}, batch["frames"], batch["ids"])
 
     for a, b in zip(features(frozen), features(held(frozen, "bfloat16")), strict=True):

@@ -17,8 +17,8 @@ from vop_jax.storage.tensors import flatten
 from vop_jax.training import sharding
 from vop_jax.training.compile import CompiledStep
 from vop_jax.training.step import TrainState, loss_and_gradient, make_optimizer, make_train_step
-from vop_jax.tuning import partition
 from vop_jax.tuning.methods import MethodConfig
+from vop_jax.tuning.partition import merge, partition
 
 # (data, fsdp, model); compiling for eight devices takes its time, so one of a kind is quick.
 MESHES = [(8, 1, 1), (1, 8, 1), (4, 1, 2), (2, 2, 2)]
@@ -45,7 +45,7 @@ class Placed:
         with config.unlocked():
             config.update(steps=STEPS, warmup=0.0)
         self.optimizer = make_optimizer(config)
-        trainable, frozen = partition.split(params, self.method.trainable_patterns(tiny.CLIP))
+        trainable, frozen = partition(params, self.method.trainable_patterns(tiny.CLIP))
         self.frozen = sharding.place(self.mesh, frozen, rules)
         self.state = sharding.place(self.mesh, TrainState.create(trainable, self.optimizer), rules)
         self.placement = jax.tree.map(lambda leaf: leaf.sharding, self.state)
@@ -66,7 +66,7 @@ class Trained(Placed):
             self.state, metrics = step(self.state, self.frozen, batch)
             self.losses.append(float(metrics["loss"]))
         encode_video, encode_text = make_encoders(model, self.mesh)
-        whole = partition.merge(self.state.trainable, self.frozen)
+        whole = merge(self.state.trainable, self.frozen)
         self.videos = np.asarray(encode_video(whole, batch["frames"]))
         self.texts = np.asarray(encode_text(whole, batch["ids"]))
 
@@ -127,7 +127,7 @@ def test_kernels_run_on_every_device(monkeypatch, name):
     plain, fused, params = with_kernel(name)
     clip, method, mesh = plain.clip_config, plain.method, sharding.make_mesh()
     batch = {"frames": tiny.frames(BATCH), "ids": tiny.captions(BATCH, method.text_slots(clip))}
-    trees = partition.split(params, method.trainable_patterns(clip))
+    trees = partition(params, method.trainable_patterns(clip))
     wanted = jax.jit(functools.partial(loss_and_gradient, plain))(*trees, batch)
     packed, backward = kernels.interpret(monkeypatch)
     step = jax.jit(functools.partial(loss_and_gradient, fused, mesh=mesh))
@@ -167,7 +167,7 @@ def test_moments_live_where_their_parameter_does(kind):
 
 
 def test_the_configs_placement_goes_first():
-    rules = sharding.rules_of([(r".*/token_embedding/embedding", (None, "model"))])
+    rules = sharding.placement_rules([(r".*/token_embedding/embedding", (None, "model"))])
     placed = Placed("vop", (4, 1, 2), rules).frozen
     leaf = flatten(placed)["clip/text/token_embedding/embedding"]
     assert leaf.sharding.spec == jax.P(None, "model")
@@ -185,11 +185,11 @@ def test_the_configs_placement_goes_first():
 )
 def test_a_placement_that_cannot_be(placement, message):
     with pytest.raises(UserError, match=message):
-        sharding.rules_of(placement)
+        sharding.placement_rules(placement)
 
 
 def test_a_placement_that_matches_nothing():
-    rules = sharding.rules_of([("clip/nothing", ("fsdp",))])
+    rules = sharding.placement_rules([("clip/nothing", ("fsdp",))])
     with pytest.raises(UserError, match=r"'clip/nothing' matches no parameter; .* like clip/a"):
         sharding.check_rules(rules, ["clip/a"])
 

@@ -8,8 +8,8 @@ from vop_jax.errors import UserError
 from vop_jax.experiment.results import count_parameters
 from vop_jax.model import TextVideoModel
 from vop_jax.storage import tensors
-from vop_jax.tuning import partition
 from vop_jax.tuning.methods import METHODS, MethodConfig
+from vop_jax.tuning.partition import parameter_count, partition
 
 B32 = PRESETS["ViT-B/32"]
 TINY = PRESETS["tiny"]  # 4 vision layers, 3 text layers, 32 positions
@@ -53,8 +53,8 @@ def test_every_pattern_matches_something_and_zero_shot_trains_nothing():
         method = MethodConfig(name)
         model = TextVideoModel(TINY, method)
         params = tensors.unflatten(model.shapes())
-        trainable, _ = partition.split(params, method.trainable_patterns(TINY))
-        assert bool(partition.count(trainable)) == (name != "zero_shot")
+        trainable, _ = partition(params, method.trainable_patterns(TINY))
+        assert bool(parameter_count(trainable)) == (name != "zero_shot")
 
 
 def test_partial_trains_the_last_layer_of_each_tower():
@@ -150,9 +150,9 @@ def test_only_prompts_in_the_text_take_slots():
 
 @pytest.mark.parametrize(("depth", "split"), [(12, 8), (24, 16), (6, 4), (4, 2), (1, 0)])
 def test_frames_meet_after_two_thirds_of_the_layers_by_default(depth, split):
-    assert MethodConfig("vop_f").split(depth) == split
-    assert MethodConfig("vop_p").split(depth) == depth
-    assert MethodConfig("vop_f", branches="text").split(depth) == depth
+    assert MethodConfig("vop_f").resolved_split_layer(depth) == split
+    assert MethodConfig("vop_p").resolved_split_layer(depth) == depth
+    assert MethodConfig("vop_f", branches="text").resolved_split_layer(depth) == depth
 
 
 def formula(name, clip, frames, specific, split):

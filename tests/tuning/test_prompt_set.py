@@ -9,8 +9,8 @@ from vop_jax.config.clip import PRESETS
 from vop_jax.errors import UserError
 from vop_jax.model import TextVideoModel
 from vop_jax.storage import tensors
-from vop_jax.tuning import partition
 from vop_jax.tuning.methods import METHODS, MethodConfig
+from vop_jax.tuning.partition import partition
 from vop_jax.tuning.prompt_set import FORMAT, check_same_clip, load_prompts, save_prompts
 
 METHOD = MethodConfig(
@@ -23,7 +23,7 @@ def trained_shapes(method, clip):
     """The trainable subtree as shapes."""
     model = TextVideoModel(clip, method)
     params = tensors.unflatten(model.shapes())
-    return partition.split(params, method.trainable_patterns(clip))[0]
+    return partition(params, method.trainable_patterns(clip))[0]
 
 
 def random_params(method=METHOD, clip=tiny.CLIP):

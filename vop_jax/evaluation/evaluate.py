@@ -16,7 +16,7 @@ from vop_jax.evaluation.ranks import Score
 from vop_jax.model import TextVideoModel
 from vop_jax.training import prefetch, sharding
 from vop_jax.training.progress import Progress
-from vop_jax.training.sharding import on_own_rows
+from vop_jax.training.sharding import map_rows
 
 TOP = 5  # videos kept of each text's ranking
 
@@ -89,7 +89,7 @@ def make_encoders(model: TextVideoModel, mesh: Mesh) -> tuple[Encode, Encode]:
         def encode(params, rows):
             return model.apply({"params": params}, rows, method=method)
 
-        return jax.jit(on_own_rows(mesh, encode), out_shardings=sharding.replicated(mesh))
+        return jax.jit(map_rows(mesh, encode), out_shardings=sharding.replicated(mesh))
 
     return jitted("encode_video"), jitted("encode_text")
 

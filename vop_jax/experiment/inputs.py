@@ -183,7 +183,7 @@ def packed_once(load: Callable[[], Packed]) -> Packed:
     """What `load` gives: called by the first process, then by the others, who find it packed."""
     first: list[Packed] = []
     hosts.on_first(lambda: first.append(load()))
-    return hosts.in_all(lambda: first[0] if first else load())
+    return hosts.on_all(lambda: first[0] if first else load())
 
 
 def _check_continued(run: setup.Run, learnt_from: str) -> None:
@@ -330,11 +330,11 @@ def plan(run: setup.Run, split: Split) -> Plan | None:
             f"{KEY}: data.sampling={data.sampling!r} takes other frames of the stored ones each "
             f"epoch, the devices keep {data.frames} of a clip; set it to 0, or data.stored_fps to 0"
         )
-    shapes = hosts.in_all(lambda: frame_shapes(split, data.frames, data.sampling, data.threads))
+    shapes = hosts.on_all(lambda: frame_shapes(split, data.frames, data.sampling, data.threads))
     hosts.agree({"size of stored frames": json.dumps(shapes)})
     height, width = (max(sides) for sides in zip(*shapes, strict=True))
     layout = device_cache.Layout(run.mesh, len(split), (data.frames, height, width, 3))
-    hosts.in_all(lambda: layout.check(data.device_cache_gb))
+    hosts.on_all(lambda: layout.check(data.device_cache_gb))
     return Plan(split, layout, Drawn.of(shapes, run.clip.config.image_size, data.augment))
 
 

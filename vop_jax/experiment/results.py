@@ -20,8 +20,9 @@ from vop_jax.experiment.inputs import Data, by_chance
 from vop_jax.model import TextVideoModel
 from vop_jax.storage import files, tensors
 from vop_jax.training.writer import MEASURED_ON, read_metrics
-from vop_jax.tuning import methods, partition
+from vop_jax.tuning import methods
 from vop_jax.tuning.methods import METHODS, MethodConfig
+from vop_jax.tuning.partition import parameter_count, partition
 
 SUMMARY_FILE = "summary.json"
 RANKINGS_FILE = "rankings.jsonl"
@@ -203,8 +204,8 @@ def count_parameters(config: ConfigDict) -> dict[str, dict[str, float]]:
 def count(clip: ClipConfig, method: MethodConfig) -> tuple[int, int]:
     """(trained parameters, those the paper's convention counts), from shapes alone."""
     params = tensors.unflatten(TextVideoModel(clip, method).shapes())
-    trainable, _ = partition.split(params, method.trainable_patterns(clip))
-    return partition.count(trainable), partition.count(trainable, method.parts.paper_factors)
+    trainable, _ = partition(params, method.trainable_patterns(clip))
+    return parameter_count(trainable), parameter_count(trainable, method.parts.paper_factors)
 
 
 def format_counts(counts: dict[str, dict[str, float]]) -> str:

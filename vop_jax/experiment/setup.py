@@ -33,9 +33,9 @@ from vop_jax.training import hosts, sharding
 from vop_jax.training.checkpoint import Checkpoints
 from vop_jax.training.step import TrainState, make_optimizer
 from vop_jax.training.writer import METRICS_FILE
-from vop_jax.tuning import partition
 from vop_jax.tuning.frame_tables import has_frame_tables, interpolate_frames
 from vop_jax.tuning.methods import MethodConfig, method_of
+from vop_jax.tuning.partition import merge, partition
 from vop_jax.tuning.prompt_set import check_same_clip, load_prompts
 
 CLIP_FILE = "clip.safetensors"  # of a workdir that pre-trained its own
@@ -73,7 +73,7 @@ class Run:
 
     def params(self) -> dict[str, Any]:
         """The whole tree."""
-        return partition.merge(self.state.trainable, self.frozen)
+        return merge(self.state.trainable, self.frozen)
 
 
 @contextmanager
@@ -94,7 +94,7 @@ def opened(
     Raises:
         UserError: the config, the weights or the workdir are not what they should be.
     """
-    method = hosts.in_all(lambda: _checked(config))
+    method = hosts.on_all(lambda: _checked(config))
     root = epath.Path(workdir)
     with contextlib.ExitStack() as stack:
         hosts.on_first(lambda: stack.enter_context(_locked(root)))
@@ -113,7 +113,7 @@ def opened(
                 if pretrain is None:
                     raise UserError(f"--workdir={root}: no {CLIP_FILE} yet; train first")
                 pretrain(config, root)
-            clip = hosts.in_all(lambda: load_backbone(config, root))
+            clip = hosts.on_all(lambda: load_backbone(config, root))
             hosts.agree({"init.clip": clip.fingerprint})
             method.check_fits(clip.config)
             heads = {"visual": clip.config.vision_heads, "text": clip.config.text_heads}
@@ -195,7 +195,7 @@ def check_kernel(config: ConfigDict, mesh: Mesh) -> None:
         raise UserError(f"config.compute.attention={asked!r}: needs an NVIDIA GPU, not {platform}")
     if asked == "splash" and platform != "tpu":
         raise UserError(f"config.compute.attention={asked!r}: needs a TPU, not {platform}")
-    if asked in ("fused", "splash") and sharding.cuts_parameters(mesh):
+    if asked in ("fused", "splash") and sharding.shards_parameters(mesh):
         # The compiler cannot share a kernel out.
         cudnn = "cudnn, " if _on_cuda(mesh) else ""
         raise UserError(
@@ -214,7 +214,7 @@ def best_kernel(dtype: str, mesh: Mesh) -> Kernel:
     """What attention in this dtype is fastest by on these devices."""
     if not _on_cuda(mesh) or dtype != "bfloat16":
         return "xla"
-    return "cudnn" if sharding.cuts_parameters(mesh) else "fused"
+    return "cudnn" if sharding.shards_parameters(mesh) else "fused"
 
 
 def _on_cuda(mesh: Mesh) -> bool:
@@ -321,11 +321,11 @@ def _prepare(
     model = TextVideoModel(clip.config, method, dtype, kernel, memory)
     params = {"clip": clip.params}
     params |= jax.jit(model.init_added)(jax.random.key(config.seed))
-    trainable, frozen = partition.split(params, method.trainable_patterns(clip.config))
+    trainable, frozen = partition(params, method.trainable_patterns(clip.config))
     if config.init.prompts:
         fresh = trainable
-        trainable = hosts.in_all(lambda: _given_prompts(config, clip, method, fresh))
-    rules = sharding.rules_of(config.mesh.placement)
+        trainable = hosts.on_all(lambda: _given_prompts(config, clip, method, fresh))
+    rules = sharding.placement_rules(config.mesh.placement)
     sharding.check_rules(rules, list(tensors.flatten(params)))
     state = TrainState.create(trainable, make_optimizer(config.train))
     state = sharding.place(mesh, state, rules)

@@ -17,7 +17,7 @@ from vop_jax.training import hosts, loop
 from vop_jax.training.compile import CompiledStep
 from vop_jax.training.step import learning_rate, make_optimizer, make_train_step
 from vop_jax.training.writer import MetricWriter, NoWriter, Writer
-from vop_jax.tuning import partition
+from vop_jax.tuning.partition import merge
 from vop_jax.tuning.prompt_set import load_prompts
 
 
@@ -92,7 +92,7 @@ class _Evaluations:
         """Evaluates these parameters, those of `step`."""
         split, of = self._split(prefix), prefix and f" on the {prefix[:-1]} split"
         logging.info("evaluating step %d%s", step, of)
-        found = _evaluate(self.run, split, partition.merge(trainable, self.run.frozen))
+        found = _evaluate(self.run, split, merge(trainable, self.run.frozen))
         if prefix:
             self.selection.consider(trainable, step, found.results)
         if self.logged(step, prefix) is None:
@@ -163,7 +163,7 @@ def evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
         setup.check_trained(run)
         data = inputs.load_data(run, training=False)
         selection = Selection(run)
-        params = partition.merge(selection.trainable(), run.frozen)
+        params = merge(selection.trainable(), run.frozen)
         found = _evaluate(run, data.eval_set, params)
         logging.info("step %d\n%s", int(run.state.step), results.format_results(found.results))
         before = results.logged_results(workdir, 0, data.eval_set.fingerprint)

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from vop_jax.errors import UserError
 from vop_jax.training import sharding
-from vop_jax.training.flops import product_flops, products_per_second
+from vop_jax.training.flops import matmul_flops, matmul_flops_per_second
 from vop_jax.training.step import Batch, Metrics, TrainState
 
 HELP = (
@@ -137,7 +137,7 @@ class CompiledStep:
             largest.check()
             self._compare(largest)
         if self._steps and not self.programs:
-            self._estimate(max(product_flops(program.jaxpr) for program in traced))
+            self._estimate(max(matmul_flops(program.jaxpr) for program in traced))
         self.programs |= zip(map(_shapes, batches), programs, strict=True)
 
     def _compare(self, estimate: Estimate) -> None:
@@ -152,8 +152,8 @@ class CompiledStep:
         """Says how long the steps take at least."""
         device = self._mesh.local_devices[0]
         # Where the compiler shares the work out, the program is that of all devices together.
-        flops /= self._mesh.size if sharding.cuts_parameters(self._mesh) else 1
-        rate = products_per_second(self._dtype, device.platform)
+        flops /= self._mesh.size if sharding.shards_parameters(self._mesh) else 1
+        rate = matmul_flops_per_second(self._dtype, device.platform)
         logging.info(
             "%d steps take %s or more: %.3g GFLOP of matrix products each, %.3g GFLOP/s measured",
             *(self._steps, timedelta(seconds=round(self._steps * flops / rate))),

@@ -139,7 +139,7 @@ class DeviceCache:
         self._frames = frames
         tables = {"first": first, "weights": weights}
         self._tables = sharding.place(mesh, tables)
-        self._cut = jax.jit(sharding.on_row_shards(mesh, functools.partial(_own_rows, bits=bits)))
+        self._cut = jax.jit(sharding.map_row_shards(mesh, functools.partial(_own_rows, bits=bits)))
 
     def pictures(self, batch: Batch) -> Batch:
         """Numbers of a batch, as `data.decoded.Drawn.numbers` -> frames uint8 [B, F, S, S, 3]."""
@@ -157,7 +157,7 @@ def _own_rows(frames: jax.Array, whole: tuple[Batch, Batch], *, bits: int) -> ja
     tables, drawn = whole
     size = tables["first"].shape[1]
     nothing = jnp.zeros((frames.shape[1], size, size, 3), jnp.uint8)
-    first_clip = sharding.row_shard() * frames.shape[0]
+    first_clip = sharding.row_shard_index() * frames.shape[0]
 
     def row(draw: Batch) -> jax.Array:
         clip = draw["clip"] - first_clip
@@ -169,8 +169,8 @@ def _own_rows(frames: jax.Array, whole: tuple[Batch, Batch], *, bits: int) -> ja
         )
 
     # Where all rows are this device's a few at a time; else one by one: others' cost nothing.
-    together = ROWS if sharding.alone() else None
-    return sharding.add_up_rows(jax.lax.map(row, drawn, batch_size=together))
+    together = ROWS if sharding.is_only_row_shard() else None
+    return sharding.sum_and_scatter_rows(jax.lax.map(row, drawn, batch_size=together))
 
 
 def pictures_of(

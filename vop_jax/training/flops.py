@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 
-def product_flops(jaxpr: Any) -> float:
+def matmul_flops(jaxpr: Any) -> float:
     """FLOPs of a traced program's matrix products; of what devices do each for itself, of one."""
     total = 0.0
     for equation in jaxpr.eqns:
@@ -23,7 +23,7 @@ def product_flops(jaxpr: Any) -> float:
         turns = params["length"] if name == "scan" else 1
         if name == "pallas_call":
             turns = math.prod(params["grid_mapping"].grid)
-        total += turns * sum(map(product_flops, _inner(params)))
+        total += turns * sum(map(matmul_flops, _inner(params)))
     return total
 
 
@@ -37,7 +37,7 @@ def _inner(params: dict[str, Any]) -> Iterator[Any]:
 
 
 @functools.cache
-def products_per_second(dtype: str, platform: str) -> float:
+def matmul_flops_per_second(dtype: str, platform: str) -> float:
     """FLOP/s of one large matrix product on this machine's first device, measured."""
     size = 1024 if platform == "cpu" else 8192
     matrix = jax.device_put(jnp.ones((size, size), dtype), jax.local_devices()[0])

@@ -200,7 +200,7 @@ def agree(facts: Mapping[str, str]) -> None:
     on_first(compare)
 
 
-def in_all(work: Callable[[], T]) -> T:
+def on_all(work: Callable[[], T]) -> T:
     """What `work` returns in this process; what is wrong for a user in one is raised in all."""
     if jax.process_count() == 1:
         return work()

@@ -24,7 +24,7 @@ from vop_jax.storage.tensors import Tree, flatten, unflatten
 
 AXES = ("data", "fsdp", "model")
 ROWS = ("data", "fsdp")  # the axes that rows of a batch are spread over
-CUTTING = ("fsdp", "model")  # those that parameters may be cut over
+SHARDING_AXES = ("fsdp", "model")  # those that parameters may be cut over
 
 # The first pattern that matches a parameter's name places it, one entry a dimension. A config's
 # `mesh.placement` goes before these. An axis that does not divide its dimension is left out.
@@ -119,9 +119,9 @@ def row_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
-def cuts_parameters(mesh: Mesh) -> bool:
+def shards_parameters(mesh: Mesh) -> bool:
     """Whether some parameters are not whole on every device."""
-    return any(mesh.shape[axis] > 1 for axis in CUTTING)
+    return any(mesh.shape[axis] > 1 for axis in SHARDING_AXES)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -133,7 +133,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def rules_of(placement: Sequence[tuple[str, Sequence[str | None]]]) -> list[tuple[str, P]]:
+def placement_rules(placement: Sequence[tuple[str, Sequence[str | None]]]) -> list[tuple[str, P]]:
     """The config's `mesh.placement`, then the built-in rules.
 
     Raises:
@@ -149,10 +149,10 @@ def rules_of(placement: Sequence[tuple[str, Sequence[str | None]]]) -> list[tupl
                 f"config.mesh.placement: {entry!r} is not (pattern, axes): {error}"
             ) from None
         for axis in axes:
-            if axis not in (*CUTTING, None):
+            if axis not in (*SHARDING_AXES, None):
                 raise UserError(
                     f"config.mesh.placement: {axis!r} in {entry!r}: axes are "
-                    f"{', '.join(CUTTING)}, or None for a dimension that is whole"
+                    f"{', '.join(SHARDING_AXES)}, or None for a dimension that is whole"
                 )
         named = [axis for axis in axes if axis]
         if len(set(named)) < len(named):
@@ -216,7 +216,7 @@ def to_host(tree: Any) -> Any:
     return jax.tree.map(whole, tree)
 
 
-def on_row_shards(mesh: Mesh, compute: Callable[..., Any]) -> Callable[..., Any]:
+def map_row_shards(mesh: Mesh, compute: Callable[..., Any]) -> Callable[..., Any]:
     """Runs `compute(own, whole)` once for each part of the rows.
 
     `own` is cut as a batch is, `whole` is not; what it returns is a share of a global batch.
@@ -226,18 +226,18 @@ def on_row_shards(mesh: Mesh, compute: Callable[..., Any]) -> Callable[..., Any]
     return jax.shard_map(compute, mesh=mesh, in_specs=specs, out_specs=P(ROWS), check_vma=False)
 
 
-def row_shard() -> jax.Array:
-    """Inside `on_row_shards`: which part this is."""
+def row_shard_index() -> jax.Array:
+    """Inside `map_row_shards`: which part this is."""
     return jax.lax.axis_index(ROWS)
 
 
-def alone() -> bool:
-    """Inside `on_row_shards`: whether this is the only part."""
+def is_only_row_shard() -> bool:
+    """Inside `map_row_shards`: whether this is the only part."""
     return jax.lax.axis_size(ROWS) == 1
 
 
-def add_up_rows(rows: jax.Array) -> jax.Array:
-    """Inside `on_row_shards`: the sum of all parts' [B, ...] -> this part's share of its rows."""
+def sum_and_scatter_rows(rows: jax.Array) -> jax.Array:
+    """Inside `map_row_shards`: the sum of all parts' [B, ...] -> this part's share of its rows."""
     return jax.lax.psum_scatter(rows, ROWS, tiled=True)
 
 
@@ -267,19 +267,19 @@ def to_global(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Arra
     return {key: placed(rows) for key, rows in batch.items()}
 
 
-def on_own_rows(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+def map_rows(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
     """`function(whole, rows) -> rows`, run by every device on its rows.
 
     Where parameters are whole on every device, each runs the program of one device, kernels
     included. Where the mesh cuts them the compiler shares the work out.
     """
-    if row_shards(mesh) == 1 or cuts_parameters(mesh):
+    if row_shards(mesh) == 1 or shards_parameters(mesh):
         return function
-    own = on_row_shards(mesh, lambda rows, whole: function(whole, rows))
+    own = map_row_shards(mesh, lambda rows, whole: function(whole, rows))
     return lambda whole, rows: own(rows, whole)
 
 
-def each_on_its_own(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+def map_rows_for_gradient(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
     """`function(trainable, frozen, rows) -> rows`, run by every device on its rows and prompts.
 
     The same values; but the gradient of what is added to CLIP is summed over a device's rows
@@ -288,8 +288,8 @@ def each_on_its_own(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., A
     once each, and not copied where the compiler shares the work out.
     """
     ways = row_shards(mesh)
-    if ways == 1 or not cuts_parameters(mesh):
-        own = on_own_rows(mesh, lambda whole, rows: function(*whole, rows))
+    if ways == 1 or not shards_parameters(mesh):
+        own = map_rows(mesh, lambda whole, rows: function(*whole, rows))
         return lambda trainable, frozen, rows: own((trainable, frozen), rows)
     over = batch_sharding(mesh)
 

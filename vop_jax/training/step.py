@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from vop_jax.clip.remat import join_rows, split_rows
 from vop_jax.model import TextVideoModel
 from vop_jax.storage.tensors import Tree, flatten, unflatten
-from vop_jax.training.sharding import each_on_its_own
+from vop_jax.training.sharding import map_rows_for_gradient
 from vop_jax.tuning.partition import merge
 
 
@@ -115,7 +115,7 @@ def loss_and_gradient(
             return embed(model, params, rows)
         return embed_in_parts(model, params, rows, microbatches)
 
-    embed_all = each_on_its_own(mesh, embed_rows) if mesh else embed_rows
+    embed_all = map_rows_for_gradient(mesh, embed_rows) if mesh else embed_rows
 
     def loss_of(trainable):
         return _loss(model, merge(trainable, frozen), *embed_all(trainable, frozen, batch))

@@ -198,7 +198,7 @@ class MethodConfig:
         last = min(self.last_layer or depth, depth)
         return range(self.first_layer - 1, last)
 
-    def split(self, depth: int) -> int:
+    def resolved_split_layer(self, depth: int) -> int:
         """The first vision layer, from 0, that attends across frames; `depth` if none does."""
         if not self.parts.function or not self.has_branch("visual"):
             return depth

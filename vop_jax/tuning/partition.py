@@ -1,4 +1,4 @@
-"""Frozen and trainable are two trees: `split` and `merge` are inverses.
+"""Frozen and trainable are two trees: `partition` and `merge` are inverses.
 
 Gradients, optimizer state and checkpoints are made of the trainable tree alone; the frozen
 tree enters the step as a constant and leaves it untouched.
@@ -11,7 +11,7 @@ from typing import Any
 from vop_jax.storage.tensors import Tree, flatten, unflatten
 
 
-def split(params: Tree, patterns: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+def partition(params: Tree, patterns: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Parts a parameter tree into (trainable, frozen).
 
     A leaf is trainable when its "/"-joined name fully matches one of `patterns`.
@@ -41,7 +41,7 @@ def merge(trainable: Tree, frozen: Tree) -> dict[str, Any]:
     return unflatten({**left, **right})
 
 
-def count(tree: Tree, factors: Sequence[tuple[str, int]] = ()) -> int:
+def parameter_count(tree: Tree, factors: Sequence[tuple[str, int]] = ()) -> int:
     """The number of scalars in a tree.
 
     Args:

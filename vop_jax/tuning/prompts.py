@@ -36,10 +36,10 @@ class Prompts(nn.Module):
     def setup(self):
         m, c = self.method, self.clip_config
         init = nn.initializers.normal(m.init_std)
-        self.split = m.split(c.vision_layers)
+        self.split_layer = m.resolved_split_layer(c.vision_layers)
         prompted = m.layers(c.vision_layers) if m.visual_tokens else range(0)
-        self.frame_layers = [layer for layer in prompted if layer < self.split]
-        self.video_layers = [layer for layer in prompted if layer >= self.split]
+        self.frame_layers = [layer for layer in prompted if layer < self.split_layer]
+        self.video_layers = [layer for layer in prompted if layer >= self.split_layer]
         self.text_layers = m.layers(c.text_layers)
         count, specific, width = len(self.frame_layers), m.specific_tokens, c.vision_width
 
@@ -55,7 +55,7 @@ class Prompts(nn.Module):
         if self.video_layers:
             shape = (len(self.video_layers), m.visual_tokens, width)
             self.video = self.param("video", init, shape)
-        if m.frame_position and self.split < c.vision_layers:
+        if m.frame_position and self.split_layer < c.vision_layers:
             self.frame_position = self.param("frame_position", init, (m.frames, width))
 
     def text_at(self, layer: int) -> jax.Array | None:
