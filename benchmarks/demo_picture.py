@@ -1,6 +1,6 @@
 """Draws the README's picture: clips of the demo, and where their captions rank them.
 
-    python -m benchmarks.demo_picture --workdir=/tmp/vop_demo --output=docs/demo.png
+    python -m benchmarks.demo_picture --workdir=/tmp/vop_demo --output=docs/images/demo.png
 
 The clips are every k-th of the held-out ones; none is picked by its rank.
 """

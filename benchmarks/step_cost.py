@@ -39,7 +39,7 @@ class Programs:
 
     Args:
         kernel: of attention in the vision tower.
-        memory, microbatches: what is saved for time, see docs/memory.md.
+        memory, microbatches: what is saved for time, see docs/guides/memory.md.
         device: to compile for, which need not be there; the first of this machine by default.
 
     Attributes:

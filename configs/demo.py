@@ -5,7 +5,7 @@ Needs no download; a few minutes on two cores.
 
 from vop_jax.config.base import base_config
 
-# The best of a sweep on the validation split, see docs/motion.md.
+# The best of a sweep on the validation split, see docs/benchmarks/motion.md.
 LEARNING_RATES = {
     "full": 1e-3,
     "bias": 3e-2,

@@ -6,7 +6,8 @@ For an accelerator, or for hours on a CPU; `benchmarks/ladder.py` runs all metho
 import pathlib
 import runpy
 
-# Of a sweep on the validation split the best or one within half a point, see docs/motion.md.
+# The best of a sweep on the validation split, or one within half a point of it:
+# docs/benchmarks/motion.md.
 LEARNING_RATES = {
     "full": 3e-4,
     "bias": 1e-1,
@@ -23,7 +24,7 @@ LEARNING_RATES = {
 }
 
 # `vop_f` has one table of frames to find the order by, and takes longer; with weight decay at that
-# rate the table stays small and a run's end is a matter of luck, see docs/motion.md.
+# rate the table stays small and a run's end is a matter of luck, see docs/benchmarks/motion.md.
 OWN = {"vop_f": {"steps": 3000, "weight_decay": 0.0}}
 
 DEMO = runpy.run_path(str(pathlib.Path(__file__).with_name("demo.py")))

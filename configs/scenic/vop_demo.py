@@ -1,6 +1,6 @@
 """configs/demo.py as scenic writes it, for python -m vop_jax.interop.scenic.
 
-scenic's names where it has one, ours for the rest: see docs/scenic.md.
+scenic's names where it has one, ours for the rest: see docs/guides/scenic.md.
 """
 
 from ml_collections import ConfigDict

@@ -152,7 +152,7 @@ def test_the_requirements_name_one_commit_that_the_docs_speak_of():
     (line,) = [line for line in lines if line.startswith("scenic")]
     source, _, commit = line.rpartition("@")
     assert source == "scenic @ git+https://github.com/google-research/scenic"
-    assert len(commit) == 40 and commit in (runs.ROOT / "docs/scenic.md").read_text()
+    assert len(commit) == 40 and commit in (runs.ROOT / "docs/guides/scenic.md").read_text()
 
 
 @needs_scenic

@@ -13,7 +13,7 @@ from vop_jax.report import reproduce
 from vop_jax.report.runs import read_run
 from vop_jax.tuning.methods import METHODS
 
-DOCUMENT = commands.ROOT / "docs" / "reproduce.md"
+DOCUMENT = commands.ROOT / "docs" / "benchmarks" / "paper.md"
 OF_PAPER = [name for name in reproduce.TEST_SIZES if name not in ("msvd", "vatex")]
 OPENAI = "ViT-B/32 from openai (0123456789ab)"
 
@@ -281,7 +281,7 @@ def test_the_papers_tables_agree_with_each_other():
 def test_the_papers_parameters_are_those_of_its_methods():
     rows = reproduce.load_paper()["printed"]["msrvtt9k"]["rows"]
     counts = results.count_parameters(base_config())
-    # Most likely a slip of the paper, see docs/methods.md.
+    # Most likely a slip of the paper, see docs/paper.md.
     saved = counts["vop_p"]["percent"] - counts["vop_f+p"]["percent"]
     counts["vop_f+c"]["percent"] = counts["vop_c"]["percent"] - saved
     for method in reproduce.load_paper()["methods"]:

@@ -1,6 +1,6 @@
 """python -m vop_jax.report RUN_DIR… [--output=report.html] [--compare=vop,vop_p]
 
-python -m vop_jax.report [RUN_DIR…] --fill=docs/reproduce.md
+python -m vop_jax.report [RUN_DIR…] --fill=docs/benchmarks/paper.md
 """
 
 import argparse

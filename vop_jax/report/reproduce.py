@@ -1,4 +1,4 @@
-"""The paper's figures beside those of finished runs: the tables of docs/reproduce.md."""
+"""The paper's figures beside those of finished runs: the tables of docs/benchmarks/paper.md."""
 
 import importlib.resources
 import json

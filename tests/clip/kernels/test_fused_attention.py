@@ -1,6 +1,6 @@
 """The kernel for short sequences, interpreted on a CPU, against attention in plain JAX.
 
-On a GPU itself it was compared by hand, in bfloat16; see docs/performance.md.
+On a GPU itself it was compared by hand, in bfloat16; see docs/benchmarks/speed.md.
 """
 
 import dataclasses
