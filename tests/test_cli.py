@@ -3,6 +3,7 @@
 import errno
 import importlib
 import os
+import re
 import signal
 import sys
 
@@ -20,7 +21,7 @@ PROGRAMS = {
     "vop_jax.search.__main__": "query",
     "vop_jax.serve.__main__": "--port",
     "vop_jax.report.__main__": "--compare",
-    "tools.convert_clip_weights": "--prompts-output",
+    "vop_jax.convert": "--prompts-output",
 }
 
 
@@ -39,7 +40,7 @@ def test_help_is_no_mistake(program, capsys, monkeypatch):
             status = module.main(sys.argv if program == "vop_jax.main" else ["--help"])
     printed = capsys.readouterr()
     assert (status, printed.err) == (0, "")
-    assert PROGRAMS[program] in printed.out and "python " in printed.out
+    assert PROGRAMS[program] in printed.out and re.search("python |vop ", printed.out)
 
 
 def raises(error):

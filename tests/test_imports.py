@@ -21,7 +21,7 @@ LEVELS = {
             ("data", "model"),
             ("training",),
             ("evaluation", "inference"),
-            ("report", "experiment"),
+            ("report", "experiment", "convert"),
             ("search", "main", "__init__"),
             ("serve", "interop"),
         )
