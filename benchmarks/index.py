@@ -24,11 +24,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from vop_jax.search.catalog import VERSION, IndexInfo, reading
+from vop_jax.search.catalog import VERSION, Catalog, IndexInfo, reading
 from vop_jax.search.index import Index
 from vop_jax.search.scan import find_videos
 from vop_jax.search.stores.open import open_store
-from vop_jax.search.writing import Catalog
 from vop_jax.video.moments import Reading, read_pictures, spans_of, survey, tasks_of
 from vop_jax.video.workers import in_processes, in_threads
 

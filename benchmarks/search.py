@@ -27,12 +27,11 @@ import numpy as np
 from vop_jax.errors import UserError
 from vop_jax.search.asked import absolute
 from vop_jax.search.build import locked
-from vop_jax.search.catalog import VERSION, IndexInfo, read_info, reading
+from vop_jax.search.catalog import VERSION, Catalog, IndexInfo, read_info, reading
 from vop_jax.search.index import Index
 from vop_jax.search.stores.base import Snapshot, named_ids
 from vop_jax.search.stores.heap import Rows
 from vop_jax.search.stores.open import open_store
-from vop_jax.search.writing import Catalog
 
 K = 10
 Row = tuple[str, str]  # what was done, and how long it took

@@ -5,9 +5,8 @@ import pathlib
 import numpy as np
 
 from vop_jax.search import catalog
-from vop_jax.search.catalog import IndexInfo
+from vop_jax.search.catalog import Catalog, IndexInfo
 from vop_jax.search.stores.base import named_ids
-from vop_jax.search.writing import Catalog
 
 
 class Shelf:

@@ -205,7 +205,7 @@ def test_what_the_catalog_does_not_know_is_not_found(tmp_path):
 
 def test_filters_are_answered_by_sql_indexes(made):
     from vop_jax.search import catalog
-    from vop_jax.search.filters import make_filter
+    from vop_jax.search.query import make_filter
 
     index = made[2]
     with catalog.reading(index.directory) as db:

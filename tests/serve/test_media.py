@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from vop_jax.search.writing import File
+from vop_jax.search.catalog import IndexedFile
 from vop_jax.serve.media import Gone, open_indexed, open_inside, path_of
 
 
@@ -88,7 +88,7 @@ def test_what_is_no_file(folder):
 
 def record(folder, path):
     state = (folder / path).stat()
-    return File(1, path, state.st_size, state.st_mtime_ns, None, None)
+    return IndexedFile(1, path, state.st_size, state.st_mtime_ns, None, None)
 
 
 def test_a_file_as_it_was_indexed(folder):

@@ -23,10 +23,9 @@ from vop_jax.search.asked import (
     windows,
 )
 from vop_jax.search.captions import Row, read_captions, update_captions
-from vop_jax.search.catalog import IndexInfo
+from vop_jax.search.catalog import Catalog, IndexInfo
 from vop_jax.search.scan import Scan, find_videos
 from vop_jax.search.updater import Done, Making, Update
-from vop_jax.search.writing import Catalog
 
 
 def make_index(

@@ -8,7 +8,7 @@ from tqdm import tqdm
 from vop_jax.data.datasets.folder import read_folder
 from vop_jax.errors import UserError
 from vop_jax.inference.retriever import Retriever
-from vop_jax.search.writing import Catalog
+from vop_jax.search.catalog import Catalog
 
 Row = tuple[str, str, float, float]  # text, path of a video or "", start, end
 TEXTS = 256  # embedded and stored at once

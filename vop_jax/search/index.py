@@ -8,12 +8,10 @@ import numpy as np
 
 from vop_jax.errors import UserError
 from vop_jax.search import catalog
-from vop_jax.search.catalog import IndexInfo
-from vop_jax.search.filters import Date, make_filter
-from vop_jax.search.query import TARGETS, Hit, Search
+from vop_jax.search.catalog import IndexedFile, IndexInfo
+from vop_jax.search.query import TARGETS, Date, Hit, Search, make_filter
 from vop_jax.search.stores.base import MOST, TABLES, VectorStore
 from vop_jax.search.stores.open import open_store
-from vop_jax.search.writing import File
 
 
 class Index:
@@ -74,7 +72,7 @@ class Index:
             vectors: float32 [N, E], unit rows.
             k: how many; fewer are found where there are no more.
             to: "videos" or "captions".
-            folder, since, until: see `filters.make_filter`.
+            folder, since, until: see `query.make_filter`.
             per_file: of each file, or text, the best alone.
 
         Raises:
@@ -121,7 +119,7 @@ class Index:
         """
         return pathlib.Path(self.folder, self.file_of(file_id).path)
 
-    def file_of(self, file_id: int) -> File:
+    def file_of(self, file_id: int) -> IndexedFile:
         """What is known of a file.
 
         Raises:
@@ -132,7 +130,7 @@ class Index:
             row = db.execute(statement, (file_id,)).fetchone()
         if row is None:
             raise UserError(f"file {file_id}: not in the index {self.directory}")
-        return File(*row)
+        return IndexedFile(*row)
 
     def counts(self) -> dict[str, int]:
         """How many `files`, `moments` (whole clips among them), `captions`, and files `failed`."""

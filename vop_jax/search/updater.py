@@ -10,10 +10,9 @@ import numpy as np
 from tqdm import tqdm
 
 from vop_jax.inference.retriever import Retriever
-from vop_jax.search.catalog import IndexInfo
+from vop_jax.search.catalog import Catalog, IndexedFile, IndexInfo
 from vop_jax.search.decoder import Decoder, Work
 from vop_jax.search.scan import Found, Scan
-from vop_jax.search.writing import Catalog, File
 from vop_jax.video.moments import Span
 
 AHEAD = 2  # batches that wait for the devices
@@ -65,7 +64,7 @@ class Update:
     def __init__(self, catalog: Catalog, retriever: Retriever, making: Making, done: Done):
         self._catalog, self._retriever = catalog, retriever
         self._making, self._done = making, done
-        self._known: dict[str, File] = {}
+        self._known: dict[str, IndexedFile] = {}
         self._gone: set[str] = set()
         self._batch: list[tuple[Work, int, np.ndarray]] = []
         self._settled: list[Work] = []  # to be written

@@ -15,8 +15,8 @@ from fastapi import APIRouter, Depends, File, HTTPException, Path, Query, Reques
 from fastapi.responses import Response
 
 from vop_jax.errors import UserError, VideoError
-from vop_jax.search import writing
-from vop_jax.search.filters import make_filter
+from vop_jax.search.catalog import IndexedFile
+from vop_jax.search.query import make_filter
 from vop_jax.search.searcher import Searcher
 from vop_jax.serve import decoders, schemas
 from vop_jax.serve.executor import Work
@@ -245,7 +245,7 @@ async def _nearest(
     return Answer(query=query, cut=cut, hits=hits)
 
 
-async def _file(searcher: Searcher, file_id: int) -> tuple[str, writing.File]:
+async def _file(searcher: Searcher, file_id: int) -> tuple[str, IndexedFile]:
     """(indexed folder, what is known of a file in it) of a video that an index holds."""
     try:
         folder = await anyio.to_thread.run_sync(lambda: searcher.index.folder)
@@ -260,7 +260,7 @@ async def _file(searcher: Searcher, file_id: int) -> tuple[str, writing.File]:
     return folder, file
 
 
-def _open(folder: str, record: writing.File) -> BinaryIO:
+def _open(folder: str, record: IndexedFile) -> BinaryIO:
     """See `open_indexed`."""
     try:
         return open_indexed(folder, record)

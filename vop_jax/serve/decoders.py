@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from vop_jax.errors import VideoError
-from vop_jax.search.writing import File
+from vop_jax.search.catalog import IndexedFile
 from vop_jax.serve.media import open_indexed, path_of
 from vop_jax.video.crops import eval_crop
 from vop_jax.video.decode import Segment
@@ -19,7 +19,7 @@ QUALITY = 80
 PIXELS = 50_000_000  # of an uploaded picture
 
 
-def thumbnail(folder: str, file: File, seconds: float) -> bytes:
+def thumbnail(folder: str, file: IndexedFile, seconds: float) -> bytes:
     """JPEG of the frame that an indexed video shows at a time.
 
     Raises:
@@ -35,7 +35,7 @@ def thumbnail(folder: str, file: File, seconds: float) -> bytes:
 
 
 def moment(
-    folder: str, file: File, reading: Reading, start: float, end: float
+    folder: str, file: IndexedFile, reading: Reading, start: float, end: float
 ) -> tuple[np.ndarray, list[float]]:
     """(uint8 [F, S, S, 3], seconds) of the frames of a segment of an indexed video.
 

@@ -13,14 +13,14 @@ from starlette.staticfiles import NotModifiedResponse, StaticFiles
 from starlette.types import Receive, Scope, Send
 
 from vop_jax.errors import VideoError
-from vop_jax.search.writing import File
+from vop_jax.search.catalog import IndexedFile
 
 
 class Gone(VideoError):
     """An indexed file that cannot be handed out any more; the message is one line."""
 
 
-def open_indexed(folder: str, file: File) -> BinaryIO:
+def open_indexed(folder: str, file: IndexedFile) -> BinaryIO:
     """Opens an indexed file to read, as it was indexed.
 
     Raises:

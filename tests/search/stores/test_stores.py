@@ -223,7 +223,7 @@ import sys
 import numpy as np
 from tests import processes
 from tests.search.shelf import Shelf
-from vop_jax.search import heap
+from vop_jax.search.stores import heap
 heap.SLACK = 16
 shelf = Shelf(sys.argv[1], 8, sys.argv[2])
 for step in range(10_000):
