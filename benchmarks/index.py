@@ -28,7 +28,7 @@ from vop_jax.search.catalog import VERSION, Catalog, IndexInfo, reading
 from vop_jax.search.index import Index
 from vop_jax.search.scan import find_videos
 from vop_jax.search.stores.open import open_store
-from vop_jax.video.moments import Reading, read_pictures, spans_of, survey, tasks_of
+from vop_jax.video.moments import FrameSpec, decode_task, inspect_video, list_moments, plan_tasks
 from vop_jax.video.workers import in_processes, in_threads
 
 DAY = 86_400
@@ -119,36 +119,36 @@ def _megabytes(path: pathlib.Path) -> float:
 
 
 def measure_decoding(args: argparse.Namespace) -> None:
-    reading = Reading(12, 224)
+    spec = FrameSpec(12, 224)
     folder = args.videos
     surveys = [
-        (f"{folder}/{f.path}", survey(f"{folder}/{f.path}", reading))
+        (f"{folder}/{f.path}", inspect_video(f"{folder}/{f.path}", spec))
         for f in find_videos(folder).files
     ]
     tasks = [
         task
         for path, seen in surveys
-        for task in tasks_of(path, seen, spans_of(seen, args.window, args.window / 2), reading)
+        for task in plan_tasks(path, seen, list_moments(seen, args.window, args.window / 2), spec)
     ] * args.repeat
     seconds = sum(seen.duration for _, seen in surveys) * args.repeat
-    clips = sum(len(task.spans) or 1 for task in tasks)
+    clips = sum(len(task.segments) or 1 for task in tasks)
 
-    apart = [dataclasses.replace(task, spans=(span,)) for task in tasks for span in task.spans]
+    apart = [dataclasses.replace(task, segments=(one,)) for task in tasks for one in task.segments]
     apart += [task for task in tasks if task.times]
 
     def run(how: str, workers: int) -> float:
         begin = time.perf_counter()
         if how == "processes":
-            results = in_processes(read_pictures, tasks, workers, seconds=600)
+            results = in_processes(decode_task, tasks, workers, seconds=600)
         elif how == "processes, one by one":
-            results = in_processes(read_pictures, apart, workers, seconds=600)
+            results = in_processes(decode_task, apart, workers, seconds=600)
         else:
-            results = in_threads(read_pictures, tasks, workers)
+            results = in_threads(decode_task, tasks, workers)
         for _ in results:
             pass
         return time.perf_counter() - begin
 
-    one_each = sum(1 for _ in ThreadPoolExecutor(1).map(read_pictures, tasks[:1]))
+    one_each = sum(1 for _ in ThreadPoolExecutor(1).map(decode_task, tasks[:1]))
     assert one_each == 1  # files are in the cache, libraries loaded
     for round in range(args.rounds):
         for workers in map(int, args.workers.split(",")):

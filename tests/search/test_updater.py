@@ -183,7 +183,7 @@ def test_long_files_come_in_parts(films, tmp_path, retriever, monkeypatch):
 
     whole = tmp_path / "whole"
     library.make(whole, films, retriever, window=1.0)
-    monkeypatch.setattr(moments, "PICTURES", 6)
+    monkeypatch.setattr(moments, "MAX_PICTURES", 6)
     library.make(tmp_path / "parts", films, retriever, window=1.0)
     library.assert_same(library.content(tmp_path / "parts"), library.content(whole))
 

@@ -13,10 +13,18 @@ import pytest
 
 from tests.video import videos
 from vop_jax.errors import VideoError
-from vop_jax.video.decode import Segment
+from vop_jax.video.decode import SegmentReader
 from vop_jax.video.files import stated_bytes
 from vop_jax.video.frames import read_frame_at, read_frames
-from vop_jax.video.moments import WHOLE, Reading, Survey, Task, read_pictures, spans_of, survey
+from vop_jax.video.moments import (
+    WHOLE_FILE,
+    DecodeTask,
+    FrameSpec,
+    VideoInfo,
+    decode_task,
+    inspect_video,
+    list_moments,
+)
 from vop_jax.video.sampling import stored_indices
 
 FRAGMENTS = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
@@ -120,7 +128,7 @@ def test_a_frame_belongs_to_a_segment_by_its_time(tmp_path, name, rate):
         check(path, times, decoded, start, end)
         if start < last:  # packets tell how many there are, so that decoding once is enough
             shown = int(((start <= times) & (times < end)).sum())
-            assert len(Segment(path, start, end).packet_times()) == shown
+            assert len(SegmentReader(path, start, end).packet_times()) == shown
     for seconds in (0.0, last / 2 + 0.003, 12.003, last + 0.003, last + 50):
         number = int(np.searchsorted(times, seconds, "right")) - 1
         np.testing.assert_array_equal(read_frame_at(path, seconds), decoded[number])
@@ -196,17 +204,17 @@ def test_clocks_that_are_set_anew_while_recording(tmp_path):
         assert numbers(path) == list(range(40))
         assert len(read_frames(path, 1, fps=1).indices) in (4, 5)  # B-frames blur where it leaps
         assert numbers(path, start=1.0, end=1.8) == list(range(10, 18))
-        seen = survey(path, Reading(4, 16))
-        assert seen.duration == pytest.approx(4.0, abs=0.6) and not spans_of(seen, 10, 5)
+        info = inspect_video(path, FrameSpec(4, 16))
+        assert info.duration == pytest.approx(4.0, abs=0.6) and not list_moments(info, 10, 5)
     day = 24 * 3_600_000
     # A picture may stay for a day; its moments are those in which one appears.
     path = videos.write_numbered(tmp_path / "day.mkv", [0, 100, day, day + 100], codec="mpeg4")
-    seen = survey(path, Reading(4, 16))
-    spans = spans_of(seen, 10, 5)
-    assert spans[0] == (0.0, 10.0) and spans[-1][1] == seen.duration and len(spans) < 6
+    info = inspect_video(path, FrameSpec(4, 16))
+    spans = list_moments(info, 10, 5)
+    assert spans[0] == (0.0, 10.0) and spans[-1][1] == info.duration and len(spans) < 6
     assert read_frames(path, 1, fps=1).count == 4
-    found = read_pictures(Task(str(path), Reading(2, 16), (WHOLE, *spans)))
-    assert None not in found.clips
+    found = decode_task(DecodeTask(str(path), FrameSpec(2, 16), (WHOLE_FILE, *spans)))
+    assert None not in found.rows
     path = spliced(tmp_path)
     clip = read_frames(path, 80)
     assert clip.count == 80 and clip.timestamps == sorted(clip.timestamps)
@@ -216,14 +224,14 @@ def test_clocks_that_are_set_anew_while_recording(tmp_path):
 def test_moments_are_as_many_as_frames_show():
     shown = np.array([0.0, 3.0, 3.1, 1000.25])
     for window, stride in ((2.0, 0.5), (2.0, 1.5), (0.3, 0.3), (900.0, 450.0)):
-        spans = spans_of(Survey("", 1001.0, [], shown), window, stride)
+        spans = list_moments(VideoInfo("", 1001.0, [], shown), window, stride)
         starts = [*(i * stride for i in range(math.ceil((1001 - window) / stride))), 1001 - window]
         assert spans == [
             (round(start, 3), round(start + window, 3))
             for start in starts
             if ((shown >= round(start, 3)) & (shown < round(start + window, 3))).any()
         ]
-    assert len(spans_of(Survey("", 1e12, [], np.array([0.0, 5e11])), 10.0, 5.0)) == 3
+    assert len(list_moments(VideoInfo("", 1e12, [], np.array([0.0, 5e11])), 10.0, 5.0)) == 3
     assert stored_indices([0.0, 0.1, 1e12, 1e12 + 0.5, 1e12 + 1], 0.0, 1.0) == [0, 2, 4]
 
 
@@ -382,7 +390,7 @@ def test_names_and_numbers_that_are_none(tmp_path, monkeypatch):
         assert len(str(caught.value).splitlines()) == 1
     assert read_frames("12:30.mp4", 2, start=-5, end=0.05).count == 1
     with pytest.raises(VideoError, match="no such file"):
-        Segment("none.mp4").packet_times()
+        SegmentReader("none.mp4").packet_times()
 
 
 def test_what_reading_raises_is_a_video_error(tmp_path, monkeypatch):

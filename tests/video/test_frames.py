@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.video import videos
 from vop_jax.errors import VideoError
-from vop_jax.video.decode import Segment
+from vop_jax.video.decode import SegmentReader
 from vop_jax.video.frames import read_frames
 from vop_jax.video.sampling import sample_indices
 
@@ -149,7 +149,7 @@ def test_a_segment_that_a_truncated_file_lacks(tmp_path):
     videos.write(path, 400, width=320, height=240, options={"movflags": "faststart"})  # 40 s
     data = path.read_bytes()
     path.write_bytes(data[: len(data) * 3 // 4])
-    end = Segment(path).packet_times()[-1]
+    end = SegmentReader(path).packet_times()[-1]
     with pytest.raises(VideoError, match="truncated"):
         read_frames(path, F, start=end - 2, end=end + 3)
     assert read_frames(path, F, start=end - 5, end=end).count

@@ -22,7 +22,7 @@ from vop_jax.tuning.methods import MethodConfig
 from vop_jax.tuning.prompt_set import check_same_clip, load_prompts
 from vop_jax.video.crops import eval_crop
 from vop_jax.video.frames import Frames, read_frames
-from vop_jax.video.moments import Reading
+from vop_jax.video.moments import FrameSpec
 from vop_jax.video.sampling import sample_indices
 from vop_jax.video.workers import in_threads
 
@@ -282,9 +282,9 @@ class Retriever:
         return Frames(pixels, indices, timestamps, clip.count)
 
     @property
-    def reading(self) -> Reading:
+    def frame_spec(self) -> FrameSpec:
         """How `sample` reads and `embed_frames` crops, for processes that have no jax."""
-        return Reading(
+        return FrameSpec(
             self.frames,
             self._backbone.config.image_size,
             self._video["short_side"],

@@ -25,7 +25,7 @@ from absl import logging
 from vop_jax.errors import UserError
 from vop_jax.search.stores.base import TABLES, VectorStore
 from vop_jax.search.stores.open import open_store
-from vop_jax.video.moments import Span
+from vop_jax.video.moments import Segment
 
 FILE = "catalog.sqlite"
 VERSION = 2
@@ -370,7 +370,13 @@ class Catalog:
         return self._stores["moments"].snapshot(self._db).get(np.array(ids, np.int64))
 
     def add(
-        self, path: str, size: int, mtime: int, digest: str, spans: Sequence[Span], ids: list[int]
+        self,
+        path: str,
+        size: int,
+        mtime: int,
+        digest: str,
+        spans: Sequence[Segment],
+        ids: list[int],
     ) -> None:
         """A file with its moments, in the place of what was at this path."""
         self.remove([path])
@@ -403,7 +409,7 @@ class Catalog:
         """Forgets files and their moments."""
         self._db.executemany("DELETE FROM files WHERE path = ?", ((path,) for path in paths))
 
-    def moments(self, file: IndexedFile) -> list[tuple[int, Span]]:
+    def moments(self, file: IndexedFile) -> list[tuple[int, Segment]]:
         """(id, span) of a file's moments."""
         rows = self._db.execute(
             'SELECT id, start, "end" FROM moments WHERE file = ? ORDER BY id', (file.id,)

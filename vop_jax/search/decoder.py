@@ -12,15 +12,15 @@ import numpy as np
 from vop_jax.errors import VideoError
 from vop_jax.search.scan import Found
 from vop_jax.video.moments import (
-    WHOLE,
-    Pictures,
-    Reading,
-    Span,
-    Task,
-    read_pictures,
-    spans_of,
-    survey,
-    tasks_of,
+    WHOLE_FILE,
+    DecodedSegments,
+    DecodeTask,
+    FrameSpec,
+    Segment,
+    decode_task,
+    inspect_video,
+    list_moments,
+    plan_tasks,
 )
 from vop_jax.video.workers import in_processes
 
@@ -44,15 +44,15 @@ class Plan:
 
     state: State
     digest: str
-    spans: list[Span]
-    tasks: list[Task]
+    spans: list[Segment]
+    tasks: list[DecodeTask]
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
     """A task, of a file that is in this state."""
 
-    task: Task
+    task: DecodeTask
     state: State
 
     @property
@@ -79,9 +79,9 @@ class Work:
 
     found: Found
     digest: str = ""
-    spans: list[Span] = dataclasses.field(default_factory=list)
+    spans: list[Segment] = dataclasses.field(default_factory=list)
     vectors: list[np.ndarray | None] = dataclasses.field(default_factory=list)
-    numbers: dict[Span, int] = dataclasses.field(default_factory=dict)
+    numbers: dict[Segment, int] = dataclasses.field(default_factory=dict)
     undecoded: int = 0
     unembedded: int = 0
     reason: str = ""
@@ -99,14 +99,14 @@ class Decoder:
 
     Attributes:
         folder: that their paths are relative to.
-        reading: how their pictures are sampled.
+        spec: how their pictures are sampled.
         window, stride: seconds of moments.
         workers: processes.
         seconds: that one task may take.
     """
 
     folder: str
-    reading: Reading
+    spec: FrameSpec
     window: float
     stride: float
     workers: int
@@ -122,11 +122,9 @@ class Decoder:
         Args:
             wanted: asked before a file is decoded, when its digest is known.
         """
-        under_way: deque[tuple[Work, tuple[Span, ...]]] = deque()
+        under_way: deque[tuple[Work, tuple[Segment, ...]]] = deque()
         paths = (f"{self.folder}/{file.path}" for file in files)
-        look = functools.partial(
-            _plan, reading=self.reading, window=self.window, stride=self.stride
-        )
+        look = functools.partial(_plan, spec=self.spec, window=self.window, stride=self.stride)
         # Looking reads, decoding computes: one process looks for several that decode.
         lookers = 1 + self.workers // 4
         with contextlib.ExitStack() as stack:
@@ -146,7 +144,7 @@ class Decoder:
         self,
         plans: Iterable[tuple[Found, Plan | VideoError]],
         wanted: Callable[[Work], bool],
-        under_way: deque[tuple[Work, tuple[Span, ...]]],
+        under_way: deque[tuple[Work, tuple[Segment, ...]]],
     ) -> Iterator[Job | VideoError]:
         for found, plan in plans:
             work = Work(found)
@@ -164,11 +162,11 @@ class Decoder:
             work.vectors = [None] * len(work.spans)
             work.undecoded = len(plan.tasks)
             for task in plan.tasks:
-                under_way.append((work, task.spans or (WHOLE,)))
+                under_way.append((work, task.segments or (WHOLE_FILE,)))
                 yield Job(task, plan.state)
 
     def _clips(
-        self, work: Work, spans: tuple[Span, ...], result: Pictures | VideoError
+        self, work: Work, spans: tuple[Segment, ...], result: DecodedSegments | VideoError
     ) -> list[tuple[int, np.ndarray]]:
         """The clips that a task brought."""
         work.undecoded -= 1
@@ -181,28 +179,28 @@ class Decoder:
         for number, span in enumerate(spans):
             pixels = result.clip(number)
             if pixels is not None:  # nothing is shown in some moments of a slide show
-                clips.append((0 if span == WHOLE else work.numbers[span], pixels))
+                clips.append((0 if span == WHOLE_FILE else work.numbers[span], pixels))
         work.unembedded += len(clips)
         return clips
 
 
-def _plan(path: str, reading: Reading, window: float, stride: float) -> Plan:
+def _plan(path: str, spec: FrameSpec, window: float, stride: float) -> Plan:
     """In a worker: what one file costs, in memory too, is its own."""
     state = _state(path)
     with _unchanged(path, state):
-        found = survey(path, reading)
+        found = inspect_video(path, spec)
         # Packets say where a clip ends; where they do not, decoding will find the reason.
-        moments = spans_of(found, window, stride)
-        tasks = tasks_of(path, found, moments, reading)
+        moments = list_moments(found, window, stride)
+        tasks = plan_tasks(path, found, moments, spec)
     assert state is not None
     return Plan(state, found.digest, [(0.0, found.duration), *moments], tasks)
 
 
-def _decode(job: Job | VideoError) -> Pictures:
+def _decode(job: Job | VideoError) -> DecodedSegments:
     if isinstance(job, VideoError):
         raise job
     with _unchanged(job.path, job.state):
-        return read_pictures(job.task)
+        return decode_task(job.task)
 
 
 @contextlib.contextmanager

@@ -76,7 +76,7 @@ class Searcher:
         vector = self.vector(query) if isinstance(query, str) else query
         path = self.index.path_of(hit.file_id)
         try:
-            pixels, seconds = read_segment(path, self.retriever.reading, hit.start, hit.end)
+            pixels, seconds = read_segment(path, self.retriever.frame_spec, hit.start, hit.end)
         except VideoError as error:
             raise UserError(f"{path}: {error}") from None
         each = self.retriever.embed_each_frame(pixels[None])[0]

@@ -13,7 +13,7 @@ from vop_jax.inference.retriever import Retriever
 from vop_jax.search.catalog import Catalog, IndexedFile, IndexInfo
 from vop_jax.search.decoder import Decoder, Work
 from vop_jax.search.scan import Found, Scan
-from vop_jax.video.moments import Span
+from vop_jax.video.moments import Segment
 
 AHEAD = 2  # batches that wait for the devices
 ATTEMPTS = 3  # to read a file that changes meanwhile
@@ -86,7 +86,7 @@ class Update:
         self._done.unchanged = len(scan.files) - len(todo)
         decoder = Decoder(
             info.folder,
-            self._retriever.reading,
+            self._retriever.frame_spec,
             info.window,
             info.stride,
             self._making.workers or os.cpu_count() or 1,
@@ -175,7 +175,7 @@ class Update:
 
     def _write(self, files: list[Work]) -> None:
         """Commits files with their vectors."""
-        embedded: list[tuple[Work, list[Span]]] = []
+        embedded: list[tuple[Work, list[Segment]]] = []
         vectors: list[np.ndarray] = []
         unreadable = []
         for work in files:

@@ -138,7 +138,7 @@ async def search_by_video(
 ) -> Answer:
     """What is like a video, or the captions that describe it."""
     retriever = searcher.retriever
-    given = decoders.uploaded_video, retriever.reading, served.max_seconds
+    given = decoders.uploaded_video, retriever.frame_spec, served.max_seconds
     pixels = await _decoded(served, file, *given)
     vector = (await served.work.model(retriever.embed_frames, pixels[None]))[0]
     return await _nearest(served, searcher, vector, k, file.filename or "", to=to, **filters)
@@ -150,7 +150,7 @@ async def search_by_image(
 ) -> Answer:
     """What is like a picture."""
     retriever = searcher.retriever
-    pixels = await _decoded(served, file, decoders.uploaded_image, retriever.reading)
+    pixels = await _decoded(served, file, decoders.uploaded_image, retriever.frame_spec)
     vector = (await served.work.model(retriever.embed_images, [pixels]))[0]
     return await _nearest(served, searcher, vector, k, file.filename or "", **filters)
 
@@ -171,7 +171,7 @@ async def explain(
     folder, record = await _file(searcher, file_id)
     retriever = searcher.retriever
     last = float("inf") if end is None else end
-    call = decoders.moment, folder, record, retriever.reading, start, last
+    call = decoders.moment, folder, record, retriever.frame_spec, start, last
     try:
         pixels, seconds = await served.work.decode(*call)
     except VideoError as error:

@@ -9,10 +9,10 @@ from vop_jax.errors import VideoError
 from vop_jax.search.catalog import IndexedFile
 from vop_jax.serve.media import open_indexed, path_of
 from vop_jax.video.crops import eval_crop
-from vop_jax.video.decode import Segment
+from vop_jax.video.decode import SegmentReader
 from vop_jax.video.frames import read_frame_at
 from vop_jax.video.images import decode_picture
-from vop_jax.video.moments import Reading, read_segment
+from vop_jax.video.moments import FrameSpec, read_segment
 
 WIDTH, HEIGHT = 320, 640  # that a thumbnail fits in
 QUALITY = 80
@@ -35,7 +35,7 @@ def thumbnail(folder: str, file: IndexedFile, seconds: float) -> bytes:
 
 
 def moment(
-    folder: str, file: IndexedFile, reading: Reading, start: float, end: float
+    folder: str, file: IndexedFile, spec: FrameSpec, start: float, end: float
 ) -> tuple[np.ndarray, list[float]]:
     """(uint8 [F, S, S, 3], seconds) of the frames of a segment of an indexed video.
 
@@ -44,22 +44,22 @@ def moment(
         VideoError: the file cannot be read.
     """
     with open_indexed(folder, file) as opened:
-        return read_segment(path_of(opened), reading, start, end)
+        return read_segment(path_of(opened), spec, start, end)
 
 
-def uploaded_video(path: str, reading: Reading, most: float) -> np.ndarray:
+def uploaded_video(path: str, spec: FrameSpec, most: float) -> np.ndarray:
     """uint8 [F, S, S, 3] of a file from anyone.
 
     Raises:
         VideoError: it is no video, damaged, or longer than `most` seconds.
     """
-    times = Segment(path).packet_times()
+    times = SegmentReader(path).packet_times()
     if times and times[-1] > most:
         raise VideoError(f"{times[-1]:.0f} s long; at most {most:g} s are taken")
-    return read_segment(path, reading)[0]
+    return read_segment(path, spec)[0]
 
 
-def uploaded_image(path: str, reading: Reading) -> np.ndarray:
+def uploaded_image(path: str, spec: FrameSpec) -> np.ndarray:
     """uint8 [S, S, 3] of a picture from anyone.
 
     Raises:
@@ -67,4 +67,4 @@ def uploaded_image(path: str, reading: Reading) -> np.ndarray:
     """
     with open(path, "rb") as file:
         pixels = decode_picture(file, PIXELS)
-    return eval_crop(pixels[None], reading.image_size)[0]
+    return eval_crop(pixels[None], spec.image_size)[0]

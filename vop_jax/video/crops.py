@@ -104,7 +104,10 @@ def draw_cut(
 
 def eval_crop(frames: Sequence[np.ndarray] | np.ndarray, size: int) -> np.ndarray:
     """Resize the short side to `size`, cut out the centre: F x [h, w, 3] -> [F, size, size, 3]."""
-    return np.concatenate([cut_out([f], size, centre_cut(f.shape[:2], size)) for f in frames])
+    cropped = np.empty((len(frames), size, size, 3), np.uint8)
+    for row, frame in zip(cropped, frames, strict=True):
+        row[:] = cut_out([frame], size, centre_cut(frame.shape[:2], size))[0]
+    return cropped
 
 
 def train_crop(

@@ -61,7 +61,7 @@ FOREIGN = (
 )
 
 
-class Segment:
+class SegmentReader:
     """The frames of a file whose times are in [start, end).
 
     Times are seconds since the file begins, as players count them. All methods raise VideoError
@@ -121,7 +121,7 @@ class Segment:
                 raise VideoError(f"damaged: {video.bad} of {video.read} packets do not decode")
         return kept
 
-    def first(self) -> np.ndarray | None:
+    def first_frame(self) -> np.ndarray | None:
         """uint8 [h, w, 3] shown when the segment begins: its frame then, or the last before."""
         shown = None
         with self._reading() as (_, frames):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from vop_jax.errors import VideoError
-from vop_jax.video.decode import Segment, as_video_error
+from vop_jax.video.decode import SegmentReader, as_video_error
 from vop_jax.video.files import stat
 from vop_jax.video.images import list_pictures, read_picture
 from vop_jax.video.sampling import sample_indices, stored_indices
@@ -60,7 +60,7 @@ def read_frames(
     if stat(path).is_directory:
         with as_video_error():
             return _read_folder(path, frames, start, end, fps, short_side, sampling, folder_fps)
-    clip = Segment(path, start or 0.0, math.inf if end is None else end, short_side)
+    clip = SegmentReader(path, start or 0.0, math.inf if end is None else end, short_side)
     # Sequential decoding beats seeking, but which frames to keep depends on how many there are, and
     # when they are shown. Packets tell cheaply and nearly always rightly; if not, again.
     indices = _chosen(clip.packet_times(), start or 0.0, frames, fps, sampling)
@@ -82,7 +82,7 @@ def read_frame_at(
     Raises:
         VideoError: the file cannot be opened, has no video, or no frame decodes.
     """
-    frame = Segment(path, seconds, short_side=short_side).first()
+    frame = SegmentReader(path, seconds, short_side=short_side).first_frame()
     if frame is None:
         raise VideoError("no frame decodes")
     return frame
