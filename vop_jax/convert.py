@@ -27,8 +27,7 @@ from vop_jax.clip.layers import ACTIVATIONS
 from vop_jax.clip.weights import ClipWeights, load_clip, save_clip
 from vop_jax.errors import UserError
 from vop_jax.storage import tensors
-from vop_jax.tuning.prompt_set import save_prompts
-from vop_jax.tuning.released import released_method
+from vop_jax.tuning.prompt_set import released_method, save_prompts
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

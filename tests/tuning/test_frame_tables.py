@@ -4,7 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vop_jax.errors import UserError
-from vop_jax.tuning.frame_tables import check_frames, has_frame_tables, interpolate_frames
+from vop_jax.tuning.methods import MethodConfig
+from vop_jax.tuning.prompt_set import has_frame_tables, interpolate_frames
 
 
 def tree(frames, width=2):
@@ -51,6 +52,6 @@ def test_which_parameters_are_bound_to_a_number_of_frames():
 
 
 def test_another_number_of_frames_is_named():
-    check_frames(3, 3)
+    MethodConfig(frames=3).check_frames(3)
     with pytest.raises(UserError, match="clips of 8 frames, but the prompts know 12"):
-        check_frames(8, 12)
+        MethodConfig().check_frames(8)

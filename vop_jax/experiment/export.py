@@ -17,8 +17,7 @@ from vop_jax.model import TextVideoModel
 from vop_jax.storage import files
 from vop_jax.storage.tensors import flatten, unflatten
 from vop_jax.training import hosts, sharding
-from vop_jax.tuning.prompt_set import PromptSet, load_prompts, save_prompts
-from vop_jax.tuning.released import check_released
+from vop_jax.tuning.prompt_set import PromptSet, check_released, load_prompts, save_prompts
 
 VALIDATION = "val_"  # begins the names of what is measured on the validation split
 BEST_FILE, BEST_NOTE = "best.safetensors", "best.json"

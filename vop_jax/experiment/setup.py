@@ -33,10 +33,14 @@ from vop_jax.training import hosts, sharding
 from vop_jax.training.checkpoint import Checkpoints
 from vop_jax.training.step import TrainState, make_optimizer
 from vop_jax.training.writer import METRICS_FILE
-from vop_jax.tuning.frame_tables import has_frame_tables, interpolate_frames
 from vop_jax.tuning.methods import MethodConfig, method_of
 from vop_jax.tuning.partition import merge, partition
-from vop_jax.tuning.prompt_set import check_same_clip, load_prompts
+from vop_jax.tuning.prompt_set import (
+    check_same_clip,
+    has_frame_tables,
+    interpolate_frames,
+    load_prompts,
+)
 
 CLIP_FILE = "clip.safetensors"  # of a workdir that pre-trained its own
 STORES = "pip install -e '.[gcs]'"  # brings what opens gs://

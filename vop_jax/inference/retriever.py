@@ -17,9 +17,8 @@ from vop_jax.errors import UserError, VideoError
 from vop_jax.model import TextVideoModel
 from vop_jax.storage import tensors
 from vop_jax.training import sharding
-from vop_jax.tuning.frame_tables import interpolate_frames
 from vop_jax.tuning.methods import MethodConfig
-from vop_jax.tuning.prompt_set import check_same_clip, load_prompts
+from vop_jax.tuning.prompt_set import check_same_clip, interpolate_frames, load_prompts
 from vop_jax.video.crops import eval_crop
 from vop_jax.video.frames import Frames, read_frames
 from vop_jax.video.moments import FrameSpec

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 from vop_jax.clip.layers import Block
-from vop_jax.tuning.frame_tables import check_frames
 from vop_jax.tuning.methods import MethodConfig
 
 TRANSFORMER_LAYERS = 4
@@ -41,6 +40,8 @@ class Context(nn.Module):
         self.stretch = nn.Dense(self.tokens * self.width, kernel_init=init, dtype=self.dtype)
 
     def __call__(self, cls: jax.Array) -> jax.Array:
+        if self.method.cmm == "transformer":
+            self.method.check_frames(cls.shape[1])
         modulate = self.transformer if self.method.cmm == "transformer" else self.lstm
         out = self.stretch(modulate(cls))  # [B, F, P * D]
         return out.reshape(*cls.shape[:2], self.tokens, self.width)
@@ -168,7 +169,6 @@ class FrameTransformer(nn.Module):
         ]
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        check_frames(x.shape[1], self.frames)
         x = x + self.frame_position.astype(x.dtype)[None]
         for block in self.blocks:
             x = block(x)

@@ -239,6 +239,14 @@ class MethodConfig:
                 f"{clip.context_length - 3} of {clip.context_length} positions can be prompts"
             )
 
+    def check_frames(self, count: int) -> None:
+        """Raises UserError when clips have other than the F frames that tables have rows for."""
+        if count != self.frames:
+            raise UserError(
+                f"clips of {count} frames, but the prompts know {self.frames} frame positions; "
+                f"give {self.frames} frames, or have the prompts interpolated when they are loaded"
+            )
+
     def trainable_patterns(self, clip: ClipConfig) -> tuple[str, ...]:
         """The patterns of the trained parameters in the tree {clip, prompts, adapters}."""
         last = {"{visual}": clip.vision_layers - 1, "{text}": clip.text_layers - 1}

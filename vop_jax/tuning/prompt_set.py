@@ -1,12 +1,14 @@
-"""A trained set of prompts on disk: small, and bound to the CLIP it was trained over.
+"""A trained prompt set on disk: saving, loading, checking, frame tables and the released layout.
 
-A safetensors file, or an orbax folder of the same content.
+A prompt set is a safetensors file, or an orbax folder of the same content. It names the CLIP that
+it was trained over and works with no other.
 """
 
 import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,12 +16,19 @@ import jax
 import numpy as np
 from etils import epath
 
+from vop_jax.clip.convert.source_config import HEAD_WIDTH
 from vop_jax.config.clip import ClipConfig
 from vop_jax.errors import UserError
 from vop_jax.storage import tensors
+from vop_jax.storage.tensors import Tree, flatten, unflatten
 from vop_jax.tuning.methods import MethodConfig
 
 FORMAT = "vop_jax.prompts"
+# Parameters with one row per frame position: (pattern of the name, axis F).
+FRAME_TABLES = (
+    (r"prompts/position", 1),  # [L, F, P, D]
+    (r"prompts/(context/transformer/)?frame_position", 0),  # [F, D]
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,14 +52,14 @@ class PromptSet:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256: equal exactly when parameters, method and the way clips are read are."""
+        """SHA-256 over parameters, method and the way clips are read."""
         facts = [dataclasses.asdict(self.method), self.video, tensors.fingerprint(self.params)]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def save_prompts(
-    path: str | os.PathLike,
-    params: tensors.Tree,
+    path: str | os.PathLike[str],
+    params: Tree,
     *,
     method: MethodConfig,
     clip_fingerprint: str,
@@ -61,9 +70,9 @@ def save_prompts(
     """Writes a trained subtree atomically, with all that is needed to use it again.
 
     Args:
-        path: a safetensors file; if it ends in .orbax, an orbax folder.
+        path: a safetensors file, or an orbax folder if the name ends in .orbax.
     """
-    _as_kept(folder=os.fspath(path).endswith(".orbax")).save(
+    _storage(folder=os.fspath(path).endswith(".orbax")).save(
         path,
         jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), dict(params)),
         {
@@ -79,13 +88,13 @@ def save_prompts(
     )
 
 
-def load_prompts(path: str | os.PathLike) -> PromptSet:
+def load_prompts(path: str | os.PathLike[str]) -> PromptSet:
     """Reads what `save_prompts` wrote.
 
     Raises:
-        UserError: no such file, or not a file of prompts.
+        UserError: there is no such file, or it is not a prompts file.
     """
-    params, metadata = _as_kept(folder=epath.Path(path).is_dir()).load(path)
+    params, metadata = _storage(folder=epath.Path(path).is_dir()).load(path)
     if metadata.get("format") != FORMAT:
         raise UserError(f"{path}: not a prompts file; --mode=export writes one")
     try:
@@ -101,7 +110,7 @@ def load_prompts(path: str | os.PathLike) -> PromptSet:
         raise UserError(f"{path}: its metadata is not a prompts file's ({error!r})") from None
 
 
-def _as_kept(*, folder: bool) -> Any:
+def _storage(*, folder: bool) -> Any:
     """The module that saves and loads; orbax takes seconds to import."""
     if not folder:
         return tensors
@@ -111,20 +120,116 @@ def _as_kept(*, folder: bool) -> Any:
 
 
 def check_same_clip(
-    where: str | os.PathLike, prompts: PromptSet, fingerprint: str, name: str, config: ClipConfig
+    where: str | os.PathLike[str],
+    prompts: PromptSet,
+    fingerprint: str,
+    name: str,
+    config: ClipConfig,
 ) -> None:
     """Raises UserError, naming both, when the prompts were trained over another CLIP.
 
-    Another activation or number of heads makes another CLIP of the same parameters.
+    The fingerprint covers the parameters; a CLIP with the same parameters but another activation
+    or number of heads is another CLIP too.
     """
     if prompts.clip_fingerprint != fingerprint:
         raise UserError(
             f"{where}: prompts were trained over {prompts.clip_name}, not over the given {name}"
         )
-    theirs = prompts.clip_config.to_dict()
+    trained_over = prompts.clip_config.to_dict()
     for key, value in config.to_dict().items():
-        if theirs[key] != value:
+        if trained_over[key] != value:
             raise UserError(
-                f"{where}: prompts were trained over a CLIP with {key}={theirs[key]!r}; that of "
-                f"the given {name} is {value!r}"
+                f"{where}: prompts were trained over a CLIP with {key}={trained_over[key]!r}; "
+                f"that of the given {name} is {value!r}"
+            )
+
+
+def has_frame_tables(params: Tree) -> bool:
+    """Whether a trained subtree is bound to one number of frames."""
+    return any(_frame_axis(name) is not None for name in flatten(params))
+
+
+def interpolate_frames(params: Tree, frames: int) -> dict[str, Any]:
+    """The same parameters with every frame table resampled, linearly in time, to `frames` rows."""
+    flat = flatten(params)
+    for name, leaf in flat.items():
+        axis = _frame_axis(name)
+        if axis is not None:
+            flat[name] = _resample(np.asarray(leaf), frames, axis)
+    return unflatten(flat)
+
+
+def _frame_axis(name: str) -> int | None:
+    return next((axis for pattern, axis in FRAME_TABLES if re.fullmatch(pattern, name)), None)
+
+
+def _resample(table: np.ndarray, frames: int, axis: int) -> np.ndarray:
+    # Row j stands for the middle of the j-th of F equal segments of the clip, as in uniform
+    # sampling; before the first and after the last middle the outermost rows hold.
+    old = table.shape[axis]
+    position = np.clip((np.arange(frames) + 0.5) * old / frames - 0.5, 0, old - 1)
+    low = np.floor(position).astype(int)
+    high = np.minimum(low + 1, old - 1)
+    weight = (position - low).reshape(-1, *[1] * (table.ndim - axis - 1))
+    rows = table.take(low, axis) * (1 - weight) + table.take(high, axis) * weight
+    return rows.astype(table.dtype)
+
+
+def released_method(visual: int, text: int, prefix: int | None = None) -> MethodConfig:
+    """The method of a released checkpoint with these numbers of prompt tokens per layer.
+
+    Args:
+        prefix: how many of the text prompts stand before the words; half of them by default.
+    """
+    prefix = text // 2 if prefix is None else prefix
+    return MethodConfig(
+        visual_prompts=visual,
+        text_prefix=prefix,
+        text_suffix=text - prefix,
+        suffix="released",
+    )
+
+
+def check_released(where: str, method: MethodConfig, clip: ClipConfig) -> None:
+    """Raises UserError unless the released code computes the same as `method` over `clip`.
+
+    The message names the settings to train with instead.
+    """
+    if method.name != "vop":
+        raise UserError(
+            f"{where}: holds method vop alone, not {method.name}; train with "
+            "--config.method.name=vop --config.method.suffix=released"
+        )
+    if not method.visual_tokens or not method.text_tokens:
+        raise UserError(
+            f"{where}: holds prompts of both towers; this method has them in one; train with "
+            "--config.method.branches=both and prompts in both towers"
+        )
+    released = released_method(method.visual_tokens, method.text_tokens)
+    for key in ("suffix", "text_prefix", "text_suffix"):
+        ours, theirs = getattr(method, key), getattr(released, key)
+        if ours != theirs:
+            raise UserError(
+                f"{where}: the released code computes method.{key}={theirs!r}, not {ours!r}; "
+                f"train with --config.method.{key}={theirs}"
+            )
+    if any(method.layers(n) != range(n) for n in (clip.vision_layers, clip.text_layers)):
+        raise UserError(
+            f"{where}: holds prompts of all layers, not of method.first_layer="
+            f"{method.first_layer}, last_layer={method.last_layer}; train with "
+            "--config.method.first_layer=1 --config.method.last_layer=0"
+        )
+    openai = dataclasses.replace(
+        clip,
+        activation="quick_gelu",
+        vision_heads=max(1, clip.vision_width // HEAD_WIDTH),
+        text_heads=max(1, clip.text_width // HEAD_WIDTH),
+        vision_mlp=None,
+        text_mlp=None,
+    )
+    for key, value in openai.to_dict().items():
+        if (ours := getattr(clip, key)) != value:
+            raise UserError(
+                f"{where}: the released code has CLIP's {key}={value!r}, not {ours!r}; train over "
+                "a CLIP such as OpenAI's"
             )

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 
 from vop_jax.config.clip import ClipConfig
 from vop_jax.tuning.context import Context
-from vop_jax.tuning.frame_tables import check_frames
 from vop_jax.tuning.methods import MethodConfig
 
 
@@ -90,7 +89,7 @@ class Prompts(nn.Module):
         if self.method.visual_tokens > self.method.specific_tokens:
             parts.append(self.visual[index][None])  # [1, P, D]
         if self.method.specific_tokens and self.method.parts.specific == "position":
-            check_frames(cls.shape[1], self.method.frames)
+            self.method.check_frames(cls.shape[1])
             parts.append(self.position[index])  # [F, P, D]
         elif self.method.specific_tokens:
             own = self.context(cls)
@@ -102,7 +101,7 @@ class Prompts(nn.Module):
     def join_frames(self, x: jax.Array) -> jax.Array:
         """Frames [B, F, 1 + G, D] -> one sequence a clip [B, F + F * G, D]: all CLS first."""
         if self.method.frame_position:
-            check_frames(x.shape[1], self.method.frames)
+            self.method.check_frames(x.shape[1])
             x = x + self.frame_position.astype(x.dtype)[None, :, None]
         patches = x[:, :, 1:].reshape(x.shape[0], -1, x.shape[-1])
         return jnp.concatenate([x[:, :, 0], patches], axis=1)
