@@ -20,7 +20,7 @@ from typing import Any
 import jax
 
 from benchmarks.step_cost import Programs, peak_bytes
-from vop_jax.clip.remat import Memory
+from vop_jax.clip.remat import Remat
 from vop_jax.config.clip import PRESETS
 from vop_jax.training.flops import matmul_flops
 from vop_jax.tuning.methods import METHODS, MethodConfig
@@ -50,8 +50,8 @@ class Settings:
 
     def programs(self, method: str, args: argparse.Namespace, device: Any) -> Programs:
         sizes = PRESETS[args.arch], MethodConfig(method), args.frames, args.batch
-        memory = Memory(self.remat, self.frame_chunk)
-        return Programs(*sizes, self.dtype, self.attention, memory, self.microbatches, device)
+        remat = Remat(self.remat, self.frame_chunk)
+        return Programs(*sizes, self.dtype, self.attention, remat, self.microbatches, device)
 
 
 def step_flops(programs: Programs) -> float:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.step_cost import Programs, peak_bytes
-from vop_jax.clip.weights import held
+from vop_jax.clip.weights import cast_frozen
 from vop_jax.config.base import base_config
 from vop_jax.config.clip import ClipConfig
 from vop_jax.evaluation.evaluate import make_encoders
@@ -47,7 +47,7 @@ class JaxPrograms:
         self.rows = jax.device_put(rows)
         params = tensors.unflatten({k: jnp.array(v) for k, v in flat.items()})
         self.trainable, frozen = partition(params, method.trainable_patterns(clip))
-        self.frozen = held(frozen, programs.model.dtype)
+        self.frozen = cast_frozen(frozen, programs.model.dtype)
         self.params = merge(self.trainable, self.frozen)
 
     def program(self, what: str, videos: int) -> Callable[[], Any]:

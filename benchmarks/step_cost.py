@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vop_jax.clip.remat import Memory
-from vop_jax.clip.weights import held
+from vop_jax.clip.remat import Remat
+from vop_jax.clip.weights import cast_frozen
 from vop_jax.config.base import base_config
 from vop_jax.config.clip import PRESETS, ClipConfig
 from vop_jax.experiment.setup import best_kernel
@@ -31,7 +31,7 @@ from vop_jax.tuning.methods import METHODS, MethodConfig
 from vop_jax.tuning.partition import merge, partition
 
 Row = dict[str, Any]
-PLAIN = Memory()
+PLAIN = Remat()
 
 
 class Programs:
@@ -39,7 +39,7 @@ class Programs:
 
     Args:
         kernel: of attention in the vision tower.
-        memory, microbatches: what is saved for time, see docs/guides/memory.md.
+        remat, microbatches: what is saved for time, see docs/guides/memory.md.
         device: to compile for, which need not be there; the first of this machine by default.
 
     Attributes:
@@ -56,12 +56,12 @@ class Programs:
         batch: int,
         dtype: str = "float32",
         kernel: Any = "xla",
-        memory: Memory = PLAIN,
+        remat: Remat = PLAIN,
         microbatches: int = 1,
         device: Any = None,
     ):
         method = dataclasses.replace(method, frames=frames)
-        model = self.model = TextVideoModel(clip, method, jnp.dtype(dtype), kernel, memory)
+        model = self.model = TextVideoModel(clip, method, jnp.dtype(dtype), kernel, remat)
         pixels = (batch, frames, clip.image_size, clip.image_size, 3)
         rows = {
             "frames": jax.ShapeDtypeStruct(pixels, np.uint8),
@@ -74,7 +74,7 @@ class Programs:
         place = jax.sharding.SingleDeviceSharding(device or jax.devices()[0])
         self.shapes = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-            (state, held(frozen, dtype), rows),
+            (state, cast_frozen(frozen, dtype), rows),
         )
         self.compile_seconds: dict[str, float] = {}
         self.train_step = make_train_step(model, optimizer, microbatches=microbatches)

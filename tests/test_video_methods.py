@@ -10,7 +10,7 @@ import pytest
 
 from tests import tiny
 from tests.reference_methods import Reference
-from vop_jax.clip.kernels.attention import Keys, attention
+from vop_jax.clip.kernels.attention import KeyValues, attention
 from vop_jax.errors import UserError
 from vop_jax.model import TextVideoModel
 from vop_jax.storage.tensors import flatten, unflatten
@@ -250,7 +250,7 @@ def test_all_vision_layers_but_the_last_get_the_fused_kernel(monkeypatch, name):
 
     def spy(query, key, value, implementation):
         asked.append(implementation)
-        return attention(query, Keys(key, value))
+        return attention(query, KeyValues(key, value))
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", spy)
     method = MethodConfig(name, frames=3)

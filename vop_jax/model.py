@@ -6,9 +6,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vop_jax.clip.layers import ACROSS_FRAMES, Beside, Kernel
+from vop_jax.clip.layers import ACROSS_FRAMES, Kernel, PromptTokens
 from vop_jax.clip.model import Clip, unit
-from vop_jax.clip.remat import Memory
+from vop_jax.clip.remat import Remat
 from vop_jax.clip.weights import parameter_shapes
 from vop_jax.config.clip import ClipConfig
 from vop_jax.storage.tensors import flatten
@@ -24,14 +24,14 @@ class TextVideoModel(nn.Module):
         dtype: of matmuls.
         kernel: of attention; some across frames alone, where sequences are F times as long.
             Only "xla" ever holds their [F * G, F * G] weights.
-        memory: what is computed again in the backward pass instead of being kept.
+        remat: what the backward pass computes again.
     """
 
     clip_config: ClipConfig
     method: MethodConfig
     dtype: jnp.dtype = jnp.float32
     kernel: Kernel = "xla"
-    memory: Memory = Memory()
+    remat: Remat = Remat()
 
     def setup(self):
         self.clip = Clip(self.clip_config, self.dtype)
@@ -80,31 +80,31 @@ class TextVideoModel(nn.Module):
         batch, count = frames.shape[:2]
         split_layer = self.method.resolved_split_layer(self.clip_config.vision_layers)
         x = tower.embed(frames.reshape(batch * count, *frames.shape[2:]))  # [B * F, 1 + G, D]
-        heads = 1  # CLS tokens that lead each sequence
+        cls_count = 1  # CLS tokens at the start of each sequence
         for layer, block in enumerate(tower.blocks):
             if layer == split_layer:  # from here on all frames of a clip are one sequence
                 x = self.prompts.join_frames(x.reshape(batch, count, *x.shape[1:]))
-                heads = count  # [B, F + F * G, D]
+                cls_count = count  # [B, F + F * G, D]
             prompts = None
             if self.method.parts.prompts:
-                cls = x[:, :heads].reshape(batch, count, -1)  # [B, F, D]
+                cls = x[:, :cls_count].reshape(batch, count, -1)  # [B, F, D]
                 prompts, updated = self.prompts.visual_at(layer, cls)
                 if updated is not cls:
-                    updated = updated.reshape(-1, heads, cls.shape[-1])
-                    x = jnp.concatenate([updated, x[:, heads:]], axis=1)
+                    updated = updated.reshape(-1, cls_count, cls.shape[-1])
+                    x = jnp.concatenate([updated, x[:, cls_count:]], axis=1)
             if layer == 0:  # the first prompts pass through it, too, as in the released code
                 x = tower.ln_pre(x)
                 prompts = None if prompts is None else tower.ln_pre(prompts)
             across = layer >= split_layer
             kernel: Kernel = self.kernel if across or self.kernel not in ACROSS_FRAMES else "xla"
-            x = self.memory.run(
+            x = self.remat.apply(
                 block,
                 x,
                 self._branches("visual", layer),
-                None if prompts is None else Beside(prompts),
+                None if prompts is None else PromptTokens(prompts),
                 kernel,
                 frames=not across,
-                reads=heads if block is tower.blocks[-1] else None,
+                query_positions=cls_count if block is tower.blocks[-1] else None,
             )
         return unit(tower.project(x.reshape(batch, count, -1)))
 
@@ -126,29 +126,33 @@ class TextVideoModel(nn.Module):
         eot = ids.argmax(axis=-1)  # EOT is the largest id
         x = tower.embed(ids)  # [N, T, D]
         for layer, block in enumerate(tower.blocks):
-            beside = self._beside_words(layer, layout)
+            prompts = self._text_prompts(layer, layout)
             if layer == 0:  # only the first prompts receive positions, and move those of words
                 alone = jnp.arange(ids.shape[1])[None]
-                x = x + tower.positions(alone if beside is None else layout.words)
-            reads = eot if block is tower.blocks[-1] else None
-            if reads is not None and beside is not None and self.method.suffix == "released":
+                x = x + tower.positions(alone if prompts is None else layout.words)
+            query_positions = eot if block is tower.blocks[-1] else None
+            released = self.method.suffix == "released"
+            if query_positions is not None and prompts is not None and released:
                 # The published code looks for EOT behind all prompts, also where a short caption
                 # has them behind EOT: what it reads may be a prompt.
-                x, reads = layout.placed(x, beside.tokens), eot + beside.tokens.shape[1]
-                beside = None
+                x = layout.placed(x, prompts.tokens)
+                query_positions = eot + prompts.tokens.shape[1]
+                prompts = None
             kernel: Kernel = "fused" if self.kernel == "fused" else "xla"  # no other has masks
             branches = self._branches("text", layer)
-            x = self.memory.run(block, x, branches, beside, kernel, reads=reads)
+            x = self.remat.apply(
+                block, x, branches, prompts, kernel, query_positions=query_positions
+            )
         return unit(tower.project(x[:, 0]))
 
-    def _beside_words(self, layer: int, layout: TextLayout) -> Beside | None:
+    def _text_prompts(self, layer: int, layout: TextLayout) -> PromptTokens | None:
         prompts = self.prompts.text_at(layer) if self.method.parts.prompts else None
         if prompts is None:
             return None
         tokens = prompts.astype(self.dtype)[None]  # [1, P, D]
         if layer == 0:
             tokens = tokens + self.clip.text.positions(layout.prompts)  # [N, P, D]
-        return Beside(tokens, layout.seen)
+        return PromptTokens(tokens, layout.seen)
 
     def temperature(self) -> jax.Array:
         """The factor on similarities, see `Clip.temperature`."""

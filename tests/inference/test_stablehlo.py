@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from tests import readers, tiny
-from vop_jax.clip.weights import held
+from vop_jax.clip.weights import cast_frozen
 from vop_jax.inference.stablehlo import README, save_encoders
 from vop_jax.tuning.methods import METHODS, MethodConfig
 from vop_jax.video.crops import eval_crop
@@ -23,7 +23,7 @@ def exported(folder, name="vop", dtype=jnp.float32):
     """(model, params) whose encoders are in the folder."""
     model, params = tiny.model_and_params(MethodConfig(name, frames=tiny.FRAMES, **SIZES))
     model = model.clone(dtype=dtype)
-    params = params | held({"clip": params["clip"]}, dtype)
+    params = params | cast_frozen({"clip": params["clip"]}, dtype)
     save_encoders(folder, model, params, ABOUT)
     return model, params
 

@@ -11,8 +11,8 @@ import pytest
 
 from benchmarks.collectives import collectives
 from tests import tiny
-from vop_jax.clip.remat import Memory
-from vop_jax.clip.weights import held
+from vop_jax.clip.remat import Remat
+from vop_jax.clip.weights import cast_frozen
 from vop_jax.config.base import base_config
 from vop_jax.errors import UserError
 from vop_jax.model import TextVideoModel
@@ -65,8 +65,8 @@ class Setting:
 
     @property
     def model(self):
-        memory = Memory(self.remat, self.frame_chunk)
-        return self.made[0].clone(kernel=self.kernel, memory=memory)
+        remat = Remat(self.remat, self.frame_chunk)
+        return self.made[0].clone(kernel=self.kernel, remat=remat)
 
     @property
     def arguments(self):
@@ -165,13 +165,13 @@ def test_less_is_held(knob):
 
 @pytest.mark.parametrize(("limit", "parts"), [(0, 1), (12, 1), (99, 1), (6, 2), (5, 3), (1, 12)])
 def test_chunks_are_equal_and_at_most_as_large_as_asked(limit, parts):
-    assert Memory(frame_chunk=limit).chunks(12) == parts
+    assert Remat(frame_chunk=limit).chunk_count(12) == parts
 
 
 def test_parameters_and_their_names_stay():
     _, params = tiny.model_and_params(MethodConfig("adapter_ffn", frames=tiny.FRAMES))
     model = TextVideoModel(tiny.CLIP, MethodConfig("adapter_ffn", frames=tiny.FRAMES))
-    thrifty = model.clone(memory=Memory("full", 1), kernel="blocks")
+    thrifty = model.clone(remat=Remat("full", 1), kernel="blocks")
     assert thrifty.shapes() == model.shapes()
     assert thrifty.shapes().keys() == flatten(params).keys()
 
@@ -198,16 +198,18 @@ def test_frozen_parameters_in_the_compute_dtype_give_the_same_bits(name):
         params = merge(trainable, frozen)
         return model.apply({"params": params}, batch["frames"], batch["ids"])
 
-    for a, b in zip(features(frozen), features(held(frozen, "bfloat16")), strict=True):
+    for a, b in zip(features(frozen), features(cast_frozen(frozen, "bfloat16")), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 def test_only_what_is_cast_at_use_is_held_in_the_compute_dtype():
     _, frozen, _ = Setting("vop").arguments
-    kept = {k: v for k, v in flatten(held(frozen, "bfloat16")).items() if v.dtype == jnp.float32}
+    kept = {
+        k: v for k, v in flatten(cast_frozen(frozen, "bfloat16")).items() if v.dtype == jnp.float32
+    }
     names = {name.split("/")[-2].split(".")[0] for name in kept}
     assert names == {"ln_1", "ln_2", "ln_pre", "ln_post", "ln_final", "clip"}  # clip/logit_scale
     for name, leaf in kept.items():
         np.testing.assert_array_equal(leaf, flatten(frozen)[name])
-    same = held(frozen, "float32")
+    same = cast_frozen(frozen, "float32")
     assert {leaf.dtype for leaf in jax.tree.leaves(same)} == {np.dtype("float32")}

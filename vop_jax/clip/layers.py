@@ -1,5 +1,6 @@
-"""The transformer block of CLIP.
+"""The transformer block of CLIP: attention, MLP, and the places where a method adds to them.
 
+Letters: N sequences, T tokens of each, Q of them queries, P prompt tokens, D width, H heads.
 Parameter names and shapes are those of scenic's port (`attn/{query,key,value,out}` with
 kernels [D, H, D/H]), so that exchange with it is a rename.
 """
@@ -12,16 +13,23 @@ import jax
 import jax.numpy as jnp
 
 from vop_jax.clip.kernels import splash_attention
-from vop_jax.clip.kernels.attention import Keys, attention, attention_in_blocks, joined
+from vop_jax.clip.kernels.attention import (
+    KeyValues,
+    attention,
+    attention_in_blocks,
+    concatenate,
+)
 from vop_jax.clip.kernels.layer_norm import LayerNorm
 
-# Of attention. "xla": plain JAX; "blocks": see `clip.attention`; "cudnn": of `jax.nn`; "splash": on
-# TPUs, see `clip.splash`; "fused": on NVIDIA's GPUs `clip.short` where sequences are short, else
-# "cudnn", or "xla" under a mask; and the kernel of layer norms' backward pass.
+# How attention is computed. "xla": plain JAX; "blocks": `attention_in_blocks`; "cudnn": that of
+# `jax.nn`; "splash": `splash_attention`, on TPUs; "fused": `fused_attention` for short sequences on
+# NVIDIA's GPUs, else "cudnn", or "xla" under a mask, and a kernel for layer norms' backward pass.
 Kernel = Literal["xla", "blocks", "cudnn", "splash", "fused"]
-ACROSS_FRAMES: tuple[Kernel, ...] = ("blocks", "splash")  # pay for long sequences alone
-# The tokens of [N, T, D] that somebody reads: the first so many, the one at [N], or all.
-Reads = int | jax.Array | None
+ACROSS_FRAMES: tuple[Kernel, ...] = ("blocks", "splash")  # faster for long sequences only
+
+# Which tokens of [N, T, D] are queries: the first so many, the one at [N], or all (None).
+QueryPositions = int | jax.Array | None
+Branch = Callable[[jax.Array], jax.Array]  # [N, Q, D] -> [N, Q, D]
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
@@ -40,29 +48,31 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def read(x: jax.Array, reads: Reads) -> jax.Array:
-    """[N, T, D] -> [N, R, D], the tokens that are read."""
-    if reads is None:
+def take_queries(x: jax.Array, positions: QueryPositions) -> jax.Array:
+    """[N, T, D] -> [N, Q, D]: the tokens at the query positions."""
+    if positions is None:
         return x
-    return x[:, :reads] if isinstance(reads, int) else x[jnp.arange(x.shape[0]), reads][:, None]
+    if isinstance(positions, int):
+        return x[:, :positions]
+    return x[jnp.arange(x.shape[0]), positions][:, None]
 
 
-class Beside(NamedTuple):
-    """Tokens beside a sequence: it looks at them, they look at nothing and nobody reads them.
+class PromptTokens(NamedTuple):
+    """Prompt tokens that serve as extra keys and values only.
 
     Attributes:
-        tokens: [M, P, D]; M divides N, and sequence n of [N, T, D] has those of n modulo M.
-        seen: bool [N, T, P], which of them a token looks at; None: all.
+        tokens: [M, P, D]; M divides N, and sequence n uses the prompts n modulo M.
+        mask: bool [N, T, P], which prompts a token attends to; None: all.
     """
 
     tokens: jax.Array
-    seen: jax.Array | None = None
+    mask: jax.Array | None = None
 
 
 class Attention(nn.Module):
-    """Multi-head attention [N, T, D] -> [N, R, D]; softmax in float32.
+    """Multi-head attention [N, T, D] -> [N, Q, D]; softmax in float32.
 
-    All T tokens, and those beside them, are looked at by the R that are read.
+    The queries attend to all T tokens and to the prompt tokens.
     """
 
     width: int
@@ -80,37 +90,36 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: jax.Array,
-        beside: Beside | None = None,
+        prompts: PromptTokens | None = None,
         kernel: Kernel = "xla",
-        reads: Reads = None,
+        query_positions: QueryPositions = None,
     ) -> jax.Array:
-        mask = self._mask(x, reads)
-        also = []
-        if beside is not None:
-            tokens, seen = beside
-            seen = None if seen is None else read(seen, reads)[:, None]
-            also.append(Keys(self.key(tokens), self.value(tokens), seen))
-        if reads is not None:
-            kernel = "xla"  # the weights of a few queries are few
+        causal_mask = self._causal_mask(x.shape[1], query_positions)
+        extra = []
+        if prompts is not None:
+            tokens, mask = prompts
+            mask = None if mask is None else take_queries(mask, query_positions)[:, None]
+            extra.append(KeyValues(self.key(tokens), self.value(tokens), mask))
+        if query_positions is not None:
+            kernel = "xla"  # few queries have few attention weights
         if kernel == "fused":
-            from vop_jax.clip.kernels import (
-                fused_attention,  # not every platform's jaxlib has what it needs
-            )
+            # Not every platform's jaxlib has what the kernel needs.
+            from vop_jax.clip.kernels import fused_attention
 
-            lengths = [x.shape[1], *(keys.key.shape[1] for keys in also)]
-            # While parameters are made, each part makes its own.
-            if not self.is_initializing() and fused_attention.takes(
-                lengths, self.width // self.heads
-            ):
-                return self.out(fused_attention.attention(*self._packed(x), mask, *also))
+            lengths = [x.shape[1], *(part.key.shape[1] for part in extra)]
+            supported = fused_attention.supports(lengths, self.width // self.heads)
+            # During initialisation each layer must create its own parameters.
+            if supported and not self.is_initializing():
+                packed, bias = self._packed(x)
+                return self.out(fused_attention.attention(packed, bias, causal_mask, *extra))
             kernel = "xla" if self.causal else "cudnn"
-        q = self.query(read(x, reads))  # [N, R, H, D/H]
-        parts = [Keys(self.key(x), self.value(x), mask), *also]
+        q = self.query(take_queries(x, query_positions))  # [N, Q, H, D/H]
+        parts = [KeyValues(self.key(x), self.value(x), causal_mask), *extra]
         if kernel == "xla":
             return self.out(attention(q, *parts))
         if any(part.mask is not None for part in parts):
             raise ValueError(f"attention by {kernel} has no mask")
-        k, v = joined(x.shape[0], *parts)
+        k, v = concatenate(x.shape[0], *parts)
         if kernel == "blocks":
             return self.out(attention_in_blocks(q, k, v))
         if kernel == "splash":
@@ -118,27 +127,27 @@ class Attention(nn.Module):
         return self.out(jax.nn.dot_product_attention(q, k, v, implementation=kernel))
 
     def _packed(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Queries, keys, values [N, T, 3, H, D/H] by one product, and their biases to be added."""
-        parts = [part.variables["params"] for part in (self.query, self.key, self.value)]
-        kernels = [jnp.asarray(p["kernel"], self.dtype).reshape(self.width, -1) for p in parts]
+        """([N, T, 3, H, D/H], [3, H, D/H]): queries, keys, values by one product, their biases."""
+        layers = [layer.variables["params"] for layer in (self.query, self.key, self.value)]
+        kernels = [jnp.asarray(p["kernel"], self.dtype).reshape(self.width, -1) for p in layers]
         packed = x.astype(self.dtype) @ jnp.concatenate(kernels, axis=1)
-        bias = jnp.stack([jnp.asarray(p["bias"], self.dtype) for p in parts])
+        bias = jnp.stack([jnp.asarray(p["bias"], self.dtype) for p in layers])
         return packed.reshape(*x.shape[:2], *bias.shape), bias
 
-    def _mask(self, x: jax.Array, reads: Reads) -> jax.Array | None:
-        """[N or 1, 1, R, T]: in a causal layer a token looks at none behind it."""
+    def _causal_mask(self, length: int, query_positions: QueryPositions) -> jax.Array | None:
+        """bool [N or 1, 1, Q, T]: a query attends to no later token; None without causality."""
         if not self.causal:
             return None
-        positions = jnp.arange(x.shape[1])
-        if reads is None or isinstance(reads, int):
-            readers = positions[None, :reads]
+        positions = jnp.arange(length)
+        if query_positions is None or isinstance(query_positions, int):
+            queries = positions[None, :query_positions]
         else:
-            readers = reads[:, None]
-        return positions[None, None, None] <= readers[:, None, :, None]
+            queries = query_positions[:, None]
+        return positions[None, None, None] <= queries[:, None, :, None]
 
 
 class Mlp(nn.Module):
-    """Two dense layers, `hidden` wide inside or four times the width: [..., D] -> [..., D]."""
+    """Two dense layers [..., D] -> [..., D], `hidden` wide between them (default: 4 D)."""
 
     width: int
     activation: str
@@ -150,22 +159,20 @@ class Mlp(nn.Module):
         self.c_proj = nn.Dense(self.width, dtype=self.dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        # The backward pass works it out again from what goes in: kept, its parts are as wide.
+        # The backward pass computes the activation again: its parts are as wide as its input.
         activate = jax.checkpoint(ACTIVATIONS[self.activation])
         return self.c_proj(activate(self.c_fc(x)))
 
 
-Branch = Callable[[jax.Array], jax.Array]  # [N, T, D] -> [N, T, D]
-
-
 class Block(nn.Module):
-    """Pre-norm residual block [N, T, D] -> [N, R, D].
+    """Pre-norm residual block [N, T, D] -> [N, Q, D].
 
-    `attn_branch` and `mlp_branch` read the same normalised input as the attention and the
-    MLP, and what they return is added beside theirs (a parallel adapter). `beside` are tokens
-    that are looked at and not read, so that the block makes their keys and values and no more.
-    Of the last block few tokens are read, so it need not make the others: at ViT-B/32 that is a
-    fifteenth of all FLOPs.
+        x = x + attention(ln_1(x), prompts) + attn_branch(ln_1(x))
+        x = x + mlp(ln_2(x)) + mlp_branch(ln_2(x))
+
+    Branches are parallel adapters. Prompt tokens pass `ln_1`, then become keys and values and
+    nothing else. In the last block few tokens are used, so it computes only those: at ViT-B/32
+    this saves a fifteenth of all FLOPs.
     """
 
     width: int
@@ -186,22 +193,23 @@ class Block(nn.Module):
         x: jax.Array,
         attn_branch: Branch | None = None,
         mlp_branch: Branch | None = None,
-        beside: Beside | None = None,
+        prompts: PromptTokens | None = None,
         kernel: Kernel = "xla",
-        reads: Reads = None,
+        query_positions: QueryPositions = None,
     ) -> jax.Array:
         fused = kernel == "fused"
         x, h = self.ln_1.branch(x, fused)
-        if beside is not None:
-            beside = beside._replace(tokens=self.ln_1(beside.tokens))
-        x, attended = read(x, reads), self.attn(h, beside, kernel, reads)
-        x = x + attended + (attn_branch(read(h, reads)) if attn_branch else 0)
+        if prompts is not None:
+            prompts = prompts._replace(tokens=self.ln_1(prompts.tokens))
+        attended = self.attn(h, prompts, kernel, query_positions)
+        x, h = take_queries(x, query_positions), take_queries(h, query_positions)
+        x = x + attended + (attn_branch(h) if attn_branch else 0)
         x, h = self.ln_2.branch(x, fused)
         return x + self.mlp(h) + (mlp_branch(h) if mlp_branch else 0)
 
 
 class Transformer(nn.Module):
-    """The stack of blocks, handed out one by one as `blocks`."""
+    """A stack of blocks; callers run `blocks` one by one."""
 
     width: int
     layers: int
@@ -212,15 +220,5 @@ class Transformer(nn.Module):
     hidden: int | None = None
 
     def setup(self):
-        self.blocks = [
-            Block(
-                self.width,
-                self.heads,
-                self.activation,
-                self.causal,
-                self.dtype,
-                self.hidden,
-                name=f"resblocks.{i}",
-            )
-            for i in range(self.layers)
-        ]
+        sizes = self.width, self.heads, self.activation, self.causal, self.dtype, self.hidden
+        self.blocks = [Block(*sizes, name=f"resblocks.{i}") for i in range(self.layers)]

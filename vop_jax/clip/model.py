@@ -166,7 +166,7 @@ class Clip(nn.Module):
         *blocks, last = self.visual.blocks
         for block in blocks:
             x = block(x)
-        x = last(x, reads=1)  # CLS
+        x = last(x, query_positions=1)  # CLS
         return unit(self.visual.project(x[:, 0]))
 
     def encode_text(self, ids: jax.Array) -> jax.Array:
@@ -175,7 +175,7 @@ class Clip(nn.Module):
         *blocks, last = self.text.blocks
         for block in blocks:
             x = block(x)
-        x = last(x, reads=ids.argmax(axis=-1))
+        x = last(x, query_positions=ids.argmax(axis=-1))
         return unit(self.text.project(x[:, 0]))
 
     def temperature(self) -> jax.Array:

@@ -1,7 +1,7 @@
-"""What blocks keep for the backward pass: less, for computing it again.
+"""Rematerialization: blocks keep less for the backward pass and compute it again.
 
-A block as a function of its own parameters, so that `jax.checkpoint` and `lax.map` apply to it as
-they are; parameters and their names stay the same.
+`Remat.apply` turns a block into a function of its own parameters, so that `jax.checkpoint` and
+`lax.map` apply to it as they are; parameters and their names stay the same.
 """
 
 import dataclasses
@@ -13,12 +13,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vop_jax.clip.layers import Beside, Block, Kernel, Reads
+from vop_jax.clip.layers import Block, Kernel, PromptTokens, QueryPositions
 
-Remat = Literal["none", "dots", "full"]
+RematPolicy = Literal["none", "dots", "full"]
 
-# What of a block is kept beside its input. The products with weights are those without batch
-# dimensions; attention's, which are large and cheap, are not among them.
+# What a block keeps besides its input. Products with weights are those without batch dimensions;
+# attention's, which are large and cheap, are not among them.
 POLICIES: dict[str, Callable[..., bool]] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -26,78 +26,81 @@ POLICIES: dict[str, Callable[..., bool]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Memory:
-    """How much memory blocks may take.
+class Remat:
+    """How much memory blocks may take for the backward pass.
 
     Attributes:
-        remat: what is computed again in the backward pass: nothing ("none"), all but products
-            with weights ("dots"), all but what enters a block ("full").
-        frame_chunk: at most so many frames are in a vision block at a time, and each such chunk
-            is computed again in the backward pass; 0: all frames at once.
+        policy: what the backward pass computes again: nothing ("none"), all but products with
+            weights ("dots"), all but the input of a block ("full").
+        frame_chunk: the most frames that a vision block processes at a time; each chunk is
+            computed again in the backward pass. 0: all frames at once.
     """
 
-    remat: Remat = "none"
+    policy: RematPolicy = "none"
     frame_chunk: int = 0
 
-    def run(
+    def apply(
         self,
         block: Block,
         x: jax.Array,
         branches: Mapping[str, nn.Module],
-        beside: Beside | None = None,
+        prompts: PromptTokens | None = None,
         kernel: Kernel = "xla",
         frames: bool = False,
-        reads: Reads = None,
+        query_positions: QueryPositions = None,
     ) -> jax.Array:
-        """`block(x, **branches, …)`, [N, T, D] -> [N, R, D].
+        """`block(x, **branches, …)`, [N, T, D] -> [N, Q, D].
 
         Args:
-            frames: whether the N sequences are frames, which `frame_chunk` is about.
+            branches: `attn_branch` or `mlp_branch` of the block.
+            frames: whether the N sequences are frames, to which `frame_chunk` applies.
         """
-        chunks = self.chunks(len(x)) if frames and self.frame_chunk else 1
-        if block.is_initializing() or (chunks == 1 and self.remat == "none"):
-            return block(x, **branches, beside=beside, kernel=kernel, reads=reads)
-        function, params = _pure(block, branches, kernel, reads)
+        chunks = self.chunk_count(len(x)) if frames and self.frame_chunk else 1
+        if block.is_initializing() or (chunks == 1 and self.policy == "none"):
+            return block(
+                x, **branches, prompts=prompts, kernel=kernel, query_positions=query_positions
+            )
+        function, params = _pure(block, branches, kernel, query_positions)
         if chunks == 1:
-            return jax.checkpoint(function, policy=POLICIES[self.remat])(params, x, beside)
-        # Within a loop nothing is merged with the forward pass, so nothing needs preventing.
-        again = jax.checkpoint(function, prevent_cse=False)
-        # Their gradients are joined, too: read late, those of `beside` keep the other of every
-        # loop in a TPU's memory, a third of all it takes at ViT-L/14.
-        x, beside = jax.lax.optimization_barrier((x, beside))
-        if beside is None or len(beside.tokens) == 1:
-            rows = jax.lax.map(lambda x: again(params, x, beside), split_rows(x, chunks))
-        else:  # each frame takes its own tokens along
-            tokens = jnp.tile(beside.tokens, (len(x) // len(beside.tokens), 1, 1))
+            return jax.checkpoint(function, policy=POLICIES[self.policy])(params, x, prompts)
+        # Inside a loop, common subexpressions of the forward pass cannot be merged anyway.
+        recomputed = jax.checkpoint(function, prevent_cse=False)
+        # The barrier also joins the two gradients: a late use of the prompts' gradient would keep
+        # that of x of every loop in a TPU's memory, a third of all it takes at ViT-L/14.
+        x, prompts = jax.lax.optimization_barrier((x, prompts))
+        if prompts is None or len(prompts.tokens) == 1:
+            rows = jax.lax.map(lambda x: recomputed(params, x, prompts), split_rows(x, chunks))
+        else:  # each frame takes its own prompts along
+            tokens = jnp.tile(prompts.tokens, (len(x) // len(prompts.tokens), 1, 1))
             parts = split_rows(x, chunks), split_rows(tokens, chunks)
-            rows = jax.lax.map(lambda part: again(params, part[0], Beside(part[1])), parts)
+            rows = jax.lax.map(lambda p: recomputed(params, p[0], PromptTokens(p[1])), parts)
         return join_rows(rows)
 
-    def chunks(self, count: int) -> int:
-        """Into how many equal parts `count` frames are cut: as few as `frame_chunk` allows."""
-        limit = self.frame_chunk or count
-        return next(k for k in range(1, count + 1) if count % k == 0 and count // k <= limit)
+    def chunk_count(self, frames: int) -> int:
+        """The fewest equal chunks of `frames` frames that `frame_chunk` allows."""
+        limit = self.frame_chunk or frames
+        return next(k for k in range(1, frames + 1) if frames % k == 0 and frames // k <= limit)
 
 
 def _pure(
-    block: Block, branches: Mapping[str, nn.Module], kernel: Kernel, reads: Reads
+    block: Block, branches: Mapping[str, nn.Module], kernel: Kernel, positions: QueryPositions
 ) -> tuple[Callable[..., jax.Array], dict]:
-    """(function, params): function(params, x, beside) is what the block with its branches does."""
+    """(function, params) of a block: function(params, x, prompts) is its output."""
     modules: dict[str, nn.Module] = {"block": block, **branches}
-    free: dict[str, Any] = {name: module.clone(parent=None) for name, module in modules.items()}
+    unbound: dict[str, Any] = {name: module.clone(parent=None) for name, module in modules.items()}
 
-    def function(params, x, beside):
-        own = {name: partial(free[name].apply, params[name]) for name in branches}
-        options = {"beside": beside, "kernel": kernel, "reads": reads}
-        return free["block"].apply(params["block"], x, **own, **options)
+    def function(params, x, prompts):
+        own = {name: partial(unbound[name].apply, params[name]) for name in branches}
+        options = {"prompts": prompts, "kernel": kernel, "query_positions": positions}
+        return unbound["block"].apply(params["block"], x, **own, **options)
 
     return function, {name: module.variables for name, module in modules.items()}
 
 
 def split_rows(x: jax.Array, parts: int) -> jax.Array:
-    """[N, ...] -> [parts, N / parts, ...]; part i is rows i, i + parts, i + 2 parts, …
+    """[N, ...] -> [parts, N / parts, ...]; part i has the rows i, i + parts, i + 2 parts, …
 
-    So each device, which holds a run of rows, has its share of every part and none moves.
+    Each device holds consecutive rows, so it has its share of every part and no row moves.
     """
     return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
 

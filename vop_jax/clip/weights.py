@@ -150,8 +150,8 @@ CAST_AT_USE: list[tuple[str, bool]] = [
 ]
 
 
-def held(frozen: Tree, dtype: Any) -> dict[str, Any]:
-    """The frozen tree, arrays or shapes, in the dtypes it is held in."""
+def cast_frozen(frozen: Tree, dtype: Any) -> dict[str, Any]:
+    """The frozen tree, arrays or shapes, with what `CAST_AT_USE` allows cast to `dtype`."""
 
     def in_dtype(name: str, leaf: Any) -> Any:
         cast = next(cast for pattern, cast in CAST_AT_USE if re.fullmatch(pattern, name))

@@ -9,7 +9,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from vop_jax.clip.convert import vop_checkpoint
-from vop_jax.clip.weights import held
+from vop_jax.clip.weights import cast_frozen
 from vop_jax.errors import UserError
 from vop_jax.experiment import setup
 from vop_jax.inference import stablehlo
@@ -177,7 +177,7 @@ def _stablehlo(run: setup.Run, trainable: Any) -> str:
     found, path = prompt_set(run, trainable), run.workdir / ENCODERS_FOLDER
     # As `vop_jax.load` runs them, not with what training chose for its own sake.
     model = TextVideoModel(run.clip.config, run.method, run.model.dtype)
-    clip = held({"clip": run.clip.params}, run.model.dtype)
+    clip = cast_frozen({"clip": run.clip.params}, run.model.dtype)
     params = unflatten({**flatten(clip), **flatten(found.params)})
     about = {
         "method": run.method.name,

@@ -21,8 +21,8 @@ from ml_collections import ConfigDict
 
 from vop_jax.clip.layers import Kernel
 from vop_jax.clip.model import Clip
-from vop_jax.clip.remat import Memory
-from vop_jax.clip.weights import ClipWeights, check_shapes, held, load_clip
+from vop_jax.clip.remat import Remat
+from vop_jax.clip.weights import ClipWeights, cast_frozen, check_shapes, load_clip
 from vop_jax.config import base as configs
 from vop_jax.config.clip import ClipConfig, preset
 from vop_jax.errors import UserError
@@ -73,7 +73,7 @@ class Run:
     def encoders(self) -> tuple[Encode, Encode]:
         """Jitted (encode_video, encode_text), compiled once."""
         # Without a backward pass there is nothing to compute again.
-        return make_encoders(self.model.clone(memory=Memory()), self.mesh)
+        return make_encoders(self.model.clone(remat=Remat()), self.mesh)
 
     def params(self) -> dict[str, Any]:
         """The whole tree."""
@@ -321,8 +321,8 @@ def _prepare(
 ) -> Run:
     """The newest state: the workdir's, else `init.prompts`, else fresh prompts."""
     dtype, kernel = jnp.dtype(config.compute.dtype), kernel_of(config, mesh)
-    memory = Memory(config.compute.remat, config.compute.frame_chunk)
-    model = TextVideoModel(clip.config, method, dtype, kernel, memory)
+    remat = Remat(config.compute.remat, config.compute.frame_chunk)
+    model = TextVideoModel(clip.config, method, dtype, kernel, remat)
     params = {"clip": clip.params}
     params |= jax.jit(model.init_added)(jax.random.key(config.seed))
     trainable, frozen = partition(params, method.trainable_patterns(clip.config))
@@ -345,7 +345,7 @@ def _prepare(
     if (restored := checkpoints.restore(state, check_clip)) is not None:
         state, meta = restored
         logging.info("continuing %s from step %d", root, int(state.step))
-    frozen = sharding.place(mesh, held(frozen, dtype), rules)
+    frozen = sharding.place(mesh, cast_frozen(frozen, dtype), rules)
     initial = functools.partial(sharding.place, mesh, trainable, rules)
     return Run(config, root, mesh, method, clip, model, state, frozen, initial, checkpoints, meta)
 

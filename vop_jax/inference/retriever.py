@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from vop_jax.clip.weights import ClipWeights, check_shapes, held, load_clip
+from vop_jax.clip.weights import ClipWeights, cast_frozen, check_shapes, load_clip
 from vop_jax.data.tokenizer import CaptionTokenizer
 from vop_jax.errors import UserError, VideoError
 from vop_jax.model import TextVideoModel
@@ -39,7 +39,7 @@ class Backbone:
 
     Attributes:
         name, fingerprint, config: of the CLIP.
-        dtype: of matmuls; the weights are held in it.
+        dtype: of matmuls; the weights are cast to it.
     """
 
     def __init__(self, weights: ClipWeights, dtype: str = "float32", devices: int | None = None):
@@ -49,7 +49,7 @@ class Backbone:
         if devices is not None and not 0 < devices <= len(local):
             raise UserError(f"devices={devices}: available: {len(local)}")
         self._mesh = sharding.make_mesh(devices=local[:devices])
-        params = held({"clip": weights.params}, self.dtype)
+        params = cast_frozen({"clip": weights.params}, self.dtype)
         self._flat = tensors.flatten(sharding.place(self._mesh, params))
         self._lock = threading.Lock()
         self._shapes: dict[MethodConfig, dict[str, tuple[int, ...]]] = {}

@@ -489,9 +489,9 @@ def test_safetensors_need_no_torch(tmp_path):
     code = f"""
 import sys
 sys.modules["torch"] = None  # importing it fails
-from vop_jax.clip.convert import convert
+from vop_jax.clip.convert.pytorch import convert
 from vop_jax.errors import UserError
-from vop_jax.tensorfile import fingerprint
+from vop_jax.storage.tensors import fingerprint
 print(fingerprint(convert({str(safe)!r}, vision_heads=2, text_heads=1).params))
 try:
     convert({str(state)!r})

@@ -5,8 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vop_jax.clip.kernels.attention import Keys, attention, attention_in_blocks, joined
-from vop_jax.clip.layers import Attention, Beside, Block, read
+from vop_jax.clip.kernels.attention import (
+    KeyValues,
+    attention,
+    attention_in_blocks,
+    concatenate,
+)
+from vop_jax.clip.layers import Attention, Block, PromptTokens, take_queries
 
 
 def qkv(dtype=jnp.float32, length=13):
@@ -31,7 +36,7 @@ def test_values_and_gradients_are_those_of_jax(causal, dtype, atol):
             jax.jit(jax.grad(value, argnums=(0, 1, 2), has_aux=True))(q, k, v),
         )
 
-    ours = gradients(lambda q, *kv: attention(q, Keys(*kv, mask)))
+    ours = gradients(lambda q, *kv: attention(q, KeyValues(*kv, mask)))
     theirs = gradients(lambda *x: jax.nn.dot_product_attention(*x, is_causal=causal))
     scale = max(1.0, *(np.abs(x).max() for x in jax.tree.leaves(theirs)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol * scale), ours, theirs)
@@ -40,7 +45,7 @@ def test_values_and_gradients_are_those_of_jax(causal, dtype, atol):
 def test_large_scores_stay_finite():
     q, k, v = (100 * x for x in qkv())
     np.testing.assert_allclose(
-        attention(q, Keys(k, v)), jax.nn.dot_product_attention(q, k, v), rtol=1e-4, atol=1e-3
+        attention(q, KeyValues(k, v)), jax.nn.dot_product_attention(q, k, v), rtol=1e-4, atol=1e-3
     )
 
 
@@ -53,12 +58,12 @@ def test_parts_are_looked_at_as_if_they_were_one(shared):
     masks = jnp.tril(jnp.ones((1, 1, 5, 5), bool)), jnp.asarray(rng.random((4, 1, 5, 3)) < 0.5)
 
     def at_once(q, k, v, more):
-        keys, values = joined(4, Keys(k, v), Keys(*more))
+        keys, values = concatenate(4, KeyValues(k, v), KeyValues(*more))
         mask = jnp.concatenate([jnp.tile(masks[0], (4, 1, 1, 1)), masks[1]], axis=-1)
         return jax.nn.dot_product_attention(q, keys, values, mask=mask)
 
     def in_parts(q, k, v, more):
-        return attention(q, Keys(k, v, masks[0]), Keys(*more, masks[1]))
+        return attention(q, KeyValues(k, v, masks[0]), KeyValues(*more, masks[1]))
 
     def result(attend):
         weighed = lambda *x: (attend(*x) * jnp.arange(4.0)[None, None, None]).sum()  # noqa: E731
@@ -70,7 +75,7 @@ def test_parts_are_looked_at_as_if_they_were_one(shared):
 
 def test_joined_parts_repeat_what_is_shared():
     own, shared = jnp.arange(8.0).reshape(4, 2, 1, 1), -jnp.arange(1.0, 3).reshape(2, 1, 1, 1)
-    keys, values = joined(4, Keys(own, own), Keys(shared, 2 * shared))
+    keys, values = concatenate(4, KeyValues(own, own), KeyValues(shared, 2 * shared))
     assert keys[..., 0, 0].tolist() == [[0, 1, -1], [2, 3, -2], [4, 5, -1], [6, 7, -2]]
     assert values[:, 2, 0, 0].tolist() == [-2, -4, -2, -4]
 
@@ -86,9 +91,11 @@ def test_tokens_beside_a_sequence_are_those_of_a_longer_one_that_nobody_reads(ca
     longer = jnp.concatenate([x[:, :4], beside, x[:, 4:]], axis=1)
     whole = block.apply(params, longer)
     expected = jnp.concatenate([whole[:, :4], whole[:, 6:]], axis=1)
-    found = block.apply(params, x, beside=Beside(beside, seen))
+    found = block.apply(params, x, prompts=PromptTokens(beside, seen))
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    read_alone = block.apply(params, x, beside=Beside(beside, seen), reads=jnp.array([8, 0, 4]))
+    read_alone = block.apply(
+        params, x, prompts=PromptTokens(beside, seen), query_positions=jnp.array([8, 0, 4])
+    )
     np.testing.assert_allclose(read_alone[:, 0], expected[jnp.arange(3), [8, 0, 4]], atol=1e-5)
 
 
@@ -99,9 +106,11 @@ def test_a_block_makes_only_what_is_read(causal, reads):
     block = Block(8, 2, "gelu", causal)
     params = block.init(jax.random.key(0), x)
     branches = {"attn_branch": lambda h: 0.5 * h, "mlp_branch": lambda h: -h}
-    found = block.apply(params, x, **branches, reads=reads)
+    found = block.apply(params, x, **branches, query_positions=reads)
     assert found.shape == (3, reads if isinstance(reads, int) else 1, 8)
-    np.testing.assert_allclose(found, read(block.apply(params, x, **branches), reads), atol=1e-6)
+    np.testing.assert_allclose(
+        found, take_queries(block.apply(params, x, **branches), reads), atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("queries", [1, 4, 13, 128])

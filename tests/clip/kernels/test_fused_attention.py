@@ -13,7 +13,7 @@ import pytest
 from tests import tiny
 from tests.clip.kernels import kernels
 from vop_jax.clip.kernels import fused_attention
-from vop_jax.clip.kernels.attention import Keys, attention
+from vop_jax.clip.kernels.attention import KeyValues, attention
 from vop_jax.tuning.methods import MethodConfig
 
 N, T, H, K, P = 4, 10, 2, 16, 3
@@ -34,11 +34,11 @@ def test_values_and_gradients_are_those_of_plain_attention(masked, shared):
 
     def plainly(packed, bias, beside):
         query, *own = (packed[:, :, i] + bias[None, None, i] for i in range(3))
-        others = [Keys(*beside, other_mask)] if beside else []
-        return attention(query, Keys(*own, own_mask), *others)
+        others = [KeyValues(*beside, other_mask)] if beside else []
+        return attention(query, KeyValues(*own, own_mask), *others)
 
     def by_kernel(packed, bias, beside):
-        others = Keys(*beside, other_mask) if beside else None
+        others = KeyValues(*beside, other_mask) if beside else None
         return fused_attention.attention(packed, bias, own_mask, others, interpret=True)
 
     def result(attend):
@@ -54,7 +54,7 @@ def test_values_and_gradients_are_those_of_plain_attention(masked, shared):
     [((50, 8), 64, True), ((128,), 64, True), ((129,), 64, False), ((50, 8), 48, False)],
 )
 def test_it_takes_short_sequences_and_heads_of_a_power_of_two(lengths, width, fits):
-    assert fused_attention.takes(lengths, width) is fits
+    assert fused_attention.supports(lengths, width) is fits
 
 
 QUICK = ("vop_f+p",)

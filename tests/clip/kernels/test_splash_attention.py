@@ -9,7 +9,7 @@ import pytest
 
 from tests import tiny
 from vop_jax.clip.kernels import splash_attention
-from vop_jax.clip.kernels.attention import Keys, attention
+from vop_jax.clip.kernels.attention import KeyValues, attention
 from vop_jax.model import TextVideoModel
 from vop_jax.tuning.methods import MethodConfig
 
@@ -33,7 +33,7 @@ def test_values_and_gradients_are_those_of_plain_attention(queries, keys):
         return jax.value_and_grad(value, argnums=(0, 1, 2))(*qkv)
 
     ours = result(functools.partial(splash_attention.attention, interpret=True))
-    theirs = result(lambda q, k, v: attention(q, Keys(k, v)))
+    theirs = result(lambda q, k, v: attention(q, KeyValues(k, v)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), ours, theirs)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from vop_jax.clip.kernels.attention import Keys
+from vop_jax.clip.kernels.attention import KeyValues
 
 LONGEST = 128  # tokens of a sequence
 LEAST = 16  # rows of a matrix that a GPU multiplies
@@ -26,7 +26,7 @@ HIDDEN = -1e30  # a score; not -inf, for rows behind the last token see nothing 
 Masks = tuple[jax.Array | None, jax.Array | None]
 
 
-def takes(lengths: Sequence[int], width: int) -> bool:
+def supports(lengths: Sequence[int], width: int) -> bool:
     """Whether the kernel is made for so many tokens, own and beside, in heads of K = `width`."""
     return max(lengths) <= LONGEST and 16 <= width <= 128 and width & (width - 1) == 0
 
@@ -35,7 +35,7 @@ def attention(
     packed: jax.Array,
     bias: jax.Array,
     mask: jax.Array | None = None,
-    beside: Keys | None = None,
+    beside: KeyValues | None = None,
     *,
     interpret: bool = False,
 ) -> jax.Array:
@@ -44,7 +44,7 @@ def attention(
     Args:
         packed: [N, T, 3, H, K], queries, keys and values of each sequence without their biases.
         bias: [3, H, K], which the kernel adds: one pass over `packed` less.
-        mask: of own keys, as in `attention.Keys`.
+        mask: of own keys, as in `attention.KeyValues`.
         beside: what else is looked at.
         interpret: run the kernel as plain JAX, which any device can.
 
