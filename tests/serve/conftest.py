@@ -1,4 +1,4 @@
-"""A server of two small indexes."""
+"""A server of a small index, inside the process of the tests."""
 
 import pytest
 
@@ -25,13 +25,13 @@ def searcher(films, retriever):  # noqa: F811
     return open_searcher(films[1], retriever=retriever)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def serve(searcher):
     """Makes a client of an app with these settings."""
     clients = []
 
-    def start(served=None, **settings):
-        app = make_app(served or {"films": searcher}, Settings(workers=1, **settings))
+    def start(indexes=None, **settings):
+        app = make_app(indexes or {"films": searcher}, Settings(workers=1, **settings))
         client = TestClient(app, base_url="http://localhost", raise_server_exceptions=False)
         clients.append(client.__enter__())
         return client
@@ -41,6 +41,6 @@ def serve(searcher):
         client.__exit__(None, None, None)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def client(serve):
     return serve()

@@ -1,5 +1,6 @@
-"""The command line, and the server as a process."""
+"""The command line, the library of indexes, and the server as a process."""
 
+import dataclasses
 import re
 import signal
 import socket
@@ -10,19 +11,26 @@ import pytest
 
 from tests import processes, runs
 from tests.search import library
-from vop_jax.serve import __main__ as serve
+from vop_jax.errors import UserError
+from vop_jax.search.index import Index
+from vop_jax.serve import __main__ as command
+from vop_jax.serve.app import open_library
 
 
 @pytest.fixture(scope="module")
-def index(tmp_path_factory, clip):
-    root = tmp_path_factory.mktemp("process")
+def indexes(tmp_path_factory, clip):
+    """Two indexes of one folder name and one CLIP."""
+    root = tmp_path_factory.mktemp("library")
     library.write_films(root / "films", count=2)
-    library.make(root / "index", root / "films", None, clip=str(clip))
-    return root / "index"
+    directories = [root / "an index", root / "other" / "an index"]
+    directories[1].parent.mkdir()
+    for directory in directories:
+        library.make(directory, root / "films", None, clip=str(clip))
+    return [str(directory) for directory in directories]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ([], "--index"),
         (["--index", "/none"], "/none: no index"),
@@ -32,79 +40,74 @@ def index(tmp_path_factory, clip):
         (["--index", "x", "--host", "no.such.host.invalid"], "--host"),
         (["--index", "x", "--token", "a b"], "--token"),
         (["--index", "x", "--tok", "a"], "--tok"),
+        *(
+            (["--index", "x", "--name", name], "must be a host's name, as search.example.org")
+            for name in ("films.example:80", "https://films.example", "a b", "")
+        ),
     ],
 )
-def test_wrong_calls(arguments, said, capsys):
-    assert serve.main(["--port", "0", *arguments]) == 2
+def test_wrong_calls_end_with_one_line(arguments, message, capsys):
+    assert command.main(["--port", "0", *arguments]) == 2
     *_, line = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith("error: ") and said in line
+    assert line.startswith("error: ") and message in line
 
 
-def test_a_port_that_is_taken(capsys):
+def test_a_port_in_use_and_a_missing_package_are_named(monkeypatch, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        assert serve.main(["--index", "x", "--port", port]) == 2
+        assert command.main(["--index", "x", "--port", port]) == 2
     assert "in use" in capsys.readouterr().err
+    monkeypatch.setattr(command, "PACKAGES", ("fastapi", "no_such_package"))
+    assert command.main(["--index", "x", "--port", "0"]) == 2
+    assert capsys.readouterr().err == 'error: no no_such_package: pip install -e ".[serve]"\n'
 
 
-def test_a_missing_extra(monkeypatch, capsys):
-    monkeypatch.setattr(serve, "LIBRARIES", ("fastapi", "no_such_library"))
-    assert serve.main(["--index", "x", "--port", "0"]) == 2
-    assert capsys.readouterr().err == 'error: no no_such_library: pip install -e ".[serve]"\n'
-
-
-def test_a_warning_where_others_reach_it(capsys, monkeypatch):
+def test_a_server_that_others_reach_without_a_token_warns(capsys, monkeypatch):
     monkeypatch.setenv("VOP_JAX_TOKEN", "")
-    serve.main(["--index", "/none", "--host", "0.0.0.0", "--port", "0"])
+    arguments = ["--index", "/none", "--host", "0.0.0.0", "--port", "0"]
+    command.main(arguments)
     assert capsys.readouterr().err.startswith("warning: --host=0.0.0.0 without --token")
-    serve.main(["--index", "/none", "--host", "0.0.0.0", "--port", "0", "--token", "abcdefgh"])
+    command.main([*arguments, "--token", "abcdefgh"])
     assert "warning" not in capsys.readouterr().err
+    assert all(map(command.is_local, ("localhost", "127.0.0.2", "::1")))
+    others = ("0.0.0.0", "::", "127.evil.example", "192.168.0.1")
+    assert not any(map(command.is_local, others))
 
 
-@pytest.mark.parametrize(
-    ("host", "local"),
-    [
-        *((host, True) for host in ("localhost", "127.0.0.2", "::1")),
-        *((host, False) for host in ("0.0.0.0", "::", "127.evil.example", "192.168.0.1")),
-    ],
-)
-def test_which_hosts_are_local(host, local):
-    assert serve.is_local(host) == local
+def test_indexes_of_one_clip_share_it_and_get_names(indexes, tmp_path, monkeypatch):
+    opened = open_library(indexes)
+    assert list(opened) == ["an-index", "an-index-2"]
+    one, other = (searcher.retriever for searcher in opened.values())
+    assert one._backbone is other._backbone
+    assert opened["an-index"].text("white")[0] == opened["an-index-2"].text("white")[0]
+    with pytest.raises(UserError, match="no index"):
+        open_library([str(tmp_path)])
+    real = Index.open
 
+    def without_prompts(directory):
+        index = real(directory)
+        if "other" in str(directory):
+            index.info = dataclasses.replace(index.info, prompts="/gone")
+        return index
 
-def start(index, *arguments):
-    command = [sys.executable, "-m", "vop_jax.serve", "--index", index, "--port", "0", *arguments]
-    process = processes.Process(command, env=runs.environment())
-    line = process.stdout.readline()
-    return process, re.search(r"http://\S+", line)[0]
-
-
-@pytest.mark.slow
-def test_it_can_be_ended_as_soon_as_it_says_where_it_is(index):
-    process, _ = start(index)
-    process.terminate()
-    out, err = process.communicate()
-    assert process.returncode == 128 + signal.SIGTERM and (out, err) == ("", "")
-
-
-@pytest.mark.parametrize("name", ["films.example:80", "https://films.example", "a b", ""])
-def test_names_of_a_proxy_that_cannot_be(name, capsys):
-    assert serve.main(["--index", "/none", "--name", name]) == 2
-    assert "must be a host's name, as search.example.org" in capsys.readouterr().err
+    monkeypatch.setattr(Index, "open", without_prompts)
+    with pytest.raises(UserError, match="/gone: gone since"):
+        open_library(indexes)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("signum", "status"), [(signal.SIGTERM, 128 + 15), (signal.SIGINT, 128 + 2)]
-)
-def test_a_process_answers_and_ends_cleanly(index, signum, status):
-    process, address = start(index)
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_process_answers_and_ends_cleanly(indexes, signum):
+    arguments = ["-m", "vop_jax.serve", "--index", indexes[0], "--port", "0"]
+    process = processes.Process([sys.executable, *arguments], env=runs.environment())
     try:
-        for path in ("healthz", "", "api/search?q=white&k=1", "api/thumbnail/index/1"):
-            with urllib.request.urlopen(address + path, timeout=processes.HANG) as answer:
-                assert answer.status == 200 and answer.read()
+        address = re.search(r"http://\S+", process.stdout.readline())[0]
+        if signum == signal.SIGINT:  # else it ends as soon as it says where it is
+            for path in ("healthz", "", "api/search?q=white&k=1", "api/thumbnail/an-index/1"):
+                with urllib.request.urlopen(address + path, timeout=processes.HANG) as response:
+                    assert response.status == 200 and response.read()
         process.send_signal(signum)
         out, err = process.communicate()
-        assert process.returncode == status and (out, err) == ("", "")
+        assert process.returncode == 128 + signum and (out, err) == ("", "")
     finally:
         process.kill()

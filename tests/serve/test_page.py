@@ -47,7 +47,7 @@ def address(films, retriever):
 
     names = ("moments", "whole")
     searchers = {name: open_searcher(films / name, retriever=retriever) for name in names}
-    with browsers.served(make_app(searchers, Settings(workers=1)), ending=0.5) as (at, _):
+    with browsers.served(make_app(searchers, Settings(workers=1)), shutdown=0.5) as (at, _):
         yield at
 
 

@@ -1,4 +1,4 @@
-"""Decoders that go wrong, in the processes that decode."""
+"""Decoders that go wrong, for decoding processes."""
 
 import os
 import time
@@ -27,9 +27,5 @@ def write(path):
         file.write("anything")
 
 
-def echo(*arguments):
-    return arguments
-
-
-def process():
+def process_id(*arguments):
     return os.getpid()

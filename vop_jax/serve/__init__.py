@@ -1,1 +1,1 @@
-"""Serves indexes of videos: a page to search them and a JSON API."""
+"""The web server of search: request -> middleware -> api -> executor -> searcher or decoder."""

@@ -1,4 +1,4 @@
-"""Serves a page, and a JSON API, to search indexes that vop_jax.search made.
+"""Serves a web page and a JSON API that search indexes made by vop_jax.search.
 
 python -m vop_jax.serve --index DIR
 python -m vop_jax.serve --index DIR --index DIR2 --host 0.0.0.0 --token SECRET
@@ -12,7 +12,6 @@ import re
 import socket
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from absl import logging
 
@@ -20,8 +19,8 @@ from vop_jax import cli
 from vop_jax.cli import Parser, number, whole
 from vop_jax.errors import UserError
 
-TOKEN = "VOP_JAX_TOKEN"  # in the environment: other users see the arguments of a process
-LIBRARIES = ("fastapi", "uvicorn", "python_multipart")
+TOKEN = "VOP_JAX_TOKEN"  # environment variable; other users of a machine see arguments
+PACKAGES = ("fastapi", "uvicorn", "python_multipart", "pebble")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -31,70 +30,69 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--index", action="append", required=True, metavar="DIR", help="once or more")
-    add("--clip", metavar="FILE", help="converted weights, if they have moved")
-    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all of this machine")
-    add("--name", action="append", default=[], metavar="HOST", help="of a proxy in front of it")
-    add("--port", type=whole(0, 65535), default=8000, help="8000 if not said; 0: any free one")
-    add("--token", default="", help=f"that must be given; better in ${TOKEN}")
-    add("--max_upload_mb", type=number(0.001), default=200.0, help="of an uploaded file")
-    add("--max_seconds", type=number(0.001), default=600.0, help="of an uploaded video")
-    add("--decode_seconds", type=number(0.001), default=60.0, help="that decoding a file may take")
-    add("--workers", type=whole(1, 64), default=2, help="processes that decode")
+    add("--index", action="append", required=True, metavar="DIR", help="may be repeated")
+    add("--clip", metavar="FILE", help="the converted CLIP weights, if they have moved")
+    add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all addresses")
+    add("--name", action="append", default=[], metavar="HOST", help="of a proxy before the server")
+    add("--port", type=whole(0, 65535), default=8000, help="default 8000; 0: any free port")
+    add("--token", default="", help=f"that requests must carry; safer in ${TOKEN}")
+    add("--max_upload_mb", type=number(0.001), default=200.0, help="largest uploaded file")
+    add("--max_seconds", type=number(0.001), default=600.0, help="longest uploaded video")
+    add("--decode_seconds", type=number(0.001), default=60.0, help="time limit to decode a file")
+    add("--workers", type=whole(1, 64), default=2, help="decoding processes")
     return parser
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that is bound.
+    """A bound socket.
 
     Raises:
-        UserError: the address is not ours, or taken.
+        UserError: the address is not one of this machine, or is in use.
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)
     except (OSError, UnicodeError) as error:
-        number = getattr(error, "errno", None) or 0
-        why = os.strerror(number) if number > 0 else str(error)  # asyncio's repeats the address
+        code = getattr(error, "errno", None) or 0
+        why = os.strerror(code) if code > 0 else str(error)  # asyncio's text repeats the address
         raise UserError(f"--host={host} --port={port}: {why}") from None
 
 
 def is_local(host: str) -> bool:
-    """Whether only this machine can reach it."""
+    """Whether only this machine can reach an address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
 
 
-def _token(given: str) -> str:
-    token = given or os.environ.get(TOKEN, "")
+def _check_token(token: str) -> str:
     if token and not re.fullmatch(r"[A-Za-z0-9._~-]{8,}", token):
         raise UserError("--token: must be 8 or more of letters, digits and . _ ~ -")
     return token
 
 
-def _name(given: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)*", given):
-        raise UserError(f"--name={given}: must be a host's name, as search.example.org")
-    return given.lower()
+def _check_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)*", name):
+        raise UserError(f"--name={name}: must be a host's name, as search.example.org")
+    return name.lower()
 
 
 def _serve(args: argparse.Namespace) -> None:
-    missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f'no {", ".join(missing)}: pip install -e ".[serve]"')
-    from vop_jax.serve.app import Settings
-    from vop_jax.serve.library import open_library
+    from vop_jax.serve.app import Settings, make_app, open_library
+    from vop_jax.serve.server import Limits, available_connections, make_server
 
-    token = _token(args.token)
+    token = _check_token(args.token or os.environ.get(TOKEN, ""))
     if not is_local(args.host) and not token:
         print(
-            f"warning: --host={args.host} without --token: whoever reaches this address sees the "
-            "videos",
+            f"warning: --host={args.host} without --token: anyone who reaches this address sees "
+            "the videos",
             file=sys.stderr,
         )
-    names = tuple(_name(name) for name in args.name)
+    names = tuple(map(_check_name, args.name))
     settings = Settings(
         token=token,
         max_upload=int(args.max_upload_mb * 2**20),
@@ -108,22 +106,14 @@ def _serve(args: argparse.Namespace) -> None:
         library = open_library(args.index, args.clip)
         for searcher in library.values():
             searcher.retriever.compile()
-        _run(library, settings, sock)
-
-
-def _run(library: Any, settings: Any, sock: socket.socket) -> None:
-    from vop_jax.serve.app import make_app
-    from vop_jax.serve.server import Limits, make_server, possible_connections
-
-    host, port = sock.getsockname()[:2]
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    app = make_app(library, settings)
-    server = make_server(
-        app,
-        Limits(possible_connections(Limits.connections)),
-        ready=lambda: print(f"{', '.join(library)}: http://{address}/", flush=True),
-    )
-    server.run(sockets=[sock])
+        host, port = sock.getsockname()[:2]
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        server = make_server(
+            make_app(library, settings),
+            Limits(available_connections(Limits.connections)),
+            ready=lambda: print(f"{', '.join(library)}: http://{address}/", flush=True),
+        )
+        server.run(sockets=[sock])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -131,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def program() -> None:
         args = _parser().parse_args(argv)
-        cli.set_up_logging(logging.ERROR)  # each response reports truncated queries
+        cli.set_up_logging(logging.ERROR)  # each response reports a truncated query itself
         _serve(args)
 
     return cli.run(program)

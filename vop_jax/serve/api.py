@@ -1,8 +1,9 @@
-"""The JSON API, and the videos themselves."""
+"""The JSON API, and the videos themselves: a handler and a response type for each path."""
 
 import dataclasses
 import email.utils
 import hashlib
+import math
 import os
 import shutil
 import tempfile
@@ -13,32 +14,85 @@ import anyio
 import numpy as np
 from fastapi import APIRouter, Depends, File, HTTPException, Path, Query, Request, UploadFile
 from fastapi.responses import Response
+from pydantic import BaseModel, BeforeValidator, Field
 
 from vop_jax.errors import UserError, VideoError
 from vop_jax.search.catalog import IndexedFile
-from vop_jax.search.query import make_filter
+from vop_jax.search.query import Hit, make_filter
 from vop_jax.search.searcher import Searcher
-from vop_jax.serve import decoders, schemas
-from vop_jax.serve.executor import Work
-from vop_jax.serve.library import Library
-from vop_jax.serve.media import VideoResponse, not_modified, open_indexed
-from vop_jax.serve.schemas import About, Answer, Error, Explanation
+from vop_jax.serve import media as files
+from vop_jax.serve.executor import Executor
 
-MOST = 100  # hits
-LONGEST = 2000  # characters of a query
+MAX_HITS = 100
+MAX_QUERY = 2000  # characters
+
+Library = dict[str, Searcher]  # by name; the first one is the default
 
 
 @dataclasses.dataclass(frozen=True)
-class Served:
-    """What the handlers work with; `max_seconds` of an uploaded video."""
+class Services:
+    """What the handlers work with.
+
+    Attributes:
+        max_seconds: of an uploaded video.
+    """
 
     library: Library
-    work: Work
+    executor: Executor
     max_seconds: float
 
 
+Text = Annotated[str, BeforeValidator(files.displayable)]
+
+
+class ErrorResponse(BaseModel):
+    """Why a request failed."""
+
+    error: Annotated[str, Field(description="one line")]
+
+
+class IndexSummary(BaseModel):
+    """A served index."""
+
+    name: str
+    method: Annotated[Text, Field(description="of the prompts; zero_shot: plain CLIP")]
+    clip: Text
+    folder: Annotated[Text, Field(description="of the videos")]
+    files: int
+    moments: int
+    captions: int
+    frames: Annotated[int, Field(description="that the model sees of a clip or a moment")]
+
+
+class SearchHit(BaseModel):
+    """A moment of a video, or a caption."""
+
+    file_id: Annotated[int, Field(description="of the video; 0: a caption of no indexed video")]
+    name: Annotated[Text, Field(description="of the video, relative to the indexed folder")]
+    score: Annotated[float, Field(description="cosine of the angle to the query")]
+    start: Annotated[float, Field(description="seconds")]
+    end: Annotated[float | None, Field(description="seconds; null: the end of the video")]
+    caption: Text
+    missing: Annotated[bool, Field(description="whether the video file is gone")]
+
+
+class SearchResponse(BaseModel):
+    """The results of a search, best first."""
+
+    query: Annotated[Text, Field(description="the text, or the name of the uploaded file")]
+    cut: Annotated[bool, Field(description="whether the text was truncated for the model")]
+    hits: list[SearchHit]
+
+
+class Explanation(BaseModel):
+    """The similarity of a query to each frame of a moment."""
+
+    seconds: list[float]
+    scores: list[float]
+
+
 class Router(APIRouter):
-    """Answers HEAD wherever it answers GET."""
+    """A router that answers HEAD wherever it answers GET."""
 
     def add_api_route(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
         super().add_api_route(path, endpoint, **options)
@@ -47,137 +101,148 @@ class Router(APIRouter):
             super().add_api_route(path, endpoint, **options | head)
 
 
-router = Router(
-    responses={
-        code: {"model": Error} for code in (400, 401, 403, 404, 405, 408, 413, 415, 416, 422, 503)
-    }
-)
+STATUSES = (400, 401, 403, 404, 405, 408, 413, 415, 416, 422, 503)
+router = Router(responses={code: {"model": ErrorResponse} for code in STATUSES})
 
 
-def _served(request: Request) -> Served:
-    return request.app.state.served
+def _services(request: Request) -> Services:
+    return request.app.state.services
 
 
-def _named(request: Request, name: str) -> Searcher:
-    library = _served(request).library
+def _searcher(request: Request, name: str) -> Searcher:
+    library = _services(request).library
     if not name:
         return next(iter(library.values()))
     if name not in library:
-        raise HTTPException(404, f"index={name!r}: there are {', '.join(library)}")
+        raise HTTPException(404, f"index={name!r}: not served; allowed are {', '.join(library)}")
     return library[name]
 
 
-Name = Annotated[str, Query(max_length=200, description="of the index; none: the first")]
+IndexName = Annotated[str, Query(max_length=200, description="of the index; the first if empty")]
 
 
-def _of_query(request: Request, index: Name = "") -> Searcher:
-    return _named(request, index)
+def _searcher_of_query(request: Request, index: IndexName = "") -> Searcher:
+    return _searcher(request, index)
 
 
-def _of_path(request: Request, index: Annotated[str, Path(max_length=200)]) -> Searcher:
-    return _named(request, index)
+def _searcher_of_path(request: Request, index: Annotated[str, Path(max_length=200)]) -> Searcher:
+    return _searcher(request, index)
 
 
 def _filters(
-    folder: Annotated[str, Query(max_length=1000, description="part of the indexed one")] = "",
-    since: Annotated[str, Query(max_length=40, description="files changed then or later")] = "",
-    until: Annotated[str, Query(max_length=40, description="files changed then or before")] = "",
+    folder: Annotated[str, Query(max_length=1000, description="inside the indexed folder")] = "",
+    since: Annotated[str, Query(max_length=40, description="first date of change")] = "",
+    until: Annotated[str, Query(max_length=40, description="last date of change")] = "",
 ) -> dict[str, Any]:
-    given: dict[str, Any] = {
+    filters: dict[str, Any] = {
         "folder": folder or None,
         "since": since or None,
         "until": until or None,
     }
-    make_filter(**given)  # what is wrong with them is told before the model is asked
-    return given
+    make_filter(**filters)  # a wrong filter is reported before the model runs
+    return filters
 
 
-Serving = Annotated[Served, Depends(_served)]
-Chosen = Annotated[Searcher, Depends(_of_query)]
-ChosenByPath = Annotated[Searcher, Depends(_of_path)]
+ServicesOf = Annotated[Services, Depends(_services)]
+IndexOfQuery = Annotated[Searcher, Depends(_searcher_of_query)]
+IndexOfPath = Annotated[Searcher, Depends(_searcher_of_path)]
 Filters = Annotated[dict[str, Any], Depends(_filters)]
-Text = Annotated[str, Query(max_length=LONGEST, description="what to look for")]
-Count = Annotated[int, Query(ge=1, le=MOST, description="how many")]
+QueryText = Annotated[str, Query(max_length=MAX_QUERY, description="what to look for")]
+Count = Annotated[int, Query(ge=1, le=MAX_HITS, description="number of results")]
 FileId = Annotated[int, Path(ge=1, lt=2**63)]
 Seconds = Annotated[float, Query(ge=0, le=1e7, allow_inf_nan=False)]
 Upload = Annotated[UploadFile, File()]
 
 
 @router.get("/api/indexes")
-def indexes(served: Serving) -> list[About]:
-    """Which indexes there are; one that is gone is left out."""
-    found, gone = [], ""
-    for name, searcher in served.library.items():
+def indexes(services: ServicesOf) -> list[IndexSummary]:
+    """The served indexes; one whose folder is gone is left out."""
+    summaries, reason = [], ""
+    for name, searcher in services.library.items():
         try:
-            found.append(schemas.about(name, searcher))
+            info, counts = searcher.index.info, searcher.index.counts()
+            summary = IndexSummary(
+                name=name,
+                method=info.method,
+                clip=info.clip_name,
+                folder=searcher.index.folder,
+                files=counts["files"],
+                moments=counts["moments"],
+                captions=counts["captions"],
+                frames=info.frames,
+            )
+            summaries.append(summary)
         except UserError as error:
-            gone = str(error)
-    if not found:
-        raise HTTPException(503, gone)
-    return found
+            reason = str(error)
+    if not summaries:
+        raise HTTPException(503, reason)
+    return summaries
 
 
 @router.get("/api/search")
 async def search(
-    searcher: Chosen, served: Serving, filters: Filters, q: Text, k: Count = 10
-) -> Answer:
-    """What shows what a text says."""
-    vector = await served.work.query(searcher, _said(q))
+    searcher: IndexOfQuery, services: ServicesOf, filters: Filters, q: QueryText, k: Count = 10
+) -> SearchResponse:
+    """Moments that show what a text describes."""
+    vector = await services.executor.query_vector(searcher, _not_empty(q))
     cut = bool(searcher.retriever.count_cut([q]))
-    return await _nearest(served, searcher, vector, k, q, cut=cut, **filters)
+    return SearchResponse(
+        query=q, cut=cut, hits=await _hits(services, searcher, vector, k, **filters)
+    )
 
 
 @router.post("/api/search/video")
 async def search_by_video(
-    searcher: Chosen,
-    served: Serving,
+    searcher: IndexOfQuery,
+    services: ServicesOf,
     filters: Filters,
     file: Upload,
     k: Count = 10,
     to: Literal["videos", "captions"] = "videos",
-) -> Answer:
-    """What is like a video, or the captions that describe it."""
-    retriever = searcher.retriever
-    given = decoders.uploaded_video, retriever.frame_spec, served.max_seconds
-    pixels = await _decoded(served, file, *given)
-    vector = (await served.work.model(retriever.embed_frames, pixels[None]))[0]
-    return await _nearest(served, searcher, vector, k, file.filename or "", to=to, **filters)
+) -> SearchResponse:
+    """Moments that resemble a video, or captions that describe it."""
+    retriever, limit = searcher.retriever, services.max_seconds
+    pixels = await _decode_upload(services, file, files.uploaded_video, retriever.frame_spec, limit)
+    (vector,) = await services.executor.run_model(retriever.embed_frames, pixels[None])
+    hits = await _hits(services, searcher, vector, k, to=to, **filters)
+    return SearchResponse(query=file.filename or "", cut=False, hits=hits)
 
 
 @router.post("/api/search/image")
 async def search_by_image(
-    searcher: Chosen, served: Serving, filters: Filters, file: Upload, k: Count = 10
-) -> Answer:
-    """What is like a picture."""
+    searcher: IndexOfQuery, services: ServicesOf, filters: Filters, file: Upload, k: Count = 10
+) -> SearchResponse:
+    """Moments that resemble a picture."""
     retriever = searcher.retriever
-    pixels = await _decoded(served, file, decoders.uploaded_image, retriever.frame_spec)
-    vector = (await served.work.model(retriever.embed_images, [pixels]))[0]
-    return await _nearest(served, searcher, vector, k, file.filename or "", **filters)
+    pixels = await _decode_upload(services, file, files.uploaded_image, retriever.frame_spec)
+    (vector,) = await services.executor.run_model(retriever.embed_images, [pixels])
+    hits = await _hits(services, searcher, vector, k, **filters)
+    return SearchResponse(query=file.filename or "", cut=False, hits=hits)
 
 
 @router.get("/api/explain")
 async def explain(
-    searcher: Chosen,
-    served: Serving,
-    q: Text,
+    searcher: IndexOfQuery,
+    services: ServicesOf,
+    q: QueryText,
     file_id: Annotated[int, Query(ge=1, lt=2**63)],
     start: Seconds = 0.0,
     end: Annotated[float | None, Query(gt=0, le=1e7, allow_inf_nan=False)] = None,
 ) -> Explanation:
-    """How near a text is to each frame of a moment."""
+    """The similarity of a text to each frame of a moment."""
     if end is not None and end <= start:
         raise UserError(f"end={end:g}: must be more than start={start:g}")
-    vector = await served.work.query(searcher, _said(q))
+    vector = await services.executor.query_vector(searcher, _not_empty(q))
     folder, record = await _file(searcher, file_id)
     retriever = searcher.retriever
-    last = float("inf") if end is None else end
-    call = decoders.moment, folder, record, retriever.frame_spec, start, last
+    segment = start, math.inf if end is None else end
+    call = files.moment_frames, folder, record, retriever.frame_spec, *segment
     try:
-        pixels, seconds = await served.work.decode(*call)
+        pixels, seconds = await services.executor.decode(*call)
     except VideoError as error:
         raise type(error)(f"{record.path}: {error}") from None
-    each = (await served.work.model(retriever.embed_each_frame, pixels[None]))[0]
-    return Explanation(seconds=seconds, scores=[float(score) for score in each @ vector])
+    (vectors,) = await services.executor.run_model(retriever.embed_each_frame, pixels[None])
+    return Explanation(seconds=seconds, scores=[float(score) for score in vectors @ vector])
 
 
 @router.get(
@@ -186,14 +251,15 @@ async def explain(
     responses={200: {"content": {"image/jpeg": {}}}},
 )
 async def thumbnail(
-    request: Request, searcher: ChosenByPath, served: Serving, file_id: FileId, t: Seconds = 0.0
+    request: Request, searcher: IndexOfPath, services: ServicesOf, file_id: FileId, t: Seconds = 0.0
 ) -> Response:
     """A small picture of a video at a time."""
     folder, record = await _file(searcher, file_id)
-    # One that is kept is not shown where the file is gone.
+    # A cached picture is not sent when its file is gone.
     await anyio.to_thread.run_sync(lambda: _open(folder, record).close())
     try:
-        picture = await served.work.picture(decoders.thumbnail, folder, record, round(t, 2))
+        call = files.thumbnail, folder, record, round(t, 2)
+        picture = await services.executor.thumbnail(*call)
     except VideoError as error:
         raise type(error)(f"{record.path}: {error}") from None
     headers = {
@@ -202,7 +268,7 @@ async def thumbnail(
         "Last-Modified": email.utils.formatdate(record.mtime / 1e9, usegmt=True),
     }
     response = Response(picture, media_type="image/jpeg", headers=headers)
-    return not_modified(response, request.scope) or response
+    return files.not_modified(response, request.scope) or response
 
 
 @router.get(
@@ -210,43 +276,50 @@ async def thumbnail(
     response_class=Response,
     responses={
         200: {"content": {"video/*": {}, "application/octet-stream": {}}},
-        206: {"description": "the range that was asked for"},
+        206: {"description": "the requested range"},
     },
 )
-async def media(searcher: ChosenByPath, file_id: FileId) -> Response:
+async def media(searcher: IndexOfPath, file_id: FileId) -> Response:
     """A video, or ranges of it."""
     folder, record = await _file(searcher, file_id)
     file = await anyio.to_thread.run_sync(_open, folder, record)
-    return VideoResponse(file, record.path)
+    return files.VideoResponse(file, record.path)
 
 
-def _said(query: str) -> str:
+def _not_empty(query: str) -> str:
     if not query.strip():
         raise UserError("q: the query is empty; say what to look for")
     return query
 
 
-async def _nearest(
-    served: Served,
-    searcher: Searcher,
-    vector: np.ndarray,
-    k: int,
-    query: str,
-    cut: bool = False,
-    **filters: Any,
-) -> Answer:
-    def find() -> list[schemas.Found]:
-        return schemas.found(searcher, searcher.nearest(vector, k, **filters))
+async def _hits(
+    services: Services, searcher: Searcher, vector: np.ndarray, k: int, **filters: Any
+) -> list[SearchHit]:
+    def find() -> list[SearchHit]:
+        folder = searcher.index.folder
+        return [search_hit(folder, hit) for hit in searcher.nearest(vector, k, **filters)]
 
     try:
-        hits = await served.work.search(find)
-    except UserError as error:  # the question was looked at before: it is the index
+        return await services.executor.run_search(find)
+    except UserError as error:  # the request was checked before: the index is at fault
         raise HTTPException(503, str(error)) from None
-    return Answer(query=query, cut=cut, hits=hits)
+
+
+def search_hit(folder: str, hit: Hit) -> SearchHit:
+    """A hit as the API describes it, and whether its file still exists in the folder."""
+    return SearchHit(
+        file_id=hit.file_id,
+        name=hit.path,
+        score=hit.score,
+        start=hit.start,
+        end=None if math.isinf(hit.end) else hit.end,
+        caption=hit.caption,
+        missing=bool(hit.path) and not os.path.isfile(os.path.join(folder, hit.path)),
+    )
 
 
 async def _file(searcher: Searcher, file_id: int) -> tuple[str, IndexedFile]:
-    """(indexed folder, what is known of a file in it) of a video that an index holds."""
+    """(indexed folder, record of the file) of an indexed video."""
     try:
         folder = await anyio.to_thread.run_sync(lambda: searcher.index.folder)
     except UserError as error:
@@ -261,15 +334,16 @@ async def _file(searcher: Searcher, file_id: int) -> tuple[str, IndexedFile]:
 
 
 def _open(folder: str, record: IndexedFile) -> BinaryIO:
-    """See `open_indexed`."""
     try:
-        return open_indexed(folder, record)
+        return files.open_indexed(folder, record)
     except VideoError as error:
         raise type(error)(f"{record.path}: {error}") from None
 
 
-async def _decoded(served: Served, upload: UploadFile, call: Callable, *arguments: Any) -> Any:
-    """What a decoder makes of an upload."""
+async def _decode_upload(
+    services: Services, upload: UploadFile, call: Callable, *arguments: Any
+) -> Any:
+    """The result of a decoding call on an uploaded file."""
     with tempfile.TemporaryDirectory(prefix="vop_jax_upload_") as folder:
         path = os.path.join(folder, "upload")
 
@@ -279,6 +353,6 @@ async def _decoded(served: Served, upload: UploadFile, call: Callable, *argument
 
         await anyio.to_thread.run_sync(copy)
         try:
-            return await served.work.decode(call, path, *arguments)
+            return await services.executor.decode(call, path, *arguments)
         except VideoError as error:
             raise HTTPException(400, f"{upload.filename or 'the upload'}: {error}") from None

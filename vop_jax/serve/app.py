@@ -1,30 +1,30 @@
-"""The server: one page, and what it asks for."""
+"""The ASGI application: served indexes, routes of page and API, error responses."""
 
-import asyncio
 import contextlib
 import dataclasses
 import html
 import os
-from collections.abc import AsyncIterator
+import pathlib
+import re
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, Response
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
 
 import vop_jax
 from vop_jax.errors import UserError, VideoError
+from vop_jax.search.searcher import open_searcher
 from vop_jax.serve import api
-from vop_jax.serve.executor import Work
-from vop_jax.serve.library import Library
-from vop_jax.serve.media import Gone
-from vop_jax.serve.middleware import Guard, error
-from vop_jax.serve.sandbox import Busy, Sandbox
-from vop_jax.serve.schemas import Health
+from vop_jax.serve.executor import Busy, Executor
+from vop_jax.serve.media import FileGone
+from vop_jax.serve.middleware import SafetyMiddleware, error_response
 
-PAGE = StaticFiles(directory=os.path.join(os.path.dirname(__file__), "static"))
+STATIC = StaticFiles(directory=os.path.join(os.path.dirname(__file__), "static"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,14 +32,14 @@ class Settings:
     """What a server allows.
 
     Attributes:
-        token: that must be given; "" if none.
+        token: that requests must carry; "" if none.
         max_upload: bytes.
         max_seconds: of an uploaded video.
-        hosts: names that requests may be addressed to; () for any. Where only this machine is to
-            reach it, a page of another site could else get at it by a name of its own.
-        names: of those, what a proxy in front is called.
-        workers: processes that decode.
-        decode_seconds: that one file may take.
+        hosts: names that requests may address; () for any. A server for this machine alone needs
+            the list: else a page of another site could reach it by a name of its own.
+        names: those of `hosts` that a proxy in front of the server has.
+        workers: decoding processes.
+        decode_seconds: time limit of decoding one file.
     """
 
     token: str = ""
@@ -51,14 +51,45 @@ class Settings:
     decode_seconds: float = 60.0
 
 
-def make_app(library: Library, settings: Settings) -> FastAPI:
-    """The app; its end closes the indexes."""
-    sandbox = Sandbox(settings.workers, seconds=settings.decode_seconds)
+class Health(BaseModel):
+    """The server answers."""
+
+    status: str
+
+
+def open_library(directories: Sequence[str], clip: str | None = None) -> api.Library:
+    """Opens indexes by name; those of one CLIP share it in memory.
+
+    An index has the name of its folder, as a URL may contain it; a second one gets NAME-2.
+
+    Args:
+        clip: the CLIP file, if it has moved.
+
+    Raises:
+        UserError: an index does not exist, or its model is gone.
+    """
+    library: api.Library = {}
+    for directory in directories:
+        folder = pathlib.Path(directory).resolve().name
+        stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", folder).strip("-.") or "index"
+        name, number = stem, 1
+        while name in library:
+            number += 1
+            name = f"{stem}-{number}"
+        opened = (searcher.retriever for searcher in library.values())
+        library[name] = open_searcher(directory, clip=clip, others=opened)
+    return library
+
+
+def make_app(library: api.Library, settings: Settings) -> FastAPI:
+    """The application; its end closes the indexes."""
+    executor = Executor(settings.workers, seconds=settings.decode_seconds)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        executor.start()
         yield
-        await asyncio.to_thread(sandbox.close)
+        await executor.close()
         for searcher in library.values():
             searcher.index.close()
 
@@ -66,21 +97,21 @@ def make_app(library: Library, settings: Settings) -> FastAPI:
         title="vop_jax",
         description="Finds videos, and moments of them, by what they show.",
         version=vop_jax.__version__,
-        docs_url=None,  # FastAPI's own load from elsewhere
+        docs_url=None,  # FastAPI's own pages load scripts from other sites
         redoc_url=None,
         lifespan=lifespan,
     )
-    app.state.served = api.Served(library, Work(sandbox), settings.max_seconds)
+    app.state.services = api.Services(library, executor, settings.max_seconds)
     app.include_router(api.router)
     pages = api.Router()
     pages.add_api_route("/healthz", _health, response_model=Health)
     pages.add_api_route("/", _page, include_in_schema=False)
     pages.add_api_route("/docs", _docs, include_in_schema=False)
     app.include_router(pages)
-    app.mount("/static", PAGE)
-    _say_errors(app)
+    app.mount("/static", STATIC)
+    _handle_errors(app)
     app.add_middleware(
-        Guard,
+        SafetyMiddleware,
         token=settings.token,
         hosts=settings.hosts,
         names=settings.names,
@@ -95,47 +126,47 @@ async def _health() -> Health:
 
 
 async def _page(request: Request) -> Response:
-    return await PAGE.get_response("page.html", request.scope)
+    return await STATIC.get_response("page.html", request.scope)
 
 
 def _docs(request: Request) -> HTMLResponse:
-    """What there is to ask for, without anything from elsewhere."""
+    """A table of the API that loads nothing else."""
     rows = []
     for path, methods in request.app.openapi()["paths"].items():
-        for method, about in methods.items():
-            named = [
-                p["name"] + ("" if p["required"] else "?") for p in about.get("parameters", [])
+        for method, operation in methods.items():
+            parameters = [
+                p["name"] + ("" if p["required"] else "?") for p in operation.get("parameters", [])
             ]
-            named += ["file (multipart)"] if "requestBody" in about else []
-            cells = (method.upper(), path, ", ".join(named), about.get("description", ""))
+            parameters += ["file (multipart)"] if "requestBody" in operation else []
+            cells = (method.upper(), path, ", ".join(parameters), operation.get("description", ""))
             rows.append("".join(f"<td>{html.escape(cell)}</td>" for cell in cells))
     body = "".join(f"<tr>{row}</tr>" for row in rows)
     return HTMLResponse(
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>vop_jax: API</title>'
         '<h1>API</h1><p>The whole schema: <a href="openapi.json">openapi.json</a></p>'
-        f"<table><tr><th>Method<th>Path<th>Parameters<th>Answer</tr>{body}</table></html>"
+        f"<table><tr><th>Method<th>Path<th>Parameters<th>Response</tr>{body}</table></html>"
     )
 
 
-def _say_errors(app: FastAPI) -> None:
-    """One line each, and nothing of the inside."""
+def _handle_errors(app: FastAPI) -> None:
+    """Every error becomes one line, without details of the server."""
 
-    async def invalid(request: Request, wrong: Any) -> Response:
-        lines = [f"{'.'.join(map(str, e['loc'][1:]))}: {e['msg']}" for e in wrong.errors()]
-        return error(422, "; ".join(lines))
+    async def invalid(request: Request, error: Any) -> Response:
+        lines = [f"{'.'.join(map(str, e['loc'][1:]))}: {e['msg']}" for e in error.errors()]
+        return error_response(422, "; ".join(lines))
 
-    async def http(request: Request, wrong: Any) -> Response:
-        return error(wrong.status_code, wrong.detail, dict(wrong.headers or {}))
+    async def http(request: Request, error: Any) -> Response:
+        return error_response(error.status_code, error.detail, dict(error.headers or {}))
 
-    def status(code: int, headers: dict[str, str] | None = None) -> Any:
-        async def answer(request: Request, wrong: Exception) -> Response:
-            return error(code, str(wrong) or "the server is busy; try again", headers)
+    def with_status(code: int, headers: dict[str, str] | None = None) -> Any:
+        async def handler(request: Request, error: Exception) -> Response:
+            return error_response(code, error, headers)
 
-        return answer
+        return handler
 
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
-    app.add_exception_handler(UserError, status(400))
-    app.add_exception_handler(VideoError, status(422))
-    app.add_exception_handler(Gone, status(404))
-    app.add_exception_handler(Busy, status(503, {"Retry-After": "2"}))
+    app.add_exception_handler(UserError, with_status(400))
+    app.add_exception_handler(VideoError, with_status(422))
+    app.add_exception_handler(FileGone, with_status(404))
+    app.add_exception_handler(Busy, with_status(503, {"Retry-After": "2"}))

@@ -1,97 +1,195 @@
-"""What requests share: the model, the processes that decode, and what they made last."""
+"""Slow work of the server, off its event loop: model calls, vector searches, decoding processes."""
 
 import asyncio
-import threading
+import contextlib
+import functools
+import multiprocessing
+import pathlib
+import resource
+import signal
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import AsyncIterator, Callable, Hashable
 from typing import Any
 
 import anyio
 import numpy as np
+import pebble
+from absl import logging
 
+from vop_jax.errors import VideoError
 from vop_jax.search.searcher import Searcher
-from vop_jax.serve.sandbox import Busy, Sandbox
+from vop_jax.video.workers import stand_apart
 
-VECTORS, PICTURES = 2048, 512  # that are kept
+VECTORS, THUMBNAILS = 2048, 512  # entries of the caches
 WAITING = 256  # requests that may wait for the model, or for a decoder; more are refused
 SEARCHES = 4  # at a time
+MEMORY = 2 << 30  # bytes that a decoding process may allocate beyond its libraries
 
 
-class Kept:
-    """The results of some calls, those that were asked for last; threads may share it."""
+class Busy(Exception):
+    """The server cannot take a request now; the client may try again."""
 
-    def __init__(self, most: int):
-        self._most, self._lock = most, threading.Lock()
+
+class Cache:
+    """The results that were used last, up to a number of them."""
+
+    def __init__(self, size: int):
+        self._size = size
         self._values: OrderedDict[Hashable, Any] = OrderedDict()
 
     def get(self, key: Hashable) -> Any:
-        """None where it is not kept."""
-        with self._lock:
-            if key in self._values:
-                self._values.move_to_end(key)
-            return self._values.get(key)
+        """The value of a key, or None."""
+        if key in self._values:
+            self._values.move_to_end(key)
+        return self._values.get(key)
 
     def put(self, key: Hashable, value: Any) -> None:
-        """Forgets what was asked for longest ago, if there are too many."""
-        with self._lock:
-            self._values[key] = value
-            self._values.move_to_end(key)
-            if len(self._values) > self._most:
-                self._values.popitem(last=False)
+        """Adds a value; the one that was used longest ago makes room for it."""
+        self._values[key] = value
+        self._values.move_to_end(key)
+        if len(self._values) > self._size:
+            self._values.popitem(last=False)
 
 
-class Work:
-    """Runs what is slow off the event loop; made within it or before.
+class Executor:
+    """Runs slow calls in threads and in decoding processes; all methods belong to one event loop.
 
-    Requests wait in the loop, not in threads: those that only read files go past them.
+    Requests wait in the loop, not in threads, so that requests that only read files overtake them.
+    A decoder that crashes, hangs or needs too much memory fails its own request alone.
 
     Args:
-        sandbox: its processes decode.
+        workers: decoding processes.
+        seconds: time limit of one decoding call.
+        memory: bytes that a decoding process may allocate beyond its libraries.
     """
 
-    def __init__(self, sandbox: Sandbox):
-        self._sandbox = sandbox
-        self._vectors, self._pictures = Kept(VECTORS), Kept(PICTURES)
-        # One call of the model uses all cores: a second at once would only take memory.
+    def __init__(self, workers: int, *, seconds: float, memory: int = MEMORY):
+        self._workers, self._seconds, self._memory = workers, seconds, memory
+        self._pool: pebble.ProcessPool | None = None
+        self._vectors, self._thumbnails = Cache(VECTORS), Cache(THUMBNAILS)
+        # One call of the model uses all cores: a second one at once would only take memory.
         self._model, self._search = anyio.CapacityLimiter(1), anyio.CapacityLimiter(SEARCHES)
+        self._decoders = anyio.CapacityLimiter(workers)
 
-    async def query(self, searcher: Searcher, text: str) -> np.ndarray:
-        """float32 [E] of a text; see `Searcher.vector`."""
+    async def query_vector(self, searcher: Searcher, text: str) -> np.ndarray:
+        """float32 [E], the unit vector of a text."""
         key = id(searcher), text
-
-        def embed() -> np.ndarray:
-            vector = self._vectors.get(key)
-            if vector is None:
-                vector = searcher.vector(text)
-                self._vectors.put(key, vector)
+        if (vector := self._vectors.get(key)) is not None:
             return vector
+        async with _turn(self._model):
+            # The same query of another client may have been embedded while this one waited.
+            if (vector := self._vectors.get(key)) is None:
+                vector = await anyio.to_thread.run_sync(searcher.vector, text)
+                self._vectors.put(key, vector)
+        return vector
 
-        vector = self._vectors.get(key)
-        return await self.model(embed) if vector is None else vector
+    async def run_model(self, call: Callable, *arguments: Any) -> Any:
+        """The result of a call of the model; calls run one at a time."""
+        async with _turn(self._model):
+            return await anyio.to_thread.run_sync(call, *arguments)
 
-    async def model(self, call: Callable, *arguments: Any) -> Any:
-        """A call of the model, when it is its turn."""
-        return await _in_turn(self._model, call, *arguments)
+    async def run_search(self, call: Callable, *arguments: Any) -> Any:
+        """The result of a search of vectors; a few run at a time."""
+        async with _turn(self._search):
+            return await anyio.to_thread.run_sync(call, *arguments)
 
-    async def search(self, call: Callable, *arguments: Any) -> Any:
-        """A search of vectors, when it is its turn."""
-        return await _in_turn(self._search, call, *arguments)
-
-    async def decode(self, call: Callable, *arguments: Any) -> Any:
-        """See `Sandbox.submit`."""
-        return await asyncio.wrap_future(self._sandbox.submit(call, *arguments))
-
-    async def picture(self, call: Callable, *arguments: Any) -> bytes:
-        """The same, of a picture that is kept."""
+    async def thumbnail(self, call: Callable, *arguments: Any) -> bytes:
+        """The result of `decode`, cached."""
         key = call, *arguments
-        picture = self._pictures.get(key)
-        if picture is None:
+        if (picture := self._thumbnails.get(key)) is None:
             picture = await self.decode(call, *arguments)
-            self._pictures.put(key, picture)
+            self._thumbnails.put(key, picture)
         return picture
 
+    async def decode(self, call: Callable, *arguments: Any) -> Any:
+        """The result of `call(*arguments)` in a decoding process; both must be picklable.
 
-async def _in_turn(limiter: anyio.CapacityLimiter, call: Callable, *arguments: Any) -> Any:
+        Raises:
+            VideoError: the call fails, crashes, takes too long or needs too much memory.
+            Busy: too many calls wait, or no process can be started.
+        """
+        borrower = object()
+        await _acquire(self._decoders, borrower)
+        # A request that is cancelled leaves its decoder running, and the next one waits for it:
+        # killing the process would cost a new start for each picture that a page scrolls past.
+        task = asyncio.create_task(self._decode(call, arguments))
+        task.add_done_callback(lambda _: self._decoders.release_on_behalf_of(borrower))
+        return await asyncio.shield(task)
+
+    async def _decode(self, call: Callable, arguments: tuple) -> Any:
+        limited = functools.partial(_limited, self._memory, call)
+        for _ in range(2):  # a process that dies while idle breaks its pool: a new one follows
+            self.start()
+            pool = self._pool
+            assert pool is not None
+            try:
+                future = pool.schedule(limited, arguments, timeout=self._seconds)
+                return await asyncio.wrap_future(future)
+            except pebble.ProcessExpired as error:
+                code = error.exitcode
+                name = signal.Signals(-code).name if code < 0 else f"status {code}"
+                raise VideoError(f"its decoder crashed ({name})") from None
+            except TimeoutError:
+                why = f"its decoder took more than {self._seconds:g} s and was stopped"
+                raise VideoError(why) from None
+            except RuntimeError as error:  # the pool is broken
+                logging.error("decoding processes: %s", error.__cause__ or error)
+                await self.close(pool)
+        raise Busy("no decoder could be started; try again")
+
+    def start(self) -> None:
+        """Starts the decoding processes, which takes a moment, unless they run."""
+        if self._pool is None:
+            context = multiprocessing.get_context("spawn")  # a fork would copy locks held by JAX
+            self._pool = pebble.ProcessPool(self._workers, initializer=stand_apart, context=context)
+        with contextlib.suppress(RuntimeError):  # `schedule` raises it again
+            _ = self._pool.active  # starts a new pool
+
+    async def close(self, pool: pebble.ProcessPool | None = None) -> None:
+        """Ends the decoding processes; those of `pool`, if others have replaced them."""
+        pool = pool or self._pool
+        if pool is self._pool:
+            self._pool = None
+        if pool is not None:
+            pool.stop()
+            await anyio.to_thread.run_sync(pool.join)
+
+
+async def _acquire(limiter: anyio.CapacityLimiter, borrower: object) -> None:
     if limiter.statistics().tasks_waiting >= WAITING:
-        raise Busy
-    return await anyio.to_thread.run_sync(call, *arguments, limiter=limiter)
+        raise Busy("the server is busy; try again")
+    await limiter.acquire_on_behalf_of(borrower)
+
+
+@contextlib.asynccontextmanager
+async def _turn(limiter: anyio.CapacityLimiter) -> AsyncIterator[None]:
+    borrower = object()
+    await _acquire(limiter, borrower)
+    try:
+        yield
+    finally:
+        limiter.release_on_behalf_of(borrower)
+
+
+def _limited(memory: int, call: Callable, *arguments: Any) -> Any:
+    """`call(*arguments)` in a decoding process, within its limits; any error is a VideoError."""
+    _limit(memory)
+    try:
+        return call(*arguments)
+    except VideoError:
+        raise
+    except MemoryError:
+        raise VideoError("decoding it takes too much memory") from None
+    except Exception:  # for the log alone: the sender of a file learns nothing of the server
+        logging.exception("a decoder failed")
+        raise VideoError("not decodable") from None
+
+
+@functools.cache  # once in the life of a process, when its libraries are loaded
+def _limit(memory: int) -> None:
+    for limit in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):  # a decoder writes no file
+        resource.setrlimit(limit, (0, 0))
+    sizes = pathlib.Path("/proc/self/statm")
+    if sizes.exists():  # only Linux enforces the limit
+        mapped = int(sizes.read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + memory,) * 2)

@@ -1,5 +1,9 @@
-"""The bytes of indexed videos, and answers that a client has already."""
+"""Video files of the server: indexed ones are opened, decoded and sent; uploads are decoded.
 
+Decoding processes import this file: it loads no jax.
+"""
+
+import io
 import mimetypes
 import os
 import pathlib
@@ -7,6 +11,8 @@ import re
 import stat
 from typing import BinaryIO
 
+import numpy as np
+from PIL import Image
 from starlette.datastructures import Headers
 from starlette.responses import FileResponse, Response
 from starlette.staticfiles import NotModifiedResponse, StaticFiles
@@ -14,80 +20,17 @@ from starlette.types import Receive, Scope, Send
 
 from vop_jax.errors import VideoError
 from vop_jax.search.catalog import IndexedFile
+from vop_jax.video.crops import eval_crop
+from vop_jax.video.decode import SegmentReader
+from vop_jax.video.frames import read_frame_at
+from vop_jax.video.images import decode_picture
+from vop_jax.video.moments import FrameSpec, read_segment
 
+THUMBNAIL = 320, 640  # largest width and height
+QUALITY = 80  # of its JPEG
+PIXELS = 50_000_000  # largest uploaded picture
 
-class Gone(VideoError):
-    """An indexed file that cannot be handed out any more; the message is one line."""
-
-
-def open_indexed(folder: str, file: IndexedFile) -> BinaryIO:
-    """Opens an indexed file to read, as it was indexed.
-
-    Raises:
-        Gone: see `open_inside`; or another is there now, perhaps by a link to one in the folder
-            that was never indexed.
-    """
-    opened = open_inside(folder, file.path)
-    state = os.fstat(opened.fileno())
-    if (state.st_size, state.st_mtime_ns) != (file.size, file.mtime):
-        opened.close()
-        raise Gone("it has changed since it was indexed; index again")
-    return opened
-
-
-def open_inside(folder: str, path: str) -> BinaryIO:
-    """Opens a file of a folder to read.
-
-    Links are followed inside the folder alone, and what is opened is no link whoever swaps it
-    meanwhile: every step on the way is opened from the one before.
-
-    Args:
-        path: relative to the folder.
-
-    Raises:
-        Gone: it is not there, leads out of the folder, or is no file.
-    """
-    root = os.path.realpath(folder)
-    real = pathlib.Path(os.path.realpath(os.path.join(root, path)))
-    if not real.is_relative_to(root) or real == pathlib.Path(root):
-        raise Gone("it leads out of the indexed folder")
-    try:
-        descriptor = _open_below(root, real.relative_to(root).parts)
-    except OSError:
-        raise Gone("it is not there any more") from None
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise Gone("it is no file any more")
-    return os.fdopen(descriptor, "rb")
-
-
-def _open_below(root: str, parts: tuple[str, ...]) -> int:
-    """A descriptor of root/parts, of which none may be a link."""
-    here = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
-    for i, part in enumerate(parts):
-        last = i == len(parts) - 1
-        # A pipe in the place of a file would be waited for without O_NONBLOCK.
-        kind = os.O_NONBLOCK if last else os.O_DIRECTORY
-        try:
-            there = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | kind, dir_fd=here)
-        finally:
-            os.close(here)
-        here = there
-    return here
-
-
-def path_of(file: BinaryIO) -> str:
-    """A path that leads to an open file, whatever now lies where it was."""
-    return f"/dev/fd/{file.fileno()}"
-
-
-def displayable(name: str) -> str:
-    """A name as JSON and headers can hold it: of a file whose name is not UTF-8, a part is shown
-    as U+FFFD."""
-    return re.sub("[\ud800-\udfff]", "\ufffd", name)
-
-
-# Not told by their names everywhere.
+# Types that Python's own table lacks on some systems.
 TYPES = {
     ".mkv": "video/x-matroska",
     ".webm": "video/webm",
@@ -96,14 +39,131 @@ TYPES = {
 }
 
 
+class FileGone(VideoError):
+    """An indexed file that is no longer there, or no longer the same; the message is one line."""
+
+
+def open_indexed(folder: str, file: IndexedFile) -> BinaryIO:
+    """Opens an indexed file for reading, if it is still the file that was indexed.
+
+    Raises:
+        FileGone: see `open_inside`; or the file has changed since, perhaps into a link to another
+            file of the folder that was never indexed.
+    """
+    opened = open_inside(folder, file.path)
+    state = os.fstat(opened.fileno())
+    if (state.st_size, state.st_mtime_ns) != (file.size, file.mtime):
+        opened.close()
+        raise FileGone("it has changed since it was indexed; index again")
+    return opened
+
+
+def open_inside(folder: str, path: str) -> BinaryIO:
+    """Opens a file of a folder for reading.
+
+    Links are followed only inside the folder. A link that is swapped in during the call is not
+    followed: each step of the path is opened relative to the one before.
+
+    Args:
+        path: relative to the folder.
+
+    Raises:
+        FileGone: the file does not exist, lies outside of the folder, or is no regular file.
+    """
+    root = os.path.realpath(folder)
+    real = pathlib.Path(os.path.realpath(os.path.join(root, path)))
+    if not real.is_relative_to(root) or real == pathlib.Path(root):
+        raise FileGone("it leads out of the indexed folder")
+    try:
+        descriptor = _open_below(root, real.relative_to(root).parts)
+    except OSError:
+        raise FileGone("it is not there any more") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise FileGone("it is no file any more")
+    return os.fdopen(descriptor, "rb")
+
+
+def _open_below(root: str, parts: tuple[str, ...]) -> int:
+    """A descriptor of root/parts, of which none may be a link."""
+    parent = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+    for i, part in enumerate(parts):
+        # Without O_NONBLOCK, opening a pipe would wait for its writer.
+        kind = os.O_NONBLOCK if i == len(parts) - 1 else os.O_DIRECTORY
+        try:
+            child = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | kind, dir_fd=parent)
+        finally:
+            os.close(parent)
+        parent = child
+    return parent
+
+
+def path_of(file: BinaryIO) -> str:
+    """A path of an open file, valid whatever happens to its name."""
+    return f"/dev/fd/{file.fileno()}"
+
+
+def thumbnail(folder: str, file: IndexedFile, seconds: float) -> bytes:
+    """A JPEG of the frame that an indexed video shows at a time.
+
+    Raises:
+        VideoError: the file cannot be read, or is gone (`FileGone`).
+    """
+    with open_indexed(folder, file) as opened:
+        picture = Image.fromarray(read_frame_at(path_of(opened), seconds))
+    picture.thumbnail(THUMBNAIL)
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=QUALITY)
+    return buffer.getvalue()
+
+
+def moment_frames(
+    folder: str, file: IndexedFile, spec: FrameSpec, start: float, end: float
+) -> tuple[np.ndarray, list[float]]:
+    """(uint8 [F, S, S, 3], seconds) of the frames of a segment of an indexed video.
+
+    Raises:
+        VideoError: the file cannot be read, or is gone (`FileGone`).
+    """
+    with open_indexed(folder, file) as opened:
+        return read_segment(path_of(opened), spec, start, end)
+
+
+def uploaded_video(path: str, spec: FrameSpec, max_seconds: float) -> np.ndarray:
+    """Frames uint8 [F, S, S, 3] of an uploaded file.
+
+    Raises:
+        VideoError: it is no video, damaged, or too long.
+    """
+    times = SegmentReader(path).packet_times()
+    if times and times[-1] > max_seconds:
+        raise VideoError(f"{times[-1]:.0f} s long; at most {max_seconds:g} s are allowed")
+    return read_segment(path, spec)[0]
+
+
+def uploaded_image(path: str, spec: FrameSpec) -> np.ndarray:
+    """Pixels uint8 [S, S, 3] of an uploaded picture.
+
+    Raises:
+        VideoError: it is no picture, or too large.
+    """
+    with open(path, "rb") as file:
+        pixels = decode_picture(file, PIXELS)
+    return eval_crop(pixels[None], spec.image_size)[0]
+
+
+def displayable(name: str) -> str:
+    """A name that JSON and headers can hold: bytes that are not UTF-8 become U+FFFD."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", name)
+
+
 class VideoResponse(FileResponse):
-    """An open file, whole or the ranges that are asked for; closed when it is sent."""
+    """An open file, whole or in the requested ranges; it is closed when it has been sent."""
 
     def __init__(self, file: BinaryIO, name: str):
         suffix = os.path.splitext(name)[1].lower()
         kind = TYPES.get(suffix) or mimetypes.guess_type(name)[0] or ""
-        # Whatever it is called, no browser shall run it.
-        safe = kind.startswith("video/")
+        safe = kind.startswith("video/")  # a browser must not run a file, whatever its name
         super().__init__(
             path_of(file),
             media_type=kind if safe else "application/octet-stream",
@@ -115,16 +175,16 @@ class VideoResponse(FileResponse):
         self._file = file
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Sends it."""
+        """Sends the file, or that the client has it."""
         with self._file:
-            if known := not_modified(self, scope):
-                await known(scope, receive, send)
+            if unchanged := not_modified(self, scope):
+                await unchanged(scope, receive, send)
             else:
                 await super().__call__(scope, receive, send)
 
 
 def not_modified(response: Response, scope: Scope) -> Response | None:
-    """What is answered where the client has a response already; None where it has not.
+    """The 304 response of a request whose client has `response` already; None if it has not.
 
     Args:
         response: with the header ETag.

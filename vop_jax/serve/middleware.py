@@ -1,4 +1,4 @@
-"""Who is let in, how much is taken in, and what browsers are told about what goes out."""
+"""Protection of the server: hosts, token, foreign pages, sizes and times of requests, headers."""
 
 import asyncio
 import hmac
@@ -20,14 +20,14 @@ from vop_jax.cli import printable
 from vop_jax.serve.media import displayable
 
 COOKIE = "token"
-BODY = 64 << 10  # bytes of a request that is no upload, and of what is around an upload
-UPLOADS = 8  # at the same time; bounds what lies on the disk
-UPLOAD_SECONDS = 600.0  # from the first byte to the answer
-UPLOAD_PAUSE = 30.0  # seconds in which nothing of an upload comes
-STREAMS = 64  # videos that are sent at the same time; bounds the open files
-CHARSETS = (b"utf-8", b"us-ascii")  # of what is written in an upload
+BODY = 64 << 10  # bytes of a request without an upload, and of the parts around an upload
+UPLOADS = 8  # at a time; bounds the disk space
+UPLOAD_SECONDS = 600.0  # from the first byte to the response
+UPLOAD_PAUSE = 30.0  # seconds without a byte of an upload
+STREAMS = 64  # videos that are sent at a time; bounds the open files
+CHARSETS = (b"utf-8", b"us-ascii")  # of the text parts of an upload
 CLOSE = {"Connection": "close"}
-# What Starlette answers, as text, to the header Range.
+# Starlette answers a wrong Range header as plain text; these lines replace it.
 RANGES = {400: "Range: must be bytes=FIRST-LAST", 416: "Range: outside of the file"}
 
 HEADERS = {
@@ -43,13 +43,13 @@ HEADERS = {
 }
 
 
-class Guard:
-    """Middleware: hosts, the token, requests of other sites' pages, sizes, headers.
+class SafetyMiddleware:
+    """Refuses unwanted requests, limits the others, and adds headers to every response.
 
     Args:
-        token: that must be given; "" if none.
-        hosts: names that requests may be addressed to; () for any.
-        names: of those, what a proxy in front is called: its pages may ask, too.
+        token: that requests must carry; "" if none.
+        hosts: names that requests may address; () for any.
+        names: those of `hosts` that a proxy has: its pages may send requests, too.
         max_upload: bytes.
     """
 
@@ -61,41 +61,41 @@ class Guard:
         self._uploads = self._streams = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request; where its client goes away, nothing more is done for it."""
+        """Handles one request; stops when its client disconnects."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
 
         upload = scope["method"] == "POST"
-        body, answer = _Body(receive, self._max_upload if upload else None), _Answer(send)
-        with anyio.move_on_after(UPLOAD_SECONDS if upload else math.inf) as work:
+        body = _RequestBody(receive, self._max_upload if upload else None)
+        response = _ResponseSender(send)
+        with anyio.move_on_after(UPLOAD_SECONDS if upload else math.inf) as handling:
 
-            def stop(gone: asyncio.Task) -> None:
-                if not answer.complete:
-                    work.cancel()
+            def stop(_: asyncio.Task) -> None:
+                if not response.complete:
+                    handling.cancel()
 
-            gone = asyncio.create_task(body.gone())
-            gone.add_done_callback(stop)
+            disconnect = asyncio.create_task(body.wait_for_disconnect())
+            disconnect.add_done_callback(stop)
             try:
-                await self._answer(scope, body.receive, answer.send)
-            except Exception:  # answered here: what is outside of this lacks the headers
+                await self._handle(scope, body.receive, response.send)
+            except Exception:  # outside of this middleware, an error response would lack headers
                 logging.exception("%s %s", scope["method"], printable(scope["path"]))
-                if not answer.started:
-                    failure = error(500, "the server failed; its log says more")
-                    await failure(scope, receive, answer.send)
+                if not response.started:
+                    failure = error_response(500, "the server failed; its log says more")
+                    await failure(scope, receive, response.send)
             finally:
-                gone.cancel()
-        if work.cancelled_caught and not answer.started:
-            refusal = error(408, "the upload took too long", CLOSE)
-            await refusal(scope, receive, answer.send)
+                disconnect.cancel()
+        if handling.cancelled_caught and not response.started:
+            refusal = error_response(408, "the upload took too long", CLOSE)
+            await refusal(scope, receive, response.send)
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         if refusal := self._refusal(HTTPConnection(scope)):
             return await refusal(scope, receive, send)
         upload, stream = scope["method"] == "POST", scope["path"].startswith("/media/")
         if (upload and self._uploads >= UPLOADS) or (stream and self._streams >= STREAMS):
-            what = "uploads" if upload else "videos"
-            busy = error(503, f"too many {what} at a time; try again", {"Retry-After": "5"})
-            return await busy(scope, receive, send)
+            line = f"too many {'uploads' if upload else 'videos'} at a time; try again"
+            return await error_response(503, line, {"Retry-After": "5"})(scope, receive, send)
         self._uploads += upload
         self._streams += stream
         try:
@@ -107,81 +107,85 @@ class Guard:
     def _refusal(self, request: HTTPConnection) -> Response | None:
         host, origin = request.headers.get("host", ""), request.headers.get("origin")
         if self._hosts and _hostname(host) not in self._hosts:
-            return error(400, "Host: this server is not called so")
+            return error_response(400, "Host: not a name of this server")
         site = (origin or "").partition("://")[2]
         if origin and site != host and _hostname(site) not in self._names:
-            return error(403, "a page of another site may not ask this server")
+            return error_response(403, "Origin: pages of other sites may not use this server")
         if length := request.headers.get("content-length"):
-            most = self._max_upload if request.scope["method"] == "POST" else 0
-            if not length.isdecimal() or len(length) > 15 or int(length) > most + BODY:
-                return error(413, _limit(most), CLOSE)
+            limit = self._max_upload if request.scope["method"] == "POST" else 0
+            if not length.isdecimal() or len(length) > 15 or int(length) > limit + BODY:
+                return error_response(413, _too_large(limit), CLOSE)
         _, options = parse_options_header(request.headers.get("content-type", ""))
         if options.get(b"charset", b"utf-8").lower() not in CHARSETS:
-            return error(415, "charset: must be utf-8")
+            return error_response(415, "charset: must be utf-8")
         return self._without_token(request) if self._token else None
 
     def _without_token(self, request: HTTPConnection) -> Response | None:
-        path, given = request.scope["path"], request.query_params.get("token", "")
+        """The refusal of a request without the token; a redirect of the page's own address."""
+        path, parameter = request.scope["path"], request.query_params.get("token", "")
         if path == "/healthz":
             return None
-        if path == "/" and self._is_token(given):
-            response = RedirectResponse("/", 303)  # so that the address does not hold it
-            response.set_cookie(COOKIE, given, httponly=True, samesite="strict", max_age=30 * 86400)
+        if path == "/" and self._is_token(parameter):
+            response = RedirectResponse("/", 303)  # so that the address does not keep the token
+            response.set_cookie(
+                COOKIE, parameter, httponly=True, samesite="strict", max_age=30 * 86400
+            )
             return response
         scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer" and self._is_token(bearer.strip()):
             return None
         if self._is_token(request.cookies.get(COOKIE, "")):
             return None
-        return error(401, "a token is needed: open /?token=…", {"WWW-Authenticate": "Bearer"})
+        authenticate = {"WWW-Authenticate": "Bearer"}
+        return error_response(401, "a token is needed: open /?token=…", authenticate)
 
-    def _is_token(self, given: str) -> bool:
-        return hmac.compare_digest(given.encode("utf-8", "replace"), self._token.encode())
+    def _is_token(self, text: str) -> bool:
+        return hmac.compare_digest(text.encode("utf-8", "replace"), self._token.encode())
 
 
-class _Body:
-    """What comes in of a request.
+class _RequestBody:
+    """The body of a request.
 
     Args:
         receive: the server's.
-        most: bytes of an upload; None of other requests, whose body nobody reads.
+        limit: bytes of an upload; None for requests whose body nobody reads.
     """
 
-    def __init__(self, receive: Receive, most: int | None):
-        self._receive, self._most = receive, most
-        self._taken, self._read = 0, asyncio.Event()
-        if most is None:
-            self._read.set()
+    def __init__(self, receive: Receive, limit: int | None):
+        self._receive, self._limit = receive, limit
+        self._bytes, self._complete = 0, asyncio.Event()
+        if limit is None:
+            self._complete.set()
 
     async def receive(self) -> Message:
-        """The next piece.
+        """The next part.
 
         Raises:
-            HTTPException: it is too much, or does not come.
+            HTTPException: the body is too large, or stalls.
         """
-        if self._most is None:
+        if self._limit is None:
             return await self._receive()
         try:
             async with asyncio.timeout(UPLOAD_PAUSE):
                 message = await self._receive()
         except TimeoutError:
-            raise HTTPException(408, "the upload does not go on", CLOSE) from None
-        self._taken += len(message.get("body", b""))
-        if self._taken > self._most + BODY:
-            raise HTTPException(413, _limit(self._most), CLOSE)
+            raise HTTPException(408, "the upload stalled", CLOSE) from None
+        self._bytes += len(message.get("body", b""))
+        if self._bytes > self._limit + BODY:
+            raise HTTPException(413, _too_large(self._limit), CLOSE)
         if not message.get("more_body"):
-            self._read.set()
+            self._complete.set()
         return message
 
-    async def gone(self) -> None:
-        """Waits for the client to go away, once the body is read."""
-        await self._read.wait()
+    async def wait_for_disconnect(self) -> None:
+        """Returns when the client disconnects; it is looked for once the body is complete."""
+        await self._complete.wait()
         while (await self._receive())["type"] != "http.disconnect":
             pass
 
 
-class _Answer:
-    """What goes out: with our headers, its errors as JSON."""
+class _ResponseSender:
+    """Sends a response with our headers, and Starlette's plain-text errors as JSON."""
 
     def __init__(self, send: Send):
         self._send = send
@@ -189,7 +193,7 @@ class _Answer:
         self._replaced = False
 
     async def send(self, message: Message) -> None:
-        """The next piece."""
+        """Sends the next part."""
         self.started = True
         if self._replaced:
             return
@@ -199,7 +203,7 @@ class _Answer:
                 headers.setdefault(name, value)
             if message["status"] in RANGES and "text/plain" in headers.get("content-type", ""):
                 self._replaced = True
-                refusal = error(message["status"], RANGES[message["status"]])
+                refusal = error_response(message["status"], RANGES[message["status"]])
                 headers.update(refusal.headers)
                 await self._send(message)
                 message = {"type": "http.response.body", "body": refusal.body}
@@ -214,11 +218,11 @@ def _hostname(host: str) -> str:
         return ""
 
 
-def _limit(most: int) -> str:
-    return f"more than the {most / 2**20:g} MB that are taken"
+def _too_large(limit: int) -> str:
+    return f"larger than the {limit / 2**20:g} MB that are allowed"
 
 
-def error(status: int, message: Any, headers: dict[str, str] | None = None) -> Response:
+def error_response(status: int, message: Any, headers: dict[str, str] | None = None) -> Response:
     """{"error": one line}."""
     line = displayable(" ".join(str(message).split()))
     return JSONResponse({"error": line}, status, headers)

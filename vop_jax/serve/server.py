@@ -1,4 +1,7 @@
-"""The HTTP server: which connections it keeps, and how it ends."""
+"""The HTTP server: which connections stay open, and how a shutdown ends them.
+
+uvicorn's server does not close the connections of clients that stall.
+"""
 
 import asyncio
 import dataclasses
@@ -15,29 +18,28 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from vop_jax.serve.middleware import STREAMS
 
-FILES = 2 * STREAMS + 96  # descriptors beside those of connections
+OTHER_FILES = 2 * STREAMS + 96  # descriptors that are no connections
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a server bears of its clients.
+    """Limits of connections.
 
     Attributes:
-        connections: open at a time; more are answered 503.
-        idle: seconds after which a connection is closed that waits for no answer.
-        stalled: seconds after which a connection is closed whose client takes nothing of an answer.
-        ending: seconds that requests under way have when the server is asked to end.
+        connections: open at a time; others are answered with 503.
+        idle: seconds until a connection without a request is closed.
+        stalled: seconds until a connection is closed whose client stops reading a response.
+        shutdown: seconds that running requests have left at a shutdown.
     """
 
     connections: int = 1000
     idle: float = 10.0
     stalled: float = 30.0
-    ending: float = 1.0
+    shutdown: float = 1.0
 
 
 class Protocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
-    """uvicorn's, but it waits for no client forever: neither for a request, nor for an answer
-    to be taken."""
+    """uvicorn's protocol with time limits: for a request to come, and for a response to be read."""
 
     def __init__(self, limits: Limits, **options: Any):
         super().__init__(**options)
@@ -51,7 +53,7 @@ class Protocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
         self.loop.call_later(self._limits.idle, self._close_if_idle)
 
     def send_400_response(self, msg: str) -> None:
-        """Of what is no HTTP. uvicorn's own is no JSON, and mixes with an answer under way."""
+        """Refuses what is no HTTP; uvicorn's own text would mix with a response being sent."""
         if self.cycle is None or self.cycle.response_complete:
             self._refuse(400, "not a valid HTTP request")
         self.transport.close()
@@ -64,7 +66,7 @@ class Protocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        # `close` would wait for what is written to be taken.
+        # `transport.close` would wait until the client has read everything.
         self._stalled = self.loop.call_later(self._limits.stalled, self.transport.abort)
 
     def resume_writing(self) -> None:
@@ -73,30 +75,30 @@ class Protocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
             self._stalled.cancel()
 
     def _close_if_idle(self) -> None:
-        if self.transport.is_closing():  # the last of an answer may still be on its way
+        if self.transport.is_closing():  # the end of a response may still be on its way
             self.loop.call_later(self._limits.stalled, self.transport.abort)
             return
-        # A request that is there is one whose headers have come to their end.
+        # `cycle` is set when the headers of a request are complete.
         if self.cycle is None or self.cycle.response_complete:
             self.transport.close()
         self.loop.call_later(self._limits.idle, self._close_if_idle)
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, but its end breaks off what is under way, instead of waiting for it."""
+    """uvicorn's server, but a shutdown aborts running requests instead of waiting for them."""
 
     def __init__(self, config: uvicorn.Config, limits: Limits, ready: Callable[[], None]):
         super().__init__(config)
         self._limits, self._ready = limits, ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Calls `ready` when requests are answered."""
+        """Starts, and calls `ready` when requests are answered."""
         await super().startup(sockets)
         self._ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Each request learns that its client is gone, and ends."""
-        asyncio.get_running_loop().call_later(self._limits.ending, self._abort)
+        """Stops; requests that run on are ended as if their clients had disconnected."""
+        asyncio.get_running_loop().call_later(self._limits.shutdown, self._abort)
         await super().shutdown(sockets)
 
     def _abort(self) -> None:
@@ -107,31 +109,31 @@ class Server(uvicorn.Server):
 def make_server(
     app: ASGIApp, limits: Limits | None = None, ready: Callable[[], None] = lambda: None
 ) -> Server:
-    """A server to be run with sockets.
+    """A server to run with sockets.
 
     Args:
-        ready: called when it answers, and ends cleanly from then on.
+        ready: called when it answers requests; from then on a signal ends it cleanly.
     """
     limits = limits or Limits()
     config = uvicorn.Config(
         app,
         http=functools.partial(Protocol, limits),  # type: ignore[arg-type]
         ws="none",
-        log_level="error",  # a warning a malformed request would fill the log
-        access_log=False,  # it would hold queries, and the token
+        log_level="error",  # a warning for each malformed request would fill the log
+        access_log=False,  # it would contain queries, and the token
         server_header=False,
-        timeout_graceful_shutdown=int(limits.ending) + 1,
+        timeout_graceful_shutdown=int(limits.shutdown) + 1,
     )
     return Server(config, limits, ready)
 
 
-def possible_connections(wanted: int) -> int:
-    """As many as wanted, or as this process may have; raises its limit of descriptors."""
+def available_connections(limit: int) -> int:
+    """`limit`, or fewer if this process cannot open as many; raises its limit of open files."""
     soft, hard = (
-        limit if limit != resource.RLIM_INFINITY else 2**20
-        for limit in resource.getrlimit(resource.RLIMIT_NOFILE)
+        number if number != resource.RLIM_INFINITY else 2**20
+        for number in resource.getrlimit(resource.RLIMIT_NOFILE)
     )
-    needed = min(hard, wanted + FILES)
+    needed = min(hard, limit + OTHER_FILES)
     if soft < needed:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
-    return max(1, needed - FILES)
+    return max(1, needed - OTHER_FILES)

@@ -1,6 +1,6 @@
-// The server's answers, and elements made of them: text that comes from files enters as text alone.
+// Requests to the server, and DOM elements: names from files enter as text, never as HTML.
 
-/** Fetches JSON; throws an Error with one line for people, or AbortError. */
+/** Fetches JSON; throws an Error with one line to show, or AbortError. */
 export async function ask(path, parameters = {}, options = {}) {
   const given = Object.entries(parameters).filter(([, value]) => value !== "");
   let answer, said;
@@ -33,7 +33,7 @@ export function make(tag, attributes = {}, ...children) {
   return node;
 }
 
-/** A file's name, which may break after its signs. */
+/** A file's name that may break after /, _ and -. */
 export function breakable(name) {
   return name.split(/(?<=[/_-])(?=.)/).flatMap((part, i) => (i ? [make("wbr"), part] : [part]));
 }

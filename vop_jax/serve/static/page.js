@@ -1,4 +1,4 @@
-// What is asked, by text or by file, and what is shown of the answer.
+// The query, as text or as a file, and its results.
 
 import { ask, make, score } from "./page.ask.js";
 import { closeOpened, moveFocus, showHits } from "./page.results.js";
@@ -9,18 +9,18 @@ const $ = (id) => document.getElementById(id);
 const FIELDS = ["folder", "since", "until"];
 
 let indexes = [];
-let latest = new AbortController(); // the newest question: an older one's answer is thrown away
-let again = start; // asks it once more
+let latest = new AbortController(); // of the newest request: an older response is ignored
+let again = start; // repeats the newest request
 
 const chosen = () => indexes.find((index) => index.name === $("index").value);
 
-// --- What is asked ---------------------------------------------------------------------------
+// --- The query -------------------------------------------------------------------------------
 
 function filters() {
   return Object.fromEntries(FIELDS.map((name) => [name, $(name).value.trim()]));
 }
 
-/** The hash of the address says the query, so that it can be kept and gone back to. */
+/** Puts the query into the address, for bookmarks and the Back button. */
 function writeHash() {
   const said = { q: $("query").value.trim(), ...filters() };
   if (indexes.length > 1) said.index = $("index").value;
@@ -43,7 +43,7 @@ function submit() {
   else start();
 }
 
-/** The same question with other filters, or of another index. */
+/** Repeats the query with other filters, or on another index. */
 function refine() {
   if ($("query").value.trim()) return submit();
   writeHash();
@@ -83,7 +83,7 @@ function searchFile(file, k = FIRST) {
   });
 }
 
-/** Asks for k results and one, and shows the k unless something else was asked meanwhile. */
+/** Requests k + 1 results and shows k, unless a newer request has started meanwhile. */
 async function question(doing, k, more, answer) {
   const { signal } = begin(doing);
   document.title = doing.replace(/^Looking (for|at) |…$/g, "");
@@ -92,7 +92,7 @@ async function question(doing, k, more, answer) {
   try {
     const found = await answer(signal);
     if (signal.aborted) return;
-    const left = found.hits.length > k; // there are more than are shown
+    const left = found.hits.length > k; // more results exist
     show({ ...found, hits: found.hits.slice(0, k), left });
     $("more").hidden = !left || k >= MOST;
     if (k === FIRST) $("status").scrollIntoView({ block: "nearest" });
@@ -119,7 +119,7 @@ function end() {
   for (const id of ["cut", "captions", "more", "error", "empty"]) $(id).hidden = true;
 }
 
-// --- What is shown ---------------------------------------------------------------------------
+// --- The results ---------------------------------------------------------------------------
 
 function show({ hits, left, captions = [], cut = false, query = "", title }) {
   end();
@@ -131,7 +131,7 @@ function show({ hits, left, captions = [], cut = false, query = "", title }) {
   $("status").textContent = hits.length ? `${count} ${title}` : "";
   if (hits.length || captions.length) return;
   const narrow = Object.values(filters()).some(Boolean);
-  const why = narrow ? "The filters leave nothing: clear them." : "Nothing is indexed here yet.";
+  const why = narrow ? "No video passes the filters: clear them." : "Nothing is indexed here yet.";
   showEmpty(`No results ${title}`, why);
 }
 
@@ -157,7 +157,7 @@ function showEmpty(title, text) {
   $("empty").hidden = false;
 }
 
-/** Before a query: what there is. */
+/** The state before a query: facts of the index. */
 function showStart() {
   latest.abort();
   end();
@@ -166,7 +166,7 @@ function showStart() {
   const index = chosen();
   if (!index) return showEmpty("No index is served", "Start the server with --index=DIR.");
   const count = (number, one) => `${number.toLocaleString("en")} ${one}${number === 1 ? "" : "s"}`;
-  showEmpty(`${count(index.files, "video")} to search`, "Say what happens in them, in a sentence.");
+  showEmpty(`${count(index.files, "video")} to search`, "Describe in a sentence what happens in them.");
   const facts = {
     Folder: index.folder,
     Moments: index.moments > index.files ? index.moments.toLocaleString("en") : "",
@@ -229,7 +229,7 @@ function onDrag(event) {
   if (event.type === "drop") searchFile(event.dataTransfer.files[0]);
 }
 
-/** Folders are told apart by their last part; where that is the same, by the index's name. */
+/** Method and folder name; if two indexes agree in both, also the index's name. */
 function label(index) {
   const last = (one) => one.folder.split("/").filter(Boolean).pop() || one.folder;
   const text = `${index.method} · ${last(index)}`;
@@ -238,7 +238,7 @@ function label(index) {
 }
 
 async function start() {
-  const { signal } = begin("Asking what is indexed…");
+  const { signal } = begin("Loading the indexes…");
   again = start;
   try {
     indexes = await ask("/api/indexes", {}, { signal });
@@ -252,7 +252,7 @@ async function start() {
     readHash();
     searchText();
   } else {
-    showStart(); // and what has been typed meanwhile stays
+    showStart(); // the text that was typed meanwhile stays
     $("query").focus({ preventScroll: true });
   }
 }

@@ -1,4 +1,4 @@
-// One opened result: the video at the found moment and, under it, the score of each frame along time.
+// An open result: the video at its moment and, below it, the score of each frame over time.
 
 import { ask, breakable, clock, make, media, score, span } from "./page.ask.js";
 
@@ -7,11 +7,11 @@ const calm = matchMedia("(prefers-reduced-motion: reduce)");
 
 /** {node, close}: a panel for a hit; `leave` is called where the user closes it. */
 export function openMoment(index, hit, query, leave) {
-  const gone = new AbortController(); // ends what the panel began
+  const gone = new AbortController(); // aborts the requests of the panel
   const address = media(index, hit);
   const name = hit.name.split("/").pop();
   const screen = make("div", { class: "screen" });
-  // Its height is kept free from the beginning: what is below it does not jump.
+  // Its height is reserved, so that the page below does not jump.
   const below = make("div", { class: query ? "below scored" : "below" });
   const replay = make("button", { type: "button", class: "primary" }, "Play the moment");
   const download = make("a", { href: address, download: name }, "Download");
@@ -35,7 +35,7 @@ export function openMoment(index, hit, query, leave) {
     close() {
       gone.abort();
       video.pause();
-      video.removeAttribute("src"); // else it goes on loading
+      video.removeAttribute("src"); // else it continues loading
       video.load();
       node.remove();
     },
@@ -52,7 +52,7 @@ function play(panel) {
     "aria-label": hit.name,
   });
   screen.append(video);
-  const start = () => video.play().catch(() => {}); // where it may not, there is the button
+  const start = () => video.play().catch(() => {}); // a browser may forbid it; the button remains
   if (!calm.matches) start();
   replay.addEventListener("click", () => {
     video.currentTime = hit.start;
@@ -66,7 +66,7 @@ function play(panel) {
   return video;
 }
 
-/** The codec, or the server: which of them is asked of the server. */
+/** Asks the server whether the file is gone or its codec is unknown to the browser. */
 async function cannotPlay(panel) {
   const { address, query, signal } = panel;
   try {
@@ -86,7 +86,7 @@ function tell({ screen, replay, download }, text, there) {
   if (there) download.classList.add("primary");
 }
 
-/** Of the found moment frame by frame; where that is a part of the clip, coarser of the rest too. */
+/** Scores of the moment's frames; if it is a part of a clip, coarser ones of the rest, too. */
 async function scores({ hit, index, query, signal }, duration) {
   const of = async (start, end) => {
     const { seconds, scores } = await ask(
@@ -136,7 +136,7 @@ async function drawScores(panel, video) {
 const frameAt = (frames, time) =>
   frames.reduce((a, b) => (Math.abs(b.time - time) < Math.abs(a.time - time) ? b : a));
 
-/** One bar a frame, to the middle between it and the next; from a little below the lowest score. */
+/** A bar for each frame, to the middle between it and the next, from below the lowest score. */
 function bars(frames, best, hit, duration) {
   const values = frames.map((frame) => frame.score);
   const [low, high] = [Math.min(...values), Math.max(...values)];
@@ -154,7 +154,7 @@ function bars(frames, best, hit, duration) {
   return svg;
 }
 
-/** The slider goes with the video, and the video with the slider. */
+/** The slider follows the video, and the video the slider. */
 function follow(video, slider, tell, signal) {
   if (!video) return tell(Number(slider.value));
   const update = () => {

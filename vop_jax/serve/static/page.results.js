@@ -1,11 +1,11 @@
-// The grid of results, of which one at a time is open.
+// The grid of results; at most one of them is open.
 
 import { breakable, make, score, span, thumbnail } from "./page.ask.js";
 import { openMoment } from "./page.moment.js";
 
 let opened = null; // {item, panel} of the result that is open
 
-/** Cards in a list, in place of what was there. */
+/** Replaces the cards of a list. */
 export function showHits(list, index, hits, query) {
   closeOpened();
   list.style.removeProperty("--aspect");
@@ -32,7 +32,7 @@ function card(list, index, hit, query, first) {
 function frame(list, index, hit, first, picture) {
   const image = make("img", { src: thumbnail(index, hit), alt: "", loading: first ? "eager" : "lazy" });
   image.addEventListener("error", () => picture.replaceChildren("no preview"));
-  // Most folders are of one shape: that of the first result is given to all.
+  // Most folders have videos of one shape: all cards take that of the first result.
   if (first)
     image.addEventListener("load", () => {
       const aspect = image.naturalWidth / image.naturalHeight;
@@ -52,7 +52,7 @@ function toggle(index, hit, query, item) {
   panel.node.scrollIntoView({ block: "nearest" });
 }
 
-/** Closes what is open; whether anything was. */
+/** Closes the open result; returns whether there was one. */
 export function closeOpened() {
   if (!opened) return false;
   const { item, panel } = opened;
@@ -64,7 +64,7 @@ export function closeOpened() {
   return true;
 }
 
-/** From card to card by an arrow key; up from the first row to `above`. Whether it was on a card. */
+/** Moves the focus between cards by an arrow key; returns whether a card had it. */
 export function moveFocus(list, key, above) {
   const cards = [...list.querySelectorAll(".card")];
   const at = cards.indexOf(document.activeElement);
