@@ -150,19 +150,6 @@ def test_two_processes_stop_in_a_bucket_and_one_goes_on(bucket, local, trained, 
     assert not [name for name in bucket.names("run/") if ".partial" in name or ".writable" in name]
 
 
-def test_videos_in_a_bucket_are_found_under_other_names(bucket, local):
-    program = """
-from vop_jax.data.datasets.locate import locate
-from vop_jax.data.clips import VideoClip
-clips, notes = locate([VideoClip("a", "elsewhere/3.avi", ("three",))], "gs://vop/")
-print(clips[0].path, *notes)
-"""
-    argv = [sys.executable, "-c", program]
-    done = processes.run(argv, env=bucket.environment())
-    assert done.stdout.startswith("gs://vop/videos/3.mp4 "), done.stderr
-    assert done.stdout.endswith("1 of 1 videos have another extension, first videos/3.mp4\n")
-
-
 @pytest.mark.slow
 def test_records_are_made_of_videos_in_a_bucket(bucket, local, trained, tmp_path):
     given = runs.arguments(local, local / "clip.safetensors", tmp_path / "run", *settings())
@@ -172,36 +159,50 @@ def test_records_are_made_of_videos_in_a_bucket(bucket, local, trained, tmp_path
     assert_same(prompts(tmp_path / "run/prompts.safetensors"), trained)
 
 
-@pytest.mark.parametrize(
-    ("workdir", "overrides", "told"),
-    [
-        ("gs://other/run", [], "error: --workdir=gs://other/run: there is no such bucket"),
-        (
-            "gs://vop/new",
-            ["--config.init.clip=", "--config.pretrain.steps=2", "--config.clip.arch=tiny"],
-            "error: --workdir=gs://vop/new: a CLIP is pre-trained on a disk only",
-        ),
-        (
-            "gs://vop/new",
-            ["--config.data.records=", "--config.data.videos=.", "--config.data.annotations=x"],
-            "error: gs://vop/new/records: there are no records, and they are made on a disk only",
-        ),
-    ],
+# (workdir, changes to the command, the line on stderr)
+REFUSED = (
+    ("gs://other/run", [], "error: --workdir=gs://other/run: there is no such bucket"),
+    (
+        "gs://vop/new",
+        ["--config.init.clip=", "--config.pretrain.steps=2", "--config.clip.arch=tiny"],
+        "error: --workdir=gs://vop/new: a CLIP is pre-trained on a disk only",
+    ),
+    (
+        "gs://vop/new",
+        ["--config.data.records=", "--config.data.videos=.", "--config.data.annotations=x"],
+        "error: gs://vop/new/records: there are no records, and they are made on a disk only",
+    ),
 )
-def test_what_a_bucket_cannot_be_is_told_in_one_line(bucket, local, workdir, overrides, told):
-    status, line = call(bucket, command(local, workdir, *overrides))
-    assert status == 2 and line.startswith(told), line
+PROGRAM = """
+import json, sys
+from tests import runs
+from vop_jax.data.clips import VideoClip
+from vop_jax.data.datasets.locate import locate
+from vop_jax.report.runs import find_runs
+
+clips, notes = locate([VideoClip("a", "elsewhere/3.avi", ("three",))], "gs://vop/")
+print(json.dumps([clips[0].path, *notes]))
+print(json.dumps([run.workdir for run in find_runs(["gs://vop/many"])]))
+print(json.dumps([runs.call(*argv) for argv in json.loads(sys.argv[1])]))
+"""
 
 
-def test_runs_in_a_bucket_are_found(bucket, tmp_path):
+def test_files_runs_and_wrong_calls_in_a_bucket(bucket, local, tmp_path):
+    """In one process, because its start takes most of the time."""
     (tmp_path / "config.json").write_text("{}")
     summary = {key: kind() for key, kind in SUMMARY.items()}  # "", 0 and {}
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     for name in ("config.json", "summary.json"):
         for folder in ("many/b", "many/b/pretrain", "many/a/deep"):  # the second is the first's
             bucket.put(f"{folder}/{name}", tmp_path / name)
-    program = "from vop_jax.report.runs import find_runs as f;"
-    program += "print(*(run.workdir for run in f(['gs://vop/many'])))"
-    argv = [sys.executable, "-c", program]
-    done = processes.run(argv, env=bucket.environment())
-    assert done.stdout.split() == ["gs://vop/many/a/deep", "gs://vop/many/b"], done.stderr
+    calls = [command(local, workdir, *changes)[3:] for workdir, changes, _ in REFUSED]
+    argv = [sys.executable, "-c", PROGRAM, json.dumps(calls)]
+    done = processes.run(argv, env=bucket.environment(), check=True)
+    (path, *notes), workdirs, statuses = map(json.loads, done.stdout.splitlines())
+    assert path == "gs://vop/videos/3.mp4"
+    assert notes[-1].endswith("1 of 1 videos have another extension, first videos/3.mp4")
+    assert workdirs == ["gs://vop/many/a/deep", "gs://vop/many/b"]
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert statuses == [2] * len(REFUSED) == [2] * len(errors)
+    for (_, _, expected), line in zip(REFUSED, errors, strict=True):
+        assert line.startswith(expected)

@@ -1,25 +1,23 @@
-import json
 import os
-import pathlib
-import resource
+import shutil
 import stat
-from contextlib import contextmanager
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import SafetensorError
 
 from vop_jax.errors import UserError
-from vop_jax.storage import files, tensors
+from vop_jax.storage import tensors
 
 TREE: dict[str, Any] = {
     "b": {"w": np.arange(6, dtype=np.float32).reshape(2, 3), "scalar": np.float32(2.5)},
     "a": {"c.0": {"i": np.array([1, 2], np.int32)}},
 }
+
+BOTH = (("x", tensors.save, tensors.load), ("y", tensors.save_orbax, tensors.load_orbax))
 
 
 def assert_same(a, b):
@@ -37,6 +35,7 @@ def test_names_are_joined_and_sorted():
 NAMES = st.text("abc.", min_size=1, max_size=3)
 
 
+@settings(max_examples=25)
 @given(
     st.recursive(
         st.dictionaries(NAMES, st.integers(), min_size=1),
@@ -74,42 +73,39 @@ def test_equal_trees_are_equal_files(tmp_path):
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
-def test_no_file(tmp_path):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"x: no such file"),
+        ("directory", "is a directory, not a safetensors file"),
+        ("socket", "x: No such device or address"),  # as a file of another user
+        (b"", "not a readable safetensors file"),
+        (b"short", "not a readable safetensors file"),
+        (b"PK\3\4" + bytes(100), "not a readable safetensors file"),
+        (b"\xff" * 100, "not a readable safetensors file"),
+    ],
+)
+def test_a_path_without_a_safetensors_file_is_one_line(tmp_path, content, message):
+    if content == "directory":
+        (tmp_path / "x").mkdir()
+    elif content == "socket":
+        os.mknod(tmp_path / "x", stat.S_IFSOCK)
+    elif content is not None:
+        (tmp_path / "x").write_bytes(content)
     for read in (tensors.load, tensors.read_metadata):
-        with pytest.raises(UserError, match=r"x\.safetensors: no such file"):
-            read(tmp_path / "x.safetensors")
-
-
-def test_a_directory(tmp_path):
-    with pytest.raises(UserError, match="is a directory, not a safetensors file"):
-        tensors.load(tmp_path)
-
-
-@pytest.mark.parametrize("content", [b"", b"short", b"PK\3\4" + bytes(100), b"\xff" * 100])
-def test_another_kind_of_file(tmp_path, content):
-    path = tmp_path / "x.safetensors"
-    path.write_bytes(content)
-    for read in (tensors.load, tensors.read_metadata):
-        with pytest.raises(UserError, match="not a readable safetensors file") as caught:
-            read(path)
-        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_a_file_that_may_not_be_opened_says_why(tmp_path):
-    os.mknod(tmp_path / "x", stat.S_IFSOCK)  # to root, too, as one of another user
-    for read in (tensors.load, tensors.read_metadata):
-        with pytest.raises(UserError, match="x: No such device or address"):
+        with pytest.raises(UserError, match=message) as caught:
             read(tmp_path / "x")
+        assert str(tmp_path / "x") in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("kept", [0.1, 0.5, 0.99])
-def test_a_truncated_file(tmp_path, kept):
+def test_a_truncated_file(tmp_path):
     path = tmp_path / "x.safetensors"
     tensors.save(path, TREE, {"kind": "test"})
-    whole = path.read_bytes()
-    path.write_bytes(whole[: int(kept * len(whole))])
-    with pytest.raises(UserError, match="not a readable safetensors file"):
-        tensors.load(path)
+    content = path.read_bytes()
+    for share in (0.1, 0.5, 0.99):
+        path.write_bytes(content[: int(share * len(content))])
+        with pytest.raises(UserError, match="not a readable safetensors file"):
+            tensors.load(path)
 
 
 def test_a_changed_byte_is_found_wherever_it_is(tmp_path):
@@ -125,62 +121,13 @@ def test_a_changed_byte_is_found_wherever_it_is(tmp_path):
             tensors.load(path)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_a_number_that_is_not_finite_is_named(tmp_path, bad):
-    tensors.save(tmp_path / "x", {"a": {"b": np.array([1, bad, 2])}}, {})
-    with pytest.raises(UserError, match="x: tensor a/b holds numbers that are not finite"):
-        tensors.load(tmp_path / "x")
-
-
-@contextmanager
-def full_disk():
-    """Files cannot grow beyond 10 kB: a write ends half way, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    path, large = tmp_path / "x.safetensors", {"w": np.zeros(10_000, np.float32)}
-    tensors.save(path, TREE, {"version": "old"})
-    old = path.read_bytes()
-    for write in (
-        lambda: tensors.save(path, large, {"version": "new"}),
-        lambda: files.write_atomic(path, bytes(20_000)),
-    ):
-        with full_disk(), pytest.raises((OSError, SafetensorError), match="File too large"):
-            write()
-        assert path.read_bytes() == old
-        assert [p.name for p in tmp_path.iterdir()] == [path.name]
-    tensors.save(path, large, {"version": "new"})
-    assert tensors.read_metadata(path)["version"] == "new"
-
-
-def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
-    def interrupted(self, target):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(type(tensors.epath.Path(tmp_path)), "replace", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        files.write_atomic(tmp_path / "x", b"data")
-    assert not list(tmp_path.iterdir())
-
-
-def test_files_have_usual_permissions(tmp_path):
-    files.write_atomic(tmp_path / "x", b"")
-    tensors.save(tmp_path / "y", TREE, {})
-    (tmp_path / "z").write_bytes(b"")
-    modes = {stat.S_IMODE(os.stat(tmp_path / name).st_mode) for name in "xyz"}
-    assert len(modes) == 1
-
-
-def test_json(tmp_path):
-    files.write_json(tmp_path / "x.json", {"a": [1, 2.5, "é"]})
-    text = pathlib.Path(tmp_path / "x.json").read_text()
-    assert json.loads(text) == {"a": [1, 2.5, "é"]} and text.endswith("}\n")
+def test_a_number_that_is_not_finite_is_named(tmp_path):
+    for bad in (np.nan, np.inf, -np.inf):
+        tree = {"a": {"b": np.array([1, bad, 2])}}
+        for name, save, load in BOTH:
+            save(tmp_path / name, tree, {})
+            with pytest.raises(UserError, match=f"{name}: tensor a/b holds numbers that are not f"):
+                load(tmp_path / name)
 
 
 def test_a_fingerprint_is_independent_of_order_container_and_exact_casts():
@@ -206,3 +153,31 @@ def test_a_fingerprint_differs_by_name_shape_and_value():
         {},
     ]
     assert len({tensors.fingerprint(tree) for tree in trees}) == len(trees)
+
+
+def test_an_orbax_folder_holds_the_same_and_replaces_another(tmp_path):
+    path = tmp_path / "p.orbax"
+    tensors.save_orbax(path, {"old": np.ones(2)}, {"format": "old"})
+    tensors.save_orbax(path, TREE, {"format": "x"})
+    tree, metadata = tensors.load_orbax(path)
+    assert_same(tree, TREE)
+    assert metadata == {"format": "x"}
+    assert [f.name for f in tmp_path.iterdir()] == ["p.orbax"]
+
+
+def test_a_damaged_orbax_folder_is_one_line(tmp_path):
+    tensors.save_orbax(tmp_path / "whole", TREE, {})
+    for number, (spoil, message) in enumerate(
+        (
+            (lambda p: (p / "metadata.json").unlink(), "not an orbax folder of this project"),
+            (lambda p: (p / "metadata.json").write_text("{"), "not a readable orbax folder"),
+            (lambda p: (p / "params/_METADATA").unlink(), "no params/_METADATA"),
+            (lambda p: (p / "params/manifest.ocdbt").unlink(), "no params/manifest.ocdbt"),
+        )
+    ):
+        path = tmp_path / str(number)
+        shutil.copytree(tmp_path / "whole", path)
+        spoil(path)
+        with pytest.raises(UserError, match=message) as caught:
+            tensors.load_orbax(path)
+        assert "\n" not in str(caught.value)

@@ -1,13 +1,15 @@
-"""Parameter trees in safetensors files: flattened with "/", described by string metadata."""
+"""Parameter trees with string metadata, in safetensors files and in orbax folders.
+
+A safetensors file holds the flattened tree: the names of nested dicts are joined with "/".
+"""
 
 import hashlib
 import json
 import os
+import pathlib
 import stat
-import tempfile
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -18,27 +20,34 @@ from safetensors import numpy as safetensors_numpy
 
 from vop_jax.errors import UserError
 from vop_jax.storage import files
+from vop_jax.storage.files import StrPath
 
-CHECKSUM = "checksum"  # in the metadata
+CHECKSUM = "checksum"  # a key of the metadata
+# An orbax folder of this project holds these two; orbax itself writes the others into PARAMS.
+PARAMS, METADATA = "params", "metadata.json"
+ORBAX_FILES = ("_METADATA", "manifest.ocdbt")
 
 Tree = Mapping[str, Any]  # nested dicts of arrays
 
 
 def flatten(tree: Tree) -> dict[str, Any]:
     """Nested dicts -> {"a/b/c": leaf}, sorted by name."""
-    flat = traverse_util.flatten_dict(tree, sep="/")
+    flat: dict[str, Any] = traverse_util.flatten_dict(tree, sep="/")  # type: ignore[no-untyped-call]
     return {name: flat[name] for name in sorted(flat)}
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `flatten`."""
-    return traverse_util.unflatten_dict(dict(flat), sep="/")
+    tree: dict[str, Any] = traverse_util.unflatten_dict(  # type: ignore[no-untyped-call]
+        dict(flat), sep="/"
+    )
+    return tree
 
 
 def fingerprint(tree: Tree) -> str:
-    """SHA-256 over names, shapes and float32 values: equal exactly when the parameters are.
+    """The SHA-256 of names, shapes and float32 values: equal trees have equal fingerprints.
 
-    The same CLIP converted from two file formats has one fingerprint.
+    The same CLIP, converted from two file formats, has one fingerprint.
     """
     digest = hashlib.sha256()
     for name, leaf in flatten(tree).items():
@@ -49,9 +58,9 @@ def fingerprint(tree: Tree) -> str:
 
 
 def checksum(flat: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
-    """CRC-32 over metadata, names, shapes and bytes: 0.3 s a GB, where SHA-256 takes 0.7 s."""
-    stated = sorted((k, v) for k, v in metadata.items() if k != CHECKSUM)
-    crc = zlib.crc32(json.dumps(stated).encode())
+    """The CRC-32 of metadata, names, shapes and bytes; twice as fast as SHA-256."""
+    described = sorted((k, v) for k, v in metadata.items() if k != CHECKSUM)
+    crc = zlib.crc32(json.dumps(described).encode())
     for name in sorted(flat):
         leaf = np.ascontiguousarray(flat[name])
         crc = zlib.crc32(f"{name}{leaf.dtype}{leaf.shape}".encode(), crc)
@@ -59,55 +68,49 @@ def checksum(flat: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str
     return f"{crc:08x}"
 
 
-def check_finite(where: str | os.PathLike, flat: Mapping[str, np.ndarray]) -> None:
+def check_finite(where: StrPath, flat: Mapping[str, np.ndarray]) -> None:
     """Raises UserError naming the first tensor with a NaN or an infinity."""
     for name, leaf in flat.items():
-        # Both pass a NaN on; no array of booleans is made.
+        # min and max propagate a NaN, and need no array of booleans.
         if leaf.size and not np.isfinite([leaf.min(), leaf.max()]).all():
             raise UserError(f"{where}: tensor {name} holds numbers that are not finite")
 
 
-def save(path: str | os.PathLike, tree: Tree, metadata: Mapping[str, str]) -> None:
+def save(path: StrPath, tree: Tree, metadata: Mapping[str, str]) -> None:
     """Writes a parameter tree as safetensors, atomically; equal trees give equal files.
 
-    A checksum of all that is written joins the metadata.
+    The metadata also gets a checksum of the whole content.
     """
     flat = {name: np.asarray(leaf, order="C") for name, leaf in flatten(tree).items()}
     metadata = {**metadata, CHECKSUM: checksum(flat, metadata)}
-    with files.replacing(path) as place:
-        _write(os.fspath(place), flat, metadata)
+    with files.replacing(path) as partial:
+        partial.touch()
+        mode = stat.S_IMODE(partial.stat().st_mode)
+        safetensors_numpy.save_file(flat, os.fspath(partial), metadata=metadata)
+        partial.chmod(mode)  # the library lets only the owner read it
+        _sort_metadata(partial)
 
 
-def _write(path: str, flat: dict[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    with open(path, "wb") as empty:
-        mode = os.fstat(empty.fileno()).st_mode
-    safetensors_numpy.save_file(flat, path, metadata=dict(metadata))
-    os.chmod(path, stat.S_IMODE(mode))  # the library's own is for the owner's eyes only
-    # The library writes metadata in a random order; the same header, sorted, takes its place.
-    with open(path, "r+b") as file:
+def _sort_metadata(path: pathlib.Path) -> None:
+    """Rewrites the header of a safetensors file; the library orders the metadata at random."""
+    with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) <= size:  # always, while both write compact JSON
+        if len(text) <= size:  # true while both write compact JSON
             file.seek(8)
             file.write(text.ljust(size))
 
 
-def load(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str]]:
+def load(path: StrPath) -> tuple[dict[str, Any], dict[str, str]]:
     """Reads what `save` wrote: (tree of numpy arrays, metadata).
 
     Raises:
-        UserError: no such file, not a safetensors file, a tensor with numbers that are not finite,
-            or a file that was changed since it was written.
+        UserError: there is no such file, it is not a safetensors file, a tensor has numbers that
+            are not finite, or the file has changed since it was written.
     """
-    with _local(path) as local:
-        try:
-            with safe_open(local, framework="numpy") as file:
-                flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                metadata = dict(file.metadata() or {})
-        except (SafetensorError, OSError, AttributeError) as error:  # of a type numpy has not
-            raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+    flat, metadata = _read(path, with_tensors=True)
     check_finite(path, flat)
     if CHECKSUM in metadata and metadata[CHECKSUM] != checksum(flat, metadata):
         raise UserError(
@@ -119,32 +122,72 @@ def load(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str]]:
         raise UserError(f"{path}: a tensor lies below the name of another") from None
 
 
-def read_metadata(path: str | os.PathLike) -> dict[str, str]:
-    """The metadata alone, without reading tensors; errors as in `load`."""
-    with _local(path) as local:
+def read_metadata(path: StrPath) -> dict[str, str]:
+    """Reads the metadata without the tensors; raises UserError as `load` does."""
+    return _read(path, with_tensors=False)[1]
+
+
+def _read(path: StrPath, with_tensors: bool) -> tuple[dict[str, Any], dict[str, str]]:
+    with files.local_copy(path, "a safetensors file") as local:
         try:
             with safe_open(local, framework="numpy") as file:
-                return dict(file.metadata() or {})
-        except (SafetensorError, OSError) as error:
+                names = file.keys() if with_tensors else ()
+                flat = {name: file.get_tensor(name) for name in names}
+                return flat, dict(file.metadata() or {})
+        # numpy lacks some types of safetensors, which is an AttributeError.
+        except (SafetensorError, OSError, AttributeError) as error:
             raise UserError(f"{path}: not a readable safetensors file ({error})") from None
 
 
-@contextmanager
-def _local(path: str | os.PathLike) -> Iterator[str]:
-    """The file on this machine: itself, or a temporary copy of a remote one."""
-    source = epath.Path(path)
-    if not source.exists():
-        raise UserError(f"{path}: no such file")
-    if source.is_dir():
-        raise UserError(f"{path}: is a directory, not a safetensors file")
-    if "://" not in os.fspath(path):
-        try:  # safetensors says of each file that it may not read that there is none
-            open(path, "rb").close()
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}") from None
-        yield os.fspath(path)
-        return
-    with tempfile.TemporaryDirectory() as directory:
-        copy = os.path.join(directory, "file.safetensors")
-        source.copy(copy)
-        yield copy
+def save_orbax(path: StrPath, tree: Tree, metadata: Mapping[str, str]) -> None:
+    """Writes a parameter tree as a folder, atomically.
+
+    `orbax.checkpoint.StandardCheckpointer` restores its subfolder `params`. Other processes of a
+    run take no part.
+    """
+    import orbax.checkpoint as ocp
+
+    values = unflatten({name: np.asarray(leaf) for name, leaf in flatten(tree).items()})
+    with files.replacing(path) as folder:
+        folder.mkdir()
+        (folder / METADATA).write_text(json.dumps(dict(metadata), indent=2) + "\n")
+        with _checkpointer() as checkpointer:
+            checkpointer.save(folder.absolute() / PARAMS, args=ocp.args.PyTreeSave(values))
+
+
+def load_orbax(path: StrPath) -> tuple[dict[str, Any], dict[str, str]]:
+    """Reads what `save_orbax` wrote: (tree of numpy arrays, metadata).
+
+    Raises:
+        UserError: there is no such folder, or it is damaged, or a number in it is not finite.
+    """
+    import orbax.checkpoint as ocp
+
+    folder = epath.Path(path) if files.is_remote(path) else epath.Path(path).absolute()
+    if not (folder / PARAMS).is_dir() or not (folder / METADATA).exists():
+        raise UserError(f"{path}: not an orbax folder of this project ({PARAMS}, {METADATA})")
+    # Without these, orbax leaves threads behind that print errors when the program ends.
+    for name in ORBAX_FILES:
+        if not (folder / PARAMS / name).exists():
+            raise UserError(f"{path}: not a readable orbax folder (no {PARAMS}/{name})")
+    try:
+        metadata = json.loads((folder / METADATA).read_text())
+        with _checkpointer() as checkpointer:
+            restored = checkpointer.restore(folder / PARAMS, args=ocp.args.PyTreeRestore())
+    except Exception as error:  # orbax raises almost anything about a damaged folder
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: not a readable orbax folder ({reason})") from None
+    flat = {name: np.asarray(leaf) for name, leaf in flatten(restored).items()}
+    check_finite(path, flat)
+    return unflatten(flat), metadata
+
+
+def _checkpointer() -> Any:
+    """An orbax checkpointer of this process alone."""
+    import jax
+    import orbax.checkpoint as ocp
+
+    this = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=this, active_processes={this})
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)

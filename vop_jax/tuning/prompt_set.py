@@ -72,7 +72,8 @@ def save_prompts(
     Args:
         path: a safetensors file, or an orbax folder if the name ends in .orbax.
     """
-    _storage(folder=os.fspath(path).endswith(".orbax")).save(
+    save = tensors.save_orbax if os.fspath(path).endswith(".orbax") else tensors.save
+    save(
         path,
         jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), dict(params)),
         {
@@ -94,7 +95,8 @@ def load_prompts(path: str | os.PathLike[str]) -> PromptSet:
     Raises:
         UserError: there is no such file, or it is not a prompts file.
     """
-    params, metadata = _storage(folder=epath.Path(path).is_dir()).load(path)
+    load = tensors.load_orbax if epath.Path(path).is_dir() else tensors.load
+    params, metadata = load(path)
     if metadata.get("format") != FORMAT:
         raise UserError(f"{path}: not a prompts file; --mode=export writes one")
     try:
@@ -108,15 +110,6 @@ def load_prompts(path: str | os.PathLike[str]) -> PromptSet:
         )
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: its metadata is not a prompts file's ({error!r})") from None
-
-
-def _storage(*, folder: bool) -> Any:
-    """The module that saves and loads; orbax takes seconds to import."""
-    if not folder:
-        return tensors
-    from vop_jax.storage import tree_folder
-
-    return tree_folder
 
 
 def check_same_clip(
