@@ -11,7 +11,7 @@ import collections
 import json
 import pathlib
 
-from vop_jax.data.datasets.shapes import contrasts
+from vop_jax.data.datasets.clips import contrasts
 from vop_jax.experiment.results import RANKINGS_FILE
 from vop_jax.report.runs import format_mean, mean_std
 

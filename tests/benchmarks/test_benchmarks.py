@@ -4,12 +4,11 @@ import json
 
 import pytest
 
-from tests.data.datasets.official import write_official
+from tests.data.datasets.official import BENCHMARKS, write_official
 from tests.runs import ROOT, call, write_clip
 from tests.video import videos
 from vop_jax.config.base import base_config, validate
 from vop_jax.data import load, prepare
-from vop_jax.data.datasets.registry import BENCHMARKS
 from vop_jax.errors import UserError
 
 TRAIN, TEST, VAL = 10, 4, 3

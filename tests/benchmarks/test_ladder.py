@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import runpy
+import types
 from concurrent.futures import Future
 
 import pytest
@@ -12,7 +13,7 @@ from ml_collections import ConfigDict
 from benchmarks import ladder
 from tests import runs
 from vop_jax.config import clip
-from vop_jax.data.datasets import shapes
+from vop_jax.data.datasets import clips, registry, stills
 from vop_jax.errors import UserError
 from vop_jax.experiment import train
 from vop_jax.tuning import methods
@@ -41,10 +42,8 @@ def run_study(tmp_path_factory):
     root = tmp_path_factory.mktemp("ladder")
     (root / "config.py").write_text(CONFIG)
     patch = pytest.MonkeyPatch()
-    patch.setattr(shapes, "render", functools.partial(shapes.render, val=8, test=8))
-    patch.setattr(
-        shapes, "render_stills", functools.partial(shapes.render_stills, train=16, test=8)
-    )
+    patch.setattr(clips, "render", functools.partial(clips.render, val=8, test=8))
+    patch.setattr(stills, "render", functools.partial(stills.render, train=16, test=8))
     patch.setattr(ladder, "use_compile_cache", lambda workdir: None)  # the tests have their own
     run = functools.partial(ladder.run_study, str(root / "config.py"), str(root))
     run.root = root
@@ -102,7 +101,13 @@ def test_records_are_packed_as_asked(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(load, "pack", lambda *_, making, **__: asked.append(making))
     config = runpy.run_path(str(runs.ROOT / "configs/motion.py"))["get_config"]("vop")
-    monkeypatch.setitem(load.SOURCES, "clips", lambda *_: {"train": [1], "test": [1]})
+    source = types.SimpleNamespace(
+        sizes={},
+        records_name="folder",
+        locations=lambda *_: ("captions.csv", "videos"),
+        read=lambda *_, **__: ({"train": [1], "test": [1]}, []),
+    )
+    monkeypatch.setattr(registry, "get", lambda kind: source)
     load.load(config.data, str(tmp_path))
     ladder._pack(config, str(tmp_path))
     assert asked == [load.IN_A_RUN, Making()] and asked[1].isolated

@@ -47,8 +47,7 @@ def test_a_benchmark_for_every_method(name, method):
     # Everything else, the learning rate too, is the default.
     assert configs.flatten_config(config) == base | expected
     assert config.is_locked
-    if kind in configs.ALLOWED["data.kind"]:
-        configs.validate(config)
+    configs.validate(config)
 
 
 def test_the_default_method_is_vop():

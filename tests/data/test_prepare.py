@@ -21,6 +21,7 @@ from tests.data.datasets.official import write_official
 from tests.video import videos
 from vop_jax.data import prepare
 from vop_jax.data.clips import VideoClip
+from vop_jax.data.datasets import registry
 from vop_jax.data.records import layout, read, shards, tfds_builder, write
 from vop_jax.data.records.encode import Preprocessing
 from vop_jax.data.records.tfds_builder import Making
@@ -95,26 +96,13 @@ def test_the_command(msvd, tmp_path):
         assert (one["frames"][3] == same["frames"][3]).all()
 
 
-def test_a_tfds_user_finds_the_builders(msvd, tmp_path):
-    annotations, films = msvd
-    manual = tmp_path / "manual"
-    manual.mkdir()
-    (manual / "annotations").symlink_to(annotations)
-    (manual / "videos").symlink_to(films)
-    assert {*tfds_builder.BUILDERS} <= {*tfds.list_builders(with_community_datasets=False)}
-    making = Making(2, isolated=False, progress=False)
-    builder = tfds.builder("msvd", data_dir=str(tmp_path / "data"), making=making)
-    config = tfds.download.DownloadConfig(manual_dir=str(manual))
-    with pytest.raises(UserError, match="msvd train has 10 videos, 1,200 are expected"):
-        builder.download_and_prepare(download_config=config)
-
-
 @pytest.mark.slow
 def test_ten_kills_change_nothing(msvd, tmp_path):
     """Each kill comes at a random moment; the shards that were finished are kept."""
     program = (
-        "import sys; from tests.data import calls; from vop_jax.data import builders, prepare; "
-        "builders.encode_clip = calls.slow; sys.exit(prepare.main(sys.argv[1:]))"
+        "import sys; from tests.data import calls; from vop_jax.data import prepare; "
+        "from vop_jax.data.records import tfds_builder; "
+        "tfds_builder.encode_clip = calls.slow; sys.exit(prepare.main(sys.argv[1:]))"
     )
     env = {**os.environ, "PYTHONPATH": os.getcwd()}
 
@@ -158,7 +146,7 @@ def test_finished_shards_are_not_made_again(msvd, tmp_path, monkeypatch):
 
     real = tfds_builder.encode_clip
     monkeypatch.setattr(tfds_builder, "encode_clip", encode)
-    dataset, _ = tfds_builder.Msvd.read(annotations, films, official_sizes=False)
+    dataset, _ = registry.get("msvd").read(annotations, films, official_sizes=False)
     with pytest.raises(KeyboardInterrupt):
         pack(dataset, tmp_path, Preprocessing(4), name="msvd", making=making)
     staging = layout.staging_of(tmp_path, "msvd")
@@ -243,7 +231,9 @@ def test_array_record_tells_of_a_full_disk(tmp_path):
 def test_videos_that_came_later_are_taken_up(msvd, tmp_path, monkeypatch):
     """An attempt that was cut off left a clip out; now its file is there."""
     annotations, films = msvd
-    dataset, _ = tfds_builder.Msvd.read(annotations, films, official_sizes=False, only=["test"])
+    dataset, _ = registry.get("msvd").read(
+        annotations, films, official_sizes=False, splits=["test"]
+    )
     late = tmp_path / "late.avi"
     clips = {"test": [VideoClip("late", str(late), ("x",)), *dataset["test"]]}
     making = Making(1, isolated=False, progress=False, clips_per_shard=3)

@@ -6,17 +6,17 @@ import json
 import pytest
 
 from tests import processes, runs
-from vop_jax.data.datasets import shapes
+from vop_jax.data.datasets import clips, stills
 
 CONFIG = f"--config={runs.ROOT / 'configs/demo.py'}"
 
 
 @pytest.mark.usefixtures("quiet")
 def test_one_step_of_everything(tmp_path, monkeypatch):
-    for name in ("render", "render_stills"):
-        few = functools.partial(getattr(shapes, name), train=16, test=8)
-        monkeypatch.setattr(shapes, name, few)
-    monkeypatch.setattr(shapes, "render", functools.partial(shapes.render, val=0))
+    for module in (clips, stills):
+        few = functools.partial(module.render, train=16, test=8)
+        monkeypatch.setattr(module, "render", few)
+    monkeypatch.setattr(clips, "render", functools.partial(clips.render, val=0))
     small = {
         "pretrain.steps": 1,
         "pretrain.batch_size": 8,

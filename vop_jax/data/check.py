@@ -24,7 +24,7 @@ from tqdm import tqdm
 from vop_jax import cli
 from vop_jax.config.base import validate
 from vop_jax.config.clip import preset
-from vop_jax.data.datasets.registry import BENCHMARKS, check_sizes
+from vop_jax.data.datasets import registry
 from vop_jax.data.load import count_sides, flip_warning
 from vop_jax.data.records import layout, read, shards, tfds_builder
 from vop_jax.data.records.encode import Preprocessing, encode_clip
@@ -78,10 +78,10 @@ def check(config: ConfigDict) -> dict[str, Any]:
                 f"{'more than' if refused else 'within'} config.data.max_skipped={limit:g}: "
                 f"a run {'refuses' if refused else 'goes on without them'}"
             )
-    if data.kind in BENCHMARKS and data.official_sizes:
+    if data.official_sizes:
         for split, found in splits.items():
             try:
-                check_sizes(data.kind, {split: (found["videos"], found["captions"])})
+                registry.get(data.kind).check_sizes({split: (found["videos"], found["captions"])})
             except UserError as error:
                 problems.append(str(error))
     return {
@@ -103,7 +103,7 @@ def _of_records(
     wanted: Sequence[str],
 ) -> dict[str, Rows]:
     made = json.loads((records / "metadata.json").read_text())
-    name = tfds_builder.name_of(data.kind)
+    name = registry.get(data.kind).records_name
     if records.parent.name != name:
         raise UserError(f"{data.records}: records of {records.parent.name!r}, not of {name!r}")
     for key, theirs, mine in read.differences(made["preprocessing"], preprocessing):
@@ -111,11 +111,11 @@ def _of_records(
     if older := read.older_rule(made["preprocessing"], preprocessing):
         notes.append(f"{data.records}: {older}")
     if data.annotations:
-        dataset, _ = tfds_builder.BUILDERS[name].read(
+        dataset, _ = registry.get(data.kind).read(
             data.annotations,
             None,  # records need their videos no more
             official_sizes=data.official_sizes,
-            only=list(made["clips"]),
+            splits=list(made["clips"]),
         )
         for split, clips in dataset.items():
             if layout.fingerprint(clips) != made["clips"][split]:
@@ -147,8 +147,7 @@ def _of_videos(
     problems: list[str],
     wanted: Sequence[str],
 ) -> dict[str, Rows]:
-    builder = tfds_builder.BUILDERS[tfds_builder.name_of(data.kind)]
-    dataset, noticed = builder.read(
+    dataset, noticed = registry.get(data.kind).read(
         data.annotations, data.videos, official_sizes=data.official_sizes
     )
     notes += noticed

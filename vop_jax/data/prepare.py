@@ -26,9 +26,10 @@ from etils import epath
 from vop_jax import cli
 from vop_jax.cli import Parser, number, whole
 from vop_jax.data.clips import VideoClip
+from vop_jax.data.datasets import registry
 from vop_jax.data.records import read, shards
 from vop_jax.data.records.encode import Encoded, Preprocessing, encode_clip
-from vop_jax.data.records.tfds_builder import BUILDERS, CLIPS_PER_SHARD, Making
+from vop_jax.data.records.tfds_builder import CLIPS_PER_SHARD, Making
 from vop_jax.data.records.write import pack
 from vop_jax.errors import UserError
 from vop_jax.video.sampling import SAMPLINGS
@@ -58,9 +59,8 @@ def prepare(
         UserError: the files are not what the dataset's are.
         OSError: the disk is full; the next call continues.
     """
-    dataset, notes = BUILDERS[name].read(
-        annotations, videos, official_sizes=official_sizes, only=splits
-    )
+    source = registry.get(name)
+    dataset, notes = source.read(annotations, videos, splits=splits, official_sizes=official_sizes)
     for note in notes:
         logging.warning("%s", note)
     for split, clips in dataset.items():
@@ -77,7 +77,7 @@ def prepare(
         dataset,
         root,
         preprocessing,
-        name=name,
+        name=source.records_name,
         max_skipped=1.0,
         making=making,
         retry=True,
@@ -132,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--dataset", required=True, type=_dataset, help=", ".join(BUILDERS))
+    parser.add_argument("--dataset", required=True, type=_dataset, help=", ".join(_names()))
     parser.add_argument(
         "--videos", required=True, type=_path, help="folder of videos or of frame folders"
     )
@@ -158,15 +158,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _names() -> list[str]:
+    return [kind for kind in registry.kinds() if not registry.get(kind).rendered]
+
+
 def _dataset(text: str) -> str:
-    if text in BUILDERS:
+    names = _names()
+    if text in names:
         return text
-    if text.removesuffix("64") in BUILDERS:
+    if text.removesuffix("64") in names:
         raise argparse.ArgumentTypeError(
             f"{text!r} is a config; its records are --dataset={text.removesuffix('64')} --frames=64"
         )
-    near = difflib.get_close_matches(text, BUILDERS, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"allowed are {', '.join(BUILDERS)}"
+    close = difflib.get_close_matches(text, names, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"allowed are {', '.join(names)}"
     raise argparse.ArgumentTypeError(f"no dataset {text!r}; {hint}")
 
 

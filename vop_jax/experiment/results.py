@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from vop_jax.clip.weights import load_clip
 from vop_jax.config import base as configs
 from vop_jax.config.clip import ClipConfig, preset
-from vop_jax.data.datasets.registry import BENCHMARKS
+from vop_jax.data.datasets import registry
 from vop_jax.evaluation.evaluate import Evaluation
 from vop_jax.experiment import setup
 from vop_jax.experiment.inputs import Data, by_chance
@@ -94,7 +94,7 @@ def _write_rankings(run: setup.Run, data: Data, found: Evaluation) -> None:
 
 def protocol(kind: str) -> str | None:
     """What the splits of a benchmark are, in words."""
-    return BENCHMARKS[kind].protocol if kind in BENCHMARKS else None
+    return registry.get(kind).protocol or None
 
 
 def to_scalars(results: Results, prefix: str = "") -> dict[str, float]:

@@ -9,7 +9,7 @@ from typing import Any
 from etils import epath
 
 from vop_jax.config.base import RESUMABLE, base_config, flatten_config
-from vop_jax.data.datasets.registry import BENCHMARKS
+from vop_jax.data.datasets import registry
 from vop_jax.errors import UserError
 from vop_jax.report.runs import UNTOLD, Row, Run, format_mean, grouped
 from vop_jax.tuning.methods import METHODS
@@ -20,8 +20,9 @@ PAPER_CLIP, PAPER_FRAMES = "ViT-B/32", 12
 # (captions, videos) of the official test splits, None where lists differ; a figure over other
 # sizes compares to nothing.
 TEST_SIZES = {
-    name: (test.captions, test.videos) if test.captions and test.videos else None
-    for name, test in ((name, each.sizes["test"]) for name, each in BENCHMARKS.items())
+    source.kind: (test.captions, test.videos) if test.captions and test.videos else None
+    for source in map(registry.get, registry.kinds())
+    if (test := source.sizes.get("test"))
 }
 
 MAIN = "msrvtt9k"  # of the other datasets the paper prints no more than R@1 less that of `full`

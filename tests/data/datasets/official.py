@@ -4,6 +4,10 @@ import json
 import pathlib
 from collections.abc import Callable
 
+from vop_jax.data.datasets import registry
+
+BENCHMARKS = {s.kind: s for s in map(registry.get, registry.kinds()) if s.sizes}
+
 Sizes = dict[str, int]  # split -> videos
 Paths = dict[str, list[str]]  # split -> official paths of its videos, in order
 
@@ -171,3 +175,8 @@ def write_official(
     """
     root.mkdir(parents=True, exist_ok=True)
     return WRITERS[name](root, sizes, captions_per_video)
+
+
+def read_benchmark(name: str, annotations: pathlib.Path, **options: object):
+    """(clips with official paths by split, notes) of a benchmark."""
+    return registry.get(name).read(annotations, None, **options)

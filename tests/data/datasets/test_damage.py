@@ -6,8 +6,7 @@ import random
 
 import pytest
 
-from tests.data.datasets.official import write_official
-from vop_jax.data.datasets.registry import BENCHMARKS, read_benchmark
+from tests.data.datasets.official import BENCHMARKS, read_benchmark, write_official
 from vop_jax.errors import UserError
 
 ROUNDS = 30  # of each benchmark

@@ -7,8 +7,7 @@ import shutil
 
 import pytest
 
-from tests.data.datasets.official import sentence, write_official
-from vop_jax.data.datasets.registry import BENCHMARKS, read_benchmark
+from tests.data.datasets.official import BENCHMARKS, read_benchmark, sentence, write_official
 from vop_jax.errors import UserError
 
 SIZES = {"train": 5, "val": 2, "test": 3}

@@ -1,9 +1,18 @@
 """Official files of every benchmark: the good ones, and what can be wrong with all of them."""
 
+import sys
+
 import pytest
 
-from tests.data.datasets.official import sentence, sentences, write_official
-from vop_jax.data.datasets.registry import BENCHMARKS, check_sizes, read_benchmark
+from tests import processes
+from tests.data.datasets.official import (
+    BENCHMARKS,
+    read_benchmark,
+    sentence,
+    sentences,
+    write_official,
+)
+from vop_jax.data.datasets import registry
 from vop_jax.errors import UserError
 
 SIZES = {"train": 5, "val": 2, "test": 3}
@@ -50,14 +59,14 @@ def test_other_sizes_are_an_error_that_can_be_allowed(name, tmp_path):
 
 
 def test_a_tolerance_is_one():
-    check_sizes("didemo", {"train": (8395 - 41, 8395 + 41), "test": (1004, 1004)})
-    check_sizes("vatex", {"train": (1, 1)})
+    BENCHMARKS["didemo"].check_sizes({"train": (8395 - 41, 8395 + 41), "test": (1004, 1004)})
+    BENCHMARKS["vatex"].check_sizes({"train": (1, 1)})
     with pytest.raises(UserError, match="didemo train has 8,353 videos, about 8,395"):
-        check_sizes("didemo", {"train": (8353, 8395)})
+        BENCHMARKS["didemo"].check_sizes({"train": (8353, 8395)})
     with pytest.raises(UserError, match="didemo test has 1,003 videos, 1,004"):
-        check_sizes("didemo", {"test": (1003, 1004)})
+        BENCHMARKS["didemo"].check_sizes({"test": (1003, 1004)})
     with pytest.raises(UserError, match="msvd test has 27,762 captions, 27,763"):
-        check_sizes("msvd", {"test": (670, 27762)})
+        BENCHMARKS["msvd"].check_sizes({"test": (670, 27762)})
 
 
 def test_official_sizes_pass(tmp_path):
@@ -82,13 +91,25 @@ def test_a_video_in_two_splits_is_an_error(tmp_path):
     )
 
 
-def test_what_is_asked_for_must_exist(tmp_path):
-    with pytest.raises(UserError, match="'msrvtt': no such benchmark; there are msrvtt9k"):
-        read_benchmark("msrvtt", tmp_path)
+def test_unknown_datasets_splits_and_folders_are_refused(tmp_path):
+    with pytest.raises(UserError, match="kind='msrvt': no such dataset; allowed are activitynet, "):
+        registry.get("msrvt")
+    with pytest.raises(UserError, match=r"didemo, .*, vatex; did you mean 'msrvtt9k'\?"):
+        registry.get("msrvtt9")
+    with pytest.raises(UserError, match="kind='parsing': no such dataset"):  # a file beside them
+        registry.get("parsing")
     with pytest.raises(UserError, match="msrvtt9k has no split 'val'; there are train, test"):
         read_benchmark("msrvtt9k", tmp_path, splits=["val"])
     with pytest.raises(UserError, match="no such folder of annotations"):
         read_benchmark("msrvtt9k", tmp_path / "nowhere")
+
+
+def test_the_registry_imports_only_the_dataset_asked_for():
+    code = (
+        "import sys; from vop_jax.data.datasets import registry; registry.get('msvd'); "
+        "assert not {'vop_jax.data.datasets.vatex', 'jax', 'tensorflow_datasets'} & {*sys.modules}"
+    )
+    processes.run([sys.executable, "-c", code], check=True)
 
 
 def test_names_with_the_dataset_before_them_are_accepted(tmp_path):

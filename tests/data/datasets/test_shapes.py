@@ -14,7 +14,8 @@ from etils import epath
 from tests import processes
 from vop_jax.config.base import base_config
 from vop_jax.data import load
-from vop_jax.data.datasets import shapes
+from vop_jax.data.datasets import clips as moving
+from vop_jax.data.datasets import shapes, stills
 from vop_jax.errors import UserError
 from vop_jax.video.sampling import sample_indices
 
@@ -44,14 +45,14 @@ def centre(picture: np.ndarray, colour: str) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def clips():
-    return shapes.clip_items(seed=0, train=768, val=192, test=192)
+    return moving.clip_items(seed=0, train=768, val=192, test=192)
 
 
 @pytest.fixture(scope="module")
 def rendered(tmp_path_factory):
     """A few clips on disk: (directory, rows of the annotations)."""
     directory = tmp_path_factory.mktemp("clips")
-    return directory, read(shapes.render(str(directory), train=5, val=0, test=4))
+    return directory, read(moving.render(str(directory), train=5, val=0, test=4))
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
@@ -71,7 +72,10 @@ def test_held_out_clips_of_opposite_directions_are_reversals_in_every_pixel(clip
         for word, opposite in OPPOSITE.items():
             if f" {word} " in caption:
                 other = items[caption.replace(f" {word} ", f" {opposite} ")]
-                one, two = item.scene.draw(shapes.FRAMES), other.scene.draw(shapes.FRAMES)
+                one, two = (
+                    item.scene.draw(moving.FRAMES),
+                    other.scene.draw(moving.FRAMES),
+                )
                 np.testing.assert_array_equal(one, two[::-1])
                 assert (one != two).any()
                 pairs += 1
@@ -79,8 +83,8 @@ def test_held_out_clips_of_opposite_directions_are_reversals_in_every_pixel(clip
 
 
 def test_eight_uniform_samples_of_a_clip_are_symmetric_in_time():
-    middles = sample_indices(shapes.FRAMES, 8)
-    assert sorted(shapes.FRAMES - 1 - middles) == middles.tolist()
+    middles = sample_indices(moving.FRAMES, 8)
+    assert sorted(moving.FRAMES - 1 - middles) == middles.tolist()
 
 
 def test_a_clip_shows_what_its_caption_says(clips):
@@ -99,10 +103,10 @@ def test_a_clip_shows_what_its_caption_says(clips):
 
 
 def test_a_still_shows_what_its_caption_says():
-    for item in shapes.still_items(0, 60, 0):
+    for item in stills.still_items(0, 60, 0):
         y, x = centre(item.scene.draw(1)[0], item.scene.colour)
         row, column = (np.argmin(abs(np.array(shapes.THIRDS) - at)) for at in (y, x))
-        assert item.caption.startswith(shapes.SPOTS[row][column] + ", a ")
+        assert item.caption.startswith(stills.PLACES[row][column] + ", a ")
         assert item.caption.endswith(f" {item.scene.colour} {item.scene.shape}")
         assert (" large " in item.caption) == (item.scene.radius > 8)
 
@@ -114,7 +118,7 @@ def test_every_clip_is_inside_the_picture(clips):
 
 
 def test_shapes_can_be_told_apart():
-    white = dataclasses.replace(shapes.clip_items(0, 1, 0, 0)[0].scene, colour="white")
+    white = dataclasses.replace(moving.clip_items(0, 1, 0, 0)[0].scene, colour="white")
     drawn = [dataclasses.replace(white, shape=shape).draw(1) for shape in shapes.SHAPES]
     for i, one in enumerate(drawn):
         for two in drawn[:i]:
@@ -124,26 +128,26 @@ def test_shapes_can_be_told_apart():
 def test_contrasts_turn_one_thing_of_a_caption(clips):
     captions = {item.caption for item in clips if item.split == "train"}  # every one there is
     for caption in captions:
-        turned = shapes.contrasts(caption)
+        turned = moving.contrasts(caption)
         assert set(turned) == {"direction", "speed"}
         for name, other in turned.items():
             assert other in captions - {caption}
-            assert shapes.contrasts(other)[name] == caption
+            assert moving.contrasts(other)[name] == caption
             assert [colour for colour in shapes.COLOURS if f" {colour} " in other] == [
                 caption.split()[1]
             ]
-    assert shapes.contrasts("a red cross moves slowly up on the left") == {
+    assert moving.contrasts("a red cross moves slowly up on the left") == {
         "direction": "a red cross moves slowly down on the left",
         "speed": "a red cross moves quickly up on the left",
     }
     with pytest.raises(ValueError, match="none of up, down"):
-        shapes.contrasts("in the centre, a small red cross")
+        moving.contrasts("in the centre, a small red cross")
 
 
 def test_train_clips_repeat_captions_only_after_a_round(clips):
     train = [item for item in clips if item.split == "train"]
     assert len(train) == 768 and len({item.caption for item in train}) == 768
-    twice = collections.Counter(i.caption for i in shapes.clip_items(0, 2 * 768, 0, 0))
+    twice = collections.Counter(i.caption for i in moving.clip_items(0, 2 * 768, 0, 0))
     assert set(twice.values()) == {2}
 
 
@@ -153,12 +157,12 @@ def test_train_and_test_show_no_clip_twice(clips):
 
 
 def test_seeds_differ_and_counts_do_not_matter():
-    few, many = shapes.clip_items(0, 3, 0, 4), shapes.clip_items(0, 9, 0, 8)
+    few, many = moving.clip_items(0, 3, 0, 4), moving.clip_items(0, 9, 0, 8)
     for item in few:
         twin = next(other for other in many if other.video == item.video)
         assert twin.caption == item.caption
         np.testing.assert_array_equal(twin.scene.draw(3), item.scene.draw(3))
-    others = shapes.clip_items(1, 3, 0, 4)
+    others = moving.clip_items(1, 3, 0, 4)
     assert [item.caption for item in others] != [item.caption for item in few]
     assert not {item.video for item in others} & {item.video for item in few}
 
@@ -166,7 +170,7 @@ def test_seeds_differ_and_counts_do_not_matter():
 def test_files_are_h264_of_what_was_drawn(rendered):
     directory, rows = rendered
     assert collections.Counter(row["split"] for row in rows) == {"train": 5, "test": 4}
-    for row, item in zip(rows, shapes.clip_items(0, 5, 0, 4), strict=True):
+    for row, item in zip(rows, moving.clip_items(0, 5, 0, 4), strict=True):
         assert (row["video"], row["caption"], row["split"]) == (
             item.video,
             item.caption,
@@ -174,29 +178,29 @@ def test_files_are_h264_of_what_was_drawn(rendered):
         )
         with av.open(str(directory / row["video"])) as container:
             assert container.streams.video[0].codec_context.name == "h264"
-        drawn = item.scene.draw(shapes.FRAMES)
+        drawn = item.scene.draw(moving.FRAMES)
         shown = decode(directory / row["video"])
         assert shown.shape == drawn.shape == (24, 64, 64, 3)
         assert abs(shown.astype(int) - drawn).mean() < 4
 
 
 def test_stills_are_exact(tmp_path):
-    rows = read(shapes.render_stills(str(tmp_path), train=3, test=2))
+    rows = read(stills.render(str(tmp_path), train=3, test=2))
     assert [row["split"] for row in rows] == ["train"] * 3 + ["test"] * 2
-    for row, item in zip(rows, shapes.still_items(0, 3, 2), strict=True):
+    for row, item in zip(rows, stills.still_items(0, 3, 2), strict=True):
         np.testing.assert_array_equal(decode(tmp_path / row["video"]), item.scene.draw(1))
 
 
 def test_stills_tell_nothing_of_motion(clips):
     words = {word for item in clips for word in item.caption.split()}
-    still_words = {word for item in shapes.still_items(0, 576, 64) for word in item.caption.split()}
+    still_words = {word for item in stills.still_items(0, 576, 64) for word in item.caption.split()}
     assert {"moves", "slowly", "quickly", "up", "down"} <= words - still_words
     assert still_words >= {*shapes.COLOURS, *shapes.SHAPES}
 
 
 def test_equal_seeds_give_equal_files_on_any_number_of_threads(rendered, tmp_path):
     directory, _ = rendered
-    shapes.render(str(tmp_path), train=5, val=0, test=4, threads=5)
+    moving.render(str(tmp_path), train=5, val=0, test=4, threads=5)
     assert contents(tmp_path) == contents(directory)
 
 
@@ -208,17 +212,17 @@ def test_a_finished_directory_is_reused_at_once(rendered, monkeypatch):
         raise AssertionError("drawn again")
 
     monkeypatch.setattr(shapes.Scene, "draw", never)
-    again = shapes.render(str(directory), train=5, val=0, test=4)
+    again = moving.render(str(directory), train=5, val=0, test=4)
     assert again == str(directory / shapes.ANNOTATIONS_FILE)
     assert {path: path.stat().st_mtime_ns for path in directory.iterdir()} == before
 
 
 def test_another_seed_in_the_same_directory_is_not_mistaken_for_it(tmp_path):
-    first = read(shapes.render(str(tmp_path), train=2, val=0, test=0))
-    second = read(shapes.render(str(tmp_path), train=2, val=0, test=0, seed=1))
+    first = read(moving.render(str(tmp_path), train=2, val=0, test=0))
+    second = read(moving.render(str(tmp_path), train=2, val=0, test=0, seed=1))
     assert [row["video"] for row in first] != [row["video"] for row in second]
-    for row, item in zip(second, shapes.clip_items(1, 2, 0, 0), strict=True):
-        drawn = item.scene.draw(shapes.FRAMES).astype(int)
+    for row, item in zip(second, moving.clip_items(1, 2, 0, 0), strict=True):
+        drawn = item.scene.draw(moving.FRAMES).astype(int)
         assert abs(decode(tmp_path / row["video"]) - drawn).mean() < 4
 
 
@@ -231,7 +235,7 @@ def test_an_error_stops_rendering_and_leaves_no_annotations(tmp_path, monkeypatc
 
     monkeypatch.setattr(shapes.Scene, "draw", fail)
     with pytest.raises(OSError, match="no space"):
-        shapes.render(str(tmp_path), train=400, val=0, test=0)
+        moving.render(str(tmp_path), train=400, val=0, test=0)
     assert len(drawn) < 400
     assert not (tmp_path / shapes.ANNOTATIONS_FILE).exists()
 
@@ -246,15 +250,15 @@ def test_a_file_is_there_whole_or_not_at_all(rendered, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
         patch.setattr(type(root), "write_bytes", half_write)
-        shapes.render(str(tmp_path), train=5, val=0, test=4)
+        moving.render(str(tmp_path), train=5, val=0, test=4)
     assert not [path for path in root.iterdir() if path.suffix in (".mp4", ".csv")]
-    shapes.render(str(tmp_path), train=5, val=0, test=4)
+    moving.render(str(tmp_path), train=5, val=0, test=4)
     for name, data in contents(rendered[0]).items():
         assert (tmp_path / name).read_bytes() == data
 
 
 def test_killed_rendering_is_taken_up_again(rendered, tmp_path):
-    code = f"from vop_jax.data import shapes; shapes.render({str(tmp_path)!r}, train=768)"
+    code = f"from vop_jax.data.datasets import clips; clips.render({str(tmp_path)!r}, train=768)"
     process = processes.Process([sys.executable, "-c", code])
     processes.until(lambda: len(list(tmp_path.glob("train-*.mp4"))) >= 5, process)
     process.send_signal(signal.SIGKILL)
@@ -263,8 +267,8 @@ def test_killed_rendering_is_taken_up_again(rendered, tmp_path):
     kept = {p: p.stat().st_mtime_ns for p in tmp_path.glob("train-*.mp4")}
     assert len(kept) >= 5
     for path in kept:
-        assert len(decode(path)) == shapes.FRAMES
-    rows = read(shapes.render(str(tmp_path), train=5, val=0, test=4))
+        assert len(decode(path)) == moving.FRAMES
+    rows = read(moving.render(str(tmp_path), train=5, val=0, test=4))
     assert all(path.stat().st_mtime_ns == at for path, at in kept.items())
     for row in rows:
         assert (tmp_path / row["video"]).read_bytes() == (rendered[0] / row["video"]).read_bytes()
@@ -275,13 +279,13 @@ def test_killed_rendering_is_taken_up_again(rendered, tmp_path):
 )
 def test_impossible_numbers_of_clips_are_refused(tmp_path, counts):
     with pytest.raises(UserError, match=r"clips: train must be 0 or more, val and test even"):
-        shapes.render(str(tmp_path / "new"), **counts)
+        moving.render(str(tmp_path / "new"), **counts)
     assert not (tmp_path / "new").exists()
 
 
 def test_impossible_numbers_of_stills_are_refused(tmp_path):
     with pytest.raises(UserError, match="stills: must be 0 or more"):
-        shapes.render_stills(str(tmp_path), train=-1)
+        stills.render(str(tmp_path), train=-1)
 
 
 def test_needs_no_jax():
@@ -292,6 +296,6 @@ def test_needs_no_jax():
 def test_a_run_renders_as_many_as_its_config_says(monkeypatch, tmp_path):
     config = base_config()
     config.data.kind, config.data.rendered = "clips", 6
-    monkeypatch.setattr(shapes, "render", functools.partial(shapes.render, val=2, test=4))
+    monkeypatch.setattr(moving, "render", functools.partial(moving.render, val=2, test=4))
     splits = load.load(config.data, str(tmp_path)).splits
     assert {name: len(split) for name, split in splits.items()} == {"train": 6, "test": 4}

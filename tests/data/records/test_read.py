@@ -14,6 +14,7 @@ from PIL import Image
 
 from tests.video import videos
 from vop_jax.data.clips import VideoClip
+from vop_jax.data.datasets import registry
 from vop_jax.data.records import encode, read, shards, tfds_builder
 from vop_jax.data.records.encode import Preprocessing
 from vop_jax.data.records.tfds_builder import Making
@@ -158,7 +159,7 @@ def test_rows_that_cannot_be_files_are_named_and_the_others_go_on(folder, tmp_pa
     rows = [{"video": name, "caption": "x", "split": "test"} for name in [*ROWS, *GOOD]]
     annotations = tmp_path / "rows.jsonl"
     annotations.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    dataset, _ = tfds_builder.Folder.read(annotations, folder)
+    dataset, _ = registry.get("folder").read(annotations, folder)
     made = make(dataset, tmp_path / "records", max_skipped=0.9)
     assert made.splits["test"].ids == GOOD
     assert [clip.id for clip in made.splits["test"].skipped][1:] == ROWS[1:]

@@ -4,19 +4,13 @@ from etils import epath
 
 from vop_jax.data.clips import VideoClip
 from vop_jax.data.datasets.parsing import (
-    Benchmark,
-    Captions,
-    Size,
-    caption,
+    AnnotationFiles,
+    captions_by_id,
     expect,
-    find,
-    find_optional,
     identifier,
     member,
-    note_ids,
-    read_json,
-    without_empty,
 )
+from vop_jax.data.datasets.source import Benchmark, SplitSize
 
 FILES = {
     "train": ("activitynet_train.json", "train.json"),
@@ -28,46 +22,34 @@ IDS = {
 }
 
 
-def read(folder: epath.Path, split: str) -> tuple[list[VideoClip], list[str]]:
-    """Clips of a split, one paragraph each: the sentences, stripped, joined by one space.
-
-    Raises:
-        UserError: a file is missing or not as published.
-    """
-    notes: list[str] = []
-    path = find(folder, FILES[split])
-    sentences: Captions = {}
-    for name, entry in expect(str(path), read_json(path, notes), dict).items():
-        name = identifier(str(path), name)
-        where = f"{path}: {name}"
-        own = member(where, entry, "sentences", list)
-        sentences.setdefault(name, []).extend(caption(where, text) for text in own)
-    kept = without_empty(path, sentences, notes)
-    note_ids(path, [n for n in sentences if n not in kept], "without a sentence, left out", notes)
-    _compare_with_ids(folder, split, path, list(sentences), notes)
-    return [VideoClip(name, f"{name}.mp4", (" ".join(own),)) for name, own in kept.items()], notes
+def read_split(files: AnnotationFiles, split: str) -> list[VideoClip]:
+    """Clips of a split, one paragraph each: the sentences, stripped, joined by one space."""
+    path = files.find(FILES[split])
+    sentences = captions_by_id(
+        path, files.read_json(path), lambda where, entry: member(where, entry, "sentences", list)
+    )
+    clips = files.clips((path, list(sentences)), (path, sentences), "{}.mp4".format, paragraph=True)
+    if (id_file := files.find_optional(IDS[split])) is not None:
+        _compare_ids(files, id_file, path, set(sentences))
+    return clips
 
 
-def _compare_with_ids(
-    folder: epath.Path, split: str, described: epath.Path, names: list[str], notes: list[str]
+def _compare_ids(
+    files: AnnotationFiles, id_file: epath.Path, caption_file: epath.Path, described: set[str]
 ) -> None:
-    """The list of ids holds videos that nobody described; captions decide, the list is noted."""
-    path = find_optional(folder, IDS[split])
-    if path is None:
-        return
-    ids = [
-        identifier(f"{path}: [{i}]", name)
-        for i, name in enumerate(expect(str(path), read_json(path, notes), list))
-    ]
-    undescribed, unlisted = sorted(set(ids) - set(names)), sorted(set(names) - set(ids))
-    note_ids(path, undescribed, f"not in {described.name}", notes)
-    note_ids(described, unlisted, f"not in {path.name}", notes)
+    """Notes differences: the list of ids names videos without captions, and captions decide."""
+    ids = {
+        identifier(f"{id_file}: [{i}]", name)
+        for i, name in enumerate(expect(str(id_file), files.read_json(id_file), list))
+    }
+    files.note_ids(id_file, sorted(ids - described), f"not in {caption_file.name}")
+    files.note_ids(caption_file, sorted(described - ids), f"not in {id_file.name}")
 
 
-ACTIVITYNET = Benchmark(
+DATASET = Benchmark(
     "activitynet",
     "ActivityNet Captions, paragraphs, test is val_1",
+    {"train": SplitSize(10009, 10009), "test": SplitSize(4917, 4917)},
     FILES,
-    {"train": Size(10009, 10009), "test": Size(4917, 4917)},
-    read,
+    read_split,
 )

@@ -1,4 +1,4 @@
-"""Where the videos of official names really are: other extensions, other places, frames."""
+"""Finds videos whose files are not named as a benchmark names them."""
 
 import dataclasses
 import os
@@ -13,7 +13,7 @@ from vop_jax.storage.files import walk
 from vop_jax.video.files import VIDEOS, name_of
 from vop_jax.video.images import is_picture
 
-# ActivityNet's ids are YouTube's with this before them; some downloads are named without.
+# ActivityNet's ids are YouTube's after this prefix; some downloads are named without it.
 PREFIX = "v_"
 
 Match = tuple[str, bool]  # a relative path, and whether it is a folder of frames
@@ -25,44 +25,44 @@ def locate(
     """Finds the videos of clips whose paths are official ones, relative to a folder.
 
     A video that is not at its official path is, anywhere in the folder, the file of that name
-    with another extension, or the folder of that name with extracted frames. One that is not
-    found keeps its official path, and is reported when it is to be read.
+    with another extension, or the folder of that name with extracted frames. A video that is
+    missing keeps its official path, and is reported when it is decoded.
 
     Returns:
         The clips with the paths of their videos in `videos`.
-        Notes: how many were found under other names or not at all, one line each.
+        Notes: how many have other names or are missing, one line each.
 
     Raises:
-        UserError: there is no such folder, or not one of the videos in it.
+        UserError: the folder does not exist, or contains none of the videos.
     """
     root = epath.Path(videos)
     if not root.is_dir():
         raise UserError(f"{root}: no such folder of videos")
-    there = _at_official_paths(root, clips)
-    lost = [clip.path for clip in clips if clip.path not in there]
-    names = {name for path in lost for name in _names(path)}
-    index = _index(root, names) if lost else {}
-    found: dict[str, str] = {}  # official path -> path
-    remarks: dict[str, list[str]] = {}  # what -> of which
-    for path in lost:
+    official = _at_official_paths(root, clips)
+    absent = [clip.path for clip in clips if clip.path not in official]
+    names = {name for path in absent for name in _names(path)}
+    index = _index(root, names) if absent else {}
+    actual: dict[str, str] = {}  # official path -> path
+    remarks: dict[str, list[str]] = {}  # what differs -> videos
+    for path in absent:
         matches = next((index[name] for name in _names(path) if name in index), [])
         if matches:
-            found[path], what = _choose(path, matches)
-            remarks.setdefault(what, []).append(found[path])
+            actual[path], what = _choose(path, matches)
+            remarks.setdefault(what, []).append(actual[path])
         else:
             remarks.setdefault("are missing", []).append(path)
         if len(matches) > 1:
-            twice = " and ".join(match for match, _ in matches)
-            remarks.setdefault("are there twice", []).append(twice)
-    if clips and not there and not found:
-        raise UserError(_nothing_found(root, clips))
+            both = " and ".join(match for match, _ in matches)
+            remarks.setdefault("are there twice", []).append(both)
+    if clips and not official and not actual:
+        raise UserError(_none_message(root, clips))
     notes = [
         f"{root}: {len(which)} of {len(clips)} videos {what}, first {which[0]}"
         for what, which in remarks.items()
     ]
     prefix = os.fspath(root)
     return [
-        dataclasses.replace(clip, path=os.path.join(prefix, found.get(clip.path, clip.path)))
+        dataclasses.replace(clip, path=os.path.join(prefix, actual.get(clip.path, clip.path)))
         for clip in clips
     ], notes
 
@@ -74,16 +74,16 @@ def _names(path: str) -> tuple[str, ...]:
 
 
 def _at_official_paths(root: epath.Path, clips: Sequence[VideoClip]) -> set[str]:
-    """The official paths that exist; one listing a folder, for stores where asking is slow."""
-    there: set[str] = set()
+    """The official paths that exist; lists folders, because a bucket is slow to ask for each."""
+    paths: set[str] = set()
     for folder in {posixpath.dirname(clip.path) for clip in clips}:
         if (root / folder).is_dir():
-            there |= {posixpath.join(folder, path.name) for path in (root / folder).iterdir()}
-    return there & {clip.path for clip in clips}
+            paths |= {posixpath.join(folder, path.name) for path in (root / folder).iterdir()}
+    return paths & {clip.path for clip in clips}
 
 
 def _index(root: epath.Path, names: Container[str]) -> dict[str, list[Match]]:
-    """{name without extension: the videos and folders of frames below}."""
+    """{name without extension: the videos and folders of frames below `root`}."""
     index: dict[str, list[Match]] = {}
     for folder, _, files in walk(root):
         name = name_of(folder)
@@ -97,20 +97,20 @@ def _index(root: epath.Path, names: Container[str]) -> dict[str, list[Match]]:
 
 def _choose(path: str, matches: list[Match]) -> tuple[str, str]:
     """(the match to use, how it differs): the official extension first, frames last."""
-    official = posixpath.splitext(path)[1].lower()
+    extension = posixpath.splitext(path)[1].lower()
 
     def rank(match: Match) -> tuple[bool, bool, str]:
-        found, is_folder = match
-        return is_folder, posixpath.splitext(found)[1].lower() != official, found
+        name, is_folder = match
+        return is_folder, posixpath.splitext(name)[1].lower() != extension, name
 
     matches.sort(key=rank)
-    is_folder, other_extension, found = rank(matches[0])
+    is_folder, other_extension, name = rank(matches[0])
     if is_folder:
-        return found, "are folders of frames"
-    return found, "have another extension" if other_extension else "lie elsewhere or are renamed"
+        return name, "are folders of frames"
+    return name, "have another extension" if other_extension else "lie elsewhere or are renamed"
 
 
-def _nothing_found(root: epath.Path, clips: Sequence[VideoClip]) -> str:
+def _none_message(root: epath.Path, clips: Sequence[VideoClip]) -> str:
     names = sorted(path.name for path in root.iterdir())[:3]
     return (
         f"{root}: none of the {len(clips)} videos is in this folder; looked for {clips[0].path}, "

@@ -7,18 +7,8 @@ from typing import Any
 from etils import epath
 
 from vop_jax.data.clips import VideoClip
-from vop_jax.data.datasets.parsing import (
-    Benchmark,
-    Captions,
-    Size,
-    caption,
-    clips_of,
-    expect,
-    find,
-    identifier,
-    read_json,
-    read_list,
-)
+from vop_jax.data.datasets.parsing import AnnotationFiles, captions_by_id
+from vop_jax.data.datasets.source import Benchmark, SplitSize
 from vop_jax.errors import UserError
 
 FILES = {
@@ -27,50 +17,24 @@ FILES = {
 CAPTIONS = ("captions_msvd.json", "raw-captions.pkl")
 
 
-def read(folder: epath.Path, split: str) -> tuple[list[VideoClip], list[str]]:
-    """Clips of a split with all their captions, repeated ones too, as the counts have it.
-
-    Raises:
-        UserError: a file is missing or not as published.
-    """
-    notes: list[str] = []
-    path = find(folder, FILES[split])
-    described = find(folder, CAPTIONS)
-    ids = read_list(path, notes)
+def read_split(files: AnnotationFiles, split: str) -> list[VideoClip]:
+    """Clips of a split with all captions; published counts include repeated ones."""
+    path, described = files.find(FILES[split]), files.find(CAPTIONS)
+    ids = files.read_list(path)
     pickled = described.suffix == ".pkl"
-    value = read_pickle(described) if pickled else read_json(described, notes)
-    captions = captions_by_id(described, value)
-    return clips_of((path, ids), (described, captions), lambda name: f"{name}.avi", notes), notes
-
-
-def captions_by_id(path: epath.Path, value: object) -> Captions:
-    """The captions of {id: [caption or list of words]}.
-
-    Raises:
-        UserError: the value is not of that kind.
-    """
-    captions: Captions = {}
-    for key, own in expect(str(path), value, dict).items():
-        name = identifier(str(path), key)
-        where = f"{path}: {name}"
-        texts = (_joined(where, text) for text in expect(where, own, list))
-        captions.setdefault(name, []).extend(caption(where, text) for text in texts)
-    return captions
-
-
-def _joined(where: str, text: object) -> object:
-    return " ".join(caption(where, word) for word in text) if isinstance(text, list) else text
+    value = read_pickle(described) if pickled else files.read_json(described)
+    return files.clips((path, ids), (described, captions_by_id(described, value)), "{}.avi".format)
 
 
 class _DataOnly(pickle._Unpickler):  # the one in C reserves memory that a damaged file asks for
-    """Builds texts, numbers, lists and dicts; what could run code is refused."""
+    """Builds texts, numbers, lists and dicts; refuses what could run code."""
 
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
 def read_pickle(path: epath.Path) -> object:
-    """The value of a pickle that holds data alone.
+    """The value of a pickle that contains plain data only.
 
     Raises:
         UserError: it is damaged, or needs anything beyond data.
@@ -86,10 +50,14 @@ def read_pickle(path: epath.Path) -> object:
         ) from None
 
 
-MSVD = Benchmark(
+DATASET = Benchmark(
     "msvd",
     "MSVD, test with all captions",
+    {
+        "train": SplitSize(1200, 48_774),
+        "val": SplitSize(100, 4290),
+        "test": SplitSize(670, 27_763),
+    },
     FILES,
-    {"train": Size(1200, 48_774), "val": Size(100, 4290), "test": Size(670, 27_763)},
-    read,
+    read_split,
 )

@@ -1,12 +1,7 @@
-"""What the parsers of the benchmarks' official files share.
-
-Parsers append what a user should know, but may well accept, to a list of notes; anything that
-is not as the format says is a `UserError`.
-"""
+"""Reads annotation files, and says which line of which file is wrong."""
 
 import collections
 import csv
-import dataclasses
 import io
 import json
 import re
@@ -18,99 +13,212 @@ from etils import epath
 from vop_jax.data.clips import VideoClip
 from vop_jax.errors import UserError
 
+T = TypeVar("T")
+Captions = dict[str, list[str]]  # id -> captions in file order
 
-def find_optional(folder: epath.Path, names: Sequence[str]) -> epath.Path | None:
-    """The first of the files that is in the folder, if any."""
-    return next((folder / name for name in names if (folder / name).is_file()), None)
+# Lone surrogates cannot be written as UTF-8, and no text contains a NUL.
+UNPRINTABLE = re.compile("[\0\ud800-\udfff]")
+TYPE_NAMES: dict[type, str] = {
+    **{str: "a text", list: "a list", dict: "an object"},
+    **{bool: "a truth value", int: "a number", float: "a number", type(None): "null"},
+}
 
 
-def find(folder: epath.Path, names: Sequence[str]) -> epath.Path:
-    """The first of the files that is in the folder.
+class AnnotationFiles:
+    """The folder of a benchmark's official files.
 
-    Raises:
-        UserError: none is.
+    Attributes:
+        folder: the folder.
+        notes: what a user should know but may accept, one line each.
     """
-    path = find_optional(folder, names)
-    if path is None:
-        raise UserError(f"{folder}: no {' or '.join(names)} in this folder of annotations")
-    return path
 
+    def __init__(self, folder: epath.Path):
+        self.folder = folder
+        self.notes: list[str] = []
 
-def read_text(path: epath.Path, notes: list[str], fallback: str | None = None) -> str:
-    """The text of a UTF-8 file, or, with a note, of one in the encoding `fallback`.
+    def find_optional(self, names: Sequence[str]) -> epath.Path | None:
+        """The first of these files that exists."""
+        return next((self.folder / name for name in names if (self.folder / name).is_file()), None)
 
-    Raises:
-        UserError: it is in neither.
-    """
-    data = path.read_bytes()
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        reason = f"not UTF-8 text ({error.reason} at byte {error.start})"
-    if fallback:
+    def find(self, names: Sequence[str]) -> epath.Path:
+        """The first of these files that exists.
+
+        Raises:
+            UserError: none exists.
+        """
+        path = self.find_optional(names)
+        if path is None:
+            raise UserError(f"{self.folder}: no {' or '.join(names)} in this folder of annotations")
+        return path
+
+    def read_lines(self, path: epath.Path, fallback: str = "") -> Iterator[tuple[int, str]]:
+        """(line number, line) of the lines that are not blank.
+
+        Args:
+            fallback: encoding of a file that is not UTF-8; its use is noted.
+        """
         try:
-            text = data.decode(fallback)
-        except UnicodeDecodeError as error:
-            reason += f", nor {fallback} (at byte {error.start})"
-        else:
-            notes.append(f"{path.name}: {reason}; read as {fallback}")
-            return text
-    raise UserError(f"{path}: {reason}")
+            text = read_text(path)
+        except UserError as error:
+            try:
+                text = path.read_bytes().decode(fallback or "ascii")
+            except UnicodeDecodeError:
+                raise error from None
+            reason = str(error).removeprefix(f"{path}: ")
+            self.notes.append(f"{path.name}: {reason}; read as {fallback}")
+        # Not splitlines(): captions may contain the rarer line separators of Unicode.
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                yield number, line
 
+    def read_list(self, path: epath.Path) -> list[str]:
+        """The ids of a file with one a line; repeated ids are noted."""
+        lines = self.read_lines(path)
+        return self.unique(path, [(n, identifier(f"{path}:{n}", line)) for n, line in lines])
 
-def read_lines(
-    path: epath.Path, notes: list[str], fallback: str | None = None
-) -> Iterator[tuple[int, str]]:
-    """(line number, line) of the lines that are not blank."""
-    # Not splitlines(): captions may hold the rarer line separators of Unicode.
-    for number, line in enumerate(read_text(path, notes, fallback).split("\n"), 1):
-        if line.strip():
-            yield number, line
+    def read_csv(self, path: epath.Path, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
+        """(line number, the cells of `columns`) of each row of a CSV file with a header.
 
-
-def read_list(path: epath.Path, notes: list[str]) -> list[str]:
-    """The ids of a file with one a line; repeated ones are noted.
-
-    Raises:
-        UserError: a line that is no id.
-    """
-    lines = read_lines(path, notes)
-    return unique(path, [(n, identifier(f"{path}:{n}", line)) for n, line in lines], notes)
-
-
-def read_csv(
-    path: epath.Path, columns: Sequence[str], notes: list[str]
-) -> Iterator[tuple[int, list[str]]]:
-    """(line number, the cells of `columns`) of each row of a CSV file with a header.
-
-    Raises:
-        UserError: a column is missing, or a row is not as long as the header.
-    """
-    reader = csv.reader(io.StringIO(read_text(path, notes), newline=""), strict=True)
-    try:
-        header = [name.strip() for name in next(reader, [])]
+        Raises:
+            UserError: a column is missing, or a row is not as long as the header.
+        """
+        rows = read_table(path, read_text(path))
+        _, header = next(rows)
         for name in columns:
             if name not in header:
-                found = short(", ".join(header)) if header else "nothing"
-                raise UserError(f"{path}:1: no column {name!r}; found {found}")
-        chosen = [header.index(name) for name in columns]
+                names = short(", ".join(header)) if header else "nothing"
+                raise UserError(f"{path}:1: no column {name!r}; found {names}")
+        indices = [header.index(name) for name in columns]
+        for line, cells in rows:
+            yield line, [cells[i] for i in indices]
+
+    def read_json(self, path: epath.Path) -> Any:
+        """The value of a JSON file; keys that an object has twice are noted."""
+        value, repeated = parse_json(path, read_text(path))
+        if repeated:
+            self.notes.append(
+                f"{path.name}: {count(repeated, 'key')} repeated; the last one counts"
+            )
+        return value
+
+    def captions_of_rows(
+        self, path: epath.Path, rows: Iterable[tuple[int, Sequence[str]]]
+    ) -> Captions:
+        """The captions of rows (line number, (id, caption)); repeated ids are noted and merged."""
+        captions: Captions = {}
+        lines = []
+        for line, (name, text) in rows:
+            name = identifier(f"{path}:{line}", name)
+            lines.append((line, name))
+            captions.setdefault(name, []).append(caption(f"{path}:{line}", text))
+        self.unique(path, lines)
+        return captions
+
+    def unique(self, path: epath.Path, rows: Iterable[tuple[int, str]]) -> list[str]:
+        """The ids of rows (line number, id), each once; repeated ids are noted."""
+        ids: dict[str, None] = {}
+        repeated: dict[str, int] = {}
+        for line, name in rows:
+            if name in ids:
+                repeated.setdefault(name, line)
+            ids[name] = None
+        if repeated:
+            line = next(iter(repeated.values()))
+            self.notes.append(
+                f"{path.name}: {count(list(repeated), 'id')} repeated (line {line}); merged"
+            )
+        return list(ids)
+
+    def without_empty(self, path: epath.Path, captions: Captions) -> Captions:
+        """The videos that have a caption that is not empty; empty captions are noted."""
+        empty = [name for name, own in captions.items() for text in own if not text]
+        if empty:
+            plural = "s" * (len(empty) > 1)
+            self.notes.append(
+                f"{path.name}: {len(empty)} empty caption{plural} left out, first of {empty[0]}"
+            )
+        nonempty = {name: [text for text in own if text] for name, own in captions.items()}
+        return {name: own for name, own in nonempty.items() if own}
+
+    def clips(
+        self,
+        listed: tuple[epath.Path, Sequence[str]],
+        described: tuple[epath.Path, Captions],
+        video_of: Callable[[str], str],
+        *,
+        paragraph: bool = False,
+    ) -> list[VideoClip]:
+        """Clips of the ids of a list file, with the captions of another file.
+
+        Empty captions, and videos without any caption, are left out and noted.
+
+        Args:
+            video_of: id -> the official path of the video.
+            paragraph: join the captions of a video by spaces.
+        """
+        (list_file, ids), (caption_file, captions) = listed, described
+        listed_captions = {name: captions[name] for name in ids if name in captions}
+        usable = self.without_empty(caption_file, listed_captions)
+        missing = [name for name in ids if name not in usable]
+        self.note_ids(list_file, missing, f"without a caption in {caption_file.name}, left out")
+        return [
+            VideoClip(name, video_of(name), (" ".join(own),) if paragraph else tuple(own))
+            for name, own in usable.items()
+        ]
+
+    def note_ids(self, path: epath.Path, ids: Sequence[str], what: str) -> None:
+        """Notes how many ids of a file are `what`, if any are."""
+        if ids:
+            self.notes.append(f"{path.name}: {count(ids, 'id')} {what}")
+
+
+def read_text(path: epath.Path) -> str:
+    """The text of a UTF-8 file.
+
+    Raises:
+        UserError: it is a folder, or not UTF-8.
+    """
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: a folder; an annotation file is needed") from None
+
+
+def read_table(
+    path: epath.Path, text: str, delimiter: str = ","
+) -> Iterator[tuple[int, list[str]]]:
+    """(line number, cells) of each row of a CSV text that is not blank, the header first.
+
+    Raises:
+        UserError: it is not CSV, or a row is not as long as the header.
+    """
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        header = [name.strip() for name in next(reader, [])]
+        yield 1, header
         for cells in reader:
             if not any(cell.strip() for cell in cells):
                 continue
             if len(cells) != len(header):
                 raise UserError(
-                    f"{path}:{reader.line_num}: {len(cells)} cells, the header has {len(header)}"
+                    f"{path}:{reader.line_num}: {len(cells)} cells, the header has {len(header)}; "
+                    f"quote a caption that contains {delimiter!r}"
                 )
-            yield reader.line_num, [cells[i] for i in chosen]
+            yield reader.line_num, cells
     except csv.Error as error:
         raise UserError(f"{path}:{reader.line_num}: not CSV ({error})") from None
 
 
-def read_json(path: epath.Path, notes: list[str]) -> Any:
-    """The value of a JSON file; keys that an object has twice are noted.
+def parse_json(path: epath.Path, text: str, line: int = 1) -> tuple[Any, list[str]]:
+    """A JSON value, and the keys that an object in it has twice.
+
+    Args:
+        line: of the file, where the text begins.
 
     Raises:
-        UserError: it is no JSON.
+        UserError: it is not JSON.
     """
     repeated: list[str] = []
 
@@ -122,78 +230,35 @@ def read_json(path: epath.Path, notes: list[str]) -> Any:
         return value
 
     try:
-        value = json.loads(read_text(path, notes), object_pairs_hook=to_dict)
+        return json.loads(text, object_pairs_hook=to_dict), repeated
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}:{error.colno}: not JSON ({error.msg})") from None
+        where = f"{path}:{line - 1 + error.lineno}:{error.colno}"
+        raise UserError(f"{where}: not JSON ({error.msg})") from None
     except ValueError:  # Python reads no integers of thousands of digits
-        raise UserError(f"{path}: not JSON that can be read (a number is too long)") from None
+        raise UserError(
+            f"{path}:{line}: not JSON that can be read (a number is too long)"
+        ) from None
     except RecursionError:
-        raise UserError(f"{path}: not JSON that can be read (too deeply nested)") from None
-    if repeated:
-        notes.append(f"{path.name}: {count(repeated, 'key')} repeated; the last one counts")
-    return value
-
-
-T = TypeVar("T")
-Captions = dict[str, list[str]]  # id -> captions in file order
-
-# Lone surrogates cannot be written as UTF-8; a NUL never is part of a text.
-NO_TEXT = re.compile("[\0\ud800-\udfff]")
-NAMES: dict[type, str] = {
-    **{str: "a text", list: "a list", dict: "an object"},
-    **{bool: "a truth value", int: "a number", float: "a number", type(None): "null"},
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Size:
-    """What a split is known to hold; None: not known.
-
-    Attributes:
-        tolerance: the share by which published counts of this split differ.
-    """
-
-    videos: int | None = None
-    captions: int | None = None
-    tolerance: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Benchmark:
-    """A benchmark in its official files.
-
-    Attributes:
-        name: as in the config.
-        protocol: what is trained on and tested on, in words.
-        files: split -> the file that says which videos it has, under its accepted names.
-        sizes: split -> its size; the splits of the benchmark.
-        read: (folder of annotations, split) -> (clips with official relative paths, notes).
-    """
-
-    name: str
-    protocol: str
-    files: Mapping[str, tuple[str, ...]]
-    sizes: Mapping[str, Size]
-    read: Callable[[epath.Path, str], tuple[list[VideoClip], list[str]]]
+        raise UserError(f"{path}:{line}: not JSON that can be read (too deeply nested)") from None
 
 
 def expect(where: str, value: object, kind: type[T]) -> T:
-    """The value, of the type.
+    """The value, of that type.
 
     Raises:
-        UserError: it has another.
+        UserError: it has another type.
     """
     if not isinstance(value, kind):
-        found = NAMES.get(type(value), f"a {type(value).__name__}")
-        raise UserError(f"{where}: {found}; {NAMES[kind]} is needed")
+        name = TYPE_NAMES.get(type(value), f"a {type(value).__name__}")
+        raise UserError(f"{where}: {name}; {TYPE_NAMES[kind]} is needed")
     return value
 
 
 def member(where: str, value: object, key: str, kind: type[T]) -> T:
-    """`value[key]` of a JSON object, of the type.
+    """`value[key]` of a JSON object, of that type.
 
     Raises:
-        UserError: `value` is no object, has no such key, or something else there.
+        UserError: `value` is not an object, or lacks the key, or has another type there.
     """
     entry = expect(where, value, dict)
     if key not in entry:
@@ -202,22 +267,22 @@ def member(where: str, value: object, key: str, kind: type[T]) -> T:
 
 
 def caption(where: str, value: object) -> str:
-    """A caption without the white space around it.
+    """A caption without surrounding white space.
 
     Raises:
-        UserError: it is no text.
+        UserError: it is not text.
     """
     text = expect(where, value, str).strip()
-    if NO_TEXT.search(text):
+    if UNPRINTABLE.search(text):
         raise UserError(f"{where}: a caption with a NUL or half a character (lone surrogate)")
     return text
 
 
 def identifier(where: str, value: object) -> str:
-    """An id or file name without the white space around it.
+    """An id or file name without surrounding white space.
 
     Raises:
-        UserError: it cannot be the name of a file.
+        UserError: no file can have this name.
     """
     name = expect(where, value, str).strip()
     if not name.isprintable() or name in ("", ".", "..") or "/" in name or "\\" in name:
@@ -225,61 +290,46 @@ def identifier(where: str, value: object) -> str:
     return name
 
 
-def unique(path: epath.Path, rows: Iterable[tuple[int, str]], notes: list[str]) -> list[str]:
-    """The ids of (line number, id), each once; repeated ones are noted."""
-    ids: dict[str, None] = {}
-    repeated: dict[str, int] = {}
-    for line, name in rows:
-        if name in ids:
-            repeated.setdefault(name, line)
-        ids[name] = None
-    if repeated:
-        line = next(iter(repeated.values()))
-        notes.append(f"{path.name}: {count(list(repeated), 'id')} repeated (line {line}); merged")
-    return list(ids)
+def captions_by_id(
+    path: epath.Path, value: object, texts_of: Callable[[str, Any], list] | None = None
+) -> Captions:
+    """The captions of {id: entry}; each is a text or a list of words.
 
+    Args:
+        texts_of: (place, entry) -> list of captions; None: the entry is that list.
 
-def without_empty(path: epath.Path, captions: Captions, notes: list[str]) -> Captions:
-    """The captions that are not empty, of the videos that have one; empty ones are noted."""
-    empty = [name for name, own in captions.items() for text in own if not text]
-    if empty:
-        plural = "s" * (len(empty) > 1)
-        notes.append(
-            f"{path.name}: {len(empty)} empty caption{plural} left out, first of {empty[0]}"
-        )
-    kept = {name: [text for text in own if text] for name, own in captions.items()}
-    return {name: own for name, own in kept.items() if own}
-
-
-def clips_of(
-    listed: tuple[epath.Path, Sequence[str]],
-    described: tuple[epath.Path, Captions],
-    path_of: Callable[[str], str],
-    notes: list[str],
-) -> list[VideoClip]:
-    """Clips of the ids of a list file, with the captions of another file.
-
-    Empty captions, and videos without any caption, are left out and noted.
+    Raises:
+        UserError: the value is not of this form.
     """
-    (list_file, ids), (caption_file, captions) = listed, described
-    wanted = {name: captions[name] for name in ids if name in captions}
-    kept = without_empty(caption_file, wanted, notes)
-    missing = [name for name in ids if name not in kept]
-    note_ids(list_file, missing, f"without a caption in {caption_file.name}, left out", notes)
-    return [VideoClip(name, path_of(name), tuple(own)) for name, own in kept.items()]
+    captions: Captions = {}
+    for key, entry in expect(str(path), value, dict).items():
+        name = identifier(str(path), key)
+        where = f"{path}: {name}"
+        texts = texts_of(where, entry) if texts_of else expect(where, entry, list)
+        own = captions.setdefault(name, [])
+        for text in texts:
+            words = text if isinstance(text, list) else [text]
+            own.append(" ".join(caption(where, word) for word in words))
+    return captions
 
 
-def note_ids(path: epath.Path, ids: Sequence[str], what: str, notes: list[str]) -> None:
-    """Notes, if there are any, how many ids of a file are `what`."""
-    if ids:
-        notes.append(f"{path.name}: {count(ids, 'id')} {what}")
+def captions_of_entries(where: str, entries: list, id_key: str, caption_key: str) -> Captions:
+    """The captions of a JSON list of objects with an id and a caption each."""
+    captions: Captions = {}
+    for i, entry in enumerate(entries):
+        place = f"{where}[{i}]"
+        name = identifier(place, member(place, entry, id_key, str))
+        text = caption(place, member(place, entry, caption_key, str))
+        captions.setdefault(name, []).append(text)
+    return captions
 
 
-def count(names: Sequence[str], what: str) -> str:
+def count(names: Sequence[str] | Mapping[str, Any], what: str) -> str:
     """How many names there are, and the first."""
-    return f"{len(names)} {what}{'s' * (len(names) > 1)} (first {short(names[0])})"
+    first = next(iter(names))
+    return f"{len(names)} {what}{'s' * (len(names) > 1)} (first {short(first)})"
 
 
 def short(text: str) -> str:
-    """A text for a message: quoted, on one line, of bearable length."""
+    """A text for a message: quoted, on one line, at most 60 characters."""
     return f"{text[:60]!r}" + ("..." if len(text) > 60 else "")

@@ -1,34 +1,26 @@
-"""VATEX: the lists that text-video retrieval uses; their sizes are not asserted."""
-
-from etils import epath
+"""VATEX: the lists that text-video retrieval uses; their sizes are not checked."""
 
 from vop_jax.data.clips import VideoClip
-from vop_jax.data.datasets.msvd import captions_by_id
-from vop_jax.data.datasets.parsing import Benchmark, Size, clips_of, find, read_json, read_list
+from vop_jax.data.datasets.parsing import AnnotationFiles, captions_by_id
+from vop_jax.data.datasets.source import Benchmark, SplitSize
 
 FILES = {split: (f"vatex_{split}_list.txt", f"{split}_list.txt") for split in ("train", "test")}
 CAPTIONS = ("ref_captions.json",)
 
 
-def read(folder: epath.Path, split: str) -> tuple[list[VideoClip], list[str]]:
-    """Clips of a split with all their captions.
-
-    Raises:
-        UserError: a file is missing or not as published.
-    """
-    notes: list[str] = []
-    path = find(folder, FILES[split])
-    described = find(folder, CAPTIONS)
-    ids = read_list(path, notes)
-    captions = captions_by_id(described, read_json(described, notes))
-    return clips_of((path, ids), (described, captions), lambda name: f"{name}.mp4", notes), notes
+def read_split(files: AnnotationFiles, split: str) -> list[VideoClip]:
+    """Clips of a split with all captions."""
+    path, described = files.find(FILES[split]), files.find(CAPTIONS)
+    ids = files.read_list(path)
+    captions = captions_by_id(described, files.read_json(described))
+    return files.clips((path, ids), (described, captions), "{}.mp4".format)
 
 
-VATEX = Benchmark(
+DATASET = Benchmark(
     "vatex",
     "VATEX, test with all captions",
+    # Lists in use differ in which videos were still available.
+    {"train": SplitSize(), "test": SplitSize()},
     FILES,
-    # Lists in use differ in which videos were still to be had.
-    {"train": Size(), "test": Size()},
-    read,
+    read_split,
 )

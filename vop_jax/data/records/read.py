@@ -20,7 +20,7 @@ from vop_jax.data.records.layout import (
     staging_of,
 )
 from vop_jax.data.records.shards import digest
-from vop_jax.data.records.tfds_builder import Folder, check_share
+from vop_jax.data.records.tfds_builder import check_share
 from vop_jax.errors import UserError
 from vop_jax.video.sampling import OLDER_RULE, UNIFORM_RULE
 
@@ -158,7 +158,7 @@ def open_records(
     preprocessing: Preprocessing,
     splits: Collection[str],
     *,
-    name: str = Folder.name,
+    name: str = "folder",
     max_skipped: float = 0.05,
     clips: dict[str, str] | None = None,
 ) -> Packed:

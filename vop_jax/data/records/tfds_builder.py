@@ -1,8 +1,6 @@
 """`tfds` builders: one per dataset over one core, on one machine or on an Apache Beam runner.
 
-Importing this file registers them: `tfds.builder("msrvtt9k", data_dir=…)`, with the videos and
-the annotation files in the folders `videos` and `annotations` of `manual_dir`. Needs no
-TensorFlow.
+Needs no TensorFlow.
 """
 
 import contextlib
@@ -20,9 +18,6 @@ from tensorflow_datasets.core import dataset_builder, naming, splits
 from tqdm import tqdm
 
 from vop_jax.data.clips import Dataset
-from vop_jax.data.datasets.folder import DELIMITERS, JSON_LINES, read_folder
-from vop_jax.data.datasets.locate import locate
-from vop_jax.data.datasets.registry import read_benchmark
 from vop_jax.data.records import shards
 from vop_jax.data.records.encode import Preprocessing, encode_clip
 from vop_jax.data.records.layout import SHARDS, VERSION, fingerprint, index_name, link, staging_of
@@ -55,7 +50,7 @@ class VideoBuilder(dataset_builder.FileReaderBuilder, skip_registration=True):  
     """Clips with captions as records of JPEG frames.
 
     Args:
-        dataset: the clips; None: read from `manual_dir`.
+        dataset: the clips.
         preprocessing: how they are stored.
         making: how that is done.
         staging: where finished shards wait for the others; None: beside the dataset, until it
@@ -63,12 +58,11 @@ class VideoBuilder(dataset_builder.FileReaderBuilder, skip_registration=True):  
     """
 
     VERSION = tfds.core.Version(VERSION)
-    MANUAL_DOWNLOAD_INSTRUCTIONS = "The folders `videos` and `annotations`; see docs/reproduce.md."
 
     def __init__(
         self,
         *,
-        dataset: Dataset | None = None,
+        dataset: Dataset,
         preprocessing: Preprocessing | None = None,
         making: Making | None = None,
         staging: epath.Path | None = None,
@@ -78,31 +72,6 @@ class VideoBuilder(dataset_builder.FileReaderBuilder, skip_registration=True):  
         self._given_staging = staging
         self._preprocessing = preprocessing or Preprocessing()
         super().__init__(file_format="array_record", **tfds_arguments)
-
-    @classmethod
-    def read(
-        cls,
-        annotations: str | os.PathLike,
-        videos: str | os.PathLike | None,
-        *,
-        official_sizes: bool = True,
-        only: Sequence[str] | None = None,
-    ) -> tuple[Dataset, list[str]]:
-        """The clips of the official files, their videos looked up if wanted; what was noticed.
-
-        Raises:
-            UserError: see `registry.read_benchmark` and `locate.locate`.
-        """
-        dataset, notes = read_benchmark(
-            cls.name, annotations, splits=only, official_sizes=official_sizes
-        )
-        if videos is None:
-            return dataset, notes
-        every = [clip for clips in dataset.values() for clip in clips]
-        located, more = locate(every, videos)
-        at = iter(located)
-        found = {split: [next(at) for _ in clips] for split, clips in dataset.items()}
-        return found, [*notes, *more]
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
@@ -115,9 +84,6 @@ class VideoBuilder(dataset_builder.FileReaderBuilder, skip_registration=True):  
 
     def _download_and_prepare(self, dl_manager: Any, download_config: Any) -> None:
         """Makes the shards that are not there yet, then the dataset of them."""
-        if self._dataset is None:
-            manual = epath.Path(dl_manager.manual_dir)
-            self._dataset, _ = self.read(manual / "annotations", manual / "videos")
         planned = shards.plan(
             self._dataset, self._staging(), self._preprocessing, self._making.clips_per_shard
         )
@@ -264,79 +230,6 @@ def check_share(
         )
 
 
-class Folder(VideoBuilder):
-    """A folder of videos with a CSV or JSON Lines file of captions, `annotations`."""
-
-    name = "folder"
-
-    @classmethod
-    def read(cls, annotations, videos, *, official_sizes=True, only=None):
-        """See `VideoBuilder.read` and `folder.read_folder`."""
-        path = epath.Path(annotations)
-        if path.is_dir():  # of a manual_dir
-            files = [p for p in sorted(path.iterdir()) if p.suffix in (*DELIMITERS, *JSON_LINES)]
-            if len(files) != 1:
-                raise UserError(f"{path}: a folder; give the CSV or JSON Lines file of captions")
-            path = files[0]
-        dataset = read_folder(path, videos or path.parent)
-        for split in only or ():
-            if split not in dataset:
-                raise UserError(f"{path}: no split {split!r}; there are {', '.join(dataset)}")
-        every = [clip for clips in dataset.values() for clip in clips]
-        if videos is not None and not any(shards.state_of(clip.path) for clip in every):
-            first = f"{every[0].where}: {every[0].path}"
-            raise UserError(f"{videos}: none of the {len(every)} videos is there; first {first}")
-        return {k: v for k, v in dataset.items() if only is None or k in only}, []
-
-
-class Msrvtt9k(VideoBuilder):
-    """MSR-VTT: 9,000 training videos, test 1k-A."""
-
-    name = "msrvtt9k"
-
-
-class Msrvtt7k(VideoBuilder):
-    """MSR-VTT: 7,010 training videos, test 1k-A."""
-
-    name = "msrvtt7k"
-
-
-class Didemo(VideoBuilder):
-    """DiDeMo: paragraphs, the first 30 seconds."""
-
-    name = "didemo"
-
-
-class Activitynet(VideoBuilder):
-    """ActivityNet Captions: paragraphs, whole videos, val_1 as test."""
-
-    name = "activitynet"
-
-
-class Lsmdc(VideoBuilder):
-    """LSMDC: clips of movies."""
-
-    name = "lsmdc"
-
-
-class Msvd(VideoBuilder):
-    """MSVD: many captions a video."""
-
-    name = "msvd"
-
-
-class Vatex(VideoBuilder):
-    """VATEX: ten captions a video."""
-
-    name = "vatex"
-
-
-BUILDERS: dict[str, type[VideoBuilder]] = {
-    builder.name: builder
-    for builder in (Folder, Msrvtt9k, Msrvtt7k, Didemo, Activitynet, Lsmdc, Msvd, Vatex)
-}
-
-
-def name_of(kind: str) -> str:
-    """The builder behind `config.data.kind`: rendered clips are a folder too."""
-    return kind if kind in BUILDERS else Folder.name
+def builder_class(name: str) -> type[VideoBuilder]:
+    """The builder of the dataset of records of that name."""
+    return type(name, (VideoBuilder,), {"name": name}, skip_registration=True)

@@ -24,7 +24,7 @@ from vop_jax.data.records.layout import (
 )
 from vop_jax.data.records.read import Packed, differences, find_records, older_rule, open_records
 from vop_jax.data.records.shards import has_changed
-from vop_jax.data.records.tfds_builder import BUILDERS, Folder, Making
+from vop_jax.data.records.tfds_builder import Making, builder_class
 from vop_jax.errors import UserError
 
 OLD = f"{VERSION}.old"  # records that are being replaced
@@ -36,7 +36,7 @@ def pack(
     directory: str | os.PathLike,
     preprocessing: Preprocessing,
     *,
-    name: str = Folder.name,
+    name: str = "folder",
     max_skipped: float = 0.05,
     making: Making | None = None,
     retry: bool = False,
@@ -128,7 +128,7 @@ def _make(
     if area.exists():
         area.rmtree()
     tfds.disable_progress_bar()
-    builder = BUILDERS[name](
+    builder = builder_class(name)(
         dataset=dataset,
         preprocessing=preprocessing,
         making=making,
