@@ -1,7 +1,8 @@
+"""Token ids against OpenAI's, truncation, and the widths of batches."""
+
 import csv
 import os
 import pickle
-import sys
 import unicodedata
 
 import numpy as np
@@ -10,18 +11,19 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests import processes
 from vop_jax.data.tokenizer import (
     EOT,
     SOT,
     VOCAB_SIZE,
     CaptionTokenizer,
     TokenizedCaptions,
-    Tokenizer,
+    bucket_widths,
+    fit_bucket,
+    longest_length,
 )
 from vop_jax.errors import UserError
 
-TOKENIZER = Tokenizer()
+TOKENIZER = CaptionTokenizer(77)
 
 # Printed by OpenAI's README and by open_clip 3.
 GOLDEN = {
@@ -37,7 +39,7 @@ ODD = (
     *GOLDEN,
     "   spaces\tand\nlines\r\n ",
     "&lt;b&gt; R&amp;D &amp;amp;lt; &eacute;t&eacute; &#39;quoted&#39; &#x1F600; &nosuch;",
-    "<b>kept</b> &amp;amp; &amp;lt;i&amp;gt; &amp;#39;",  # ftfy unescapes only without tags
+    "<b>bold</b> &amp;amp; &amp;lt;i&amp;gt; &amp;#39;",  # ftfy unescapes only without tags
     "👩‍👩‍👧‍👦 family 🏳️‍🌈 flag 👍🏽 🇩🇪",
     "一只猫在弹钢琴。猫が歌う 고양이",
     "امرأة تغني على المسرح שלום",
@@ -59,90 +61,76 @@ ODD = (
 )
 
 # Mixed-up encodings, other entities, and a letter that is an s to one engine alone.
-OURS_ALONE = (
+NOT_PORTABLE = (
     "&lt;b&gt; R&amp;D &amp;amp;lt; &eacute;t&eacute; &#39;quoted&#39; &#x1F600; &nosuch;",
     "schÃ¶n â€œmojibakeâ€\x9d donâ€™t L&AMP;AMP;ATILDE;&AMP;AMP;SUP3;PEZ",
     "'S 'T it's IT'LL we'Re 'ſ",
 )
-assert set(OURS_ALONE) < set(ODD)
+assert set(NOT_PORTABLE) < set(ODD)
 
 
-def row(text: str, length: int = 77) -> list[int]:
-    return TOKENIZER([text], length)[0][0].tolist()
+def row(text: str) -> list[int]:
+    return TOKENIZER([text])[0].tolist()
 
 
-@pytest.mark.parametrize("text", GOLDEN)
-def test_golden_ids(text):
-    expected = [SOT, *GOLDEN[text], EOT]
-    assert row(text) == expected + [0] * (77 - len(expected))
-
-
-@pytest.mark.parametrize("text", ODD)
-def test_every_caption_is_framed_and_within_the_vocabulary(text):
-    ids, cut = TOKENIZER([text], 400)
-    eot = ids[0].argmax()  # as the model reads it
-    assert ids.dtype == np.int32 and not cut[0]
-    assert ids[0, 0] == SOT and ids[0, eot] == EOT and not ids[0, eot + 1 :].any()
-    assert (ids >= 0).all() and (ids < VOCAB_SIZE).all()
-
-
-def test_special_tokens_spelt_out_get_their_ids_as_at_openai():
+def test_known_ids_and_special_tokens():
+    for text, known in GOLDEN.items():
+        expected = [SOT, *known, EOT]
+        assert row(text) == expected + [0] * (77 - len(expected))
     assert TOKENIZER.encode("a <|EndOfText|>dog <|startoftext|>") == [320, EOT, 1929, SOT]
 
 
-@pytest.mark.parametrize("length", [2, 3, 7, 20])
-def test_cutting_keeps_eot_and_is_reported(length):
+def test_every_caption_is_framed_and_within_the_vocabulary():
+    ids, truncated = CaptionTokenizer(400).with_truncation(ODD)
+    assert ids.dtype == np.int32 and not truncated.any()
+    for caption_ids in ids:
+        eot = caption_ids.argmax()  # as the model reads it
+        assert (
+            caption_ids[0] == SOT and caption_ids[eot] == EOT and not caption_ids[eot + 1 :].any()
+        )
+    assert (ids >= 0).all() and (ids < VOCAB_SIZE).all()
+
+
+@pytest.mark.parametrize("slots", [2, 7])
+def test_truncation_keeps_eot_and_is_reported(slots):
     texts = ["a dog " * words for words in range(12)]
-    ids, cut = TOKENIZER(texts, length)
-    for text, got, was_cut in zip(texts, ids, cut, strict=True):
+    ids, truncated = CaptionTokenizer(slots).with_truncation(texts)
+    for text, caption_ids, is_truncated in zip(texts, ids, truncated, strict=True):
         whole = [SOT, *TOKENIZER.encode(text), EOT]
-        assert was_cut == (len(whole) > length)
-        expected = [*whole[: length - 1], EOT] if was_cut else whole
-        assert got.tolist() == expected + [0] * (length - len(expected))
-    assert cut.any() and not cut.all()
+        assert is_truncated == (len(whole) > slots)
+        expected = [*whole[: slots - 1], EOT] if is_truncated else whole
+        assert caption_ids.tolist() == expected + [0] * (slots - len(expected))
+    assert truncated.any() and not truncated.all()
+    assert CaptionTokenizer(slots)([]).shape == (0, slots)
 
 
-def test_a_vocabulary_of_another_tokenizer():
+def test_invalid_calls_are_refused():
     with pytest.raises(UserError, match=r"vocabulary of 901,629 tokens, .*CLIP's own, of 49,408"):
         CaptionTokenizer(77, 901_629)
-    assert CaptionTokenizer(77, VOCAB_SIZE)(["a dog"]).shape == (1, 77)
+    for slots in (1, 0, -3):
+        with pytest.raises(UserError, match=f"text length is {slots}: at least 2"):
+            CaptionTokenizer(slots)
+    for texts in ("a dog", b"a dog", None, 3, iter(["a dog"])):
+        with pytest.raises(UserError, match=rf"^texts is .*{type(texts).__name__}.*: a list of"):
+            TOKENIZER(texts)
+    for text in (None, 7, b"bytes", ["nested"], float("nan")):
+        with pytest.raises(UserError, match=f"^text 1 is of type {type(text).__name__}: a string"):
+            TOKENIZER(["fine", text])
 
 
-def test_no_captions():
-    ids, cut = TOKENIZER([], 5)
-    assert ids.shape == (0, 5) and cut.shape == (0,)
+def test_tokenizer_and_lookup_survive_pickling():
+    """The lookup also holds the last id of the vocabulary."""
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(TOKENIZER))(ODD), TOKENIZER(ODD))
+    captions = ["a red circle", "", "un éléphant 🐘", "a red circle", "many words " * 40]
+    lookup = TokenizedCaptions(captions, TOKENIZER(captions))
+    order = ["un éléphant 🐘", captions[-1], "a red circle", ""]
+    for table in (lookup, pickle.loads(pickle.dumps(lookup))):
+        ids = table(order)
+        assert ids.dtype == np.int32 and ids.max() == EOT
+        np.testing.assert_array_equal(ids, TOKENIZER(order))
 
 
-@pytest.mark.parametrize("length", [1, 0, -3])
-def test_a_row_without_room_for_the_frame_is_refused(length):
-    with pytest.raises(UserError, match=f"text length is {length}: at least 2"):
-        TOKENIZER(["a"], length)
-
-
-@pytest.mark.parametrize("texts", ["a dog", b"a dog", None, 3, iter(["a dog"])])
-def test_what_is_no_list_is_refused(texts):
-    with pytest.raises(UserError, match=rf"^texts is .*{type(texts).__name__}.*: a list of"):
-        TOKENIZER(texts, 77)
-
-
-@pytest.mark.parametrize("text", [None, 7, 1.5, b"bytes", ["nested"], float("nan")])
-def test_a_text_that_is_no_string_is_refused_by_its_place(text):
-    with pytest.raises(UserError, match=f"^text 1 is of type {type(text).__name__}: a string"):
-        TOKENIZER(["fine", text], 77)
-
-
-def test_survives_pickling():
-    copy = pickle.loads(pickle.dumps(TOKENIZER))
-    for ours, theirs in zip(copy(ODD, 77), TOKENIZER(ODD, 77), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
-
-
-def test_needs_no_jax():
-    code = "import sys, vop_jax.data.tokenizer; assert not {'jax', 'flax'} & set(sys.modules)"
-    processes.run([sys.executable, "-c", code], check=True)
-
-
-_KEPT: list = []  # operators last as long as their library object
+_LIBRARIES: list = []  # operators last as long as their library object
 
 
 @pytest.fixture(scope="module")
@@ -159,15 +147,9 @@ def open_clip_ids():
         operators = torch.library.Library("torchvision", "DEF")
         operators.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         operators.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _KEPT.append(operators)
+        _LIBRARIES.append(operators)
         import open_clip.tokenizer
     return open_clip.tokenizer.SimpleTokenizer()
-
-
-@pytest.mark.parametrize("text", ODD)
-def test_equals_open_clip_on_odd_captions(open_clip_ids, text):
-    assert row(text) == open_clip_ids([text])[0].tolist()
-    assert TOKENIZER.encode(text) == open_clip_ids.encode(text)
 
 
 def any_text(**options) -> st.SearchStrategy[str]:
@@ -185,6 +167,11 @@ def special(text: str) -> bool:
 def check_equal(tokenizer, text: str) -> None:
     assert TOKENIZER.encode(text) == tokenizer.encode(text)
     assert row(text) == tokenizer([text])[0].tolist()
+
+
+def test_equals_open_clip_on_odd_captions(open_clip_ids):
+    for text in ODD:
+        check_equal(open_clip_ids, text)
 
 
 @settings(max_examples=300, deadline=None)
@@ -207,15 +194,16 @@ def test_equals_open_clip_on_the_given_captions(open_clip_ids):
     with open(path, newline="", encoding="utf-8") as file:
         captions = [line["sentence"] for line in csv.DictReader(file)]
     assert captions
-    ids, cut = TOKENIZER(captions, 77)
+    ids, truncated = TOKENIZER.with_truncation(captions)
     np.testing.assert_array_equal(ids, open_clip_ids(captions).numpy())
-    print(f"{len(captions)} captions equal, {cut.sum()} of them cut")
+    print(f"{len(captions)} captions equal, {truncated.sum()} of them truncated")
 
 
 def test_the_portable_tokenizer_makes_the_same_rows():
-    made = tokenizers.Tokenizer.from_str(TOKENIZER.portable(40))
+    ours = CaptionTokenizer(40)
+    portable = tokenizers.Tokenizer.from_str(ours.portable())
     texts = [
-        *(text for text in ODD if text not in OURS_ALONE and not set(text) & set("\ud800\udfff")),
+        *(text for text in ODD if text not in NOT_PORTABLE and not set(text) & set("\ud800\udfff")),
         "it\u2019s a \u201cred\u201d \u2018ball\u2019, \u201elow\u201a",
         "\ufb01ne \ufb00 \uff26\uff35\uff2c\uff2c \uff76\uff9e \uffe5",
         "a\x07b\x00c\x7f\ufeff d\x1b[1;31me don\x92t",
@@ -232,20 +220,58 @@ def test_the_portable_tokenizer_makes_the_same_rows():
         if unicodedata.category(chr(code)) != "Cn" and chr(code) not in "\u00c2\u00c3\u0345"
     ]
     texts += [" ".join(letters[i : i + 8]) for i in range(0, len(letters), 8)]
-    found = [text.ids for text in made.encode_batch(texts)]
-    np.testing.assert_array_equal(found, TOKENIZER(texts, 40)[0])
-    for text in OURS_ALONE:
-        assert made.encode(text).ids != row(text, 40)
+    ids = [text.ids for text in portable.encode_batch(texts)]
+    np.testing.assert_array_equal(ids, ours(texts))
+    for text in NOT_PORTABLE:
+        assert portable.encode(text).ids != ours([text])[0].tolist()
 
 
-def test_captions_that_are_tokenized_already_have_the_same_ids():
-    """Also after they were sent to another process, and the last id of the vocabulary."""
-    captions = ["a red circle", "", "un éléphant 🐘", "a red circle", "many words " * 40]
-    tokenize = CaptionTokenizer(20)
-    looked_up = TokenizedCaptions(captions, tokenize(captions))
-    drawn = ["un éléphant 🐘", captions[-1], "a red circle", ""]
-    for either in (looked_up, pickle.loads(pickle.dumps(looked_up))):
-        got = either(drawn)
-        assert got.dtype == np.int32
-        np.testing.assert_array_equal(got, tokenize(drawn))
-    assert got.max() == EOT
+def captions(*lengths, slots=20):
+    """int32 [N, T] of these numbers of slots, EOT included; noise behind the EOT."""
+    ids = np.ones((len(lengths), slots), np.int32)
+    ids[np.arange(len(lengths)), np.array(lengths) - 1] = 9
+    return ids
+
+
+@pytest.mark.parametrize(
+    ("lengths", "buckets", "width"),
+    [
+        ((2, 5), (5, 8), 5),
+        ((2, 6), (5, 8), 8),
+        ((6, 2), (8, 5), 8),
+        ((9,), (5, 8), 20),
+        ((9,), (5, 32), 20),
+        ((2,), (), 20),
+    ],
+)
+def test_the_smallest_bucket_that_holds_all(lengths, buckets, width):
+    ids = captions(*lengths)
+    assert longest_length(ids) == max(lengths)
+    np.testing.assert_array_equal(fit_bucket(ids, buckets), ids[:, :width])
+    assert longest_length(ids[:0]) == 0
+
+
+@pytest.mark.parametrize(
+    ("long", "batch_size", "expected"),
+    [
+        (0, 4, (5,)),  # none is long
+        (1, 4, (5, 20)),
+        (1, 99, (5, 20)),  # once in a hundred times the long one is left out
+        (1, 100, (20,)),  # the whole split
+        (1, 300, (20,)),
+        (5, 74, (20,)),  # 26 * 25 * 24 * 23 * 22 of 100 * 99 * 98 * 97 * 96 is less than RARE
+        (5, 73, (5, 20)),
+        (100, 4, (20,)),
+    ],
+)
+def test_widths_that_batches_will_have(long, batch_size, expected):
+    ids = captions(*[4] * (100 - long), *[9] * long)
+    assert bucket_widths(ids, (5,), batch_size) == expected
+
+
+def test_widths_are_those_that_are_met():
+    rng = np.random.default_rng(0)
+    ids = captions(*rng.integers(2, 21, 300))
+    met = {fit_bucket(ids[rng.integers(300, size=3)], (8, 12, 30)).shape[1] for _ in range(2000)}
+    assert bucket_widths(ids, (), 3) == (20,)
+    assert bucket_widths(ids, (8, 12, 30), 3) == tuple(sorted(met)) == (8, 12, 20)

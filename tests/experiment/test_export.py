@@ -99,7 +99,7 @@ def rows(*counts):
     rng, size = np.random.default_rng(1), runs.CLIP.image_size
     frames = [rng.integers(0, 256, (n, 3, size, size, 3), dtype=np.uint8) for n in counts]
     slots = BASE.text_slots(runs.CLIP)
-    return frames, [CaptionTokenizer(slots).with_cuts(TEXTS[:n])[0] for n in counts]
+    return frames, [CaptionTokenizer(slots).with_truncation(TEXTS[:n])[0] for n in counts]
 
 
 def test_the_command_line_knows_every_format():
@@ -222,7 +222,7 @@ def test_what_is_trained_as_released_is_exported_whole(released_clip, tmp_path, 
     pooled = reference.encode_video(torch.from_numpy(frames))
     expected = torch.nn.functional.normalize(pooled, dim=-1).numpy()
     np.testing.assert_allclose(ours.embed_frames(frames), expected, atol=1e-5)
-    ids = CaptionTokenizer(method.text_slots(runs.CLIP)).with_cuts(TEXTS)[0]
+    ids = CaptionTokenizer(method.text_slots(runs.CLIP)).with_truncation(TEXTS)[0]
     expected = reference.encode_text(torch.from_numpy(ids)).numpy()
     np.testing.assert_allclose(ours.embed_text(TEXTS), expected, atol=1e-5)
     # What is there under two names takes the place of one.

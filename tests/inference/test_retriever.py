@@ -77,7 +77,7 @@ def test_a_row_does_not_depend_on_its_neighbours(retriever):
 
 def test_long_texts_are_cut_and_said_so(retriever, caplog):
     long = retriever.embed_text(["word " * 100])
-    assert "1 of 1 texts cut to 24 tokens" in caplog.text
+    assert "1 of 1 texts truncated to 24 tokens" in caplog.text
     np.testing.assert_allclose(long, retriever.embed_text(["word " * 22]), atol=1e-6)
 
 
@@ -248,4 +248,4 @@ def test_a_stretch_is_sampled_as_a_clip(retriever, places):
 
 
 def test_texts_that_are_cut_are_counted(retriever):
-    assert retriever.count_cut(["short", "word " * 100, "word " * 99]) == 2
+    assert retriever.count_truncated(["short", "word " * 100, "word " * 99]) == 2

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from tests import runs
 from tests.interop.scenic_there import lenient, needs_scenic  # noqa: F401
-from vop_jax.data.tokenizer import Tokenizer
+from vop_jax.data.tokenizer import CaptionTokenizer
 from vop_jax.errors import UserError
 from vop_jax.interop import scenic, scenic_data
 
@@ -103,7 +103,7 @@ def test_batches_have_scenics_axes_and_mask(registry, configs):
 
 
 def test_evaluation_goes_round_and_says_which_rows_fill_up(registry, configs):
-    expected = Tokenizer()([f"clip number {runs.TRAIN + i}" for i in range(runs.TEST)], 24)[0]
+    expected = CaptionTokenizer(24)([f"clip number {runs.TRAIN + i}" for i in range(runs.TEST)])
     data = build(configs)
     for _ in range(2):  # passes of one batch
         batch = next(data.test_iter)

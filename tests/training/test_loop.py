@@ -211,7 +211,7 @@ def test_captions_in_buckets_teach_the_same_with_a_program_for_each_width(tmp_pa
         for k, batch in zip(itertools.count(start), batches(start), strict=False):
             ids = tiny.captions(BATCH, (6, 12, slots)[k % 3], seed=k)
             ids = np.pad(ids, ((0, 0), (0, slots - ids.shape[1])))
-            yield batch | {"ids": tokenizer.cut(ids, widths)}
+            yield batch | {"ids": tokenizer.fit_bucket(ids, widths)}
 
     whole = Run(tmp_path / "whole").fit(source)
     widths[:] = 6, 12

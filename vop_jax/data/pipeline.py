@@ -164,8 +164,8 @@ def train_batches(
         workers: reader processes; 0: none.
         cache_gb: decoded frames are kept if those of the whole split take no more.
         text_buckets: widths that the captions of a batch are cut to if they fit, see
-            `tokenizer.cut`. Processes that read different rows need the same width: give them one
-            that holds all captions of the split.
+            `tokenizer.fit_bucket`. Processes that read different rows need the same width: give
+            them one that holds all captions of the split.
         drawn: of frames that are on the devices already: batches tell what to cut out of them.
 
     Yields:
@@ -191,7 +191,7 @@ def train_batches(
     if drawn:
         threads = 1  # draws are a few microseconds of Python, that more would only wait for
     batches = _read(rows, len(local), start_step, threads, workers)
-    return (batch | {"ids": tokenizer.cut(batch["ids"], text_buckets)} for batch in batches)
+    return (batch | {"ids": tokenizer.fit_bucket(batch["ids"], text_buckets)} for batch in batches)
 
 
 def eval_videos(

@@ -48,7 +48,7 @@ class EvalSet:
         missed_texts, missed_videos: what unreadable videos leave as misses.
         extra: "dual_softmax", "query_bank": what else is ranked by, in rows of their own.
         bank: of training clips, needed for "query_bank" alone.
-        text_buckets: widths that captions are cut to where they fit, see `tokenizer.cut`.
+        text_buckets: widths that captions are cut to where they fit, see `tokenizer.fit_bucket`.
         fingerprint: of the clips, their captions and the CLIP that compares them.
     """
 
@@ -130,7 +130,7 @@ def embed_texts(
     rows, batch_size = [], batch_size_for(mesh, len(ids), batch_size)
     with Progress("evaluation, caption", len(ids)) as progress:
         for start in range(0, len(ids), batch_size):
-            block = tokenizer.cut(ids[start : start + batch_size], text_buckets)
+            block = tokenizer.fit_bucket(ids[start : start + batch_size], text_buckets)
             padded = np.concatenate([block, np.repeat(block[-1:], batch_size - len(block), axis=0)])
             local = padded[sharding.process_rows(mesh, batch_size)]
             placed = sharding.to_global(mesh, {"ids": local})["ids"]

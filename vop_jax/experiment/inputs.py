@@ -46,11 +46,11 @@ class Data:
     Attributes:
         train_batches: start step -> this process's rows of that batch and all after it.
         learnt_from: a hash of the training split's ids and captions; "" where it is not read.
-        text_widths: of their captions, see `tokenizer.widths`.
+        text_widths: of their captions, see `tokenizer.bucket_widths`.
         cache: what `train_batches` are cut out of, where frames live on the devices.
         val_set: what a checkpoint is chosen on, if one is.
         num_texts, num_videos: both sides of the evaluation, misses included.
-        cut_captions: captions, of the splits that are read, that were longer than the slots.
+        truncated_captions: how many captions of the splits that are read exceed the slots.
     """
 
     packed: Packed
@@ -61,7 +61,7 @@ class Data:
     text_widths: tuple[int, ...]
     num_texts: int
     num_videos: int
-    cut_captions: int
+    truncated_captions: int
     cache: Plan | None
 
 
@@ -90,9 +90,9 @@ def load_data(run: setup.Run, *, training: bool = True) -> Data:
     test = packed.splits[config.data.eval_split]
     tokenize = CaptionTokenizer(run.method.text_slots(clip), clip.vocab_size)
     texts = [c for captions in test.captions for c in captions]
-    ids, cut = tokenize.with_cuts(texts)
+    ids, truncated = tokenize.with_truncation(texts)
     in_train = [c for captions in train_split.captions for c in captions] if train_split else []
-    train_ids, cut_in_train = tokenize.with_cuts(in_train)
+    train_ids, train_truncated = tokenize.with_truncation(in_train)
     tokenized = TokenizedCaptions(in_train, train_ids)
     missed = test.skipped if config.eval.missing == "miss" else []
     missed_texts = sum(len(clip.captions) for clip in missed)
@@ -133,10 +133,12 @@ def load_data(run: setup.Run, *, training: bool = True) -> Data:
             **_reading(run),
         ),
         learnt_from=learnt_from,
-        text_widths=tokenizer.widths(train_ids, train_buckets, train_batch) if in_train else (),
+        text_widths=tokenizer.bucket_widths(train_ids, train_buckets, train_batch)
+        if in_train
+        else (),
         num_texts=len(ids) + missed_texts,
         num_videos=len(test) + len(missed),
-        cut_captions=int(cut.sum() + cut_in_train.sum()),
+        truncated_captions=int(truncated.sum() + train_truncated.sum()),
         cache=cache,
     )
     _report_data(run, data)
@@ -249,7 +251,7 @@ def _val_set(
 
 
 def _buckets(run: setup.Run) -> tuple[int, ...]:
-    """Widths that captions may be cut to; none where the last slot has a meaning."""
+    """Widths of buckets of captions; none where the last slot has a meaning."""
     return tuple(run.config.data.text_buckets) if run.method.takes_fewer_slots else ()
 
 
@@ -258,7 +260,7 @@ def _train_buckets(run: setup.Run, ids: np.ndarray) -> tuple[int, ...]:
     widths, batch_size = _buckets(run), run.config.train.batch_size
     if len(sharding.process_rows(run.mesh, batch_size)) == batch_size:
         return widths
-    return (tokenizer.cut(ids, widths).shape[1],)
+    return (tokenizer.fit_bucket(ids, widths).shape[1],)
 
 
 def _bank(
@@ -308,9 +310,11 @@ def _report_data(run: setup.Run, data: Data) -> None:
             "%r has %d videos%s: figures of so few say little",
             *(run.config.data.eval_split, data.num_videos, few),
         )
-    if data.cut_captions:
+    if data.truncated_captions:
         slots = run.method.text_slots(run.clip.config)
-        logging.warning("%d captions cut to %d token slots, EOT kept", data.cut_captions, slots)
+        logging.warning(
+            "%d captions truncated to %d token slots, EOT kept", data.truncated_captions, slots
+        )
 
 
 KEY = "config.data.device_cache_gb"

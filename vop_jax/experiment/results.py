@@ -64,7 +64,7 @@ def write_summary(
         "missing_videos_count_as": run.config.eval.missing,
         "videos_per_second": float(np.median(speeds)) if speeds else None,
         "skipped_videos": data.packed.skipped,
-        "cut_captions": data.cut_captions,
+        "cut_captions": data.truncated_captions,
         "clip": run.clip.name,
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

@@ -180,21 +180,23 @@ class Retriever:
     def embed_text(self, texts: Sequence[str]) -> np.ndarray:
         """Captions or queries -> float32 [N, E], unit rows.
 
-        A text longer than the slots is cut, its EOT kept, and a warning logged.
+        A text longer than the slots is truncated, keeps its EOT, and a warning is logged.
         """
-        ids, cut = self._ids(texts)
-        if cut.any():
-            logging.warning("%d of %d texts cut to %d tokens", cut.sum(), len(ids), ids.shape[1])
+        ids, truncated = self._ids(texts)
+        if truncated.any():
+            logging.warning(
+                "%d of %d texts truncated to %d tokens", truncated.sum(), len(ids), ids.shape[1]
+            )
         return self._run("encode_text", ids)
 
-    def count_cut(self, texts: Sequence[str]) -> int:
+    def count_truncated(self, texts: Sequence[str]) -> int:
         """How many of the texts are longer than the slots."""
         return int(self._ids(texts)[1].sum())
 
     def _ids(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         if isinstance(texts, str):
             raise TypeError("texts is a list of strings, not one string")
-        return self._tokenize.with_cuts(texts)
+        return self._tokenize.with_truncation(texts)
 
     def embed_frames(self, frames: np.ndarray) -> np.ndarray:
         """Sampled frames uint8 [B, F, H, W, 3] RGB -> float32 [B, E], unit rows.

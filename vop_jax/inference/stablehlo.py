@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
-from vop_jax.data.tokenizer import Tokenizer
+from vop_jax.data.tokenizer import CaptionTokenizer
 from vop_jax.errors import UserError
 from vop_jax.model import TextVideoModel
 from vop_jax.storage import files
@@ -75,7 +75,7 @@ def save_encoders(
             **about,
         }
         (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-        (folder / "tokenizer.json").write_text(Tokenizer().portable(ids.shape[1]))
+        (folder / "tokenizer.json").write_text(CaptionTokenizer(ids.shape[1]).portable())
         (folder / "README.md").write_text(README.substitute(meta))
 
 

@@ -99,7 +99,7 @@ def _query(args: argparse.Namespace) -> None:
     searcher = open_searcher(args.index, args.clip or None, args.prompts or None)
     retriever = searcher.retriever
     if args.text is not None:
-        if retriever.count_cut([args.text]):
+        if retriever.count_truncated([args.text]):
             print("the query is longer than the model reads: its end is cut off", file=sys.stderr)
         vector = searcher.vector(args.text)
     elif args.video is not None:

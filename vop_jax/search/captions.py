@@ -48,7 +48,7 @@ def update_captions(rows: list[Row], catalog: Catalog, retriever: Retriever) -> 
     there, wanted = catalog.captions(), set(rows)
     gone = [number for row, number in there.items() if row not in wanted]
     new = [row for row in rows if row not in there]
-    cut = retriever.count_cut([row[0] for row in new]) if new else 0
+    cut = retriever.count_truncated([row[0] for row in new]) if new else 0
     for first in tqdm(range(0, len(new), TEXTS), "captions", disable=not new):
         some = new[first : first + TEXTS]
         vectors = retriever.embed_text([row[0] for row in some])

@@ -185,7 +185,7 @@ async def search(
 ) -> SearchResponse:
     """Moments that show what a text describes."""
     vector = await services.executor.query_vector(searcher, _not_empty(q))
-    cut = bool(searcher.retriever.count_cut([q]))
+    cut = bool(searcher.retriever.count_truncated([q]))
     return SearchResponse(
         query=q, cut=cut, hits=await _hits(services, searcher, vector, k, **filters)
     )
