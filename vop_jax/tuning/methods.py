@@ -5,12 +5,13 @@ to a frame (of its position, or made from its context), and attention across fra
 """
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from vop_jax.config.clip import ClipConfig
+from vop_jax.config.keys import KEYS, DataSection, MethodSection
 from vop_jax.errors import UserError
 
 # The paper counts tensors named *.weight or *.bias of OpenAI's CLIP. It thereby misses what
@@ -79,41 +80,17 @@ METHODS: dict[str, Method] = {
 }
 
 BRANCHES = {"both": ("visual", "text"), "visual": ("visual",), "text": ("text",)}
-SUFFIXES = ("eot", "released")
-CMMS = ("bilstm", "lstm", "transformer")
-CMM_ROLES = ("prompts", "cls")
-_AT_LEAST = {
-    "visual_prompts": 0,
-    "text_prefix": 0,
-    "text_suffix": 0,
-    "last_layer": 0,
-    "specific_prompts": 0,
-    "split_layer": -1,
-    "adapter_width": 1,
-    "frames": 1,
-}
 
 
 @dataclasses.dataclass(frozen=True)
-class MethodConfig:
-    """A method and the sizes of its prompts; the comments are in `vop_jax.config.base`."""
+class MethodConfig(MethodSection):
+    """A method and the sizes of its prompts: the config's section `method`, and F.
 
-    name: str = "vop"
-    branches: str = "both"
-    visual_prompts: int = 8
-    text_prefix: int = 4
-    text_suffix: int = 4
-    suffix: str = "eot"
-    first_layer: int = 1
-    last_layer: int = 0
-    specific_prompts: int = 4
-    split_layer: int = -1
-    frame_position: bool = True
-    cmm: str = "bilstm"
-    cmm_role: str = "prompts"
-    adapter_width: int = 64
-    init_std: float = 0.02
-    frames: int = 12  # F; the config's `data.frames`
+    Attributes:
+        frames: F, the frames of a clip; the config's `data.frames`.
+    """
+
+    frames: int = DataSection.frames
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "MethodConfig":
@@ -131,21 +108,11 @@ class MethodConfig:
 
     def validate(self) -> None:
         """Raises UserError for values that no CLIP could take."""
-        choices: dict[str, Collection[str]] = {
-            "name": METHODS,
-            "branches": BRANCHES,
-            "suffix": SUFFIXES,
-            "cmm": CMMS,
-            "cmm_role": CMM_ROLES,
-        }
-        for key, allowed in choices.items():
-            if getattr(self, key) not in allowed:
-                raise UserError(
-                    f"method.{key}={getattr(self, key)!r}: allowed are {', '.join(allowed)}"
-                )
-        for key, least in _AT_LEAST.items():
-            if getattr(self, key) < least:
-                raise UserError(f"method.{key}={getattr(self, key)}: must be {least} or more")
+        if self.name not in METHODS:
+            raise UserError(f"method.name={self.name!r}: allowed are {', '.join(METHODS)}")
+        for field in dataclasses.fields(self):
+            key = KEYS[f"data.{field.name}" if field.name == "frames" else f"method.{field.name}"]
+            key.check(f"method.{field.name}", getattr(self, field.name))
         if self.first_layer < 1 or 0 < self.last_layer < self.first_layer:
             raise UserError(
                 f"method.first_layer={self.first_layer}, last_layer={self.last_layer}: layers "
