@@ -3,7 +3,7 @@
 Needs no download; a few minutes on two cores.
 """
 
-from vop_jax.config.base import base_config
+from vop_jax.config import base_config
 
 # The best of a sweep on the validation split, see docs/benchmarks/motion.md.
 LEARNING_RATES = {

@@ -11,7 +11,7 @@
 Sizes: those of the usual lists; 8,395 is the published training set, lists in use lack a few.
 """
 
-from vop_jax.config.base import base_config
+from vop_jax.config import base_config
 
 
 def get_config(method: str = "vop"):

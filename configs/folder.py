@@ -5,7 +5,7 @@
         --config.data.annotations=captions.csv --config.data.videos=videos/
 """
 
-from vop_jax.config.base import base_config
+from vop_jax.config import base_config
 
 
 def get_config(method: str = "vop"):

@@ -12,7 +12,7 @@ Sizes: the lines of LSMDC16_annos_training.csv in its usual list (the paper spea
 and of LSMDC16_challenge_1000_publictect.csv.
 """
 
-from vop_jax.config.base import base_config
+from vop_jax.config import base_config
 
 
 def get_config(method: str = "vop"):

@@ -11,7 +11,7 @@
 Sizes: the lines of MSRVTT_train.9k.csv, 20 captions each, and of MSRVTT_JSFUSION_test.csv.
 """
 
-from vop_jax.config.base import base_config
+from vop_jax.config import base_config
 
 
 def get_config(method: str = "vop"):

@@ -11,7 +11,7 @@
 Sizes: the videos of the three lists, with all their captions.
 """
 
-from vop_jax.config.base import base_config
+from vop_jax.config import base_config
 
 
 def get_config(method: str = "vop"):

@@ -12,7 +12,7 @@ Sizes: 25,991 videos is the usual training list, not checked here; lists differ 
 were still to be had.
 """
 
-from vop_jax.config.base import base_config
+from vop_jax.config import base_config
 
 
 def get_config(method: str = "vop"):

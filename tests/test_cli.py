@@ -86,7 +86,7 @@ def test_what_nobody_expected_is_raised(error):
         cli.run(lambda: raises(error))
 
 
-PRINTS = "from vop_jax import command; import sys; sys.exit(command.run(lambda: print({})))"
+PRINTS = "from vop_jax import cli; import sys; sys.exit(cli.run(lambda: print({})))"
 PARAMS = ["-m", "vop_jax.main", f"--config={runs.ROOT}/configs/demo.py", "--mode=params"]
 
 

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from benchmarks import ladder
 from tests import runs
+from vop_jax import cli
 from vop_jax.config import clip
 from vop_jax.data.datasets import clips, registry, stills
 from vop_jax.errors import UserError
@@ -136,7 +137,7 @@ def test_rates_are_of_the_val_split_and_its_records(monkeypatch, tmp_path):
 
 
 def test_wrong_calls_are_one_line(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(ladder.command, "set_up_logging", lambda: None)
+    monkeypatch.setattr(cli, "set_up_logging", lambda: None)
     call = ["ladder", f"--workdir={tmp_path}", "--config=nowhere.py"]
     monkeypatch.setattr("sys.argv", call)
     with pytest.raises(SystemExit, match="2"):

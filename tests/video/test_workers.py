@@ -64,7 +64,7 @@ def test_processes_end_with_an_iterator_that_is_closed():
 ORPHANS = """
 import sys
 from tests.data import calls
-from vop_jax.data.workers import in_processes
+from vop_jax.video.workers import in_processes
 if __name__ == "__main__":
     tasks = ["a", "b", *(f"hang {mark}" for mark in sys.argv[1:])]
     results = in_processes(calls.obey, tasks, 2, seconds=1000)
@@ -95,7 +95,7 @@ def test_what_signals_the_group_of_a_parent_leaves_them_alone():
 STARTS = """
 import re
 from pathlib import Path
-from vop_jax.data.workers import _Worker
+from vop_jax.video.workers import _Worker
 if __name__ == "__main__":
     for worker in [_Worker(str, 5.0) for _ in range(2)]:
         worker.launch()
