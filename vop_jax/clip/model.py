@@ -1,4 +1,8 @@
-"""Plain CLIP: the two towers run end to end, nothing added."""
+"""CLIP with a ViT: two towers that expose their parts, and plain CLIP composed of them.
+
+A tower is `embed`, `blocks`, `project`. `Clip` runs them end to end; `vop_jax.model` runs the
+same parts and adds prompts or adapters between them.
+"""
 
 import flax.linen as nn
 import jax
@@ -14,18 +18,29 @@ PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def normalize_pixels(frames: jax.Array) -> jax.Array:
-    """uint8 RGB [..., 3] -> float32, zero mean and unit variance over CLIP's training set."""
+    """uint8 RGB [..., 3] -> float32 (x / 255 - mean) / std.
+
+    Raises:
+        TypeError: the frames are not uint8.
+    """
     if frames.dtype != jnp.uint8:
         raise TypeError(f"frames are uint8 RGB, not {frames.dtype}")
-    # ((x / 255) - mean) / std as one multiply-add per channel.
+    # One multiply-add per channel.
     shape = (1,) * (frames.ndim - 1) + (3,)
     mean = jnp.asarray(PIXEL_MEAN, jnp.float32).reshape(shape)
     std = jnp.asarray(PIXEL_STD, jnp.float32).reshape(shape)
     return frames.astype(jnp.float32) * (1 / (255 * std)) - mean / std
 
 
-class Patches(nn.Module):
-    """Patches of pictures [N, S, S, 3], each through one dense layer: [N, G, D]."""
+def patches(x: jax.Array, size: int) -> jax.Array:
+    """Images [N, S, S, 3] -> [N, G, size * size * 3], the patches row by row."""
+    count, side = x.shape[0], x.shape[1] // size  # pixels that fill no patch are dropped
+    x = x[:, : side * size, : side * size].reshape(count, side, size, side, size, 3)
+    return x.swapaxes(2, 3).reshape(count, side * side, size * size * 3)
+
+
+class PatchEmbedding(nn.Module):
+    """Images [N, S, S, 3] -> [N, G, D]: each patch through one linear map without bias."""
 
     config: ClipConfig
     dtype: jnp.dtype = jnp.float32
@@ -35,17 +50,10 @@ class Patches(nn.Module):
         c = self.config
         shape = (c.patch_size, c.patch_size, 3, c.vision_width)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
-        # One product of patches laid out as rows: as a convolution it took an H200 5 ms of a step
+        # One matrix product over patches: as a convolution it takes an H200 5 ms of a step
         # instead of 0.3, and two CPU cores four times as long.
         rows = patches(x.astype(self.dtype), c.patch_size)
         return rows @ jnp.asarray(kernel, self.dtype).reshape(-1, c.vision_width)
-
-
-def patches(x: jax.Array, size: int) -> jax.Array:
-    """Pictures [N, S, S, 3] -> [N, G, size * size * 3], their patches row by row."""
-    count, side = x.shape[0], x.shape[1] // size  # what does not fill a patch is left out
-    x = x[:, : side * size, : side * size].reshape(count, side, size, side, size, 3)
-    return x.swapaxes(2, 3).reshape(count, side * side, size * size * 3)
 
 
 class VisionTower(nn.Module):
@@ -55,20 +63,15 @@ class VisionTower(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
-        c = self.config
-        scale = c.vision_width**-0.5
-        self.conv1 = Patches(c, self.dtype)
-        self.class_embedding = self.param(
-            "class_embedding", nn.initializers.normal(scale), (c.vision_width,)
-        )
-        self.positional_embedding = self.param(
-            "positional_embedding",
-            nn.initializers.normal(scale),
-            (c.patches + 1, c.vision_width),
-        )
+        c, width = self.config, self.config.vision_width
+        normal = nn.initializers.normal(width**-0.5)
+        self.conv1 = PatchEmbedding(c, self.dtype)
+        self.class_embedding = self.param("class_embedding", normal, (width,))
+        positions = (c.patches + 1, width)
+        self.positional_embedding = self.param("positional_embedding", normal, positions)
         self.ln_pre = LayerNorm(self.dtype)
         self.transformer = Transformer(
-            c.vision_width,
+            width,
             c.vision_layers,
             c.vision_heads,
             c.activation,
@@ -101,20 +104,15 @@ class TextTower(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
-        c = self.config
+        c, width, normal = self.config, self.config.text_width, nn.initializers.normal
         self.token_embedding = nn.Embed(
-            c.vocab_size,
-            c.text_width,
-            embedding_init=nn.initializers.normal(0.02),
-            dtype=self.dtype,
+            c.vocab_size, width, embedding_init=normal(0.02), dtype=self.dtype
         )
         self.positional_embedding = self.param(
-            "positional_embedding",
-            nn.initializers.normal(0.01),
-            (c.context_length, c.text_width),
+            "positional_embedding", normal(0.01), (c.context_length, width)
         )
         self.transformer = Transformer(
-            c.text_width,
+            width,
             c.text_layers,
             c.text_heads,
             c.activation,
@@ -129,9 +127,9 @@ class TextTower(nn.Module):
         """int32 [N, T] -> [N, T, D]: token embeddings without positions."""
         return self.token_embedding(ids)
 
-    def positions(self, places: jax.Array) -> jax.Array:
-        """int32 [...] -> [..., D], the embedding of these positions, from 0."""
-        return jnp.asarray(self.positional_embedding, self.dtype)[places]
+    def positions(self, indices: jax.Array) -> jax.Array:
+        """int32 [...] -> [..., D]: the position embeddings at these indices."""
+        return jnp.asarray(self.positional_embedding, self.dtype)[indices]
 
     @property
     def blocks(self) -> list[Block]:
@@ -157,7 +155,7 @@ class Clip(nn.Module):
     def setup(self):
         self.visual = VisionTower(self.config, self.dtype)
         self.text = TextTower(self.config, self.dtype)
-        # log(1 / 0.07), CLIP's own start; every converted model brings its learned value.
+        # log(1 / 0.07), CLIP's initial value; every converted model has its learned value.
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(2.6593), ())
 
     def encode_image(self, frames: jax.Array) -> jax.Array:
@@ -170,7 +168,7 @@ class Clip(nn.Module):
         return unit(self.visual.project(x[:, 0]))
 
     def encode_text(self, ids: jax.Array) -> jax.Array:
-        """int32 [N, T] -> unit rows [N, E]; read at EOT, the largest id."""
+        """int32 [N, T] -> unit rows [N, E]: the feature at EOT, which is the largest id."""
         x = self.text.embed(ids) + self.text.positions(jnp.arange(ids.shape[1])[None])
         *blocks, last = self.text.blocks
         for block in blocks:
@@ -179,7 +177,7 @@ class Clip(nn.Module):
         return unit(self.text.project(x[:, 0]))
 
     def temperature(self) -> jax.Array:
-        """The factor on similarities; its bound is the optimizer's, see `training.step`."""
+        """The scale of similarities; `training.step` bounds it."""
         return jnp.exp(self.logit_scale)
 
     def __call__(self, frames: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:

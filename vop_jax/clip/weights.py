@@ -1,4 +1,4 @@
-"""A converted CLIP on disk: one safetensors file that says what it is."""
+"""A converted CLIP on disk: one self-describing safetensors file."""
 
 import dataclasses
 import functools
@@ -30,8 +30,8 @@ class ClipWeights:
     Attributes:
         params: the parameter tree of `clip.model.Clip`, float32.
         config: its sizes and activation.
-        fingerprint: SHA-256 of the parameters (see `tensors.fingerprint`).
-        source: the file it was converted from, for people to read.
+        fingerprint: SHA-256 of the parameters, see `tensors.fingerprint`.
+        source: name of the file it was converted from, for people.
     """
 
     params: dict[str, Any]
@@ -41,44 +41,35 @@ class ClipWeights:
 
     @property
     def name(self) -> str:
-        """How messages call this CLIP: source and the head of its fingerprint."""
+        """The name in messages: architecture, source, first digits of the fingerprint."""
         return f"{arch_name(self.config)} from {self.source} ({self.fingerprint[:12]})"
 
 
-@functools.cache  # tracing all of a CLIP takes a second
+@functools.cache  # tracing a CLIP takes a second
 def parameter_shapes(config: ClipConfig) -> Mapping[str, tuple[int, ...]]:
     """{"visual/conv1/kernel": shape, ...} of a CLIP of these sizes."""
     frames = jax.ShapeDtypeStruct((1, config.image_size, config.image_size, 3), np.uint8)
     ids = jax.ShapeDtypeStruct((1, config.context_length), np.int32)
     variables = jax.eval_shape(Clip(config).init, jax.random.key(0), frames, ids)
-    shapes = {k: v.shape for k, v in tensors.flatten(variables["params"]).items()}
-    return types.MappingProxyType(shapes)
+    return types.MappingProxyType({k: v.shape for k, v in flatten(variables["params"]).items()})
 
 
 def save_clip(
-    path: str | os.PathLike,
-    params: tensors.Tree,
-    config: ClipConfig,
-    *,
-    source: str,
-    source_sha256: str,
+    path: str | os.PathLike, params: Tree, config: ClipConfig, *, source: str, source_sha256: str
 ) -> str:
-    """Writes a CLIP atomically and returns its fingerprint."""
+    """Writes a CLIP in float32, atomically, and returns its fingerprint."""
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), dict(params))
     fingerprint = tensors.fingerprint(params)
-    tensors.save(
-        path,
-        params,
-        {
-            "format": FORMAT,
-            "arch": arch_name(config),
-            "activation": config.activation,
-            "config": json.dumps(config.to_dict()),
-            "source": source,
-            "source_sha256": source_sha256,
-            "fingerprint": fingerprint,
-        },
-    )
+    metadata = {
+        "format": FORMAT,
+        "arch": arch_name(config),
+        "activation": config.activation,
+        "config": json.dumps(config.to_dict()),
+        "source": source,
+        "source_sha256": source_sha256,
+        "fingerprint": fingerprint,
+    }
+    tensors.save(path, params, metadata)
     return fingerprint
 
 
@@ -86,12 +77,12 @@ def load_clip(path: str | os.PathLike, *, verify: bool = False) -> ClipWeights:
     """Reads a CLIP written by `save_clip`.
 
     Args:
-        verify: computes the fingerprint anew; else the checksum of the file is enough, where it
-            has one.
+        verify: computes the fingerprint again; by default the file's checksum is enough, and only
+            files without one are fingerprinted.
 
     Raises:
-        UserError: no such file, another kind of file, tensors that are missing, unknown, not
-            finite or of the wrong shape for the sizes the file states, or a file that was changed.
+        UserError: the file is missing, of another kind or damaged, or a tensor is missing,
+            unknown, not finite or of the wrong shape.
     """
     metadata = tensors.read_metadata(path)
     if metadata.get("format") != FORMAT:
@@ -115,35 +106,33 @@ def load_clip(path: str | os.PathLike, *, verify: bool = False) -> ClipWeights:
         raise UserError(f"{path}: activation {config.activation!r} is not one of {allowed}")
     check_shapes(path, params, parameter_shapes(config))
     if verify or tensors.CHECKSUM not in metadata:
-        found = tensors.fingerprint(params)
-        if found != fingerprint:
+        actual = tensors.fingerprint(params)
+        if actual != fingerprint:
             raise UserError(
-                f"{path}: its tensors have the fingerprint {found[:12]}, not {fingerprint[:12]} as "
-                "it says; convert it anew"
+                f"{path}: its tensors have the fingerprint {actual[:12]}, but its metadata states "
+                f"{fingerprint[:12]}; convert it again"
             )
     return ClipWeights(params, config, fingerprint, source)
 
 
 def check_shapes(
-    where: str | os.PathLike, tree: tensors.Tree, expected: Mapping[str, tuple[int, ...]]
+    where: str | os.PathLike, tree: Tree, expected: Mapping[str, tuple[int, ...]]
 ) -> None:
     """Raises UserError naming the first tensor that is missing, unknown or misshapen."""
-    found = tensors.flatten(tree)
+    shapes = {name: tuple(leaf.shape) for name, leaf in flatten(tree).items()}
     for name, shape in expected.items():
-        if name not in found:
+        if name not in shapes:
             raise UserError(f"{where}: tensor {name} is missing")
-        if tuple(found[name].shape) != tuple(shape):
-            raise UserError(
-                f"{where}: tensor {name} has shape {tuple(found[name].shape)}, expected {shape}"
-            )
-    if unknown := sorted(set(found) - set(expected)):
+        if shapes[name] != tuple(shape):
+            raise UserError(f"{where}: tensor {name} has shape {shapes[name]}, expected {shape}")
+    if unknown := sorted(shapes.keys() - expected.keys()):
         raise UserError(f"{where}: unknown tensor {unknown[0]} ({len(unknown)} in all)")
 
 
-# The first pattern that matches a frozen parameter's name says whether it is cast to the compute
-# dtype where it is used; it may then be held in it, half as large and with the same result.
+# Whether a frozen parameter is cast to the compute dtype where it is used, by the first pattern
+# that matches its name. If so, it can be stored in that dtype: half the memory, the same result.
 CAST_AT_USE: list[tuple[str, bool]] = [
-    (r".*/ln_\w+/(scale|bias)", False),  # a norm's float32 statistics are scaled in float32
+    (r".*/ln_\w+/(scale|bias)", False),  # a norm scales its float32 statistics in float32
     (r".*/(kernel|bias|embedding)", True),
     (r".*/(class|positional)_embedding", True),
     (r".*", False),  # logit_scale
@@ -153,12 +142,11 @@ CAST_AT_USE: list[tuple[str, bool]] = [
 def cast_frozen(frozen: Tree, dtype: Any) -> dict[str, Any]:
     """The frozen tree, arrays or shapes, with what `CAST_AT_USE` allows cast to `dtype`."""
 
-    def in_dtype(name: str, leaf: Any) -> Any:
-        cast = next(cast for pattern, cast in CAST_AT_USE if re.fullmatch(pattern, name))
-        if not cast:
+    def cast(name: str, leaf: Any) -> Any:
+        if not next(cast for pattern, cast in CAST_AT_USE if re.fullmatch(pattern, name)):
             return leaf
-        if hasattr(leaf, "astype"):
-            return leaf.astype(jnp.dtype(dtype))
-        return leaf.update(dtype=jnp.dtype(dtype))
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return leaf.update(dtype=jnp.dtype(dtype))
+        return leaf.astype(jnp.dtype(dtype))
 
-    return unflatten({name: in_dtype(name, leaf) for name, leaf in flatten(frozen).items()})
+    return unflatten({name: cast(name, leaf) for name, leaf in flatten(frozen).items()})

@@ -1,6 +1,5 @@
-"""OpenAI's published weights by name: downloaded once, checked, kept in a cache."""
+"""OpenAI's published weights by name: downloaded once, checked, and cached."""
 
-import hashlib
 import http.client
 import os
 import urllib.error
@@ -9,10 +8,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from vop_jax.errors import UserError
+from vop_jax.storage.files import sha256
 
 BASE_URL = "https://openaipublic.azureedge.net/clip/models"
 CACHE = "~/.cache/vop_jax"
-# The server's folders are the SHA-256 of the files in them.
+# SHA-256, which is also the server's folder, and file.
 PUBLISHED = {
     "ViT-B/32": (
         "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
@@ -35,24 +35,17 @@ _CHUNK = 1 << 20
 _TIMEOUT = 60  # seconds without a byte
 
 
-def sha256(path: str | os.PathLike) -> str:
-    """SHA-256 of a local file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def fetch(
     name: str, cache: str | os.PathLike = CACHE, base_url: str = BASE_URL, *, progress: bool = True
 ) -> Path:
-    """The file of a published CLIP: from the cache, else downloaded into it.
+    """Returns the file of a published CLIP from the cache; downloads it if it is not there.
 
     Args:
         name: one of `PUBLISHED`.
         base_url: a mirror laid out as `<base_url>/<sha256>/<file>`.
 
     Raises:
-        UserError: the server does not give it, or gives another file than was published;
-            nothing is kept of it.
+        UserError: the download fails, or the file is not the published one; it is deleted.
     """
     digest, file_name = PUBLISHED[name]
     target = Path(cache).expanduser() / file_name
@@ -64,8 +57,8 @@ def fetch(
     try:
         with open(partial, "wb") as file:
             _download(url, file, progress)
-        if (found := sha256(partial)) != digest:
-            raise UserError(f"{url}: SHA-256 is {found}, not the published one; refused, deleted")
+        if (actual := sha256(partial)) != digest:
+            raise UserError(f"{url}: SHA-256 is {actual}, not the published one; file deleted")
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
@@ -84,10 +77,9 @@ def _download(url: str, file: BinaryIO, progress: bool) -> None:
                 while chunk := response.read(_CHUNK):
                     file.write(chunk)
                     bar.update(len(chunk))
-            received = file.tell()
     except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
         raise UserError(
-            f"{url}: cannot be downloaded ({error}); a file that you have is --source=FILE"
+            f"{url}: cannot be downloaded ({error}); --source=FILE converts a file that you have"
         ) from None
-    if size and received != size:
-        raise UserError(f"{url}: the download stopped at {received:,} of {size:,} bytes")
+    if size and file.tell() != size:
+        raise UserError(f"{url}: the download stopped at {file.tell():,} of {size:,} bytes")

@@ -1,13 +1,12 @@
-"""How PyTorch checkpoints name and lay out a CLIP, and how each tensor becomes ours and back.
+"""Names and layouts of CLIP's tensors in PyTorch checkpoints, converted in both directions.
 
-One table of rules, complete on both sides: every tensor of a checkpoint has a rule or is listed
-as ignored, and the rules fill every parameter of `clip.model.Clip`.
+A layout is a table, complete on both sides: every tensor of a checkpoint has a row or is ignored
+by name, and the rows fill every parameter of `clip.model.Clip`.
 """
 
-import dataclasses
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,72 +17,84 @@ from vop_jax.errors import UserError
 from vop_jax.storage.tensors import Tree, flatten, unflatten
 
 Shape = tuple[int, ...]
+Tensors = dict[str, np.ndarray]
 
 
-class Move(NamedTuple):
-    """From a PyTorch tensor to our parameter of a given shape, and back."""
+class Transform(NamedTuple):
+    """A parameter is PyTorch's tensor with its axes permuted, then one axis split into heads.
 
-    source_shape: Callable[[Shape], Shape]  # ours -> PyTorch's
-    convert: Callable[[np.ndarray, Shape], np.ndarray]
-    back: Callable[[np.ndarray, Shape], np.ndarray]
+    Attributes:
+        axes: the permutation, as of `np.transpose`; None: the order stays.
+        heads: our axis of heads, which PyTorch merges with the next; None: no such axis.
+    """
+
+    axes: Shape | None = None
+    heads: int | None = None
+
+    def _merged(self, shape: Shape) -> Shape:
+        if self.heads is None:
+            return shape
+        i = self.heads
+        return (*shape[:i], shape[i] * shape[i + 1], *shape[i + 2 :])
+
+    def source_shape(self, shape: Shape) -> Shape:
+        """PyTorch's shape of a parameter of our shape."""
+        merged = self._merged(shape)
+        return merged if self.axes is None else tuple(merged[i] for i in np.argsort(self.axes))
+
+    def convert(self, tensor: np.ndarray, shape: Shape) -> np.ndarray:
+        """PyTorch's tensor -> our parameter of this shape."""
+        return (tensor if self.axes is None else tensor.transpose(self.axes)).reshape(shape)
+
+    def invert(self, parameter: np.ndarray) -> np.ndarray:
+        """Our parameter -> PyTorch's tensor."""
+        merged = parameter.reshape(self._merged(parameter.shape))
+        return merged if self.axes is None else merged.transpose(np.argsort(self.axes))
 
 
-def _transposed(x: np.ndarray, shape: Shape) -> np.ndarray:
-    """The transpose of a matrix, or of one whose rows or columns are cut into heads."""
-    return x.reshape(shape[::-1]).T
+SAME = Transform()
+TRANSPOSED = Transform((1, 0))  # [out, in] -> [in, out]
+IMAGE_KERNEL = Transform((2, 3, 1, 0))  # [D, 3, h, w] -> [h, w, 3, D]
+TO_HEADS = Transform((1, 0), heads=1)  # [H K, D] -> [D, H, K]
+HEADS_BIAS = Transform(heads=0)  # [H K] -> [H, K]
+FROM_HEADS = Transform((1, 0), heads=0)  # [D, H K] -> [H, K, D]
 
-
-SAME = Move(lambda s: s, lambda x, s: x, lambda x, s: x)
-TRANSPOSE = Move(lambda s: s[::-1], lambda x, s: x.T, _transposed)  # [out, in] -> [in, out]
-IMAGE_KERNEL = Move(  # [D, C, h, w] -> [h, w, C, D]
-    lambda s: (s[3], s[2], s[0], s[1]),
-    lambda x, s: x.transpose(2, 3, 1, 0),
-    lambda x, s: x.transpose(3, 2, 0, 1),
-)
-# [D, D] -> [D, H, D/H], and its bias [D] -> [H, D/H]
-TO_HEADS = Move(lambda s: (s[1] * s[2], s[0]), lambda x, s: x.T.reshape(s), _transposed)
-TO_HEADS_BIAS = Move(lambda s: (s[0] * s[1],), lambda x, s: x.reshape(s), lambda x, s: x.reshape(s))
-# [D, D] -> [H, D/H, D]
-FROM_HEADS = Move(lambda s: (s[2], s[0] * s[1]), lambda x, s: x.T.reshape(s), _transposed)
-
-# The tensors of a module: (PyTorch's ending, ours, move).
+# The tensors of a module: (PyTorch's ending, ours, transform).
 BARE = (("", "", SAME),)
 RIGHT_FACTOR = (("", "/kernel", SAME),)  # a matrix used as x @ matrix
-PROJECTION = ((".weight", "/kernel", TRANSPOSE),)
+PROJECTION = ((".weight", "/kernel", TRANSPOSED),)
 EMBEDDING = ((".weight", "/embedding", SAME),)
 POSITIONS = ((".weight", "", SAME),)
 CONV = ((".weight", "/kernel", IMAGE_KERNEL),)
 NORM = ((".weight", "/scale", SAME), (".bias", "/bias", SAME))
-DENSE = ((".weight", "/kernel", TRANSPOSE), (".bias", "/bias", SAME))
-QKV = ((".weight", "/kernel", TO_HEADS), (".bias", "/bias", TO_HEADS_BIAS))
-PACKED_QKV = (("_weight", "/kernel", TO_HEADS), ("_bias", "/bias", TO_HEADS_BIAS))
+DENSE = ((".weight", "/kernel", TRANSPOSED), (".bias", "/bias", SAME))
+QKV = ((".weight", "/kernel", TO_HEADS), (".bias", "/bias", HEADS_BIAS))
+PACKED_QKV = (("_weight", "/kernel", TO_HEADS), ("_bias", "/bias", HEADS_BIAS))
 OUT = ((".weight", "/kernel", FROM_HEADS), (".bias", "/bias", SAME))
 
+# (PyTorch's module, ours, its tensors). Where ours are several, joined by "+", PyTorch's tensor
+# holds them one after the other.
+ModuleRow = tuple[str, str, tuple[tuple[str, str, Transform], ...]]
 
-Tensors = dict[str, np.ndarray]
-Row = tuple[str, str, tuple[tuple[str, str, Move], ...]]  # (PyTorch's module, ours, tensors)
 
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
+class CheckpointLayout(NamedTuple):
     """The names of one family of checkpoints.
 
     Attributes:
         ends: modules outside of the blocks.
-        block: modules of a block. Where ours are several, joined by "+", PyTorch's tensor
-            holds them one after the other.
-        blocks: what stands before the index of a block, by tower.
-        ignored: patterns of tensors that hold no parameter of the model.
+        block: modules of a block.
+        blocks: what precedes the index of a block, by tower.
+        ignored: patterns of tensors that hold no parameter; `check_constants` checks them.
     """
 
     name: str
-    ends: tuple[Row, ...]
-    block: tuple[Row, ...]
+    ends: tuple[ModuleRow, ...]
+    block: tuple[ModuleRow, ...]
     blocks: Mapping[str, str]
     ignored: tuple[str, ...]
 
 
-OPENAI = Layout(
+OPENAI = CheckpointLayout(
     "OpenAI's and open_clip's",
     ends=(
         ("logit_scale", "logit_scale", BARE),
@@ -107,11 +118,10 @@ OPENAI = Layout(
         ("mlp.c_proj", "mlp/c_proj", DENSE),
     ),
     blocks={"visual": "visual.transformer.resblocks.", "text": "transformer.resblocks."},
-    # See `check_constants`.
     ignored=(r"input_resolution|context_length|vocab_size", r"attn_mask"),
 )
 
-HUGGING_FACE = Layout(
+HUGGING_FACE = CheckpointLayout(
     "Hugging Face's",
     ends=(
         ("logit_scale", "logit_scale", BARE),
@@ -141,60 +151,50 @@ HUGGING_FACE = Layout(
 )
 
 
-class Rule(NamedTuple):
+class TensorRule(NamedTuple):
     """One PyTorch tensor, the parameters that it fills, and how."""
 
     source: str
     targets: tuple[str, ...]
-    move: Move
-
-    def source_shape(self, shapes: Mapping[str, Shape]) -> Shape:
-        """PyTorch's shape, given all of ours."""
-        shape = self.move.source_shape(shapes[self.targets[0]])
-        count = len(self.targets)
-        return (count * shape[0], *shape[1:]) if count > 1 else shape
+    transform: Transform
 
 
-def layout_of(tensors: Mapping[str, Any]) -> Layout:
-    """The layout that the names speak of: Hugging Face's, else that of everybody else."""
-    face = any(name.startswith(HUGGING_FACE.blocks["visual"]) for name in tensors)
-    return HUGGING_FACE if face else OPENAI
+def layout_of(tensors: Mapping[str, Any]) -> CheckpointLayout:
+    """The layout of tensors with these names."""
+    prefix = HUGGING_FACE.blocks["visual"]
+    return HUGGING_FACE if any(name.startswith(prefix) for name in tensors) else OPENAI
 
 
-def expand(rows: tuple[Row, ...], source: str = "", target: str = "") -> list[Rule]:
-    """The rules of a table's rows, `source` and `target` put before their names."""
+def _expand(rows: tuple[ModuleRow, ...], source: str = "", target: str = "") -> list[TensorRule]:
+    """The rules of rows, with `source` and `target` put before the names."""
     return [
-        Rule(
-            source + module + ending,
+        TensorRule(
+            f"{source}{module}{ending}",
             tuple(f"{target}{name}{our_ending}" for name in ours.split("+")),
-            move,
+            transform,
         )
         for module, ours, tensors in rows
-        for ending, our_ending, move in tensors
+        for ending, our_ending, transform in tensors
     ]
 
 
-def rules_of(layout: Layout, config: ClipConfig) -> list[Rule]:
+def rules_of(layout: CheckpointLayout, config: ClipConfig) -> list[TensorRule]:
     """The rules of all tensors of a CLIP of these sizes."""
-    rules = expand(layout.ends)
+    rules = _expand(layout.ends)
     for tower, layers in (("visual", config.vision_layers), ("text", config.text_layers)):
         for i in range(layers):
-            ours = f"{tower}/transformer/resblocks.{i}/"
-            rules += expand(layout.block, f"{layout.blocks[tower]}{i}.", ours)
+            target = f"{tower}/transformer/resblocks.{i}/"
+            rules += _expand(layout.block, f"{layout.blocks[tower]}{i}.", target)
     return rules
 
 
-def count_blocks(layout: Layout, tower: str, tensors: Mapping[str, Any]) -> int:
-    """How many blocks of a tower have a name; at least 1, so that none are found missing."""
-    pattern = re.compile(re.escape(layout.blocks[tower]) + r"(\d+)\.")
-    return max(1, len({match[1] for name in tensors if (match := pattern.match(name))}))
-
-
-def read_sizes(where: str | os.PathLike, tensors: Tensors, layout: Layout) -> dict[str, int]:
+def read_sizes(
+    where: str | os.PathLike, tensors: Tensors, layout: CheckpointLayout
+) -> dict[str, int]:
     """The fields of `ClipConfig` that tensors show: all but heads and activation.
 
     Raises:
-        UserError: a tensor that shows a size is missing or cannot be right.
+        UserError: a tensor that shows a size is missing or has an impossible shape.
     """
     if not any(name.startswith(layout.blocks["visual"]) for name in tensors):
         allowed = " or ".join(f"{x.blocks['visual']}… ({x.name})" for x in (OPENAI, HUGGING_FACE))
@@ -202,37 +202,42 @@ def read_sizes(where: str | os.PathLike, tensors: Tensors, layout: Layout) -> di
             f"{where}: no tensor is named {allowed}, as in a CLIP with a ViT; the first is named "
             f"{min(tensors)}"
         )
-    rows = {rule.targets[0]: rule for rule in expand(layout.ends)}
-    for tower, start in layout.blocks.items():
-        for rule in expand(layout.block, f"{start}0.", f"{tower}/0/"):
-            rows[rule.targets[0]] = rule
+    rules = _expand(layout.ends)
+    for tower, prefix in layout.blocks.items():
+        rules += _expand(layout.block, f"{prefix}0.", f"{tower}/0/")
+    sources = {rule.targets[0]: rule.source for rule in rules}
 
     def shape(target: str, rank: int) -> Shape:
-        source = rows[target].source
+        source = sources[target]
         if source not in tensors:
             raise UserError(f"{where}: tensor {source} is missing")
-        found = tensors[source].shape
-        if len(found) != rank or not all(found):
-            raise UserError(f"{where}: tensor {source} has shape {found}, expected {rank} axes")
-        return found
+        size = tensors[source].shape
+        if len(size) != rank or not all(size):
+            raise UserError(f"{where}: tensor {source} has shape {size}, expected {rank} axes")
+        return size
+
+    def layers(tower: str) -> int:
+        pattern = re.compile(re.escape(layout.blocks[tower]) + r"(\d+)\.")
+        indices = {match[1] for name in tensors if (match := pattern.match(name))}
+        return max(1, len(indices))  # a block 0 without tensors is then reported as missing
 
     patch = shape("visual/conv1/kernel", 4)[-1]
     positions = shape("visual/positional_embedding", 2)[0]
     side = round((positions - 1) ** 0.5)
     if side < 1 or side**2 + 1 != positions:
         raise UserError(
-            f"{where}: tensor {rows['visual/positional_embedding'].source} has {positions} "
-            "positions, expected one more than a square"
+            f"{where}: tensor {sources['visual/positional_embedding']} has {positions} positions, "
+            "expected one more than a square"
         )
     projection = shape("visual/proj/kernel", 2)
     return {
         "image_size": side * patch,
         "patch_size": patch,
         "vision_width": shape("visual/ln_post/scale", 1)[0],
-        "vision_layers": count_blocks(layout, "visual", tensors),
+        "vision_layers": layers("visual"),
         "vision_mlp": shape("visual/0/mlp/c_fc/bias", 1)[0],
         "text_width": shape("text/ln_final/scale", 1)[0],
-        "text_layers": count_blocks(layout, "text", tensors),
+        "text_layers": layers("text"),
         "text_mlp": shape("text/0/mlp/c_fc/bias", 1)[0],
         "embed_dim": projection[0 if layout is HUGGING_FACE else 1],
         "context_length": shape("text/positional_embedding", 2)[0],
@@ -241,31 +246,29 @@ def read_sizes(where: str | os.PathLike, tensors: Tensors, layout: Layout) -> di
 
 
 def check_constants(where: str | os.PathLike, tensors: Tensors, sizes: Mapping[str, int]) -> None:
-    """Raises UserError unless the tensors that hold no parameter have the values they must have.
+    """Raises UserError if a tensor without parameters has an unexpected value.
 
-    They are sizes, which OpenAI's archives state, the causal mask, and positions 0, 1, 2, ….
+    These are the sizes in OpenAI's archives, the causal mask, and positions 0, 1, 2, ….
     """
-    length = sizes["context_length"]
+    length, patches = sizes["context_length"], (sizes["image_size"] // sizes["patch_size"]) ** 2
     expected: dict[str, Any] = {
         "input_resolution": sizes["image_size"],
         "context_length": length,
         "vocab_size": sizes["vocab_size"],
         "attn_mask": np.triu(np.full((length, length), -np.inf), 1),
         "text_model.embeddings.position_ids": np.arange(length)[None],
-        "vision_model.embeddings.position_ids": np.arange(
-            (sizes["image_size"] // sizes["patch_size"]) ** 2 + 1
-        )[None],
+        "vision_model.embeddings.position_ids": np.arange(patches + 1)[None],
     }
     for name in expected.keys() & tensors.keys():
-        found = tensors[name]
-        if name == "attn_mask":  # some have the least float for infinity
-            found = np.where(found <= -1e4, -np.inf, found)
-        if not np.array_equal(found, expected[name]):
+        value = tensors[name]
+        if name == "attn_mask":  # some have the lowest float instead of -inf
+            value = np.where(value <= -1e4, -np.inf, value)
+        if not np.array_equal(value, expected[name]):
             raise UserError(f"{where}: tensor {name} is not as in a CLIP of these sizes")
 
 
 def to_flax(
-    where: str | os.PathLike, tensors: Tensors, layout: Layout, config: ClipConfig
+    where: str | os.PathLike, tensors: Tensors, layout: CheckpointLayout, config: ClipConfig
 ) -> dict[str, Any]:
     """The parameter tree of `clip.model.Clip`, float32; empties `tensors` to save memory.
 
@@ -276,45 +279,39 @@ def to_flax(
     for rule in rules:
         if rule.source not in tensors:
             raise UserError(f"{where}: tensor {rule.source} is missing")
-    known = {rule.source for rule in rules}
-    unexpected = sorted(
-        name
-        for name in tensors.keys() - known
-        if not any(re.fullmatch(pattern, name) for pattern in layout.ignored)
-    )
-    if unexpected:
+    ignored = re.compile("|".join(layout.ignored))
+    others = tensors.keys() - {rule.source for rule in rules}
+    if unexpected := sorted(name for name in others if not ignored.fullmatch(name)):
         raise UserError(
             f"{where}: unexpected tensor {unexpected[0]} ({len(unexpected)} in all) for a "
             f"CLIP with a ViT in {layout.name} layout"
         )
     shapes = parameter_shapes(config)
     params: dict[str, np.ndarray] = {}
-    for rule in rules:
-        tensor = tensors.pop(rule.source)
-        if rule.source == "logit_scale" and tensor.shape == (1,):  # in some of open_clip's
+    for source, targets, transform in rules:
+        tensor = tensors.pop(source)
+        if source == "logit_scale" and tensor.shape == (1,):  # in some of open_clip's
             tensor = tensor[0]
-        check_tensor(where, rule.source, tensor, rule.source_shape(shapes))
-        count = len(rule.targets)
-        parts = np.split(tensor, count) if count > 1 else [tensor]
-        for target, part in zip(rule.targets, parts, strict=True):
-            params[target] = np.asarray(
-                rule.move.convert(part, shapes[target]), np.float32, order="C"
-            )
+        expected = transform.source_shape(shapes[targets[0]])
+        if len(targets) > 1:
+            expected = (len(targets) * expected[0], *expected[1:])
+        check_tensor(where, source, tensor, expected)
+        parts = np.split(tensor, len(targets)) if len(targets) > 1 else [tensor]
+        for target, part in zip(targets, parts, strict=True):
+            parameter = transform.convert(part, shapes[target])
+            params[target] = np.asarray(parameter, np.float32, order="C")
     tree = unflatten(params)
     check_shapes(where, tree, shapes)
     return tree
 
 
-def from_flax(params: Tree, layout: Layout, config: ClipConfig) -> Tensors:
+def from_flax(params: Tree, layout: CheckpointLayout, config: ClipConfig) -> Tensors:
     """The inverse of `to_flax`: PyTorch's names and shapes, float32."""
-    flat = flatten(params)
-    shapes = {name: leaf.shape for name, leaf in flat.items()}
+    flat = {name: np.asarray(leaf, np.float32) for name, leaf in flatten(params).items()}
     tensors = {}
-    for rule in rules_of(layout, config):
-        shape = rule.move.source_shape(shapes[rule.targets[0]])
-        parts = [rule.move.back(np.asarray(flat[t], np.float32), shape) for t in rule.targets]
-        tensor = np.concatenate(parts) if len(parts) > 1 else parts[0]
-        tensors[rule.source] = np.array(tensor, order="C")
+    for source, targets, transform in rules_of(layout, config):
+        parts = [transform.invert(flat[target]) for target in targets]
+        tensors[source] = np.array(np.concatenate(parts) if len(parts) > 1 else parts[0], order="C")
     return tensors
 
 

@@ -1,7 +1,6 @@
-"""CLIP weights of PyTorch become ours: checkpoints of every published kind.
+"""Conversion of PyTorch checkpoints to the parameter tree of `clip.model.Clip`.
 
-`clip.state_dict` reads the tensors, `clip.source_config` what lies beside them, and
-`clip.layouts` has the names.
+`state_dict` reads the tensors, `source_config` the files beside them; `layouts` has the names.
 """
 
 import dataclasses
@@ -12,30 +11,30 @@ from typing import Any
 import numpy as np
 
 from vop_jax.clip.convert import layouts, source_config, state_dict, vop_checkpoint
-from vop_jax.clip.convert.source_config import Facts, Pixels, choose_heads, settle
+from vop_jax.clip.convert.source_config import PixelStatistics, SourceConfig
+from vop_jax.clip.convert.source_keys import PUBLISHED_HEADS
 from vop_jax.clip.model import PIXEL_MEAN, PIXEL_STD
 from vop_jax.config.clip import ClipConfig
 from vop_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class Converted:
-    """What a checkpoint holds.
+class ConvertedClip:
+    """The content of a checkpoint.
 
     Attributes:
         params: the parameter tree of `clip.model.Clip`, float32, for frames normalised as
             OpenAI's.
-        config: sizes read off the tensors; heads and activation as `convert` says.
         prompts: of a released VoP checkpoint, {"visual": [L, P, D], "text": [L, P, D]}.
-        configuration: of its method; None where nothing states it.
+        released: the config of its method; None if no file states it.
         sha256: of the file.
-        notes: what was assumed and what was left, one sentence each.
+        notes: what was assumed or left out, one sentence each.
     """
 
     params: dict[str, Any]
     config: ClipConfig
     prompts: dict[str, np.ndarray] | None
-    configuration: vop_checkpoint.Configuration | None
+    released: vop_checkpoint.ReleasedConfig | None
     sha256: str
     notes: tuple[str, ...]
 
@@ -47,97 +46,137 @@ def convert(
     vision_heads: int | None = None,
     text_heads: int | None = None,
     ema: bool = False,
-) -> Converted:
-    """Reads a checkpoint of OpenAI, open_clip, Hugging Face or the released VoP.
+) -> ConvertedClip:
+    """Converts a checkpoint of OpenAI, open_clip, Hugging Face or the released VoP.
 
-    Heads, activation and pixel statistics come from the configs beside the file (see
-    `source_config.read_config`), else from the arguments, else heads are those of the published
-    models of this width, and the rest is OpenAI's. OpenAI's archives and the released VoP are
-    known.
+    Sizes come from the tensors. Heads, activation and pixel statistics come from the configs
+    beside the file, else from the arguments; else heads are those of the published models of this
+    width, and the rest is OpenAI's. For OpenAI's archives and the released VoP all are known.
 
     Args:
         path: the file, or the index of its shards.
-        ema: takes the running average of the weights that the file holds.
+        ema: takes the running average of the weights from the file instead of the weights.
 
     Raises:
-        UserError: a file that is not a checkpoint, one with Python objects in it, tensors that
-            are missing, misshapen or unexpected, a config that contradicts them or an argument,
-            or a model of another kind.
+        UserError: the file is not a checkpoint or holds Python objects; tensors are missing,
+            misshapen or unexpected; a config contradicts them or an argument; or the model is of
+            another kind.
     """
     state = state_dict.read(path, ema=ema)
-    tensors, prompts, configuration = state.tensors, None, None
-    openai = "a TorchScript archive" if state.torchscript and "input_resolution" in tensors else ""
+    tensors, prompts, released = state.tensors, None, None
+    openai = ""  # what implies that everything is as OpenAI's
     if not vop_checkpoint.PROMPTS.isdisjoint(tensors):
-        tensors, prompts = vop_checkpoint.split(path, tensors)
-        openai = "the released VoP"
+        openai, (tensors, prompts) = "the released VoP", vop_checkpoint.split(path, tensors)
+    elif state.torchscript and "input_resolution" in tensors:
+        openai = "a TorchScript archive"
     elif any(name.startswith("text.") for name in tensors):  # open_clip's CustomTextCLIP
         tensors = state_dict.without_prefix(path, tensors, "text.")
     layout = layouts.layout_of(tensors)
-    facts = Facts() if openai else source_config.read_config(path, layout)
+    source = SourceConfig() if openai else source_config.read_config(path, layout)
     sizes = layouts.read_sizes(path, tensors, layout)
     if openai:
-        facts = source_config.openai_facts(openai, sizes["vision_width"], sizes["text_width"])
-    stated = dict(facts.sizes).get("image_size")
-    if stated and stated.value // sizes["patch_size"] == sizes["image_size"] // sizes["patch_size"]:
-        sizes["image_size"] = stated.value  # what does not fill a patch shows in no tensor
-    facts.check_sizes(path, sizes)
+        source = source_config.openai_config(openai, sizes["vision_width"], sizes["text_width"])
+    for field, *_, value in source.sizes:  # pixels that fill no patch show in no tensor
+        if field == "image_size" and value // sizes["patch_size"] == (
+            sizes["image_size"] // sizes["patch_size"]
+        ):
+            sizes["image_size"] = value
+    source.check_sizes(path, sizes)
     layouts.check_constants(path, tensors, sizes)
     if sizes["vocab_size"] != ClipConfig.vocab_size:
         raise UserError(
-            f"{path}: a vocabulary of {sizes['vocab_size']:,} tokens, of another tokenizer than "
-            f"CLIP's own, of {ClipConfig.vocab_size:,}: captions could not be read"
+            f"{path}: a vocabulary of {sizes['vocab_size']:,} tokens; only CLIP's own tokenizer "
+            f"with {ClipConfig.vocab_size:,} is supported"
         )
-    config, assumed = _complete(path, sizes, facts, activation, vision_heads, text_heads)
+    arguments = {"activation": activation, "vision_heads": vision_heads, "text_heads": text_heads}
+    config, assumptions = _complete(path, sizes, source, arguments)
     params = layouts.to_flax(path, tensors, layout, config)
-    if facts.pixels:
-        fold_pixels(params, facts.pixels)
+    if source.pixels:
+        fold_pixels(params, source.pixels)
     if prompts is not None:
         vop_checkpoint.check_prompts(path, prompts, config)
-        configuration = vop_checkpoint.read_configuration(path, prompts, config)
-    notes = (*state.notes, *facts.notes, *assumed)
-    return Converted(params, config, prompts, configuration, state.sha256, notes)
+        released = vop_checkpoint.read_config(path, prompts, config)
+    notes = (*state.notes, *source.notes, *assumptions)
+    return ConvertedClip(params, config, prompts, released, state.sha256, notes)
 
 
 def _complete(
     path: str | os.PathLike,
     sizes: Mapping[str, int],
-    facts: Facts,
-    activation: str | None,
-    vision_heads: int | None,
-    text_heads: int | None,
+    source: SourceConfig,
+    arguments: Mapping[str, Any],
 ) -> tuple[ClipConfig, list[str]]:
-    """The config of these sizes, and a sentence on each thing that is assumed."""
-    notes = []
-    if not (facts.activation or activation):
+    """The config of these sizes, and a sentence on each assumption."""
+    activation, notes = _agreed("activation", arguments["activation"], source), []
+    if not activation:
         notes.append(
-            f"nothing states the activation of {path}: quick_gelu, as OpenAI's; if it was trained "
-            "with gelu, as open_clip's LAION models, pass --activation=gelu"
+            f"nothing states the activation of {path}; quick_gelu is assumed, as OpenAI's; for a "
+            "model trained with gelu, as open_clip's LAION models, pass --activation=gelu"
         )
-    if not facts.pixels:
+    if not source.pixels:
         notes.append(
-            f"nothing states the pixel mean and std of {path}: OpenAI's; if they are others, put "
-            "beside it the file that states them: preprocessor_config.json, or of a checkpoint of "
-            "open_clip open_clip_config.json"
+            f"nothing states the pixel mean and std of {path}; OpenAI's are assumed; if they "
+            "differ, put the file that states them beside it: preprocessor_config.json, or "
+            "open_clip_config.json for a checkpoint of open_clip"
         )
-    heads = {}
-    for tower, asked in (("vision", vision_heads), ("text", text_heads)):
+    fields: dict[str, Any] = dict(sizes)
+    for tower in ("vision", "text"):
         width = sizes[f"{tower}_width"]
-        heads[f"{tower}_heads"], note = choose_heads(path, tower, width, asked, facts)
+        heads, note = choose_heads(path, tower, width, arguments[f"{tower}_heads"], source)
         notes += [note] if note else []
-    mlps = {
-        f"{tower}_mlp": None if sizes[f"{tower}_mlp"] == 4 * width else sizes[f"{tower}_mlp"]
-        for tower, width in (("vision", sizes["vision_width"]), ("text", sizes["text_width"]))
-    }
-    chosen = settle("activation", activation, facts.activation, facts.by) or "quick_gelu"
-    config = ClipConfig(**{**sizes, **heads, **mlps}, activation=chosen)  # type: ignore[arg-type]
-    return config, notes
+        mlp = sizes[f"{tower}_mlp"]
+        fields |= {f"{tower}_heads": heads, f"{tower}_mlp": None if mlp == 4 * width else mlp}
+    return ClipConfig(**fields, activation=activation or "quick_gelu"), notes
 
 
-def fold_pixels(params: Mapping[str, Any], pixels: Pixels) -> None:
-    """Brings a CLIP that was trained with other pixel statistics to OpenAI's, in place.
+def _agreed(field: str, argument: Any, source: SourceConfig) -> Any:
+    """The argument or the stated value; UserError if they contradict each other."""
+    stated = getattr(source, field)
+    if argument and stated and argument != stated:
+        flag = field.replace("_", "-")
+        raise UserError(f"--{flag}={argument} contradicts {source.origin}, which states {stated}")
+    return argument or stated
 
-    With x = (v - mean) / std of a channel and y the same of OpenAI's, x = a y + b. A patch's
-    kernel takes up a; what it makes of b is the same for every frame and joins its position.
+
+def choose_heads(
+    path: str | os.PathLike, tower: str, width: int, argument: int | None, source: SourceConfig
+) -> tuple[int, str]:
+    """The heads of a tower ("vision" or "text"), and a note if they are assumed, else "".
+
+    Raises:
+        UserError: `argument` contradicts the config, nothing states the heads and no published
+            model has this width, or they do not divide the width.
+    """
+    stated = getattr(source, f"{tower}_heads")
+    heads, note = _agreed(f"{tower}_heads", argument, source), ""
+    if heads is None:
+        heads = PUBLISHED_HEADS[tower].get(width)
+        if heads is None:
+            raise UserError(
+                f"{path}: nothing states the heads of the {tower} tower, and no published CLIP has "
+                f"its width, {width}; pass --{tower}-heads"
+            )
+        note = (
+            f"nothing states the heads of the {tower} tower of {path}; {heads} are assumed, as in "
+            f"every published CLIP of width {width}; --{tower}-heads changes them"
+        )
+    if type(heads) is not int or heads < 1 or width % heads:
+        where, remedy = (
+            (path, f"pass a divisor of it as --{tower}-heads")
+            if stated is None
+            else (source.origin, "correct the file")
+        )
+        raise UserError(
+            f"{where}: {tower} width {width} cannot be divided into {heads} heads; {remedy}"
+        )
+    return heads, note
+
+
+def fold_pixels(params: Mapping[str, Any], pixels: PixelStatistics) -> None:
+    """Adapts a CLIP trained with other pixel statistics to OpenAI's, in place.
+
+    With x = (v - mean) / std of a channel and y the same with OpenAI's, x = a y + b. The patch
+    kernel absorbs a; its response to b is the same for every frame and joins the positions.
     """
     if pixels == (PIXEL_MEAN, PIXEL_STD):
         return

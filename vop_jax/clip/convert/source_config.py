@@ -1,4 +1,4 @@
-"""What the config files beside a checkpoint say, checked key by key against `clip.source_keys`."""
+"""The config files beside a checkpoint, checked key by key against `source_keys`."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from vop_jax.clip.convert.source_keys import (
     NOTHING,
     OPEN_CLIP,
     PREPROCESSOR,
-    Keys,
+    ConfigKeys,
 )
 from vop_jax.clip.layers import ACTIVATIONS
 from vop_jax.clip.model import PIXEL_MEAN, PIXEL_STD
@@ -24,91 +24,86 @@ from vop_jax.config.clip import ClipConfig
 from vop_jax.errors import UserError
 
 HEAD_WIDTH = 64  # of every CLIP that OpenAI's own code can compute
-# Heads by width of a tower, where all models in open_clip's list agree.
-PUBLISHED_HEADS = {
-    "vision": {384: 6, 512: 8, 768: 12, 896: 14, 1024: 16, 1280: 16, 1408: 16, 1664: 16, 1792: 16},
-    "text": {256: 4, 384: 6, 512: 8, 640: 10, 768: 12, 1024: 16, 1280: 20},
-}
 
-Flat = Mapping[str, Any]  # {"vision_cfg.width": 768, ...}
-Pixels = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of the channels
+JsonConfig = Mapping[str, Any]
+PixelStatistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of the channels
 
 
-class Size(NamedTuple):
-    """A size that a config file states."""
+class StatedSize(NamedTuple):
+    """A size that a config file states, and the field of `ClipConfig` it belongs to."""
 
+    field: str
     file: str
     key: str
     value: int
 
 
 @dataclasses.dataclass(frozen=True)
-class Facts:
-    """What is known of a checkpoint beside its tensors.
+class SourceConfig:
+    """What is known about a checkpoint besides its tensors; None: nothing states it.
 
     Attributes:
-        by: what says so, a file as a rule.
-        sizes: (field of `ClipConfig`, what is stated of it).
+        origin: what states it, usually a file.
         pixels: (mean, std) of RGB in [0, 1].
-        notes: what it says of frames that is not followed, one sentence each.
+        notes: preprocessing that the file states and that is done differently here.
     """
 
-    by: str = ""
-    sizes: tuple[tuple[str, Size], ...] = ()
+    origin: str = ""
+    sizes: tuple[StatedSize, ...] = ()
     activation: str | None = None
     vision_heads: int | None = None
     text_heads: int | None = None
-    pixels: Pixels | None = None
+    pixels: PixelStatistics | None = None
     notes: tuple[str, ...] = ()
 
-    def check_sizes(self, path: str | os.PathLike, found: Mapping[str, int]) -> None:
-        """Raises UserError naming the first size that is not that of the tensors."""
-        for field, (file, key, value) in self.sizes:
-            if field in found and found[field] != value:
+    def check_sizes(self, path: str | os.PathLike, sizes: Mapping[str, int]) -> None:
+        """Raises UserError naming the first size that contradicts the tensors."""
+        for field, file, key, value in self.sizes:
+            if field in sizes and sizes[field] != value:
                 raise UserError(
-                    f"{file}: {key}={value}, but the tensors of {path} have {found[field]}; a "
-                    "config of another checkpoint must lie in another folder"
+                    f"{file}: {key}={value}, but the tensors of {path} have {sizes[field]}; move a "
+                    "config of another checkpoint to another folder"
                 )
 
 
-def openai_facts(by: str, vision_width: int, text_width: int) -> Facts:
-    """Of what OpenAI's own code computes: one head for every 64 of a width."""
+def openai_config(origin: str, vision_width: int, text_width: int) -> SourceConfig:
+    """What OpenAI's own code computes: one head for every 64 of a width."""
     vision, text = (max(1, width // HEAD_WIDTH) for width in (vision_width, text_width))
-    return Facts(by, (), "quick_gelu", vision, text, (PIXEL_MEAN, PIXEL_STD))
+    return SourceConfig(origin, (), "quick_gelu", vision, text, (PIXEL_MEAN, PIXEL_STD))
 
 
-def read_config(path: str | os.PathLike, layout: layouts.Layout) -> Facts:
-    """What the configs beside a checkpoint say; nothing without one.
+def read_config(path: str | os.PathLike, layout: layouts.CheckpointLayout) -> SourceConfig:
+    """Reads the configs beside a checkpoint; without any, everything is None.
 
     Raises:
-        UserError: a config cannot be read, has a key that is not known, or describes a model that
-            this CLIP cannot be; the message names file and key.
+        UserError: a config cannot be read, has an unknown key, or describes a model that is not a
+            CLIP of this package; the message names file and key.
     """
     folder, hugging_face = epath.Path(path).parent, layout is layouts.HUGGING_FACE
     file = folder / ("config.json" if hugging_face else "open_clip_config.json")
-    facts = Facts()
-    if (config := _read(file)) is not None:
-        facts = _checked(file, config, _hugging_face if hugging_face else _open_clip)
-    if facts.pixels is not None:
-        return facts
-    # transformers 5 may write both its processors into one file, and reads that one first.
+    source = SourceConfig()
+    if (config := _read_json(file)) is not None:
+        source = _parse(file, config, _parse_hugging_face if hugging_face else _parse_open_clip)
+    if source.pixels is not None:
+        return source
+    # transformers 5 may write both its processors into one file, and prefers that file.
     file = folder / "processor_config.json"
-    config = (_read(file) or {}).get("image_processor")
+    config = (_read_json(file) or {}).get("image_processor")
     if config is None:
         file = folder / "preprocessor_config.json"
-        config = _read(file)
+        config = _read_json(file)
     if config is None:
-        return facts
-    frames = _checked(file, config, _preprocessor)
+        return source
+    images = _parse(file, config, _parse_preprocessor)
     return dataclasses.replace(
-        facts,
-        sizes=facts.sizes + frames.sizes,
-        pixels=frames.pixels,
-        notes=facts.notes + frames.notes,
+        source,
+        sizes=source.sizes + images.sizes,
+        pixels=images.pixels,
+        notes=source.notes + images.notes,
     )
 
 
-def _read(file: epath.Path) -> dict[str, Any] | None:
+def _read_json(file: epath.Path) -> dict[str, Any] | None:
     if not file.exists():
         return None
     try:
@@ -120,46 +115,47 @@ def _read(file: epath.Path) -> dict[str, Any] | None:
     return config
 
 
-def _checked(file: epath.Path, config: Flat, read: Callable[[str, Flat], Facts]) -> Facts:
+def _parse(
+    file: epath.Path, config: JsonConfig, parse: Callable[[str, JsonConfig], SourceConfig]
+) -> SourceConfig:
     try:
-        return read(str(file), config)
+        return parse(str(file), config)
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{file}: not a readable config of a CLIP ({error!r})") from None
 
 
-def check_keys(file: str, config: Flat, keys: Keys) -> None:
+def _check_keys(file: str, config: JsonConfig, keys: ConfigKeys) -> None:
     """Raises UserError naming the first key that is unknown or has a value of another model."""
     for key, allowed in keys.required.items():
         if key in config and config[key] not in allowed:
-            named = ["none"] * (None in allowed) + [repr(v) for v in allowed if v not in NOTHING]
+            names = ["none"] * (None in allowed) + [repr(v) for v in allowed if v not in NOTHING]
             raise UserError(
-                f"{file}: {key}={config[key]!r:.80}: not supported; allowed is {' or '.join(named)}"
+                f"{file}: {key}={config[key]!r:.80}: not supported; allowed is {' or '.join(names)}"
             )
+    known = keys.required.keys() | keys.sizes.keys() | keys.read
     for key, value in config.items():
-        if key in keys.required or key in keys.sizes or key in keys.read:
-            continue
-        if key.rpartition(".")[2] not in keys.ignored:
+        if key not in known and key.rpartition(".")[2] not in keys.ignored:
             raise UserError(
-                f"{file}: unknown key {key}={value!r:.80}: it may make this another model than "
-                "those that convert; if it has no part in the features, take it out of the file"
+                f"{file}: unknown key {key}={value!r:.80}: it may change the model; if it has no "
+                "effect on the features, remove it from the file"
             )
 
 
-def flat(config: Flat, *sections: str) -> dict[str, Any]:
-    """A config with what lies in its `sections` by dotted keys."""
-    found: dict[str, Any] = {}
+def _flatten(config: JsonConfig, *sections: str) -> dict[str, Any]:
+    """A config with the content of `sections` under dotted keys."""
+    flat: dict[str, Any] = {}
     for key, value in config.items():
         if key not in sections:
-            found[key] = value
+            flat[key] = value
         elif not isinstance(value, Mapping):
             raise TypeError(f"{key} is {value!r:.80}")
         else:
-            found |= {f"{key}.{name}": inner for name, inner in value.items()}
-    return found
+            flat |= {f"{key}.{name}": inner for name, inner in value.items()}
+    return flat
 
 
-def read_sizes(file: str, config: Flat, keys: Keys) -> dict[str, Size]:
-    """What is stated, by field of `ClipConfig`; what is left out has its library's default."""
+def _read_sizes(file: str, config: JsonConfig, keys: ConfigKeys) -> dict[str, StatedSize]:
+    """The sizes by field of `ClipConfig`; a missing key has its library's default."""
     sizes = {}
     for key, (field, default) in keys.sizes.items():
         value = config.get(key, default)
@@ -167,166 +163,124 @@ def read_sizes(file: str, config: Flat, keys: Keys) -> dict[str, Size]:
             value = value[0] if len({*value}) == 1 else value
         if type(value) is not int or value < 1:
             raise UserError(f"{file}: {key}={value!r:.80}: not a whole number of 1 or more")
-        sizes[field] = Size(file, key, value)
+        sizes[field] = StatedSize(field, file, key, value)
     return sizes
 
 
-def _open_clip(file: str, config: Flat) -> Facts:
-    if whole := "model_cfg" in config:  # else it is the model's part alone
+def _parse_open_clip(file: str, config: JsonConfig) -> SourceConfig:
+    if complete := "model_cfg" in config:  # else the file is the model's part only
         rest = {k: v for k, v in config.items() if k not in ("model_cfg", "preprocess_cfg")}
-        check_keys(file, rest, NO_KEYS)
+        _check_keys(file, rest, NO_KEYS)
         config = {**config["model_cfg"], "preprocess_cfg": config.get("preprocess_cfg")}
     config = {k: v for k, v in config.items() if k != "preprocess_cfg" or v is not None}
-    known = flat(config, "vision_cfg", "text_cfg", "preprocess_cfg")
+    flat = _flatten(config, "vision_cfg", "text_cfg", "preprocess_cfg")
     if not {"vision_cfg", "text_cfg"} <= config.keys():
         raise UserError(f"{file}: not a config of a CLIP, which has vision_cfg and text_cfg")
-    check_keys(file, known, OPEN_CLIP)
-    sizes = read_sizes(file, known, OPEN_CLIP)
+    _check_keys(file, flat, OPEN_CLIP)
+    sizes = _read_sizes(file, flat, OPEN_CLIP)
     for tower in ("vision", "text"):
-        key = f"{tower}_cfg.mlp_ratio"
-        width = int(sizes[f"{tower}_width"].value * known.get(key, 4.0))
-        sizes[f"{tower}_mlp"] = Size(file, f"{key} * width", width)
-    image = sizes["image_size"].value
-    size = known.get("preprocess_cfg.size", image)
+        key, field = f"{tower}_cfg.mlp_ratio", f"{tower}_mlp"
+        width = int(sizes[f"{tower}_width"].value * flat.get(key, 4.0))
+        sizes[field] = StatedSize(field, file, f"{key} * width", width)
+    image, size = sizes["image_size"].value, flat.get("preprocess_cfg.size")
     if size not in (None, image, [image, image]):
         raise UserError(f"{file}: preprocess_cfg.size={size}, but vision_cfg.image_size={image}")
+    # A complete file that leaves the statistics out has open_clip's defaults, which are OpenAI's.
+    states_pixels = complete or {"preprocess_cfg.mean", "preprocess_cfg.std"} & flat.keys()
+    mean, std = flat.get("preprocess_cfg.mean"), flat.get("preprocess_cfg.std")
     ours = {"preprocess_cfg.interpolation": "bicubic", "preprocess_cfg.resize_mode": "shortest"}
-    # What the whole file leaves out has the value that open_clip gives it.
-    stated = whole or "preprocess_cfg.mean" in known or "preprocess_cfg.std" in known
-    mean, std = known.get("preprocess_cfg.mean"), known.get("preprocess_cfg.std")
-    return Facts(
+    return SourceConfig(
         file,
-        tuple(sizes.items()),
-        "quick_gelu" if known.get("quick_gelu", False) else "gelu",
-        sizes["vision_width"].value // known.get("vision_cfg.head_width", HEAD_WIDTH),
+        tuple(sizes.values()),
+        "quick_gelu" if flat.get("quick_gelu", False) else "gelu",
+        sizes["vision_width"].value // flat.get("vision_cfg.head_width", HEAD_WIDTH),
         sizes["text_heads"].value,
-        check_pixels(file, mean, std) if stated else None,
-        _differences(file, known, ours),
+        _pixel_statistics(file, mean, std) if states_pixels else None,
+        _differences(file, flat, ours),
     )
 
 
-def _hugging_face(file: str, config: Flat) -> Facts:
+def _parse_hugging_face(file: str, config: JsonConfig) -> SourceConfig:
     config = dict(config)
     for section in ("vision_config", "text_config"):
-        # As transformers reads them: what it calls the dict takes the place of the other.
-        instead = config.pop(f"{section}_dict", None)
-        config[section] = (config.get(section) or {}) if instead is None else instead
-    known = flat(config, "vision_config", "text_config")
-    check_keys(file, known, HUGGING_FACE)
-    sizes = read_sizes(file, known, HUGGING_FACE)
-    acts = [known.get(f"{t}_config.hidden_act", "quick_gelu") for t in ("vision", "text")]
+        # As in transformers, a `…_config_dict` replaces the section.
+        replacement = config.pop(f"{section}_dict", None)
+        config[section] = (config.get(section) or {}) if replacement is None else replacement
+    flat = _flatten(config, "vision_config", "text_config")
+    _check_keys(file, flat, HUGGING_FACE)
+    sizes = _read_sizes(file, flat, HUGGING_FACE)
+    acts = [flat.get(f"{t}_config.hidden_act", "quick_gelu") for t in ("vision", "text")]
     for tower, act in zip(("vision", "text"), acts, strict=True):
         if act not in ACTIVATIONS or act != acts[0]:
             raise UserError(
                 f"{file}: {tower}_config.hidden_act={act!r}: allowed is one of "
                 f"{', '.join(ACTIVATIONS)}, the same in both towers"
             )
-    last = ClipConfig.vocab_size - 1  # another vocabulary is refused by `convert`
-    eos = known.get("text_config.eos_token_id", last)
-    if eos not in (2, last):  # by 2 transformers means the largest id of a caption
+    last = ClipConfig.vocab_size - 1  # `convert` refuses other vocabularies
+    eos = flat.get("text_config.eos_token_id", last)
+    if eos not in (2, last):  # transformers reads 2 as the largest id of a caption
         raise UserError(
-            f"{file}: text_config.eos_token_id={eos}: captions are read at CLIP's own "
-            f"end-of-text token; allowed are {last} and 2"
+            f"{file}: text_config.eos_token_id={eos}: captions end with CLIP's own end-of-text "
+            f"token; allowed are {last} and 2"
         )
     vision, text = (sizes[f"{tower}_heads"].value for tower in ("vision", "text"))
-    return Facts(file, tuple(sizes.items()), acts[0], vision, text)
+    return SourceConfig(file, tuple(sizes.values()), acts[0], vision, text)
 
 
-def _preprocessor(file: str, config: Flat) -> Facts:
-    check_keys(file, config, PREPROCESSOR)
+def _parse_preprocessor(file: str, config: JsonConfig) -> SourceConfig:
+    _check_keys(file, config, PREPROCESSOR)
     factor = config.get("rescale_factor", 1 / 255)
     if not math.isclose(factor, 1 / 255, rel_tol=1e-6):
         raise UserError(f"{file}: rescale_factor={factor}: allowed is 1/255")
-    crop, sizes = _side(config.get("crop_size")), []
-    if crop is not None:
-        sizes.append(("image_size", Size(file, "crop_size", crop)))
+    sizes: tuple[StatedSize, ...] = ()
     ours = {"do_resize": True, "do_center_crop": True, "resample": 3}
-    if crop is not None and _side(config.get("size")) not in (None, crop):
-        ours["size"] = crop
+    if (crop := _side(config.get("crop_size"))) is not None:
+        sizes = (StatedSize("image_size", file, "crop_size", crop),)
+        if _side(config.get("size")) not in (None, crop):
+            ours["size"] = crop
     if config.get("do_normalize", True):
         kind = config.get("image_processor_type") or config.get("feature_extractor_type") or "CLIP"
         if not kind.startswith("CLIP") and None in map(config.get, ("image_mean", "image_std")):
             raise UserError(
-                f"{file}: a {kind} without image_mean and image_std: its own are not known here; "
-                "state both in the file"
+                f"{file}: a {kind} without image_mean and image_std, whose defaults are not known "
+                "here; state both in the file"
             )
-        pixels = check_pixels(file, config.get("image_mean"), config.get("image_std"))
+        pixels = _pixel_statistics(file, config.get("image_mean"), config.get("image_std"))
     else:
         pixels = (0.0,) * 3, (1.0,) * 3
-    notes = _differences(file, config, ours)
-    return Facts(file, tuple(sizes), pixels=pixels, notes=notes)
+    return SourceConfig(file, sizes, pixels=pixels, notes=_differences(file, config, ours))
 
 
-def _differences(file: str, config: Flat, ours: Mapping[str, Any]) -> tuple[str, ...]:
-    """A note for each key that makes frames otherwise than we do."""
+def _differences(file: str, config: JsonConfig, ours: Mapping[str, Any]) -> tuple[str, ...]:
+    """A note on each key whose preprocessing differs from ours."""
     return tuple(
-        f"{file} says {key}={config[key]!r:.80}; here a frame is resized to its short side "
-        "(bicubic) and its centre taken"
+        f"{file} states {key}={config[key]!r:.80}; frames are resized here so that the short side "
+        "fits (bicubic) and cropped at the centre"
         for key, value in ours.items()
         if config.get(key, value) != value
     )
 
 
 def _side(size: Any) -> Any:
-    """224 of 224, {"shortest_edge": 224} and {"height": 224, "width": 224}; else the value."""
+    """224 for 224, {"shortest_edge": 224} and {"height": 224, "width": 224}; else text."""
     sides = {*size.values()} if isinstance(size, Mapping) else {size}
     return sides.pop() if len(sides) == 1 else str(size)
 
 
-def check_pixels(file: str, mean: Any, std: Any) -> Pixels:
-    """Mean and std of the channels; one number is that of all three, None is OpenAI's.
+def _pixel_statistics(file: str, mean: Any, std: Any) -> PixelStatistics:
+    """Mean and std per channel; one number stands for all three, None for OpenAI's.
 
     Raises:
-        UserError: they are not three finite numbers each, those of `std` above 0.
+        UserError: they are not three finite numbers each, or a std is not above 0.
     """
-    both = []
-    for name, given, default in (("mean", mean, PIXEL_MEAN), ("std", std, PIXEL_STD)):
-        values = default if given is None else given
+    statistics = []
+    for name, stated, default in (("mean", mean, PIXEL_MEAN), ("std", std, PIXEL_STD)):
+        values = default if stated is None else stated
         values = [values] * 3 if isinstance(values, int | float) else values
         if not isinstance(values, list | tuple) or len(values) != 3:
-            raise UserError(f"{file}: pixel {name}={given!r:.80}: three numbers are needed")
+            raise UserError(f"{file}: pixel {name}={stated!r:.80}: three numbers are needed")
         values = tuple(map(float, values))
         if not all(map(math.isfinite, values)) or (name == "std" and min(values) <= 0):
-            raise UserError(f"{file}: pixel {name}={given!r:.80}: not possible")
-        both.append(values)
-    return both[0], both[1]
-
-
-def settle(flag: str, asked: Any, stated: Any, by: str) -> Any:
-    """What the caller gives or the config states; UserError where they contradict."""
-    if asked and stated and asked != stated:
-        raise UserError(f"--{flag}={asked} contradicts {by}, which says {stated}")
-    return asked or stated
-
-
-def choose_heads(
-    path: str | os.PathLike, tower: str, width: int, asked: int | None, facts: Facts
-) -> tuple[int, str]:
-    """The heads of a tower ("vision" or "text"), and a note where they are assumed, else "".
-
-    Raises:
-        UserError: `asked` contradicts the config, nothing states them and no published model of
-            this width does, or they do not divide the width.
-    """
-    stated = getattr(facts, f"{tower}_heads")
-    heads, note = settle(f"{tower}-heads", asked, stated, facts.by), ""
-    if heads is None:
-        heads = PUBLISHED_HEADS[tower].get(width)
-        if heads is None:
-            raise UserError(
-                f"{path}: nothing states the heads of the {tower} tower, and no published CLIP has "
-                f"its width, {width}; pass --{tower}-heads"
-            )
-        note = (
-            f"nothing states the heads of the {tower} tower of {path}: {heads}, as in every "
-            f"published CLIP of width {width}; else pass --{tower}-heads"
-        )
-    if type(heads) is not int or heads < 1 or width % heads:
-        remedy = (
-            f"pass a divisor of it as --{tower}-heads" if stated is None else "correct the file"
-        )
-        raise UserError(
-            f"{path if stated is None else facts.by}: {tower} width {width} cannot be divided into "
-            f"{heads} heads; {remedy}"
-        )
-    return heads, note
+            raise UserError(f"{file}: pixel {name}={stated!r:.80}: not finite, or a std of 0")
+        statistics.append(values)
+    return statistics[0], statistics[1]

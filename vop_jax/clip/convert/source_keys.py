@@ -1,7 +1,6 @@
-"""What each key of other people's config files is to us: one table for each kind of file.
+"""The keys of other people's config files, one table for each kind of file, and published heads.
 
-A key that is in none of the lists is refused by name, as an unknown tensor is: it may be what makes
-the model another one.
+A key in none of the lists is refused by name, as an unknown tensor is: it may change the model.
 """
 
 from collections.abc import Mapping
@@ -10,15 +9,14 @@ from typing import Any, NamedTuple
 NOTHING: tuple[Any, ...] = (None, {}, [], "")
 
 
-class Keys(NamedTuple):
-    """The keys of one kind of file, dotted where they lie in a section.
+class ConfigKeys(NamedTuple):
+    """The keys of one kind of file, dotted if they are in a section.
 
     Attributes:
-        sizes: key -> (field of `ClipConfig`, its value where the file leaves it out). They are
-            compared with the tensors.
-        required: key -> the values under which the model is one of ours.
-        read: keys that `clip.source_config` reads.
-        ignored: keys without a part in the features, in any section.
+        sizes: key -> (field of `ClipConfig`, its library's default); compared with the tensors.
+        required: key -> the values with which the model is a CLIP of this package.
+        read: further keys that `source_config` uses.
+        ignored: keys without effect on features, in any section.
     """
 
     sizes: Mapping[str, tuple[str, int]]
@@ -31,14 +29,20 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-def _both(towers: str, entries: Mapping[str, Any]) -> dict[str, Any]:
+def _both(suffix: str, entries: Mapping[str, Any]) -> dict[str, Any]:
     """`entries` in the sections of both towers, such as vision_cfg and text_cfg."""
-    return {f"{tower}_{towers}.{k}": v for tower in ("vision", "text") for k, v in entries.items()}
+    return {f"{tower}_{suffix}.{k}": v for tower in ("vision", "text") for k, v in entries.items()}
 
 
-NO_KEYS = Keys({}, {}, frozenset(), frozenset())
+# Heads by width of a tower, where all models in open_clip's list agree.
+PUBLISHED_HEADS = {
+    "vision": {384: 6, 512: 8, 768: 12, 896: 14, 1024: 16, 1280: 16, 1408: 16, 1664: 16, 1792: 16},
+    "text": {256: 4, 384: 6, 512: 8, 640: 10, 768: 12, 1024: 16, 1280: 20},
+}
 
-OPEN_CLIP = Keys(
+NO_KEYS = ConfigKeys({}, {}, frozenset(), frozenset())
+
+OPEN_CLIP = ConfigKeys(
     sizes={
         "embed_dim": ("embed_dim", 0),
         "vision_cfg.image_size": ("image_size", 224),
@@ -72,48 +76,32 @@ OPEN_CLIP = Keys(
         "text_cfg.proj_bias": (False,),
         **_both(
             "cfg",
-            {
-                "ls_init_value": (None,),
-                "act_kwargs": (*NOTHING, {"approximate": "none"}),
-                "norm_kwargs": (*NOTHING, {"eps": 1e-5}),
-                "block_type": (None, "default"),
-                **dict.fromkeys(("qk_norm", "scaled_cosine_attn", "scale_heads"), (False,)),
-                **dict.fromkeys(("scale_attn_inner", "scale_attn", "scale_fc"), (False,)),
-            },
+            dict.fromkeys(
+                _words("qk_norm scaled_cosine_attn scale_heads scale_attn_inner scale_attn scale_fc"),
+                (False,),
+            ),
         ),
+        **_both("cfg", {"ls_init_value": (None,), "block_type": (None, "default")}),
+        **_both("cfg", {"act_kwargs": (*NOTHING, {"approximate": "none"})}),
+        **_both("cfg", {"norm_kwargs": (*NOTHING, {"eps": 1e-5})}),
         "preprocess_cfg.mode": ("RGB",),
     },
-    read=frozenset(
-        {
-            "vision_cfg.head_width",
-            "vision_cfg.mlp_ratio",
-            "text_cfg.mlp_ratio",
-            *(f"preprocess_cfg.{k}" for k in ("mean", "std", "size", "interpolation")),
-            "preprocess_cfg.resize_mode",
-        }
-    ),
-    ignored=frozenset(
-        {
-            "custom_text",  # names its tensors otherwise
-            "init_logit_scale",
-            "nonscalar_logit_scale",
-            "output_dict",
-            "output_tokens",
-            "patch_dropout",  # in training alone, as timm_drop
-            "final_ln_after_pool",  # the same for a token that is read
-            "attn_pooler_queries",  # of what is required to be off, as those that follow
-            "attn_pooler_heads",
-            "eos_id",
-            "pad_id",
-            "fill_color",
-            *(f"timm_{k}" for k in ("pool", "proj", "proj_bias", "drop", "drop_path")),
-            "timm_model_pretrained",
-            *(f"hf_{k}" for k in ("model_pretrained", "proj_type", "pooler_type")),
-        }
-    ),
+    read=_words("""
+        vision_cfg.head_width vision_cfg.mlp_ratio text_cfg.mlp_ratio preprocess_cfg.mean
+        preprocess_cfg.std preprocess_cfg.size preprocess_cfg.interpolation
+        preprocess_cfg.resize_mode
+    """),
+    # `custom_text` renames tensors; `patch_dropout` and `timm_drop` act in training only;
+    # `final_ln_after_pool` makes no difference for one token; the poolers' are of what is off.
+    ignored=_words("""
+        custom_text init_logit_scale nonscalar_logit_scale output_dict output_tokens patch_dropout
+        final_ln_after_pool attn_pooler_queries attn_pooler_heads eos_id pad_id fill_color
+        timm_pool timm_proj timm_proj_bias timm_drop timm_drop_path timm_model_pretrained
+        hf_model_pretrained hf_proj_type hf_pooler_type
+    """),
 )
 
-# Of every config of transformers: about generation, training, files and outputs.
+# Keys of every config of transformers, about generation, training, files and outputs.
 _PRETRAINED = _words("""
 _attn_implementation_autoset _commit_hash _name_or_path add_cross_attention architectures
 attn_implementation bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
@@ -128,7 +116,7 @@ tie_word_embeddings tokenizer_class top_k top_p torch_dtype torchscript transfor
 typical_p use_bfloat16 use_cache
 """)
 
-HUGGING_FACE = Keys(
+HUGGING_FACE = ConfigKeys(
     sizes={
         "projection_dim": ("embed_dim", 512),
         "vision_config.image_size": ("image_size", 224),
@@ -152,24 +140,16 @@ HUGGING_FACE = Keys(
         **_both("config", {"layer_norm_eps": (1e-5,), "pruned_heads": NOTHING}),
         "pruned_heads": NOTHING,
     },
-    read=frozenset(
-        {"vision_config.hidden_act", "text_config.hidden_act", "text_config.eos_token_id"}
-    ),
-    ignored=frozenset(
-        {
-            *_PRETRAINED,
-            "attention_dropout",
-            "dropout",
-            "gradient_checkpointing",
-            "initializer_factor",
-            "initializer_range",
-            "logit_scale_init_value",
-            "projection_dim",  # within a tower: of the towers as models of their own
-        }
-    ),
+    read=_words("vision_config.hidden_act text_config.hidden_act text_config.eos_token_id"),
+    # A tower's own `projection_dim` is for the tower as a model of its own.
+    ignored=_PRETRAINED
+    | _words("""
+        attention_dropout dropout gradient_checkpointing initializer_factor initializer_range
+        logit_scale_init_value projection_dim
+    """),
 )
 
-PREPROCESSOR = Keys(
+PREPROCESSOR = ConfigKeys(
     sizes={},
     required={"do_normalize": (True, False), "do_rescale": (True,), "do_pad": (False, None)},
     read=_words(

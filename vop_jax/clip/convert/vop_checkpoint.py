@@ -1,4 +1,4 @@
-"""The checkpoint that VoP's authors released: CLIP, once more in its encoders, and prompts."""
+"""The checkpoint that VoP's authors released: CLIP, CLIP again in its encoders, and prompts."""
 
 import json
 import os
@@ -21,25 +21,25 @@ PROMPTS = {VISUAL_PROMPTS, TEXT_PROMPTS}
 
 
 def split(path: str | os.PathLike, tensors: Tensors) -> tuple[Tensors, dict[str, np.ndarray]]:
-    """The tensors of CLIP and the prompts of a released VoP checkpoint.
+    """(the tensors of CLIP, the prompts) of a released VoP checkpoint.
 
-    It holds CLIP under `clip.` and once more under `image_encoder.` and `text_encoder.`. These
-    are left out; a copy that is recognised by its name is checked to be equal.
+    It holds CLIP under `clip.` and again under `image_encoder.` and `text_encoder.`. The copies
+    are dropped after a check that they are equal.
 
     Raises:
-        UserError: prompts are missing, a copy differs, or there is something else.
+        UserError: prompts are missing, a copy differs, or there are other tensors.
     """
     for name in (VISUAL_PROMPTS, TEXT_PROMPTS, "clip.logit_scale"):
         if name not in tensors:
             raise UserError(f"{path}: tensor {name} is missing")
     clip = {k.removeprefix("clip."): v for k, v in tensors.items() if k.startswith("clip.")}
     for name, tensor in tensors.items():
-        if name.startswith("clip.") or name in (VISUAL_PROMPTS, TEXT_PROMPTS):
+        if name.startswith("clip.") or name in PROMPTS:
             continue
-        head, _, rest = name.partition(".")
-        if head not in ("image_encoder", "text_encoder"):
+        encoder, _, rest = name.partition(".")
+        if encoder not in ("image_encoder", "text_encoder"):
             raise UserError(f"{path}: unexpected tensor {name} for a released VoP checkpoint")
-        original = f"visual.{rest}" if head == "image_encoder" else rest
+        original = f"visual.{rest}" if encoder == "image_encoder" else rest
         if original in clip and not np.array_equal(tensor, clip[original]):
             raise UserError(f"{path}: tensor {name} differs from clip.{original}, its original")
     visual, text = tensors[VISUAL_PROMPTS], tensors[TEXT_PROMPTS]
@@ -53,63 +53,61 @@ def split(path: str | os.PathLike, tensors: Tensors) -> tuple[Tensors, dict[str,
 def check_prompts(
     path: str | os.PathLike, prompts: Mapping[str, np.ndarray], config: ClipConfig
 ) -> None:
-    ends = {
-        "visual": (VISUAL_PROMPTS, config.vision_layers, config.vision_width),
-        "text": (TEXT_PROMPTS, config.text_layers, config.text_width),
-    }
-    for tower, (name, layers, width) in ends.items():
-        found = prompts[tower]
-        count = found.shape[1] if found.ndim == 3 else 0
-        check_tensor(path, name, found, (layers, max(1, count), width))
+    """Raises UserError unless the prompts fit a CLIP of these sizes."""
+    for tower, name, layers, width in (
+        ("visual", VISUAL_PROMPTS, config.vision_layers, config.vision_width),
+        ("text", TEXT_PROMPTS, config.text_layers, config.text_width),
+    ):
+        length = prompts[tower].shape[1] if prompts[tower].ndim == 3 else 0
+        check_tensor(path, name, prompts[tower], (layers, max(1, length), width))
 
 
-class Configuration(NamedTuple):
-    """What the configuration.json beside a released checkpoint says of its method."""
+class ReleasedConfig(NamedTuple):
+    """The configuration.json beside a released checkpoint."""
 
     text_prefix: int
     text_suffix: int
     frames: int | None
 
 
-def read_configuration(
+def read_config(
     path: str | os.PathLike, prompts: Mapping[str, np.ndarray], config: ClipConfig
-) -> Configuration | None:
+) -> ReleasedConfig | None:
     """Reads the configuration.json beside a checkpoint; None without one.
 
     Raises:
-        UserError: it contradicts the tensors, or asks for what the method does not do.
+        UserError: it contradicts the tensors, or states something the method does not support.
     """
     file = epath.Path(path).parent / "configuration.json"
     if not file.exists():
         return None
     try:
         stated = json.loads(file.read_text())["hyperparam"]
-        found = Configuration(
-            stated["tp_prefix_token_num"], stated["tp_suffix_token_num"], stated.get("num_frames")
-        )
-        others = {key: stated.get(key) for key in ("vp_token_num", "input_res", "pooling_type")}
+        prefix, suffix = stated["tp_prefix_token_num"], stated["tp_suffix_token_num"]
+        frames = stated.get("num_frames")
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise UserError(f"{file}: not the configuration of a VoP ({error!r})") from None
     for key, value, least in (
-        ("tp_prefix_token_num", found.text_prefix, 0),
-        ("tp_suffix_token_num", found.text_suffix, 0),
-        ("num_frames", 1 if found.frames is None else found.frames, 1),
+        ("tp_prefix_token_num", prefix, 0),
+        ("tp_suffix_token_num", suffix, 0),
+        ("num_frames", 1 if frames is None else frames, 1),
     ):
         if type(value) is not int or value < least:
             raise UserError(f"{file}: {key}={value!r:.80}: not a whole number of {least} or more")
     visual, text = prompts["visual"].shape[1], prompts["text"].shape[1]
-    if found.text_prefix + found.text_suffix != text:
-        lengths = f"{found.text_prefix} + {found.text_suffix}"
-        raise UserError(f"{file}: {lengths} text prompts, but {path} has {text} a layer")
+    if prefix + suffix != text:
+        raise UserError(
+            f"{file}: {prefix} + {suffix} text prompts, but {path} has {text} in each layer"
+        )
     expected = {"vp_token_num": visual, "input_res": config.image_size, "pooling_type": "avg"}
-    for key, value in others.items():
-        if value not in (None, expected[key]):
-            raise UserError(f"{file}: {key}={value!r}, but {path} needs {expected[key]!r}")
-    return found
+    for key, value in expected.items():
+        if stated.get(key) not in (None, value):
+            raise UserError(f"{file}: {key}={stated[key]!r}, but {path} needs {value!r}")
+    return ReleasedConfig(prefix, suffix, frames)
 
 
 def join(params: Tree, config: ClipConfig, prompts: Mapping[str, np.ndarray]) -> Tensors:
-    """The inverse of `split`, by the names in the released model.
+    """The inverse of `split`: tensors by the names of the released model.
 
     Args:
         params: the parameter tree of `clip.model.Clip`.
@@ -128,29 +126,25 @@ def join(params: Tree, config: ClipConfig, prompts: Mapping[str, np.ndarray]) ->
 
 
 def save(path: str | os.PathLike, tensors: Tensors) -> None:
-    """Writes what `join` made as the authors did, atomically; what is there twice is written once.
+    """Writes the tensors of `join` as the authors did, atomically.
 
     Raises:
         UserError: torch is missing.
     """
     torch = import_torch(f"{path}: writing PyTorch files")
-    # Equal arrays become one tensor, of which the file holds one.
-    same = {id(tensor): torch.from_numpy(tensor) for tensor in tensors.values()}
-    state = {f"module.{name}": same[id(tensor)] for name, tensor in tensors.items()}
+    # The same array becomes the same tensor, which the file stores once.
+    torch_tensors = {id(tensor): torch.from_numpy(tensor) for tensor in tensors.values()}
+    state = {f"module.{name}": torch_tensors[id(tensor)] for name, tensor in tensors.items()}
     with files.replacing(path) as place, open(place, "wb") as file:
         torch.save({"state_dict": state}, file)
 
 
-def import_torch(what: str) -> Any:
-    """The package torch.
-
-    Raises:
-        UserError: it is missing, and `what` needs it.
-    """
+def import_torch(purpose: str) -> Any:
+    """The package torch; UserError if it is missing: `purpose` needs it."""
     try:
         import torch
     except ImportError:
         raise UserError(
-            f'{what} needs torch: pip install -e ".[convert]"; safetensors files need nothing'
+            f'{purpose} needs torch: pip install -e ".[convert]"; safetensors files need nothing'
         ) from None
     return torch
