@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 
 from vop_jax import cli
 from vop_jax.clip.convert import download
-from vop_jax.clip.convert.pytorch import Converted, convert
+from vop_jax.clip.convert.pytorch import ConvertedClip, convert
 from vop_jax.clip.layers import ACTIVATIONS
 from vop_jax.clip.weights import ClipWeights, load_clip, save_clip
 from vop_jax.errors import UserError
@@ -100,11 +100,11 @@ def run(args: argparse.Namespace) -> None:
         write_prompts(args.prompts_output, converted, clip)
 
 
-def write_prompts(path: str | None, converted: Converted, clip: ClipWeights) -> None:
+def write_prompts(path: str | None, converted: ConvertedClip, clip: ClipWeights) -> None:
     """The prompts of a released checkpoint, and the method that they are of."""
     assert converted.prompts is not None
     visual, text = converted.prompts["visual"].shape[1], converted.prompts["text"].shape[1]
-    stated = converted.configuration
+    stated = converted.released
     method = released_method(visual, text, stated.text_prefix if stated else None)
     if stated is None:
         print(

@@ -258,11 +258,11 @@ def test_an_index_that_is_wrong(changes, named, tmp_path):
 
 def test_the_prompts_lengths_are_those_of_the_configuration(tmp_path):
     path = FORMATS["released.pth"](tmp_path / "r.pth")
-    assert convert(path).configuration is None
+    assert convert(path).released is None
     stated = {"tp_prefix_token_num": 4, "tp_suffix_token_num": 1, "num_frames": 8, "seed": 42}
     file = tmp_path / "configuration.json"
     file.write_text(json.dumps({"hyperparam": stated}))
-    assert convert(path).configuration == (4, 1, 8)
+    assert convert(path).released == (4, 1, 8)
     for wrong, named in (
         ({"tp_suffix_token_num": 2}, r"4 \+ 2 text prompts, but .* has 5"),
         ({"vp_token_num": 8}, "vp_token_num=8"),

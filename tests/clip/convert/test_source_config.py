@@ -12,8 +12,9 @@ import pytest
 from tests import checkpoints
 from tests.checkpoints import SIZES
 from vop_jax.clip.convert import layouts
-from vop_jax.clip.convert.pytorch import fold_pixels
-from vop_jax.clip.convert.source_config import PUBLISHED_HEADS, Facts, choose_heads, read_config
+from vop_jax.clip.convert.pytorch import choose_heads, fold_pixels
+from vop_jax.clip.convert.source_config import SourceConfig, read_config
+from vop_jax.clip.convert.source_keys import PUBLISHED_HEADS
 from vop_jax.clip.model import PIXEL_MEAN, PIXEL_STD, Clip, patches
 from vop_jax.clip.weights import parameter_shapes
 from vop_jax.errors import UserError
@@ -270,20 +271,20 @@ def test_other_pixel_statistics_are_folded_in_exactly():
     [("vision", 1280, None, 16), ("text", 1280, None, 20), ("vision", 1280, 20, 20)],
 )
 def test_heads_that_are_assumed_are_said(tower, width, asked, heads):
-    found, note = choose_heads("x.pt", tower, width, asked, Facts())
+    found, note = choose_heads("x.pt", tower, width, asked, SourceConfig())
     assert found == heads
     assert bool(note) == (asked is None) and (asked or f"--{tower}-heads" in note)
 
 
 def test_heads_that_nothing_states_are_asked_for():
     with pytest.raises(UserError, match="width, 128; pass --vision-heads"):
-        choose_heads("x.pt", "vision", 128, None, Facts())
+        choose_heads("x.pt", "vision", 128, None, SourceConfig())
     with pytest.raises(UserError, match="128 cannot be divided into 3 heads"):
-        choose_heads("x.pt", "vision", 128, 3, Facts())
+        choose_heads("x.pt", "vision", 128, 3, SourceConfig())
     with pytest.raises(UserError, match=r"^c\.json: .*128 cannot be divided into 0 heads; correct"):
-        choose_heads("x.pt", "vision", 128, None, Facts("c.json", vision_heads=0))
-    with pytest.raises(UserError, match=r"--text-heads=4 contradicts c\.json, which says 8"):
-        choose_heads("x.pt", "text", 128, 4, Facts("c.json", text_heads=8))
+        choose_heads("x.pt", "vision", 128, None, SourceConfig("c.json", vision_heads=0))
+    with pytest.raises(UserError, match=r"--text-heads=4 contradicts c\.json, which states 8"):
+        choose_heads("x.pt", "text", 128, 4, SourceConfig("c.json", text_heads=8))
 
 
 # Of open_clip's own list, those that are a CLIP as ours.
@@ -315,7 +316,7 @@ def test_every_published_config_converts_or_is_refused_by_a_key(tmp_path):
             assert any(f"{key}=" in str(error) for key in keys), (name, error)
             continue
         converted.add(name)
-        sizes = {field: size.value for field, size in facts.sizes}
+        sizes = {size.field: size.value for size in facts.sizes}
         heads = facts.vision_heads, facts.text_heads
         for tower, found in zip(("vision", "text"), heads, strict=True):
             assert PUBLISHED_HEADS[tower][sizes[f"{tower}_width"]] == found, name

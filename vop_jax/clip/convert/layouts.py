@@ -188,6 +188,20 @@ def rules_of(layout: CheckpointLayout, config: ClipConfig) -> list[TensorRule]:
     return rules
 
 
+# Fields of `ClipConfig`, and "positions", that a parameter's axis shows.
+SIZES = {
+    "patch_size": ("visual/conv1/kernel", 0),
+    "positions": ("visual/positional_embedding", 0),
+    "vision_width": ("visual/ln_post/scale", 0),
+    "vision_mlp": ("visual/0/mlp/c_fc/bias", 0),
+    "embed_dim": ("visual/proj/kernel", 1),
+    "text_width": ("text/ln_final/scale", 0),
+    "text_mlp": ("text/0/mlp/c_fc/bias", 0),
+    "context_length": ("text/positional_embedding", 0),
+    "vocab_size": ("text/token_embedding/embedding", 0),
+}
+
+
 def read_sizes(
     where: str | os.PathLike, tensors: Tensors, layout: CheckpointLayout
 ) -> dict[str, int]:
@@ -202,47 +216,32 @@ def read_sizes(
             f"{where}: no tensor is named {allowed}, as in a CLIP with a ViT; the first is named "
             f"{min(tensors)}"
         )
-    rules = _expand(layout.ends)
+    expanded = _expand(layout.ends)
+    sizes = {}
     for tower, prefix in layout.blocks.items():
-        rules += _expand(layout.block, f"{prefix}0.", f"{tower}/0/")
-    sources = {rule.targets[0]: rule.source for rule in rules}
-
-    def shape(target: str, rank: int) -> Shape:
-        source = sources[target]
+        expanded += _expand(layout.block, f"{prefix}0.", f"{tower}/0/")
+        pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
+        indices = {match[1] for name in tensors if (match := pattern.match(name))}
+        field = "vision_layers" if tower == "visual" else "text_layers"
+        sizes[field] = max(1, len(indices))  # a tower without blocks lacks block 0
+    rules = {rule.targets[0]: rule for rule in expanded}
+    for field, (target, axis) in SIZES.items():
+        source, _, transform = rules[target]
         if source not in tensors:
             raise UserError(f"{where}: tensor {source} is missing")
-        size = tensors[source].shape
-        if len(size) != rank or not all(size):
-            raise UserError(f"{where}: tensor {source} has shape {size}, expected {rank} axes")
-        return size
-
-    def layers(tower: str) -> int:
-        pattern = re.compile(re.escape(layout.blocks[tower]) + r"(\d+)\.")
-        indices = {match[1] for name in tensors if (match := pattern.match(name))}
-        return max(1, len(indices))  # a block 0 without tensors is then reported as missing
-
-    patch = shape("visual/conv1/kernel", 4)[-1]
-    positions = shape("visual/positional_embedding", 2)[0]
+        shape = tensors[source].shape
+        axis = axis if transform.axes is None else transform.axes[axis]
+        if axis >= len(shape) or not all(shape):
+            raise UserError(f"{where}: tensor {source} has shape {shape}, which is not CLIP's")
+        sizes[field] = shape[axis]
+    positions = sizes.pop("positions")
     side = round((positions - 1) ** 0.5)
     if side < 1 or side**2 + 1 != positions:
         raise UserError(
-            f"{where}: tensor {sources['visual/positional_embedding']} has {positions} positions, "
-            "expected one more than a square"
+            f"{where}: tensor {rules['visual/positional_embedding'].source} has {positions} "
+            "positions, expected one more than a square"
         )
-    projection = shape("visual/proj/kernel", 2)
-    return {
-        "image_size": side * patch,
-        "patch_size": patch,
-        "vision_width": shape("visual/ln_post/scale", 1)[0],
-        "vision_layers": layers("visual"),
-        "vision_mlp": shape("visual/0/mlp/c_fc/bias", 1)[0],
-        "text_width": shape("text/ln_final/scale", 1)[0],
-        "text_layers": layers("text"),
-        "text_mlp": shape("text/0/mlp/c_fc/bias", 1)[0],
-        "embed_dim": projection[0 if layout is HUGGING_FACE else 1],
-        "context_length": shape("text/positional_embedding", 2)[0],
-        "vocab_size": shape("text/token_embedding/embedding", 2)[0],
-    }
+    return sizes | {"image_size": side * sizes["patch_size"]}
 
 
 def check_constants(where: str | os.PathLike, tensors: Tensors, sizes: Mapping[str, int]) -> None:

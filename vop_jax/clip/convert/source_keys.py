@@ -77,7 +77,9 @@ OPEN_CLIP = ConfigKeys(
         **_both(
             "cfg",
             dict.fromkeys(
-                _words("qk_norm scaled_cosine_attn scale_heads scale_attn_inner scale_attn scale_fc"),
+                _words(
+                    "qk_norm scaled_cosine_attn scale_heads scale_attn_inner scale_attn scale_fc"
+                ),
                 (False,),
             ),
         ),
