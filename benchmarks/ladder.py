@@ -178,7 +178,7 @@ def _finished(run: str, config: ConfigDict) -> bool:
     return first_difference(config, report.read_run(run).config) is None
 
 
-def _run(config: ConfigDict, run: str) -> report.Run:
+def _run(config: ConfigDict, run: str) -> report.FinishedRun:
     if not _finished(run, config):
         logging.info("%s", run)
         train.train(config, run)

@@ -1,154 +1,106 @@
-"""The paper's figures beside ours: where runs go, and where they do not."""
-
-import json
-import sys
+"""The paper's results beside those of runs: which run goes where."""
 
 import pytest
 
 from tests import runs as commands
+from tests.report.finished_runs import CLIP, assert_one_line, run_command, write_run
 from vop_jax.config.base import base_config
 from vop_jax.experiment import results
-from vop_jax.report import __main__ as command
 from vop_jax.report import reproduce
 from vop_jax.report.runs import read_run
 from vop_jax.tuning.methods import METHODS
 
 DOCUMENT = commands.ROOT / "docs" / "benchmarks" / "paper.md"
 OF_PAPER = [name for name in reproduce.TEST_SIZES if name not in ("msvd", "vatex")]
-OPENAI = "ViT-B/32 from openai (0123456789ab)"
 
 
-def write_run(folder, kind="msrvtt9k", method="vop", r1=39.0, sizes=None, summary=None, **settings):
-    """A finished run's folder on a benchmark; of the official test sizes unless told otherwise."""
-    folder.mkdir(parents=True)
-    config = base_config()
-    config.method.name = method
-    config.train.steps = 20
-    with config.ignore_type():
-        config.update_from_flattened_dict(settings)
-    config = config.to_dict()
-    config["data"]["kind"] = kind
-    texts, videos = sizes or reproduce.TEST_SIZES[kind] or (15000, 1500)
-    told = {
-        "method": method,
-        "steps": 20 if method != "zero_shot" else 0,
-        "trainable_params": 122_880 if method != "zero_shot" else 0,
-        "t2v": {"R@1": r1, "R@5": r1 + 20, "R@10": r1 + 30, "MnR": 17.0, "MdR": 2.0},
-        "v2t": {"R@1": r1 + 2, "R@5": 70.0, "R@10": 80.0, "MnR": 12.0, "MdR": 2.0},
-        "num_texts": texts,
-        "num_videos": videos,
-        "eval_split": "test",
-        "missing_videos_count_as": "miss",
-        "skipped_videos": [],
-        "clip": OPENAI,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "summary.json").write_text(json.dumps(told | (summary or {})))
-    return folder
+def write(folder, kind="msrvtt9k", method="vop", r1=39.0, **options):
+    """A run on a benchmark; by default on its official test split."""
+    sizes = options.pop("sizes", reproduce.TEST_SIZES.get(kind)) or (15000, 1500)
+    options["summary"] = {"t2v": sides(r1)} | options.get("summary", {})
+    return write_run(folder, method, r1, sizes, **options, **{"data.kind": kind})
 
 
-def empty_document(path):
-    path.write_text(
-        "# Title\r\n"
-        + "".join(
-            f"## {name}\n<!-- table: {name} -->\nold\n<!-- end -->\nafter  {name}\n\n"
-            for name in reproduce.TEST_SIZES
-        )
-        + "no newline at the end",
-        newline="",
+def sides(r1):
+    return {"R@1": r1, "R@5": r1 + 20, "R@10": r1 + 30, "MnR": 17.0, "MdR": 2.0}
+
+
+def write_document(path):
+    text = "".join(
+        f"## {name}\n<!-- table: {name} -->\nold\n<!-- end -->\nafter  {name}\n\n"
+        for name in reproduce.TEST_SIZES
     )
+    path.write_text(f"# Title\r\n{text}no newline at the end", newline="")
     return path
 
 
-def fill(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["report", *map(str, arguments)])
-    return command.main()
-
-
 def rows_of(text, name):
-    """{label: {heading: cell}} of a benchmark's table; headings that repeat have their place."""
+    """({label: cells}, headings) of a benchmark's table."""
     content = text.split(f"<!-- table: {name} -->")[1].split("<!-- end -->")[0]
     lines = [line for line in content.splitlines() if line.startswith("|")]
-    split = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert len({len(cells) for cells in split}) == 1
-    return {cells[0]: cells[1:] for cells in split[2:]}, split[0][1:]
-
-
-def ours(text, name, label):
-    """{heading: cell} of our columns in a row."""
-    rows, headings = rows_of(text, name)
-    first = headings.index("ours: t2v R@1")
-    return dict(zip(headings[first:], rows[label][first:], strict=True))
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert len({len(row) for row in cells}) == 1
+    return {row[0]: row[1:] for row in cells[2:]}, cells[0][1:]
 
 
 def test_the_committed_tables_are_those_of_no_runs(tmp_path, monkeypatch, capsys):
-    copy = tmp_path / "reproduce.md"
+    copy = tmp_path / "paper.md"
     copy.write_bytes(DOCUMENT.read_bytes())
-    assert fill(monkeypatch, f"--fill={copy}") == 0
+    assert run_command(monkeypatch, f"--fill={copy}") == 0
     assert copy.read_bytes() == DOCUMENT.read_bytes()
     assert capsys.readouterr().out == f"{copy}\n"
-
-
-def test_without_runs_nothing_is_claimed():
     for name in reproduce.TEST_SIZES:
-        text = reproduce.table(name, [])
-        assert text.count(reproduce.UNMEASURED) == len(METHODS)
+        assert reproduce.table(name, []).count(reproduce.UNMEASURED) == len(METHODS)
 
 
-def test_what_lies_outside_of_the_markers_stays(tmp_path, monkeypatch):
-    document = empty_document(tmp_path / "doc.md")
+def test_results_are_filled_in_and_the_text_around_the_tables_stays(tmp_path, monkeypatch, capsys):
+    runs, document = tmp_path / "runs", write_document(tmp_path / "doc.md")
     before = document.read_bytes()
-    write_run(tmp_path / "runs/vop")
-    assert fill(monkeypatch, tmp_path / "runs", f"--fill={document}") == 0
-    after = document.read_bytes()
-    assert b"old" in before and b"old" not in after
-
-    def outside(text):
-        pieces = text.split(b"<!-- table: ")
-        return [piece.split(b"<!-- end -->")[-1] for piece in pieces]
-
-    assert outside(after) == outside(before)
-    assert fill(monkeypatch, tmp_path / "runs", f"--fill={document}") == 0
-    assert document.read_bytes() == after
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["doc.md", "runs"]  # alone
-
-
-def test_runs_land_in_their_cells(tmp_path, monkeypatch):
-    runs, document = tmp_path / "runs", empty_document(tmp_path / "doc.md")
     for seed, r1 in enumerate((38.0, 39.0, 40.0)):
-        write_run(runs / f"vop{seed}", r1=r1, seed=seed)
-    write_run(runs / "zero", method="zero_shot", r1=31.5)
-    write_run(runs / "f", "didemo", "vop_f", 44.0)
-    write_run(runs / "f64", "didemo", "vop_f", 46.0, **{"data.frames": 64})
-    write_run(runs / "msvd", "msvd", r1=45.0)
-    assert fill(monkeypatch, runs, runs / "f", f"--fill={document}") == 0
+        write(runs / f"vop{seed}", r1=r1, seed=seed)
+    write(runs / "zero", method="zero_shot", r1=31.5)
+    write(runs / "f", "didemo", "vop_f", 44.0)
+    write(runs / "f64", "didemo", "vop_f", 46.0, **{"data.frames": 64})
+    write(runs / "msvd", "msvd", r1=45.0)
+    folder = write(runs / "folder", "folder", r1=12.3, sizes=(1000, 1000))
+    assert run_command(monkeypatch, runs, runs / "f", f"--fill={document}") == 0
+    after = document.read_bytes()
+
+    def outside(content):
+        return [piece.split(b"<!-- end -->")[-1] for piece in content.split(b"<!-- table: ")]
+
+    assert outside(after) == outside(before) and b"old" not in after
+    assert run_command(monkeypatch, runs, f"--fill={document}") == 0
+    assert document.read_bytes() == after
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["doc.md", "runs"]
     text = document.read_text()
-    assert ours(text, "msrvtt9k", "vop") == {
-        "ours: t2v R@1": "39.0 ± 1.0",
-        "R@5": "59.0 ± 1.0",
-        "R@10": "69.0 ± 1.0",
-        "MnR": "17.0 ± 0.0",
-        "v2t R@1": "41.0 ± 1.0",
-        "learning rate": "0.005",
-        "steps": "20",
-        "seeds": "3",
-        "frames": "12",
-    }
-    zero = ours(text, "msrvtt9k", "zero_shot")
-    assert (zero["ours: t2v R@1"], zero["learning rate"], zero["steps"]) == ("31.5", "–", "0")
-    assert ours(text, "msrvtt9k", "vop_p")["ours: t2v R@1"] == reproduce.UNMEASURED
-    assert ours(text, "msrvtt7k", "vop")["ours: t2v R@1"] == reproduce.UNMEASURED
-    assert ours(text, "msvd", "vop")["ours: t2v R@1"] == "45.0"
+
+    def ours(name, label):
+        rows, headings = rows_of(text, name)
+        first = headings.index("ours: t2v R@1")
+        return rows[label][first:]
+
+    assert ours("msrvtt9k", "vop") == [
+        *("39.0 ± 1.0", "59.0 ± 1.0", "69.0 ± 1.0", "17.0 ± 0.0", "41.0 ± 1.0"),
+        *("0.005", "20", "3", "12"),
+    ]
+    assert ours("msrvtt9k", "zero_shot")[0] == "31.5"
+    assert ours("msrvtt9k", "zero_shot")[5:7] == ["–", "0"]
+    assert ours("msrvtt9k", "vop_p")[0] == ours("msrvtt7k", "vop")[0] == reproduce.UNMEASURED
+    assert ours("msvd", "vop")[0] == "45.0"
     didemo, _ = rows_of(text, "didemo")
     assert didemo["vop_f"][:3] == ["+3.1", "44.7", "44.0"]
-    assert didemo["vop_f, 64 frames"][:3] == ["–", "–", "46.0"]  # the paper has none
+    assert didemo["vop_f, 64 frames"][:3] == ["–", "–", "46.0"]  # not in the paper
     assert didemo["vop_f"][-2:] == ["1", "12"] and didemo["vop_f, 64 frames"][-1] == "64"
-    first = text.split("<!-- table: didemo -->")[1]
-    assert first.index("| vop_f |") < first.index("| vop_f, 64 frames |") < first.index("vop_f+p")
+    labels = list(didemo)
+    at = labels.index("vop_f")
+    assert labels[at : at + 3] == ["vop_f", "vop_f, 64 frames", "vop_f+p"]
+    assert "12.3" not in text
+    assert f"{folder}: data.kind=folder, in no table\n" in capsys.readouterr().err
 
 
-def test_only_64_frames_leave_the_papers_row_unmeasured(tmp_path):
-    run = read_run(write_run(tmp_path / "f", "activitynet", **{"data.frames": 64}))
+def test_a_run_of_64_frames_leaves_the_paper_s_row_unmeasured(tmp_path):
+    run = read_run(write(tmp_path / "f", "activitynet", **{"data.frames": 64}))
     rows, _ = rows_of(f"<!-- table: x -->{reproduce.table('activitynet', [run])}", "x")
     assert rows["vop"][2] == reproduce.UNMEASURED and rows["vop, 64 frames"][2] == "39.0"
 
@@ -166,70 +118,52 @@ def test_only_64_frames_leave_the_papers_row_unmeasured(tmp_path):
         ({"method.branches": "text"}, "method.branches=text is a variant of it"),
     ],
 )
-def test_other_runs_are_listed_with_the_reason_and_not_filled_in(tmp_path, changes, reason):
-    folder = write_run(tmp_path / "run", r1=99.0, **changes)
-    text = reproduce.table("msrvtt9k", [read_run(folder)])
+def test_runs_that_are_not_comparable_are_listed_with_the_reason(tmp_path, changes, reason):
+    run = read_run(write(tmp_path / "run", r1=99.0, **changes))
+    text = reproduce.table("msrvtt9k", [run])
     assert "99.0" not in text and text.count(reproduce.UNMEASURED) == len(METHODS)
     assert text.count("\n- ") == 1
-    assert f"\n- `{folder}`, vop: not in the table, {reason}" in text
+    assert f"\n- `{run.workdir}`, vop: not in the table, {reason}" in text
+    ((_, note),) = reproduce.notes([run])
+    assert note.startswith(f"listed, not filled in: {reason}")
 
 
 def test_settings_and_clips_are_not_mixed(tmp_path):
     runs = [
-        write_run(tmp_path / "a", r1=30.0, **{"train.learning_rate": 0.001}),
-        write_run(tmp_path / "b", r1=35.0, **{"train.learning_rate": 0.01}),
-        write_run(tmp_path / "c", r1=50.0, summary={"clip": "ViT-L/14 from openai (ba)"}),
+        write(tmp_path / "a", r1=30.0, **{"train.learning_rate": 0.001}),
+        write(tmp_path / "b", r1=35.0, **{"train.learning_rate": 0.01}),
+        write(tmp_path / "c", r1=50.0, summary={"clip": "ViT-L/14 from openai (ba)"}),
     ]
     text = reproduce.table("msrvtt9k", [read_run(run) for run in runs])
     rows, headings = rows_of(f"<!-- table: x -->{text}", "x")
     at = headings.index("ours: t2v R@1")
-    found = {label: cells[at] for label, cells in rows.items() if label.startswith("vop ")}
-    one, two = f"vop learning_rate=0.001, {OPENAI}", f"vop learning_rate=0.01, {OPENAI}"
-    assert found == {one: "30.0", two: "35.0"}
+    one, two = f"vop learning_rate=0.001, {CLIP}", f"vop learning_rate=0.01, {CLIP}"
+    measured = {label: cells[at] for label, cells in rows.items() if label.startswith("vop ")}
+    assert measured == {one: "30.0", two: "35.0"}
     assert rows[one][:6] == rows[two][:6]  # the paper's
     other = rows["vop, ViT-L/14 from openai (ba)"]
     assert other[at] == "50.0" and set(other[:at]) == {reproduce.NO_FIGURE}
 
 
-def test_what_a_figure_is_of_stands_below(tmp_path):
+def test_notes_name_sizes_clip_changed_keys_and_unreadable_videos(tmp_path):
     missing = [
-        {"split": "test", "id": "a", "path": "a", "reason": "zero bytes"},
-        {"split": "train", "id": "b", "path": "b", "reason": "zero bytes"},
+        {"split": split, "id": split, "path": split, "reason": "zero bytes"}
+        for split in ("test", "train")
     ]
-    summary, bfloat16 = {"skipped_videos": missing}, {"compute.dtype": "bfloat16"}
-    run = write_run(tmp_path / "run", "vatex", summary=summary, **bfloat16)
-    told = f"15,000 captions x 1,500 videos; {OPENAI}; compute.dtype=bfloat16; 1 unreadable videos"
-    assert f"- `{run}`: {told} (miss)\n" in reproduce.table("vatex", [read_run(run)])
-    plain = reproduce.table("vatex", [read_run(write_run(tmp_path / "plain", "vatex", seed=3))])
-    assert f"{OPENAI}\n" in plain
-
-
-def test_a_checkpoint_chosen_on_another_split_is_a_result_and_told(tmp_path):
-    folder = write_run(tmp_path / "run", summary={"steps": 10}, **{"train.select": "best"})
-    text = reproduce.table("msrvtt9k", [read_run(folder)])
+    options = {"summary": {"skipped_videos": missing}, "compute.dtype": "bfloat16"}
+    run = write(tmp_path / "run", "vatex", **options)
+    note = f"15,000 captions x 1,500 videos; {CLIP}; compute.dtype=bfloat16; 1 unreadable videos"
+    assert f"- `{run}`: {note} (miss)\n" in reproduce.table("vatex", [read_run(run)])
+    plain = reproduce.table("vatex", [read_run(write(tmp_path / "plain", "vatex", seed=3))])
+    assert f"{CLIP}\n" in plain
+    # A checkpoint that was chosen on another split is a result.
+    chosen = write(tmp_path / "best", summary={"steps": 10}, **{"train.select": "best"})
+    text = reproduce.table("msrvtt9k", [read_run(chosen)])
     assert "| 39.0 |" in text and "; train.select=best\n" in text
 
 
-def test_other_data_is_in_no_table(tmp_path, monkeypatch, capsys):
-    document = empty_document(tmp_path / "doc.md")
-    assert fill(monkeypatch, f"--fill={document}") == 0
-    empty = document.read_bytes()
-    run = write_run(tmp_path / "run", "folder", sizes=(1000, 1000))
-    assert fill(monkeypatch, run, f"--fill={document}") == 0
-    assert document.read_bytes() == empty
-    assert capsys.readouterr().err == f"{run}: data.kind=folder, in no table\n"
-
-
-def test_fill_goes_with_a_page(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib"), pytest.importorskip("jinja2")
-    document, run = empty_document(tmp_path / "doc.md"), write_run(tmp_path / "run")
-    page = tmp_path / "page.html"
-    assert fill(monkeypatch, run, f"--fill={document}", f"--output={page}") == 0
-    assert page.exists() and "| 39.0 |" in document.read_text()
-
-
 def test_wrong_calls_get_one_line_and_write_nothing(tmp_path, monkeypatch, capsys):
-    whole = empty_document(tmp_path / "whole.md")
+    whole = write_document(tmp_path / "whole.md")
     text = whole.read_text()
     start, end = "<!-- table: didemo -->", "<!-- end -->"
     without, twice, endless, binary = (tmp_path / name for name in ("a", "b", "c", "d"))
@@ -243,48 +177,33 @@ def test_wrong_calls_get_one_line_and_write_nothing(tmp_path, monkeypatch, capsy
         ([f"--fill={endless}"], f"no {end} after {start}"),
         ([f"--fill={binary}"], "not UTF-8 text"),
         ([f"--fill={tmp_path}/none.md"], "none.md: No such file"),
-        ([tmp_path / "none", f"--fill={whole}"], "none: no finished run there"),
+        ([tmp_path / "none", f"--fill={whole}"], "none: no finished run"),
         ([f"--fill={whole}", f"--output={tmp_path}/page.html"], "RUN_DIR: give at least one"),
-        ([], "RUN_DIR: give at least one"),
-        ([f"--fill={whole}", "--compare=vop,vop_p"], "--compare=vop,vop_p: is for a page"),
+        ([f"--fill={whole}", "--compare=vop,vop_p"], "--compare=vop,vop_p: needs a page"),
     ):
         files = {path: path.read_bytes() for path in tmp_path.iterdir()}
-        assert fill(monkeypatch, *arguments) == 2
-        err = capsys.readouterr().err
-        assert err.startswith("error: ") and err.count("\n") == 1 and message in err
+        assert run_command(monkeypatch, *arguments) == 2
+        assert_one_line(capsys.readouterr().err, message)
         assert {path: path.read_bytes() for path in tmp_path.iterdir()} == files
 
 
-def test_the_paper_has_every_method_of_its_benchmarks():
+def test_the_paper_s_tables_agree_with_each_other_and_with_its_methods():
     paper = reproduce.load_paper()
-    assert ["zero_shot", *paper["methods"]] == list(METHODS)
-    assert list(paper["printed"]["msrvtt9k"]["rows"]) == list(METHODS)
-    relative = paper["printed"]["t2v_r1_minus_full"]
+    rows, methods = paper["printed"]["msrvtt9k"]["rows"], paper["methods"]
+    assert ["zero_shot", *methods] == list(rows) == list(METHODS)
+    relative, full = paper["printed"]["t2v_r1_minus_full"], paper["derived"]["full_t2v_r1"]
     for name in OF_PAPER:
-        assert list(relative[name]) == paper["methods"]
+        assert list(relative[name]) == methods
         assert reproduce.NO_FIGURE not in reproduce.paper_cells(name)["vop"]
-        derived = paper["derived"]["full_t2v_r1"][name]
-        assert derived + relative[name]["vop_c"] == pytest.approx(
-            paper["printed"]["vop_c_t2v_r1"][name]
-        )
-
-
-def test_the_papers_tables_agree_with_each_other():
-    paper = reproduce.load_paper()
-    rows = paper["printed"]["msrvtt9k"]["rows"]
-    full = rows["full"]["t2v"][0]
-    assert full == paper["derived"]["full_t2v_r1"]["msrvtt9k"]
-    for method, less in paper["printed"]["t2v_r1_minus_full"]["msrvtt9k"].items():
-        assert rows[method]["t2v"][0] == pytest.approx(full + less)
-
-
-def test_the_papers_parameters_are_those_of_its_methods():
-    rows = reproduce.load_paper()["printed"]["msrvtt9k"]["rows"]
+        derived = full[name] + relative[name]["vop_c"]
+        assert derived == pytest.approx(paper["printed"]["vop_c_t2v_r1"][name])
+    for method, difference in relative["msrvtt9k"].items():
+        assert rows[method]["t2v"][0] == pytest.approx(full["msrvtt9k"] + difference)
     counts = results.count_parameters(base_config())
-    # Most likely a slip of the paper, see docs/paper.md.
+    # Most likely a slip of the paper, see docs/methods.md.
     saved = counts["vop_p"]["percent"] - counts["vop_f+p"]["percent"]
     counts["vop_f+c"]["percent"] = counts["vop_c"]["percent"] - saved
-    for method in reproduce.load_paper()["methods"]:
+    for method in methods:
         percent = counts[method]["percent"]
         assert rows[method]["percent"] == round(percent, 3)
         assert rows[method]["params_M"] == round(percent / 100 * counts["full"]["paper"] / 1e6, 1)

@@ -1,5 +1,6 @@
-"""python -m vop_jax.report RUN_DIR… [--output=report.html] [--compare=vop,vop_p]
+"""Compares finished runs on one page, or fills the tables of the paper's results with them.
 
+python -m vop_jax.report RUN_DIR… [--output=report.html] [--compare=vop,vop_p]
 python -m vop_jax.report [RUN_DIR…] --fill=docs/benchmarks/paper.md
 """
 
@@ -18,10 +19,10 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("runs", nargs="*", metavar="RUN_DIR", help="of runs, or of folders of runs")
-    parser.add_argument("--output", help="the page; report.html unless there is --fill")
-    parser.add_argument("--compare", default="", help="labels of two rows, shown side by side")
-    parser.add_argument("--fill", help="a document; its tables are made of the runs, or emptied")
+    parser.add_argument("runs", nargs="*", metavar="RUN_DIR", help="workdirs, or folders of them")
+    parser.add_argument("--output", help="the page; default report.html, or none with --fill")
+    parser.add_argument("--compare", default="", help="labels of two rows to show side by side")
+    parser.add_argument("--fill", help="a document whose tables are filled from the runs")
     return parser
 
 
@@ -30,28 +31,23 @@ def _report() -> None:
     output = args.output or ("" if args.fill else "report.html")
     pair = args.compare.split(",") if args.compare else []
     if len(pair) not in (0, 2):
-        raise UserError(f"--compare={args.compare}: two labels with a comma between them")
+        raise UserError(f"--compare={args.compare}: give two labels with a comma between them")
     if pair and not output:
-        raise UserError(f"--compare={args.compare}: is for a page; give --output too")
+        raise UserError(f"--compare={args.compare}: needs a page; give --output too")
     if output and not args.runs:
-        raise UserError("RUN_DIR: give at least one; only --fill alone does without")
+        raise UserError("RUN_DIR: give at least one; only --fill without --output needs none")
     runs = find_runs(args.runs)
     files = {}
     if output:
-        from vop_jax.report.page import render  # raises where its extra is missing
+        from vop_jax.report.page import render  # raises UserError without its packages
 
         files[output] = render(runs, pair).encode()
     if args.fill:
         from vop_jax.report import reproduce
 
-        files[args.fill] = reproduce.filled(args.fill, runs)
-        for run_of_other_data in reproduce.of_other_data(runs):
-            kind = run_of_other_data.config["data"]["kind"]
-            print(f"{run_of_other_data.workdir}: data.kind={kind}, in no table", file=sys.stderr)
-        for benchmark in reproduce.of_benchmarks(runs):
-            why = reproduce.why_not(benchmark)
-            outcome = f"listed, not filled in: {why}" if why else "filled in"
-            print(f"{benchmark.workdir}: {outcome}", file=sys.stderr)
+        files[args.fill] = reproduce.fill(args.fill, runs)
+        for workdir, line in reproduce.notes(runs):
+            print(f"{workdir}: {line}", file=sys.stderr)
     for path, content in files.items():
         write_atomic(path, content)
         print(path)

@@ -1,4 +1,4 @@
-"""Queries and what two runs found for them, as pictures."""
+"""Queries that two runs answer differently, with the videos that each run ranks first."""
 
 import base64
 import dataclasses
@@ -12,18 +12,23 @@ from PIL import Image
 
 from vop_jax.data.records.read import stored_frames
 from vop_jax.errors import UserError
-from vop_jax.report.runs import Run
+from vop_jax.report.runs import FinishedRun
 
-SHOWN = 3  # clips of each run per query
-PICTURES = 4  # frames of each clip
-HEIGHT = 72  # pixels; smaller frames are enlarged by the browser
+TOP = 3  # videos of each run per query
+PICTURES = 4  # frames of each video
+HEIGHT = 72  # pixels; the browser enlarges smaller frames
 
 Ranking = dict[str, Any]  # a line of rankings.jsonl
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
-    """A clip that a run found: whether it is the caption's own, and frames as data URIs."""
+class RetrievedVideo:
+    """A video that a run ranks first.
+
+    Attributes:
+        right: whether the caption belongs to it.
+        frames: as data URIs.
+    """
 
     video: str
     right: bool
@@ -32,11 +37,11 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A query, its own clip's rank in each of two runs, and what they found first."""
+    """A query, the rank of its own video in each of two runs, and the first videos of each."""
 
     caption: str
     ranks: tuple[float, float]
-    answers: tuple[list[Answer], list[Answer]]
+    videos: tuple[list[RetrievedVideo], list[RetrievedVideo]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,56 +49,54 @@ class Comparison:
     """Two runs on the same queries.
 
     Attributes:
-        tally: {"both right": number of queries, …}, of rank 1.
-        examples: the first queries, in the order of the split, of each kind.
+        tally: {"both right": number of queries, …}; right: the own video has rank 1.
+        examples: the first queries of each kind, in the order of the split.
     """
 
     tally: dict[str, int]
     examples: list[Example]
 
 
-def compare(one: Run, two: Run, count: int = 6) -> Comparison:
-    """Shares `count` examples between the queries only one of two runs gets right.
+def compare(one: FinishedRun, two: FinishedRun, count: int = 6) -> Comparison:
+    """Shows `count` queries, half of them right only in the first run, half only in the second.
 
-    Where those are too few, queries that neither and both get right follow. The choice is by
-    order of the split, not by looks.
+    If there are too few, queries follow that neither or both get right. The order of the split
+    decides, not the looks.
 
     Raises:
-        UserError: a run without rankings, or the two ranked other queries.
+        UserError: a run has no rankings, or the two have different queries.
     """
-    ranked = one.rankings(), two.rankings()
-    if [a["caption"] for a in ranked[0]] != [b["caption"] for b in ranked[1]]:
+    rankings = one.rankings(), two.rankings()
+    if [a["caption"] for a in rankings[0]] != [b["caption"] for b in rankings[1]]:
         raise UserError(f"{one.workdir} and {two.workdir} ranked other queries")
-    pairs = list(zip(*ranked, strict=True))
-    kinds: dict[tuple[bool, bool], list[tuple[Ranking, Ranking]]] = {
-        kind: [] for kind in ((False, True), (True, False), (False, False), (True, True))
+    pairs = list(zip(*rankings, strict=True))
+
+    def of_kind(*right: bool) -> list[tuple[Ranking, Ranking]]:
+        return [pair for pair in pairs if tuple(r["rank"] == 1 for r in pair) == right]
+
+    kinds = {
+        "only the second right": of_kind(False, True),
+        "only the first right": of_kind(True, False),
+        "neither right": of_kind(False, False),
+        "both right": of_kind(True, True),
     }
-    for a, b in pairs:
-        kinds[a["rank"] == 1, b["rank"] == 1].append((a, b))
-    names = ("only the second right", "only the first right", "neither right", "both right")
-    tally = {name: len(of_kind) for name, of_kind in zip(names, kinds.values(), strict=True)}
-    half = -(-count // 2)
     only_two, only_one, neither, both = kinds.values()
+    half = -(-count // 2)
     chosen = (only_two[:half] + only_one[: count - half] + neither + both)[:count]
-    pictures = _pictures(one, {video for a, b in chosen for r in (a, b) for video in r["top"]})
-    examples = [
-        Example(
-            a["caption"], (a["rank"], b["rank"]), (_answers(a, pictures), _answers(b, pictures))
-        )
-        for a, b in chosen
-    ]
-    return Comparison(tally, examples)
+    frames = _frames(one, {video for pair in chosen for r in pair for video in r["top"]})
+
+    def top(ranking: Ranking) -> list[RetrievedVideo]:
+        return [
+            RetrievedVideo(video, video == ranking["video"], frames.get(video, []))
+            for video in ranking["top"][:TOP]
+        ]
+
+    examples = [Example(a["caption"], (a["rank"], b["rank"]), (top(a), top(b))) for a, b in chosen]
+    return Comparison({name: len(queries) for name, queries in kinds.items()}, examples)
 
 
-def _answers(ranking: Ranking, pictures: dict[str, list[str]]) -> list[Answer]:
-    return [
-        Answer(video, video == ranking["video"], pictures.get(video, []))
-        for video in ranking["top"][:SHOWN]
-    ]
-
-
-def _pictures(run: Run, videos: set[str]) -> dict[str, list[str]]:
-    """{video: frames}; empty where the records are gone."""
+def _frames(run: FinishedRun, videos: set[str]) -> dict[str, list[str]]:
+    """{video: frames as data URIs}; empty if the records are gone."""
     data = run.config["data"]
     directory = data["records"] or os.path.join(run.workdir, "records")
     try:
@@ -109,7 +112,6 @@ def _spread(frames: Sequence[bytes]) -> list[bytes]:
 
 
 def _data_uri(jpeg: bytes) -> str:
-    """At most HEIGHT pixels high."""
     picture = Image.open(io.BytesIO(jpeg))
     if picture.height > HEIGHT:
         width = max(1, round(picture.width * HEIGHT / picture.height))

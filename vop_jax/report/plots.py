@@ -1,4 +1,4 @@
-"""Figures as SVG text, to stand in a page."""
+"""Plots of runs as SVG text for the page."""
 
 import io
 import itertools
@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vop_jax.errors import UserError
-from vop_jax.report.ablations import Ablation
-from vop_jax.report.runs import COLUMNS, Row, Run
+from vop_jax.report.runs import COLUMNS, Ablation, FinishedRun, Row
 
 try:
     import matplotlib
@@ -34,16 +33,16 @@ METRICS = {key: heading for key, heading, _ in COLUMNS} | {
 
 
 def trade_off(rows: Sequence[Row], metric: str = "t2v/R@1") -> str:
-    """A metric against the number of trained parameters: the paper's figure 1.
+    """A metric over the number of trained parameters: the paper's figure 1.
 
     Args:
-        rows: one a method, by whose names they go.
+        rows: one for each method, whose names label the points.
     """
     figure, axes = _figure(7.5, 4.6)
     points = []
     for row, colour in zip(rows, _colours(), strict=False):
         mean, std = row["metrics"][metric]
-        if not row["trainable"]:  # has no place on a logarithmic axis
+        if not row["trainable"]:  # zero has no place on a logarithmic axis
             axes.axhline(mean, color=colour, ls="--", lw=1, label=f"{row['method']}, none trained")
             continue
         axes.errorbar(row["trainable"], mean, yerr=std, fmt="o", color=colour, capsize=3)
@@ -54,7 +53,8 @@ def trade_off(rows: Sequence[Row], metric: str = "t2v/R@1") -> str:
     if len(points) < len(rows):
         axes.legend(fontsize=9, loc="lower right")
     axes.set_ylabel(METRICS[metric])
-    figure.draw_without_rendering()  # now points have a place on paper
+    figure.draw_without_rendering()  # sets the positions of the points
+    # Labels of neighbouring points move down until they no longer overlap.
     placed: list[tuple[float, float]] = []
     for at, label in sorted(points, key=lambda point: -point[0][1]):
         x, y = axes.transData.transform(at)
@@ -68,31 +68,31 @@ def trade_off(rows: Sequence[Row], metric: str = "t2v/R@1") -> str:
     return _svg(figure)
 
 
-def ablation(found: Ablation, metrics: Sequence[str]) -> str:
-    """One setting's values against the metrics, the method's own value marked."""
+def ablation(study: Ablation, metrics: Sequence[str]) -> str:
+    """Metrics over the values of one setting; a dotted line marks the reference value."""
     figure, axes = _figure(4.6, 3.0)
-    names = [_wrapped("/".join(map(str, values)), 14) for values, _ in found.points]
+    names = [_wrapped("/".join(map(str, values)), 14) for values, _ in study.points]
     at = range(len(names))
     for metric, colour in zip(metrics, _colours(), strict=False):
-        means = [row["metrics"][metric][0] for _, row in found.points]
-        stds = [row["metrics"][metric][1] or 0 for _, row in found.points]
+        means = [row["metrics"][metric][0] for _, row in study.points]
+        stds = [row["metrics"][metric][1] or 0 for _, row in study.points]
         axes.errorbar(
             at, means, yerr=stds, marker="o", color=colour, capsize=3, label=METRICS[metric]
         )
     axes.set_xticks(at, names)
-    axes.axvline([v for v, _ in found.points].index(found.reference), color="0.6", ls=":", lw=1)
-    axes.set_xlabel(_wrapped(", ".join(key.rpartition(".")[2] for key in found.keys), 48))
-    axes.set_title(found.method, fontsize=10)
+    axes.axvline([v for v, _ in study.points].index(study.reference), color="0.6", ls=":", lw=1)
+    axes.set_xlabel(_wrapped(", ".join(key.rpartition(".")[2] for key in study.keys), 48))
+    axes.set_title(study.method, fontsize=10)
     axes.margins(y=0.15)
     axes.legend(fontsize=8)
     return _svg(figure)
 
 
-def learning_curves(rows: Sequence[Row], runs: Mapping[str, Run]) -> str:
-    """The loss of each row's first seed and, where it was evaluated on the way, t2v R@1.
+def learning_curves(rows: Sequence[Row], runs: Mapping[str, FinishedRun]) -> str:
+    """The loss of each row's first seed and, if training evaluated it, t2v R@1.
 
     Args:
-        rows: one a method, by whose names they go.
+        rows: one for each method, whose names label the curves.
         runs: {workdir: run}.
     """
     curves = {row["method"]: runs[row["workdirs"][0]].metrics for row in rows}
@@ -110,7 +110,7 @@ def learning_curves(rows: Sequence[Row], runs: Mapping[str, Run]) -> str:
 
 
 def _wrapped(text: str, width: int) -> str:
-    """At most four lines; `$` is no formula."""
+    """At most four lines, in which `$` starts no formula."""
     lines = textwrap.wrap(text.replace("$", r"\$"), width, max_lines=4, placeholder=" …")
     return "\n".join(lines)
 
@@ -120,7 +120,7 @@ def _points(lines: Sequence[Mapping[str, float]], key: str) -> list[tuple[float,
 
 
 def _colours() -> itertools.cycle:
-    palette = matplotlib.colormaps["tab20"]  # ten strong colours, each followed by its pale one
+    palette = matplotlib.colormaps["tab20"]  # ten strong colours, each before its pale one
     return itertools.cycle(palette(i) for i in (*range(0, 20, 2), *range(1, 20, 2)))
 
 

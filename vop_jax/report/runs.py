@@ -1,5 +1,6 @@
-"""Run folders become rows: what was varied, and the mean over seeds of what came out."""
+"""Finished runs become the rows of a table: means over seeds, labels, and ablations."""
 
+import collections
 import dataclasses
 import hashlib
 import json
@@ -15,11 +16,11 @@ from vop_jax.errors import UserError
 from vop_jax.storage.files import walk
 from vop_jax.training.writer import read_metrics
 
-# What every summary and every line of rankings.jsonl holds; dict: of numbers.
+# Keys of every summary.json and of every line of rankings.jsonl; dict: of numbers.
 SUMMARY: dict[str, type] = {"method": str, "clip": str, "eval_split": str, "t2v": dict, "v2t": dict}
 SUMMARY |= dict.fromkeys(("steps", "trainable_params", "num_texts", "num_videos"), int)
 RANKING: dict[str, type] = {"caption": str, "video": str, "rank": float, "top": list}
-ANEW = "--mode=eval on that workdir writes it"
+REWRITE = "--mode=eval on that workdir writes it"
 
 # (key of a row's metrics, heading, whether more is better)
 COLUMNS = (
@@ -34,20 +35,21 @@ COLUMNS = (
 )
 COSTS = (("gflop_per_clip", "GFLOP / clip", ".2f"), ("ms_per_clip", "ms / clip", ".2f"))
 
-# Where things lie and how they are computed do not make two runs different.
-UNTOLD = ("seed", *RESUMABLE)
+UNLABELLED = ("seed", *RESUMABLE)  # paths and ways to compute do not make two runs different
+TUNED_ALONG = ("train.learning_rate", "train.steps")  # may differ within an ablation
 
 Row = dict[str, Any]
+Settings = Mapping[str, Mapping[str, Any]]  # {workdir: `FinishedRun.settings`}
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalData:
-    """What a run was evaluated on; figures on different data are not compared.
+    """The data of an evaluation; results on different data are not compared.
 
     Attributes:
-        name: of the dataset; for a folder also that of its annotations or records.
-        texts, videos: how many were ranked, misses included.
-        digest: of the captions that were read, each with its video; "" without rankings.jsonl.
+        name: of the dataset; for a folder also the name of its annotations or records.
+        texts, videos: number of ranked ones, including missing videos.
+        digest: of the captions, each with its video; "" without rankings.jsonl.
     """
 
     name: str
@@ -62,17 +64,18 @@ class EvalData:
 
     @property
     def identity(self) -> tuple[Any, ...]:
-        """Equal for the same data, wherever it lies and whatever its files are called."""
-        where = () if self.digest else (self.name, self.split)
-        return (*where, self.texts, self.videos, self.digest)
+        """Equal for equal data, whatever the paths and names of its files."""
+        place = () if self.digest else (self.name, self.split)
+        return (*place, self.texts, self.videos, self.digest)
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """A finished run's files.
+class FinishedRun:
+    """The files of a finished run.
 
     Attributes:
-        config, summary: config.json, completed, and summary.json.
+        config: config.json, with the defaults of keys that it lacks.
+        summary: summary.json.
         metrics: the lines of metrics.jsonl.
     """
 
@@ -81,33 +84,30 @@ class Run:
     summary: dict[str, Any]
     metrics: list[dict[str, float]]
 
-    def scalars(self) -> dict[str, float]:
-        """{"t2v/R@1": …} after training."""
-        return {
-            f"{side}/{name}": value
-            for side in ("t2v", "v2t", "accuracy")
-            for name, value in self.summary.get(side, {}).items()
-        }
+    @property
+    def method(self) -> str:
+        """Name of the method."""
+        return str(self.summary["method"])
 
     def settings(self) -> dict[str, Any]:
-        """What may make its figures another's: the config's keys, and "clip"."""
-        flat = {k: v for k, v in flatten_config(self.config).items() if k not in UNTOLD}
+        """The config keys that may change a result, and "clip"."""
+        flat = {k: v for k, v in flatten_config(self.config).items() if k not in UNLABELLED}
         clip = str(self.summary["clip"])  # ARCH from SOURCE (FINGERPRINT)
         return flat | {"clip": clip.rpartition(" (")[0] or clip}
 
     def rankings(self) -> list[dict[str, Any]]:
-        """The lines of rankings.jsonl, one a caption.
+        """The lines of rankings.jsonl, one for each caption.
 
         Raises:
-            UserError: it is not there, or cannot be read.
+            UserError: the file does not exist, or is damaged.
         """
         path = epath.Path(self.workdir) / "rankings.jsonl"
         if not path.exists():
-            raise UserError(f"{path}: not there; {ANEW}")
-        return [_parsed(line, RANKING, path) for line in path.read_bytes().split(b"\n") if line]
+            raise UserError(f"{path}: no such file; {REWRITE}")
+        return [_parse(line, RANKING, path) for line in path.read_bytes().split(b"\n") if line]
 
     def eval_data(self) -> EvalData:
-        """What it was evaluated on."""
+        """The data of its evaluation."""
         data, summary = self.config["data"], self.summary
         file = os.path.basename((data["annotations"] or data["records"]).rstrip("/"))
         name = f"{data['kind']} {file}" if data["kind"] == "folder" and file else data["kind"]
@@ -119,34 +119,34 @@ class Run:
         return EvalData(name, summary["eval_split"], *sizes, digest)
 
 
-def read_run(workdir: str | os.PathLike) -> Run:
-    """Opens a run's folder.
+def read_run(workdir: str | os.PathLike) -> FinishedRun:
+    """Reads the workdir of a finished run.
 
     Raises:
-        UserError: it holds no finished run.
+        UserError: it holds no finished run, or a damaged one.
     """
     path = epath.Path(workdir) / "summary.json"
     config = workdir_config(workdir)
     if config is None or not path.exists():
         missing = path if config else path.parent / CONFIG_FILE
-        raise UserError(f"{missing}: not there; give the folder of a finished run")
-    summary = _parsed(path.read_bytes(), SUMMARY, path)
-    return Run(os.fspath(workdir), config.to_dict(), summary, read_metrics(workdir))
+        raise UserError(f"{missing}: no such file; give the workdir of a finished run")
+    summary = _parse(path.read_bytes(), SUMMARY, path)
+    return FinishedRun(os.fspath(workdir), config.to_dict(), summary, read_metrics(workdir))
 
 
-def _parsed(text: bytes, kinds: Mapping[str, type], path: epath.Path) -> dict[str, Any]:
+def _parse(text: bytes, kinds: Mapping[str, type], path: epath.Path) -> dict[str, Any]:
     """A JSON object with these keys and kinds of values; UserError names the file."""
     try:
-        found = json.loads(text)
+        values = json.loads(text)
         for key, kind in kinds.items():
-            if not _is(found[key], kind):
-                raise ValueError(f"{key} is {found[key]!r}")
-        if not _is(found.get("accuracy", {}), dict):
-            raise ValueError(f"accuracy is {found['accuracy']!r}")
+            if not _is(values[key], kind):
+                raise ValueError(f"{key} is {values[key]!r}")
+        if not _is(values.get("accuracy", {}), dict):
+            raise ValueError(f"accuracy is {values['accuracy']!r}")
     except (ValueError, TypeError, KeyError) as error:
         why = f"{type(error).__name__}: {error}"[:100]
-        raise UserError(f"{path}: damaged ({why}); {ANEW}") from None
-    return dict(found)
+        raise UserError(f"{path}: damaged ({why}); {REWRITE}") from None
+    return dict(values)
 
 
 def _is(value: Any, kind: type) -> bool:
@@ -155,105 +155,103 @@ def _is(value: Any, kind: type) -> bool:
     return isinstance(value, int | float if kind is float else kind)
 
 
-def find_runs(folders: Sequence[str]) -> list[Run]:
-    """The runs that the folders are, or have below them; a run's own pre-training is none.
+def find_runs(folders: Sequence[str]) -> list[FinishedRun]:
+    """The finished runs in folders; a folder inside a workdir (pre-training) is no run.
 
     Raises:
         UserError: a folder without a finished run.
     """
-    runs = []
+    runs = {}
     for folder in folders:
-        found = []
+        workdirs = []
         for path, inside, files in walk(folder, links=False):
-            if "summary.json" in files or (not path and "config.json" in files):
-                found.append(read_run(os.path.join(folder, path) if path else folder))
+            if "summary.json" in files or (not path and CONFIG_FILE in files):
+                workdirs.append(os.path.join(folder, path) if path else folder)
                 inside.clear()
-        if not found:
-            raise UserError(f"{folder}: no finished run there, none has a summary.json")
-        runs += found
-    # One that is given twice, as itself and in its folder, is one.
-    return list({os.path.realpath(run.workdir): run for run in runs}.values())
+        if not workdirs:
+            raise UserError(f"{folder}: no finished run (a folder with summary.json) there")
+        # A run that is given twice, by itself and in a folder, counts once.
+        runs.update({os.path.realpath(workdir): read_run(workdir) for workdir in workdirs})
+    return list(runs.values())
 
 
-def by_eval_data(runs: Sequence[Run]) -> dict[EvalData, list[Run]]:
-    """The runs on each test data, in the order met."""
+def by_eval_data(runs: Sequence[FinishedRun]) -> dict[EvalData, list[FinishedRun]]:
+    """The runs on each test data, in their order."""
     first: dict[tuple[Any, ...], EvalData] = {}
-    groups: dict[EvalData, list[Run]] = {}
+    groups: dict[EvalData, list[FinishedRun]] = {}
     for run in runs:
         data = run.eval_data()
         groups.setdefault(first.setdefault(data.identity, data), []).append(run)
     return groups
 
 
-def grouped(runs: Sequence[Run], labels: Mapping[str, str] | None = None) -> list[Row]:
-    """One row per setting, in the order met; runs that differ in their seed only share one.
+def grouped(runs: Sequence[FinishedRun], labels: Mapping[str, str] | None = None) -> list[Row]:
+    """A row for each setting, in the order of the runs; runs that differ in seed share a row.
 
     Args:
-        labels: {workdir: label} where the caller knows better than `label_runs`.
+        labels: {workdir: label}; by default those of `label_runs`.
 
     Returns:
         Rows of "label", "method", "learning_rate", "steps", "seeds", "trainable", "workdirs" and
-        "metrics": {"t2v/R@1": (mean, standard deviation of the sample or None for one seed)}.
+        "metrics": {"t2v/R@1": (mean, sample standard deviation or None for one seed)}.
     """
     labels = labels or label_runs(runs)
-    groups: dict[str, list[Run]] = {}
+    groups: dict[str, list[FinishedRun]] = {}
     for run in runs:
         groups.setdefault(labels[run.workdir], []).append(run)
     return [_row(label, group) for label, group in groups.items()]
 
 
-def _row(label: str, group: Sequence[Run]) -> Row:
+def _row(label: str, group: Sequence[FinishedRun]) -> Row:
     first = group[0]
-    scalars = [run.scalars() for run in group]
+    scalars = [
+        {
+            f"{side}/{name}": value
+            for side in ("t2v", "v2t", "accuracy")
+            for name, value in run.summary.get(side, {}).items()
+        }
+        for run in group
+    ]
+    shared = [key for key in scalars[0] if all(key in s for s in scalars)]
     return {
         "label": label,
-        "method": first.summary["method"],
+        "method": first.method,
         "learning_rate": first.config["train"]["learning_rate"],
         "steps": first.summary["steps"],
         "seeds": len(group),
         "trainable": first.summary["trainable_params"],
         "workdirs": [run.workdir for run in group],
-        "metrics": {
-            key: mean_std([s[key] for s in scalars])
-            for key in scalars[0]
-            if all(key in s for s in scalars)
-        },
+        "metrics": {key: mean_std([s[key] for s in scalars]) for key in shared},
     }
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float | None]:
-    """Over seeds; of one there is no deviation."""
+    """Mean and sample standard deviation; None for one value."""
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
-def label_runs(runs: Sequence[Run]) -> dict[str, str]:
-    """{workdir: the method, and each setting in which runs of that method differ}."""
+def label_runs(runs: Sequence[FinishedRun]) -> dict[str, str]:
+    """{workdir: label}: the method, and each setting in which runs of that method differ."""
     settings = {run.workdir: run.settings() for run in runs}
     labels = {}
     for run in runs:
-        of_method = [settings[r.workdir] for r in runs if _method(r) == _method(run)]
-        mine = settings[run.workdir]
+        same_method = [settings[r.workdir] for r in runs if r.method == run.method]
         varied = [
             f"{key.rpartition('.')[2]}={value}"
-            for key, value in mine.items()
-            if any(other.get(key) != value for other in of_method)
+            for key, value in settings[run.workdir].items()
+            if any(other.get(key) != value for other in same_method)
         ]
-        labels[run.workdir] = " ".join([_method(run), *varied])
+        labels[run.workdir] = " ".join([run.method, *varied])
     return labels
 
 
-def _method(run: Run) -> str:
-    return str(run.summary["method"])
-
-
 def best(rows: Sequence[Row]) -> dict[str, float]:
-    """{metric: its best mean}, of the metrics that all rows have."""
-    found = {}
-    for key, _, more in COLUMNS:
-        if rows and all(key in row["metrics"] for row in rows):
-            means = [row["metrics"][key][0] for row in rows]
-            found[key] = max(means) if more else min(means)
-    return found
+    """{metric: best mean}, of the metrics that all rows have."""
+    return {
+        key: (max if more else min)(row["metrics"][key][0] for row in rows)
+        for key, _, more in COLUMNS
+        if rows and all(key in row["metrics"] for row in rows)
+    }
 
 
 def format_mean(mean: float, std: float | None) -> str:
@@ -262,12 +260,11 @@ def format_mean(mean: float, std: float | None) -> str:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table, the best of each column bold."""
+    """The rows as a Markdown table; the best value of each column is bold."""
     winners = best(rows)
     columns = [column for column in COLUMNS if column[0] in winners]
     costs = [cost for cost in COSTS if rows and all(cost[0] in row for row in rows)]
-    headings = ["method", "trained", *(heading for _, heading, _ in columns)]
-    headings += [heading for _, heading, _ in costs]
+    headings = ["method", "trained", *(heading for _, heading, _ in (*columns, *costs))]
     lines = [headings, ["---", *["---:"] * (len(headings) - 1)]]
     for row in rows:
         cells = [row["label"], f"{row['trainable']:,}"]
@@ -276,3 +273,69 @@ def markdown(rows: Sequence[Row]) -> str:
             cells.append(f"**{cell}**" if row["metrics"][key][0] == winners[key] else cell)
         lines.append(cells + [format(row[key], spec) for key, _, spec in costs])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ablation:
+    """Rows of one method that differ in one setting, or in several that vary together.
+
+    Attributes:
+        keys: the settings, such as ("method.split_layer",).
+        points: (values of the settings, row), sorted by value; one is `reference`.
+        reference: the values of the method's reference row, see `reference_rows`.
+    """
+
+    method: str
+    keys: tuple[str, ...]
+    points: list[tuple[tuple[Any, ...], Row]]
+    reference: tuple[Any, ...]
+
+
+def reference_rows(rows: Sequence[Row], settings: Settings) -> dict[str, Row]:
+    """{method: its row with the most common settings}; among equals the one with the best R@1."""
+    chosen = {}
+    for method, members in _by_method(rows).items():
+        own = [settings[row["workdirs"][0]] for row in members]
+        keys = [key for key in own[0] if key not in TUNED_ALONG]
+        votes = {key: collections.Counter(str(each.get(key)) for each in own) for key in keys}
+
+        def commonness(i: int, members=members, own=own, votes=votes) -> tuple[int, float]:
+            common = sum(count[str(own[i].get(key))] for key, count in votes.items())
+            return common, members[i]["metrics"]["t2v/R@1"][0]
+
+        chosen[method] = members[max(range(len(members)), key=commonness)]
+    return chosen
+
+
+def find_ablations(rows: Sequence[Row], settings: Settings) -> list[Ablation]:
+    """Rows that differ from their method's reference in the same settings are one ablation."""
+    ablations = []
+    for method, reference in reference_rows(rows, settings).items():
+        base = settings[reference["workdirs"][0]]
+        varied: dict[tuple[str, ...], list[Row]] = {}
+        for row in _by_method(rows)[method]:
+            own = settings[row["workdirs"][0]]
+            differing = [key for key in base if str(own.get(key)) != str(base[key])]
+            keys = tuple(key for key in differing if key not in TUNED_ALONG) or tuple(differing)
+            if keys:
+                varied.setdefault(keys, []).append(row)
+        for keys, members in varied.items():
+            points = [
+                (tuple(settings[row["workdirs"][0]].get(key) for key in keys), row)
+                for row in [reference, *members]
+            ]
+            points.sort(key=lambda point: _sort_key(point[0]))
+            ablations.append(Ablation(method, keys, points, tuple(base[key] for key in keys)))
+    return ablations
+
+
+def _by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row["method"], []).append(row)
+    return groups
+
+
+def _sort_key(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    numbers = all(isinstance(value, int | float) for value in values)
+    return (0, *values) if numbers else (1, *map(str, values))
