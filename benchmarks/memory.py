@@ -22,7 +22,7 @@ import jax
 from benchmarks.step_cost import Programs, peak_bytes
 from vop_jax.clip.remat import Remat
 from vop_jax.config.clip import PRESETS
-from vop_jax.training.flops import matmul_flops
+from vop_jax.training.compile import matmul_flops
 from vop_jax.tuning.methods import METHODS, MethodConfig
 
 Row = dict[str, Any]

@@ -11,8 +11,7 @@ from tests import tiny
 from vop_jax.config.base import base_config
 from vop_jax.errors import UserError
 from vop_jax.training import compile, sharding
-from vop_jax.training.compile import CompiledStep, Estimate
-from vop_jax.training.flops import matmul_flops
+from vop_jax.training.compile import CompiledStep, MemoryEstimate, matmul_flops
 from vop_jax.training.step import TrainState, make_optimizer, make_train_step
 from vop_jax.tuning.methods import MethodConfig
 from vop_jax.tuning.partition import partition
@@ -109,10 +108,10 @@ def test_what_it_takes_is_said(caplog, monkeypatch):
     assert f"take {timedelta(seconds=round(flops / 1e4))} or more: {flops / 1e9:.3g} GFLOP" in time
     assert "GB of a device" in line and "activations" in line
     (program,) = run.programs.values()
-    estimate = Estimate.of(program)
+    estimate = MemoryEstimate.of(program)
     assert estimate is not None and estimate.limit is None
-    assert size < estimate.held < 1.5 * size + 1e5  # besides: the batch and metrics
-    assert estimate.between > 0 and str(estimate) in line
+    assert size < estimate.arguments < 1.5 * size + 1e5  # besides: the batch and metrics
+    assert estimate.activations > 0 and str(estimate) in line
 
 
 class Device:
@@ -135,8 +134,10 @@ class Program:
 
 
 def test_a_step_that_does_not_fit():
-    estimate = Estimate.of(Program(), Device(bytes_limit=16 * GB, bytes_in_use=6 * GB))
-    assert estimate == Estimate(held=4 * GB, between=10 * GB, others=3 * GB, limit=16 * GB)
+    estimate = MemoryEstimate.of(Program(), Device(bytes_limit=16 * GB, bytes_in_use=6 * GB))
+    assert estimate == MemoryEstimate(
+        arguments=4 * GB, activations=10 * GB, other=3 * GB, limit=16 * GB
+    )
     message = (
         "a step needs 17.0 GB of a device: 4.0 parameters, state and batch, 10.0 activations, 3.0 "
         "other arrays; it has 16.0, 1.0 GB are missing: set config.compute.remat='full', "
@@ -152,15 +153,15 @@ def test_a_step_that_does_not_fit():
     "device", [None, Device(), Device(bytes_in_use=GB), Device(bytes_limit=14 * GB)]
 )
 def test_a_step_that_fits_or_a_device_that_does_not_say(device):
-    estimate = Estimate.of(Program(), device)
-    assert estimate is not None and estimate.total == 14 * GB and estimate.others == 0
+    estimate = MemoryEstimate.of(Program(), device)
+    assert estimate is not None and estimate.total == 14 * GB and estimate.other == 0
     estimate.check()
 
 
 def test_it_is_refused_before_it_runs(monkeypatch):
     mesh, step, state, frozen = placed((1, 1, 1))
-    too_much = Estimate(held=GB, between=GB, limit=GB)
-    monkeypatch.setattr(compile.Estimate, "of", lambda *_: too_much)
+    too_much = MemoryEstimate(arguments=GB, activations=GB, limit=GB)
+    monkeypatch.setattr(compile.MemoryEstimate, "of", lambda *_: too_much)
     with pytest.raises(UserError, match=r"1\.0 GB are missing"):
         CompiledStep(step, mesh)(state, frozen, batch_of(mesh, 8))
     assert int(state.step) == 0  # not consumed

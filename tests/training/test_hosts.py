@@ -22,79 +22,83 @@ def test_one_process_is_the_first_and_waits_for_nobody():
 
 
 class Store:
-    """What processes say to each other; `told` is what the others have said."""
+    """The key-value store of two processes; process 1 always sends `other`."""
 
-    def __init__(self, told):
-        self.told, self.said = told, []
+    def __init__(self, other):
+        self.other, self.sent = other, []
 
     def key_value_set(self, key, value):
-        self.said.append(json.loads(value))
+        self.sent.append(json.loads(value))
 
     def blocking_key_value_get(self, key, timeout):
-        place = int(key.rpartition("/")[2])
-        return json.dumps(self.told if place == 1 else self.said[-1])
+        return json.dumps(self.other if key.endswith("/1") else self.sent[-1])
 
 
 @pytest.fixture
-def among_two(monkeypatch):
-    """This process is the first of two; the other has found nothing wrong, or what is given."""
+def first_of_two(monkeypatch):
+    """Makes this process the first of two, of which the other sends what is passed."""
 
-    def first(told=""):
-        store = Store(told)
+    def make(other):
+        store = Store(other)
         monkeypatch.setattr(hosts.jax, "process_count", lambda: 2)
-        monkeypatch.setattr(hosts, "_client", lambda: store)
+        monkeypatch.setattr(hosts.multihost, "get_jax_distributed_client", lambda: store)
         return store
 
-    return first
+    return make
 
 
 def raises(error):
     raise error
 
 
-FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/disk")
-
-
+@pytest.mark.parametrize("run", [hosts.on_first, hosts.on_all])
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "message"),
     [
         (UserError("not there"), "not there"),
         (PermissionError(errno.EACCES, "Permission denied", "/root"), "/root: Permission denied"),
-        (FULL, "/disk: no space left on the disk; free some, the same command continues"),
+        (
+            OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/disk"),
+            "/disk: no space left on the disk; free some, the same command continues",
+        ),
     ],
 )
-def test_what_is_wrong_in_one_is_told_to_the_others(among_two, error, told):
-    store = among_two()
-    with pytest.raises(UserError, match=told):
-        hosts.on_all(lambda: raises(error))
+def test_an_error_of_the_user_is_sent_to_the_other_processes(first_of_two, run, error, message):
+    store = first_of_two({"result": None})
     with pytest.raises(type(error)):
-        hosts.on_first(lambda: raises(error))
-    assert store.said == [told, {"error": told}]
+        run(lambda: raises(error))
+    assert store.sent == [{"error": message}]
 
 
-def test_what_is_wrong_in_another_is_raised_here(among_two):
-    among_two("not there")
+def test_a_bug_is_not_sent(first_of_two):
+    store = first_of_two({"result": None})
+    for run in (hosts.on_all, hosts.on_first):
+        with pytest.raises(ZeroDivisionError):
+            run(lambda: 1 // 0)
+    assert store.sent == []
+
+
+def test_results_and_errors_of_another_process(first_of_two):
+    first_of_two({"result": None})
+    assert hosts.on_all(lambda: "done") == "done" and hosts.on_first(lambda: 3) == 3
+    first_of_two({"error": "not there"})
     with pytest.raises(UserError, match="not there"):
         hosts.on_all(lambda: "done")
-    among_two()
-    assert hosts.on_all(lambda: "done") == "done"
 
 
-def test_what_nobody_expected_is_not_told(among_two):
-    store = among_two()
-    for turn in (hosts.on_all, hosts.on_first):
-        with pytest.raises(ZeroDivisionError):
-            turn(lambda: 1 // 0)
-    assert store.said == []
+def test_facts_that_differ_are_named(first_of_two):
+    first_of_two({"result": {"config": "another", "code": "another"}})
+    with pytest.raises(UserError, match="process 1 has another config than process 0"):
+        hosts.agree({"config": "x", "code": "y"})
 
 
-def test_every_wait_of_jax_takes_as_long_as_asked(monkeypatch):
-    given = {}
-    monkeypatch.setattr(hosts.jax.distributed, "initialize", lambda **kwargs: given.update(kwargs))
+def test_every_wait_of_jax_has_the_same_timeout(monkeypatch):
+    arguments = {}
+    monkeypatch.setattr(hosts.jax.distributed, "initialize", lambda **k: arguments.update(k))
     with runs.kept_signals():
         hosts.start("127.0.0.1:1", 2, 1, timeout=7)
-    waits = {key: value for key, value in given.items() if "timeout" in key}
-    assert len(waits) == 3 and set(waits.values()) == {7}
+    timeouts = [value for key, value in arguments.items() if "timeout" in key]
+    assert timeouts == [7] * 3
 
 
 ALONE = """
@@ -107,11 +111,11 @@ hosts.start("127.0.0.1:{port}", 2, {process}, timeout=2)
 def test_a_process_that_nobody_joins_says_where(process):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        where = free.getsockname()[1]
-    alone = ALONE.format(port=where, process=process)
-    found = processes.run([sys.executable, "-c", alone], env=runs.environment())
-    assert found.returncode
-    assert f"error: no run to join at 127.0.0.1:{where}: " in found.stderr
+        port = free.getsockname()[1]
+    alone = ALONE.format(port=port, process=process)
+    done = processes.run([sys.executable, "-c", alone], env=runs.environment())
+    assert done.returncode
+    assert f"error: no run to join at 127.0.0.1:{port}: " in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -124,7 +128,7 @@ def test_a_process_that_nobody_joins_says_where(process):
         ({"coordinator": "a:1", "processes": 2, "process": 2}, "--process=2: must be 0 to 1"),
     ],
 )
-def test_a_start_that_cannot_be(arguments, message):
+def test_wrong_flags_are_refused(arguments, message):
     with pytest.raises(UserError, match=message):
         hosts.start(**arguments)
 
@@ -133,22 +137,22 @@ SLURM = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_PROCID": "
 
 
 @pytest.mark.parametrize(
-    ("environment", "found"),
+    ("environment", "in_cluster"),
     [
         ({}, False),
         ({**SLURM, "SLURM_NTASKS": "2"}, True),
-        ({**SLURM, "SLURM_NTASKS": "1"}, False),  # one task: it is the run
+        ({**SLURM, "SLURM_NTASKS": "1"}, False),  # the only task is the run
         ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "2"}, False),  # a shell of salloc, not a step
         ({"OMPI_COMM_WORLD_SIZE": "4"}, True),
         ({"JAX_COORDINATOR_ADDRESS": "a:1"}, True),
     ],
 )
-def test_a_cluster_is_seen_in_the_environment(environment, found):
-    assert hosts._in_cluster(environment) == found
+def test_a_cluster_is_detected_in_the_environment(environment, in_cluster):
+    assert hosts._in_cluster(environment) == in_cluster
 
 
 @pytest.mark.parametrize(
     ("tasks", "alone"), [("1(x4)", True), ("1", True), ("8(x4)", False), ("", False), ("12", False)]
 )
 def test_a_process_that_has_its_machine_to_itself_takes_all_gpus(tasks, alone):
-    assert hosts._one_a_node({"SLURM_STEP_TASKS_PER_NODE": tasks}) == alone
+    assert hosts._one_process_per_node({"SLURM_STEP_TASKS_PER_NODE": tasks}) == alone

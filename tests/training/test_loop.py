@@ -17,7 +17,7 @@ from vop_jax.data import tokenizer
 from vop_jax.storage.tensors import flatten
 from vop_jax.training import loop, prefetch, sharding
 from vop_jax.training.checkpoint import Checkpoints
-from vop_jax.training.step import TrainState, learning_rate, make_optimizer, make_train_step
+from vop_jax.training.step import TrainState, make_optimizer, make_train_step
 from vop_jax.training.writer import MetricWriter, read_metrics
 from vop_jax.tuning.methods import MethodConfig
 from vop_jax.tuning.partition import parameter_count, partition
@@ -72,7 +72,6 @@ class Run:
                     checkpoints=self.checkpoints,
                     meta={"note": "x"},
                     writer=writer,
-                    schedule=learning_rate(self.config),
                     evaluate=evaluate,
                 )
         finally:
@@ -266,7 +265,7 @@ def test_a_few_steps_are_started_ahead_of_the_devices_and_no_more(tmp_path):
             if threading.current_thread() is main:
                 waited.append((self, started))
 
-    run = Run(tmp_path, steps=loop.STARTED + 2)
+    run = Run(tmp_path, steps=loop.MAX_PENDING_STEPS + 2)
     run.config.log_every = run.config.checkpoint_every = 100
     step, started = run.step, 0
 
@@ -278,4 +277,4 @@ def test_a_few_steps_are_started_ahead_of_the_devices_and_no_more(tmp_path):
     run.step = counted
     run.fit()
     # The first is logged, and with that over.
-    assert waited == [(2, loop.STARTED + 1), (3, loop.STARTED + 2)]
+    assert waited == [(2, loop.MAX_PENDING_STEPS + 1), (3, loop.MAX_PENDING_STEPS + 2)]

@@ -177,7 +177,7 @@ def test_the_configs_placement_goes_first():
     ("placement", "message"),
     [
         ([(".*", ("data", "rows"))], "'data' in .*axes are fsdp, model, or None"),
-        ([(".*", ("fsdp", None, "fsdp"))], "an axis cuts one dimension only"),
+        ([(".*", ("fsdp", None, "fsdp"))], "an axis can shard one dimension only"),
         ([(".*", ("fsdp", "rows"))], "'rows' in .*axes are fsdp, model, or None"),
         ([("(", ("data",))], r"is not \(pattern, axes\)"),
         (["clip"], r"'clip' is not \(pattern, axes\)"),

@@ -38,7 +38,7 @@ def test_the_innermost_of_nested_loops_writes_while_the_main_thread_waits(caplog
     outer, inner = Progress("step", 9), Progress("evaluation, video", 9)
     for progress, waits in ((outer, [False, True]), (inner, [False, False, True])):
         monkeypatch.setattr(progress, "_stop", Turns(waits))
-    monkeypatch.setattr(Progress, "_entered", [outer, inner])
+    monkeypatch.setattr(Progress, "_active", [outer, inner])
     for progress in (outer, inner):
         progress._run()  # what its thread does
     assert caplog.messages == ["evaluation, video 0/9  0:00:00 so far"] * 2

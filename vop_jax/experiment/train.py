@@ -15,7 +15,7 @@ from vop_jax.experiment import inputs, results, setup
 from vop_jax.experiment.export import PROMPTS_FILE, Selection, log_limits, save_result
 from vop_jax.training import hosts, loop
 from vop_jax.training.compile import CompiledStep
-from vop_jax.training.step import learning_rate, make_optimizer, make_train_step
+from vop_jax.training.step import make_optimizer, make_train_step
 from vop_jax.training.writer import MetricWriter, NoWriter, Writer
 from vop_jax.tuning.partition import merge
 from vop_jax.tuning.prompt_set import load_prompts
@@ -148,7 +148,6 @@ def _fit(
         checkpoints=run.checkpoints,
         meta=run.meta,
         writer=metrics,
-        schedule=learning_rate(config.train),
         evaluate=lambda state, step: evaluations.at(step, state.trainable, prefix),
     )
 

@@ -1,20 +1,22 @@
-"""The step compiled ahead of its first run: how long that took, and whether it fits the device."""
+"""The train step, compiled before its first run: its memory, its FLOPs and the time they take."""
 
 import dataclasses
+import functools
+import math
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from absl import logging
 from jax.sharding import Mesh
 
 from vop_jax.errors import UserError
 from vop_jax.training import sharding
-from vop_jax.training.flops import matmul_flops, matmul_flops_per_second
 from vop_jax.training.step import Batch, Metrics, TrainState
 
 HELP = (
@@ -24,48 +26,50 @@ HELP = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Estimate:
-    """Bytes of one device that a program takes, by the compiler's account.
+class MemoryEstimate:
+    """Bytes of one device that a program takes, as its compiler reports them.
 
     Attributes:
-        held: what goes in and comes out: parameters, state and a batch.
-        between: what exists only while it runs: activations.
-        others: of arrays that have nothing to do with the program.
-        limit: what the device has; None where it does not say.
+        arguments: inputs and outputs: parameters, state and a batch.
+        activations: temporary arrays, which exist only while the program runs.
+        other: arrays on the device that do not belong to the program.
+        limit: the memory of the device; None where the device does not report it.
     """
 
-    held: int
-    between: int
-    others: int = 0
+    arguments: int
+    activations: int
+    other: int = 0
     limit: int | None = None
 
     @classmethod
-    def of(cls, program: Any, device: jax.Device | None = None) -> "Estimate | None":
-        """Of a compiled program, and what its device says; None where the compiler is silent."""
+    def of(cls, program: Any, device: jax.Device | None = None) -> "MemoryEstimate | None":
+        """The estimate for a compiled program; None where its compiler reports nothing."""
         memory = program.memory_analysis()
         if memory is None:
             return None
-        results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-        held, between = memory.argument_size_in_bytes + results, memory.temp_size_in_bytes
+        outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
         stats = (device.memory_stats() if device else None) or {}
-        others = max(0, stats.get("bytes_in_use", 0) - memory.argument_size_in_bytes)
-        return cls(held, between, others, stats.get("bytes_limit"))
+        other = max(0, stats.get("bytes_in_use", 0) - memory.argument_size_in_bytes)
+        arguments = memory.argument_size_in_bytes + outputs
+        return cls(arguments, memory.temp_size_in_bytes, other, stats.get("bytes_limit"))
 
     @property
     def total(self) -> int:
-        return self.held + self.between + self.others
+        return self.arguments + self.activations + self.other
 
     def __str__(self) -> str:
-        parts = f"{_gb(self.held)} parameters, state and batch, {_gb(self.between)} activations"
-        beside = f", {_gb(self.others)} other arrays" if self.others else ""
-        return f"{_gb(self.total)} GB of a device: {parts}{beside}"
+        other = f", {_gb(self.other)} other arrays" if self.other else ""
+        return (
+            f"{_gb(self.total)} GB of a device: {_gb(self.arguments)} parameters, state and batch, "
+            f"{_gb(self.activations)} activations{other}"
+        )
 
     def check(self) -> None:
-        """Raises UserError when the device has less."""
+        """Raises UserError when the device has less memory."""
         if self.limit is not None and self.total > self.limit:
-            has, missing = _gb(self.limit), _gb(self.total - self.limit)
             raise UserError(
-                f"a step needs {self}; it has {has}, {missing} GB are missing: set {HELP}"
+                f"a step needs {self}; it has {_gb(self.limit)}, {_gb(self.total - self.limit)} GB "
+                f"are missing: set {HELP}"
             )
 
 
@@ -74,10 +78,10 @@ def _gb(size: int) -> str:
 
 
 class CompiledStep:
-    """A train step that is compiled once for each shape of a batch, and says what it takes.
+    """A train step that is compiled once for each shape of a batch and logs what it takes.
 
     Attributes:
-        programs: the compiled ones, by the shapes of their batch.
+        programs: the compiled programs by the shapes of their batch.
     """
 
     def __init__(
@@ -88,19 +92,23 @@ class CompiledStep:
         steps: int = 0,
         dtype: str = "float32",
     ):
-        """`widths`: of captions, that batches will have; compiled side by side at the first.
+        """Compiles nothing yet.
 
-        With `steps` that are to be run, and the dtype of products, their time is estimated.
+        Args:
+            widths: the token slots T that batches of captions will have; the programs for all of
+                them are compiled in parallel before the first step.
+            steps: how many will run, to log how long they take; 0 logs nothing.
+            dtype: of the matrix products.
         """
         self._step, self._mesh, self._widths = step, mesh, widths
         self._steps, self._dtype = steps, dtype
         self.programs: dict[Any, Any] = {}
 
     def __call__(self, state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
-        """The step; consumes `state`.
+        """Runs the step; consumes `state`.
 
         Raises:
-            UserError: it does not fit the device.
+            UserError: the step does not fit the device.
         """
         shapes = _shapes(batch)
         if shapes not in self.programs:
@@ -108,52 +116,53 @@ class CompiledStep:
         return self.programs[shapes](state, frozen, batch)
 
     def _compile(self, state: TrainState, frozen: Any, batch: Batch) -> None:
-        """For this batch and, the first time, for those that differ in their captions' width."""
+        """For this batch and, the first time, for all other widths of its captions."""
         batches: list[dict[str, Any]] = [batch]
         if not self.programs:
-            batches += [_as_wide(batch, w) for w in self._widths if w != batch["ids"].shape[1]]
-        # The state comes out where it went in, so that the same program takes it again.
-        places = jax.tree.map(lambda x: x.sharding, state), sharding.replicated(self._mesh)
-        jitted = jax.jit(self._step, donate_argnums=0, out_shardings=places)
-        since = time.perf_counter()
+            others = (width for width in self._widths if width != batch["ids"].shape[1])
+            batches += [_with_width(batch, width) for width in others]
+        # The state leaves with the sharding it came with, so that the program takes it again.
+        shardings = jax.tree.map(lambda x: x.sharding, state), sharding.replicated(self._mesh)
+        jitted = jax.jit(self._step, donate_argnums=0, out_shardings=shardings)
+        start = time.perf_counter()
         try:
             traced = [jitted.trace(state, frozen, rows) for rows in batches]
             lowered = [program.lower() for program in traced]
             with ThreadPoolExecutor(len(lowered)) as pool:
                 programs = list(pool.map(lambda program: program.compile(), lowered))
-        except jax.errors.JaxRuntimeError as error:  # a TPU's compiler knows the limit itself
+        except jax.errors.JaxRuntimeError as error:  # a TPU's compiler checks the limit itself
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             line = " ".join(str(error).split())[:300]
             raise UserError(f"a step does not fit a device ({line}): set {HELP}") from None
-        taken = time.perf_counter() - since
-        found = [Estimate.of(program, self._mesh.local_devices[0]) for program in programs]
-        largest = max((x for x in found if x), key=lambda x: x.total, default=None)
-        widths = sorted(rows["ids"].shape[1] for rows in batches)
-        of = f" for captions of {' and '.join(map(str, widths))} slots" if len(widths) > 1 else ""
-        told = largest or "its memory is not known"
-        logging.info("step%s compiled in %.1f s; %s", of, taken, told)
+        seconds = time.perf_counter() - start
+        estimates = [MemoryEstimate.of(p, self._mesh.local_devices[0]) for p in programs]
+        largest = max((e for e in estimates if e), key=lambda e: e.total, default=None)
+        widths = " and ".join(map(str, sorted(rows["ids"].shape[1] for rows in batches)))
+        captions = f" for captions of {widths} slots" if len(batches) > 1 else ""
+        memory = largest or "its memory is not known"
+        logging.info("step%s compiled in %.1f s; %s", captions, seconds, memory)
         if largest:
             largest.check()
-            self._compare(largest)
+            self._compare_with_free_memory(largest)
         if self._steps and not self.programs:
-            self._estimate(max(matmul_flops(program.jaxpr) for program in traced))
+            self._log_duration(max(matmul_flops(program.jaxpr) for program in traced))
         self.programs |= zip(map(_shapes, batches), programs, strict=True)
 
-    def _compare(self, estimate: Estimate) -> None:
-        """Warns where this machine's memory, which is that of CPU devices, may not be enough."""
-        free = available_memory() if self._mesh.local_devices[0].platform == "cpu" else None
-        needed = estimate.between * len(self._mesh.local_devices)
+    def _compare_with_free_memory(self, estimate: MemoryEstimate) -> None:
+        """Warns where CPU devices may need more memory than this machine has free."""
+        devices = self._mesh.local_devices
+        free = available_memory() if devices[0].platform == "cpu" else None
+        needed = estimate.activations * len(devices)
         if free is not None and needed > free:
             message = "a step takes %s GB more, this machine has %s free: set %s"
             logging.warning(message, _gb(needed), _gb(free), HELP)
 
-    def _estimate(self, flops: float) -> None:
-        """Says how long the steps take at least."""
-        device = self._mesh.local_devices[0]
-        # Where the compiler shares the work out, the program is that of all devices together.
+    def _log_duration(self, flops: float) -> None:
+        """Logs the shortest time that all steps can take."""
+        # Where the compiler distributes the work, the traced program is that of all devices.
         flops /= self._mesh.size if sharding.shards_parameters(self._mesh) else 1
-        rate = matmul_flops_per_second(self._dtype, device.platform)
+        rate = matmul_flops_per_second(self._dtype, self._mesh.local_devices[0].platform)
         logging.info(
             "%d steps take %s or more: %.3g GFLOP of matrix products each, %.3g GFLOP/s measured",
             *(self._steps, timedelta(seconds=round(self._steps * flops / rate))),
@@ -162,21 +171,62 @@ class CompiledStep:
 
 
 def available_memory() -> int | None:
-    """Bytes that programs can still have on this machine; None where it is not Linux."""
+    """Bytes that programs can still allocate on this machine; None where it is not Linux."""
     try:
         lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
     except OSError:
         return None
-    found = [line.split() for line in lines if line.startswith("MemAvailable:")]
-    return int(found[0][1]) * 1024 if found else None
+    available = [line.split() for line in lines if line.startswith("MemAvailable:")]
+    return int(available[0][1]) * 1024 if available else None
 
 
 def _shapes(batch: dict[str, Any]) -> tuple:
     return tuple((name, x.shape, x.dtype) for name, x in sorted(batch.items()))
 
 
-def _as_wide(batch: Batch, width: int) -> dict[str, Any]:
-    """A batch, as far as the compiler sees it, with captions of so many slots."""
+def _with_width(batch: Batch, width: int) -> dict[str, Any]:
+    """A batch, as the compiler sees it, with captions of this many slots."""
     ids = batch["ids"]
     shape = (*ids.shape[:-1], width)
     return {**batch, "ids": jax.ShapeDtypeStruct(shape, ids.dtype, sharding=ids.sharding)}
+
+
+def matmul_flops(jaxpr: Any) -> float:
+    """FLOPs of a traced program's matrix products; inside `shard_map`, those of one device.
+
+    XLA's own count is of no use here: it counts the body of a loop once.
+    """
+    total = 0.0
+    for equation in jaxpr.eqns:
+        name, params = equation.primitive.name, equation.params
+        if name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            inner = math.prod(shape[axis] for axis in contracted)
+            total += 2 * inner * equation.outvars[0].aval.size
+        turns = params["length"] if name == "scan" else 1
+        if name == "pallas_call":
+            turns = math.prod(params["grid_mapping"].grid)
+        total += turns * sum(map(matmul_flops, _subprograms(params)))
+    return total
+
+
+def _subprograms(params: dict[str, Any]) -> Iterator[Any]:
+    """The programs that an operation calls."""
+    for value in params.values():
+        for part in value if isinstance(value, tuple | list) else [value]:
+            part = getattr(part, "jaxpr", part)
+            if hasattr(part, "eqns"):
+                yield part
+
+
+@functools.cache
+def matmul_flops_per_second(dtype: str, platform: str) -> float:
+    """FLOP/s of one large matrix product, measured on this machine's first device."""
+    size = 1024 if platform == "cpu" else 8192
+    matrix = jax.device_put(jnp.ones((size, size), dtype), jax.local_devices()[0])
+    product = jax.jit(jnp.matmul).lower(matrix, matrix).compile()
+    product(matrix, matrix).block_until_ready()
+    start = time.perf_counter()
+    product(matrix, matrix).block_until_ready()
+    return 2 * size**3 / (time.perf_counter() - start)

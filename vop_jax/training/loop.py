@@ -1,8 +1,9 @@
-"""The loop: batches in, steps, and at their times metrics, evaluations and checkpoints."""
+"""The training loop: batches in, steps, and at their times metrics, evaluations and checkpoints."""
 
 import contextlib
 import dataclasses
 import itertools
+import signal
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,10 +18,10 @@ from vop_jax import cli
 from vop_jax.training import hosts, prefetch
 from vop_jax.training.checkpoint import Checkpoints
 from vop_jax.training.progress import Progress
-from vop_jax.training.step import Batch, Metrics, TrainState
+from vop_jax.training.step import Batch, Metrics, TrainState, learning_rate
 from vop_jax.training.writer import NoWriter
 
-STARTED = 4  # steps that devices have before them at most, each with its batch in their memory
+MAX_PENDING_STEPS = 4  # steps queued on the devices at a time, each with its batch in their memory
 
 Step = Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]
 
@@ -30,18 +31,55 @@ class NonFiniteLoss(ArithmeticError):
 
 
 @dataclasses.dataclass
-class Clock:
-    """What a stretch of steps spent its time on."""
+class MetricLog:
+    """The metrics of the steps since the last logged line, fetched only when they are logged.
 
+    Attributes:
+        schedule: step -> learning rate.
+        metrics: [(step, its metrics on the device)], so that the device can run ahead.
+        waits: functions that return the seconds for which devices waited for a batch.
+    """
+
+    writer: NoWriter
+    schedule: Callable[[int], Any]
+    batch_size: int
+    metrics: list[tuple[int, Metrics]] = dataclasses.field(default_factory=list)
+    waits: list[Callable[[], float]] = dataclasses.field(default_factory=list)
     videos: int = 0
-    waits: list[Callable[[], float]] = dataclasses.field(default_factory=list)  # `prefetch.Idle`'s
-    started: float = dataclasses.field(default_factory=time.perf_counter)
+    start: float = dataclasses.field(default_factory=time.perf_counter)
 
-    def rates(self) -> dict[str, float]:
-        """Videos a second, and the share of the time that devices stood still for batches."""
-        elapsed = time.perf_counter() - self.started
-        waited = sum(wait() for wait in self.waits)
-        return {"videos_per_second": self.videos / elapsed, "data_wait": waited / elapsed}
+    def add(self, step: int, metrics: Metrics, wait: Callable[[], float]) -> None:
+        self.metrics.append((step, metrics))
+        self.waits.append(wait)
+        self.videos += self.batch_size
+
+    def fetch(self) -> list[dict[str, float]]:
+        """Waits for the metrics of these steps; raises NonFiniteLoss at the first bad one."""
+        rows = [{k: float(v) for k, v in jax.device_get(m).items()} for _, m in self.metrics]
+        for (step, _), row in zip(self.metrics, rows, strict=True):
+            for key, number in row.items():
+                if not np.isfinite(number):
+                    raise NonFiniteLoss(f"{key} is {number} at step {step}")
+        return rows
+
+    def write(self, step: int, *, compiling: bool) -> str:
+        """Writes the mean of the metrics and starts anew; returns a note for the progress line."""
+        rows = self.fetch()
+        scalars = {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
+        scalars["learning_rate"] = float(self.schedule(step - 1))
+        note = f"loss {scalars['loss']:.4f}"
+        if not compiling:  # the first step's time is the compiler's
+            elapsed = time.perf_counter() - self.start
+            speed, waiting = self.videos / elapsed, sum(wait() for wait in self.waits) / elapsed
+            scalars |= {"videos_per_second": speed, "data_wait": waiting}
+            note = f"{note}  {speed:.1f} videos/s  {waiting:.0%} waiting for data"
+        self.writer.write_scalars(step, scalars)
+        self.metrics.clear()
+        self.reset_rates()
+        return note
+
+    def reset_rates(self) -> None:
+        self.videos, self.waits, self.start = 0, [], time.perf_counter()
 
 
 def fit(
@@ -55,18 +93,16 @@ def fit(
     checkpoints: Checkpoints,
     meta: dict[str, Any],
     writer: NoWriter,
-    schedule: Callable[[int], Any],
     evaluate: Callable[[TrainState, int], object],
 ) -> TrainState:
-    """Trains from `state.step` to `config.steps` and returns the last state, saved.
+    """Trains from `state.step` to `config.steps`; saves and returns the last state.
 
     Args:
         step_fn: the jitted or compiled step; it may consume `state`.
         frozen: the frozen parameters on the mesh.
         batches: this process's rows of batches `state.step`, `state.step + 1`, …
         config: the config's section `train`.
-        meta: JSON saved beside each checkpoint.
-        schedule: step -> learning rate, for the log.
+        meta: JSON saved with each checkpoint.
         evaluate: called with (state, step) every `eval_every` steps, not after the last.
 
     Raises:
@@ -74,79 +110,41 @@ def fit(
         Interrupted: a signal; the state after the step under way is saved first.
     """
     first = step = int(state.step)
-    unread: list[tuple[int, Metrics]] = []  # not fetched yet, so that the device runs ahead
-    clock = Clock()
-    left = itertools.islice(batches, config.steps - first)  # none is read that is not needed
+    log = MetricLog(writer, learning_rate(config), config.batch_size)
+    batches = itertools.islice(batches, config.steps - first)  # reads no batch it does not need
     with (
         cli.deferred(),
-        contextlib.closing(prefetch.placed(mesh, left)) as placed,
+        contextlib.closing(prefetch.placed(mesh, batches)) as placed,
         prefetch.Idle() as idle,
         Progress("step", config.steps, first, "compiling, then the first step") as progress,
     ):
         while step < config.steps:
             batch, wait = idle.next(placed)
-            clock.waits.append(wait)
             state, metrics = step_fn(state, frozen, batch)
             idle.ran(metrics)
             step += 1
-            clock.videos += config.batch_size
-            unread.append((step, metrics))
-            if len(unread) >= STARTED:
-                jax.block_until_ready(unread[-STARTED][1])
-                progress.advance(step - STARTED + 1)
+            log.add(step, metrics, wait)
+            if len(log.metrics) >= MAX_PENDING_STEPS:
+                jax.block_until_ready(log.metrics[-MAX_PENDING_STEPS][1])
+                progress.advance(step - MAX_PENDING_STEPS + 1)
             preempted = hosts.preempted()
             stop = preempted or cli.requested()
-            last = step == config.steps
-            if step == first + 1 or step % config.log_every == 0 or last:
-                note = _log(unread, step, clock, writer, schedule, compiling=step == first + 1)
-                progress.advance(step, note)
-                if step == first + 1 or last:
+            compiling, last = step == first + 1, step == config.steps
+            if compiling or step % config.log_every == 0 or last:
+                progress.advance(step, log.write(step, compiling=compiling))
+                if compiling or last:
                     logging.info("%s", progress.line())
-                unread, clock = [], Clock()
             if step % config.checkpoint_every == 0 or last or stop:
-                _fetch(unread)
+                log.fetch()  # so that no state with a non-finite loss is saved
                 checkpoints.save(state, meta)
             if stop:
                 checkpoints.wait()
                 logging.info("stopped by a signal after step %d; the state is saved", step)
                 if preempted:
-                    hosts.stop()
+                    raise cli.Interrupted(signal.SIGTERM)
                 break
             if config.eval_every and step % config.eval_every == 0 and not last:
                 evaluate(state, step)
-                clock = Clock()
+                log.reset_rates()
     checkpoints.wait()
     return state
-
-
-def _log(
-    unread: list[tuple[int, Metrics]],
-    step: int,
-    clock: Clock,
-    writer: NoWriter,
-    schedule: Callable[[int], Any],
-    *,
-    compiling: bool,
-) -> str:
-    """Writes the mean of the metrics since the last line; returns what people read of it."""
-    values = _fetch(unread)
-    scalars = {key: float(np.mean([v[key] for v in values])) for key in values[0]}
-    scalars["learning_rate"] = float(schedule(step - 1))
-    if not compiling:  # the first step's time is the compiler's
-        scalars |= clock.rates()
-    writer.write_scalars(step, scalars)
-    note = f"loss {scalars['loss']:.4f}"
-    if compiling:
-        return note
-    speed, wait = scalars["videos_per_second"], scalars["data_wait"]
-    return f"{note}  {speed:.1f} videos/s  {wait:.0%} waiting for data"
-
-
-def _fetch(unread: list[tuple[int, Metrics]]) -> list[dict[str, float]]:
-    """Waits for the metrics of these steps; raises NonFiniteLoss at the first bad one."""
-    values = [{key: float(v) for key, v in jax.device_get(m).items()} for _, m in unread]
-    for (step, _), value in zip(unread, values, strict=True):
-        for key, number in value.items():
-            if not np.isfinite(number):
-                raise NonFiniteLoss(f"{key} is {number} at step {step}")
-    return values

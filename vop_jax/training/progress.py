@@ -1,4 +1,4 @@
-"""How far a long loop is, and how long it still takes: a line about every ten seconds.
+"""The progress of a long loop and the time it still takes: a log line about every ten seconds.
 
 A thread writes the lines, so they come while the program is compiled or one step takes minutes.
 """
@@ -11,73 +11,70 @@ from typing import ClassVar, Self
 
 from absl import logging
 
-EVERY = 10.0  # seconds
+INTERVAL = 10.0  # seconds
 
 
 class Progress:
-    """The progress of one loop; enter it. Of nested ones the innermost writes."""
+    """The progress of one loop; use it in `with`. Of nested ones the innermost is logged."""
 
-    _entered: ClassVar[list["Progress"]] = []
+    _active: ClassVar[list["Progress"]] = []
 
     def __init__(
         self,
-        what: str,
+        unit: str,
         total: int,
         done: int = 0,
         note: str = "",
         clock: Callable[[], float] = time.monotonic,
     ):
-        """`total` things are to be done, `done` of them are; `note` stands beside the numbers."""
-        self._what, self._total, self._done, self._note = what, total, done, note
-        self._clock, self._started = clock, clock()
-        # When and where the rate is measured from: the first advance, which ends compilation.
+        """A loop over `total` units, such as "step", of which `done` are done already."""
+        self._unit, self._total, self._done, self._note = unit, total, done, note
+        self._clock, self._start = clock, clock()
+        # The rate is measured from the first advance, which ends compilation: (time, done).
         self._base: tuple[float, int] | None = None
-        self._advanced = self._started
+        self._advanced = self._start
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
 
     def advance(self, done: int, note: str | None = None) -> None:
-        """So many are done now."""
+        """Sets how many units are done, and the text that stands after the numbers."""
         self._advanced, self._done = self._clock(), done
         self._base = self._base or (self._advanced, done)
         self._note = self._note if note is None else note
 
     def line(self) -> str:
         """As "step 12/1000  loss 2.31  0:52:10 left"."""
-        parts = [f"{self._what} {self._done}/{self._total}", self._note]
-        left = self._left()
-        parts.append(f"{_clock_time(self._elapsed())} so far" if left is None else f"{left} left")
+        left, elapsed = self._seconds_left(), self._clock() - self._start
+        ending = f"{_format(elapsed)} so far" if left is None else f"{_format(left)} left"
+        parts = (f"{self._unit} {self._done}/{self._total}", self._note, ending)
         return "  ".join(part for part in parts if part)
 
-    def _elapsed(self) -> float:
-        return self._clock() - self._started
-
-    def _left(self) -> str | None:
+    def _seconds_left(self) -> float | None:
         """None while no rate is known."""
         if self._done >= self._total:
-            return _clock_time(0)
+            return 0.0
         if self._base is None or self._done == self._base[1]:
             return None
-        since, first = self._base
-        each = (self._advanced - since) / (self._done - first)
-        return _clock_time((self._total - self._done) * each - (self._clock() - self._advanced))
+        start, first = self._base
+        rate = (self._advanced - start) / (self._done - first)
+        return (self._total - self._done) * rate - (self._clock() - self._advanced)
 
     def _run(self) -> None:
-        while not self._stop.wait(EVERY):
-            if self._entered[-1] is self:
+        while not self._stop.wait(INTERVAL):
+            if self._active[-1] is self:
                 logging.info("%s", self.line())
 
     def __enter__(self) -> Self:
-        self._entered.append(self)
+        self._active.append(self)
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        self._entered.remove(self)
+        self._active.remove(self)
 
 
-def _clock_time(seconds: float) -> str:
+def _format(seconds: float) -> str:
     """h:mm:ss."""
     return str(timedelta(seconds=max(0, round(seconds))))

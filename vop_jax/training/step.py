@@ -1,4 +1,4 @@
-"""One step: pure functions of (state, frozen parameters, batch)."""
+"""One training step: pure functions of (state, frozen parameters, batch)."""
 
 import math
 import re
@@ -19,31 +19,11 @@ from vop_jax.storage.tensors import Tree, flatten, unflatten
 from vop_jax.training.sharding import map_rows_for_gradient
 from vop_jax.tuning.partition import merge
 
-
-def symmetric_cross_entropy(text: jax.Array, video: jax.Array, temperature: jax.Array) -> jax.Array:
-    """CLIP's loss over a batch of pairs: row i of one side belongs to row i of the other.
-
-    Written over the global batch: under `jit` with sharded rows the compiler gathers the
-    embeddings, so every device sees all negatives.
-
-    Args:
-        text, video: unit rows [B, E], float32.
-        temperature: scalar, the factor on similarities.
-
-    Returns:
-        The mean of text-to-video and video-to-text cross-entropy, a scalar.
-    """
-    logits = temperature * jnp.matmul(text, video.T, precision=jax.lax.Precision.HIGHEST)
-    labels = jnp.arange(logits.shape[0])
-    t2v = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    v2t = optax.softmax_cross_entropy_with_integer_labels(logits.T, labels)
-    return (t2v.mean() + v2t.mean()) / 2
-
-
 Batch = dict[str, jax.Array]  # "frames" uint8 [B, F, S, S, 3], "ids" int32 [B, T]
 Metrics = dict[str, jax.Array]  # scalars
 
 MAX_LOGIT_SCALE = math.log(100.0)
+NO_WEIGHT_DECAY = (r".*/(bias|scale)", r".*/logit_scale")  # norms, biases, temperature
 
 
 @flax.struct.dataclass
@@ -59,6 +39,26 @@ class TrainState:
         return cls(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
 
 
+def symmetric_cross_entropy(text: jax.Array, video: jax.Array, temperature: jax.Array) -> jax.Array:
+    """CLIP's loss over a batch of pairs: row i of one side belongs to row i of the other.
+
+    It is written over the global batch: under `jit` with sharded rows the compiler gathers the
+    embeddings, so that every device compares with all negatives.
+
+    Args:
+        text, video: unit rows [B, E], float32.
+        temperature: scalar, the factor on similarities.
+
+    Returns:
+        The mean of text-to-video and video-to-text cross-entropy, a scalar.
+    """
+    logits = temperature * jnp.matmul(text, video.T, precision=jax.lax.Precision.HIGHEST)
+    labels = jnp.arange(logits.shape[0])
+    t2v = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    v2t = optax.softmax_cross_entropy_with_integer_labels(logits.T, labels)
+    return (t2v.mean() + v2t.mean()) / 2
+
+
 def embed(model: TextVideoModel, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """Unit rows of captions and clips, float32 [B, E] each."""
     variables = {"params": params}
@@ -67,22 +67,22 @@ def embed(model: TextVideoModel, params: Any, batch: Batch) -> tuple[jax.Array, 
     return text, video
 
 
-def embed_in_parts(
-    model: TextVideoModel, params: Any, batch: Batch, parts: int
+def embed_in_microbatches(
+    model: TextVideoModel, params: Any, batch: Batch, microbatches: int
 ) -> tuple[jax.Array, jax.Array]:
-    """`embed` of one part of the rows after the other, kept are the embeddings alone.
+    """`embed`, one microbatch after the other; only the embeddings stay in memory.
 
-    The backward pass embeds each part again, to carry back to the parameters how the loss, which
-    has seen all embeddings, wants those of the part to move (GradCache, arXiv 2101.06983). The
-    sum of the parts' gradients has the parameters' precision.
+    The backward pass embeds each microbatch again and propagates the gradient of the loss with
+    respect to its embeddings (GradCache, arXiv 2101.06983). The gradients of microbatches are
+    summed in the precision of the parameters.
     """
 
-    @partial(jax.checkpoint, prevent_cse=False)  # a loop has nothing to merge with
-    def embed_part(rows):
+    @partial(jax.checkpoint, prevent_cse=False)  # in a loop nothing can be merged
+    def embed_microbatch(rows: Batch) -> tuple[jax.Array, jax.Array]:
         return embed(model, params, rows)
 
-    rows = jax.tree.map(partial(split_rows, parts=parts), batch)
-    return jax.tree.map(join_rows, jax.lax.map(embed_part, rows))
+    rows = jax.tree.map(partial(split_rows, parts=microbatches), batch)
+    return jax.tree.map(join_rows, jax.lax.map(embed_microbatch, rows))
 
 
 def batch_loss(model: TextVideoModel, params: Any, batch: Batch) -> jax.Array:
@@ -109,22 +109,22 @@ def loss_and_gradient(
         mesh, microbatches: as in `make_train_step`.
     """
 
-    def embed_rows(trainable, frozen, rows):
+    def embed_rows(trainable: Any, frozen: Any, rows: Batch) -> tuple[jax.Array, jax.Array]:
         params = merge(trainable, frozen)
         if microbatches == 1:
             return embed(model, params, rows)
-        return embed_in_parts(model, params, rows, microbatches)
+        return embed_in_microbatches(model, params, rows, microbatches)
 
     embed_all = map_rows_for_gradient(mesh, embed_rows) if mesh else embed_rows
 
-    def loss_of(trainable):
+    def loss_of(trainable: Any) -> jax.Array:
         return _loss(model, merge(trainable, frozen), *embed_all(trainable, frozen, batch))
 
     return jax.value_and_grad(loss_of)(trainable)
 
 
 def clamp_logit_scale(trainable: Any) -> Any:
-    """A trained logit_scale is brought back to [0, ln 100], as in open_clip.
+    """Clamps a trained logit_scale to [0, ln 100], as in open_clip.
 
     A bound in the forward pass instead would have no gradient at ln 100, where OpenAI's CLIPs are.
     """
@@ -143,9 +143,9 @@ def make_train_step(
     """The step `(state, frozen, batch) -> (state, metrics)`, to be jitted by the caller.
 
     Args:
-        mesh: what the batch is spread over, if over more than one device.
-        microbatches: in how many parts a device's rows go through the encoders, one after the
-            other; each pair meets all others of the batch all the same.
+        mesh: the devices that the batch is sharded over, if there are several.
+        microbatches: in how many parts a device embeds its rows; the loss still compares each
+            pair with the whole batch.
     """
 
     def train_step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -160,25 +160,18 @@ def make_train_step(
     return train_step
 
 
-NO_WEIGHT_DECAY = (r".*/(bias|scale)", r".*/logit_scale")  # norms, biases, temperature
-
-
 def learning_rate(train: ConfigDict) -> optax.Schedule:
-    """0 -> train.learning_rate over the first `warmup` share of the steps, then cosine to 0."""
+    """Linear warm-up from 0 over the first `warmup` share of the steps, then cosine decay to 0."""
     warmup = round(train.warmup * train.steps)
     return optax.warmup_cosine_decay_schedule(
         0.0, train.learning_rate, warmup, max(train.steps, warmup + 1)
     )
 
 
-def weight_decay_mask(params: Tree) -> dict:
+def weight_decay_mask(params: Tree) -> dict[str, Any]:
     """True where weight decay applies."""
-    return unflatten(
-        {
-            name: not any(re.fullmatch(pattern, name) for pattern in NO_WEIGHT_DECAY)
-            for name in flatten(params)
-        }
-    )
+    spared = re.compile("|".join(NO_WEIGHT_DECAY))
+    return unflatten({name: not spared.fullmatch(name) for name in flatten(params)})
 
 
 def make_optimizer(train: ConfigDict) -> optax.GradientTransformation:

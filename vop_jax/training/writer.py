@@ -13,11 +13,11 @@ from vop_jax.errors import UserError
 from vop_jax.storage.files import write_atomic
 
 METRICS_FILE = "metrics.jsonl"
-MEASURED_ON = "measured_on"  # of an evaluation: the fingerprint of the split and the CLIP
+MEASURED_ON = "measured_on"  # key of an evaluation: the fingerprint of its split and the CLIP
 
 
 class Writer(Protocol):
-    """What we use of clu's MetricWriter; scenic's writers are such."""
+    """The part of clu's MetricWriter that is used here; scenic's writers have it."""
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None: ...
 
@@ -25,16 +25,16 @@ class Writer(Protocol):
 
 
 class NoWriter:
-    """The writer of the processes that leave writing to the first."""
+    """The writer of all processes but the first: it does nothing."""
 
     def write_scalars(self, step: int, scalars: Mapping[str, float], measured_on: str = "") -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def flush(self) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def close(self) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def __enter__(self) -> "NoWriter":
         return self
@@ -44,10 +44,10 @@ class NoWriter:
 
 
 class TensorBoard(NoWriter):
-    """Scalars as TensorBoard events in the workdir; those after `resume_step` are redone."""
+    """Scalars as TensorBoard events in the workdir; readers drop those after `resume_step`."""
 
     def __init__(self, workdir: str | os.PathLike, resume_step: int = 0):
-        # Not its SummaryWriter: that writes in a thread, which a full disk ends; later calls hang.
+        # Not tensorboardX's SummaryWriter: a full disk ends its thread, and later calls hang.
         from tensorboardX import event_file_writer  # imports torch where it is installed: seconds
         from tensorboardX.proto.event_pb2 import SessionLog
 
@@ -62,25 +62,25 @@ class TensorBoard(NoWriter):
     def write_scalars(self, step: int, scalars: Mapping[str, float], measured_on: str = "") -> None:
         from tensorboardX.proto.summary_pb2 import Summary
 
-        # `add_scalar` would write R@1 as R_1, a name that is in no other file.
+        # `add_scalar` would write R@1 as R_1, a name that no other file has.
         values = [Summary.Value(tag=key, simple_value=value) for key, value in scalars.items()]
         self._write(step, summary=Summary(value=values))
 
     def close(self) -> None:
         self._events.close()
 
-    def _write(self, step: int, **what: Any) -> None:
+    def _write(self, step: int, **fields: Any) -> None:
         from tensorboardX.proto.event_pb2 import Event
 
-        self._events.write_event(Event(wall_time=time.time(), step=step, **what))
+        self._events.write_event(Event(wall_time=time.time(), step=step, **fields))
         self._events.flush()
 
 
 class MetricWriter(NoWriter):
-    """One JSON object a line, `step` and scalars, ordered by step; a second writer gets the same.
+    """One JSON object per line, `step` and scalars, ordered by step; a second writer gets the same.
 
     Attributes:
-        lines: what the file holds.
+        lines: the content of the file.
     """
 
     def __init__(
@@ -90,37 +90,38 @@ class MetricWriter(NoWriter):
         second: Writer | None = None,
         measured_on: Collection[str] | None = None,
     ):
-        """Opens the workdir's metrics; lines after `resume_step` are about to be redone.
+        """Opens the workdir's metrics and drops lines after `resume_step`, which come again.
 
         Args:
-            second: TensorBoard in the workdir if None. One that is given stays open.
-            measured_on: fingerprints of this run's evaluations; those of others are left out.
+            second: TensorBoard in the workdir if None. Another writer is not closed here.
+            measured_on: fingerprints of this run's evaluations; evaluations with others are
+                dropped.
         """
         self._path = epath.Path(workdir) / METRICS_FILE
-        found, damaged = _read(self._path)
+        lines, damaged = _read(self._path)
         if damaged:
             logging.warning("%s: %d damaged lines are left out", self._path, damaged)
-        kept = [line for line in found if line["step"] <= resume_step]
+        lines = [line for line in lines if line["step"] <= resume_step]
         self.lines = [
             line
-            for line in kept
+            for line in lines
             if measured_on is None or line.get(MEASURED_ON, "") in ("", *measured_on)
         ]
-        if others := len(kept) - len(self.lines):
+        if dropped := len(lines) - len(self.lines):
             message = "%s: %d evaluations of other clips, captions or CLIP are left out"
-            logging.warning(message, self._path, others)
+            logging.warning(message, self._path, dropped)
         # Objects in a bucket cannot grow; there the file, which is small, is written anew.
         self._appends, self._file = "://" not in os.fspath(workdir), None
         self._second = TensorBoard(workdir, resume_step) if second is None else second
         self._rewrite()
 
     def write_scalars(self, step: int, scalars: Mapping[str, float], measured_on: str = "") -> None:
-        """One line; the values are Python or 0-d numbers."""
+        """Writes one line; the values are Python or 0-d numbers."""
         numbers = {key: float(value) for key, value in scalars.items()}
         line = {"step": step, **numbers} | ({MEASURED_ON: measured_on} if measured_on else {})
-        last = not self.lines or step >= self.lines[-1]["step"]
+        is_last = not self.lines or step >= self.lines[-1]["step"]
         self.lines.append(line)
-        if self._file is None or not last:
+        if self._file is None or not is_last:
             self.lines.sort(key=lambda line: line["step"])
             self._rewrite()
         else:
@@ -147,20 +148,21 @@ class MetricWriter(NoWriter):
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-    """The lines of a workdir's metrics; what a kill or a disk has damaged is left out."""
+    """The lines of a workdir's metrics, without those that a kill or a disk has damaged."""
     return _read(epath.Path(workdir) / METRICS_FILE)[0]
 
 
 def _read(path: epath.Path) -> tuple[list[dict[str, Any]], int]:
-    """(lines, how many are damaged); a last line without its end is a kill's, and not counted."""
+    """(lines, number of damaged ones); a last line that a kill left unfinished is neither."""
     if not path.exists():
         return [], 0
     *whole, last = path.read_bytes().split(b"\n")
-    lines = [line for text in (*whole, last) if (line := _parsed(text)) is not None]
-    return lines, len(whole) + (_parsed(last) is not None) - len(lines)
+    lines = [line for text in (*whole, last) if (line := _parse(text)) is not None]
+    return lines, len(whole) + (_parse(last) is not None) - len(lines)
 
 
-def _parsed(text: bytes) -> dict[str, Any] | None:
+def _parse(text: bytes) -> dict[str, Any] | None:
+    """A line as JSON; None where it is not one that `write_scalars` writes."""
     try:
         line = json.loads(text)
     except (ValueError, RecursionError):
