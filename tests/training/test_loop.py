@@ -1,5 +1,6 @@
 """The loop on random data: exact resume, frozen bits, signals, divergence, devices, waiting."""
 
+import functools
 import itertools
 import os
 import signal
@@ -22,70 +23,80 @@ from vop_jax.training.writer import MetricWriter, read_metrics
 from vop_jax.tuning.methods import MethodConfig
 from vop_jax.tuning.partition import parameter_count, partition
 
-METHOD = MethodConfig(visual_prompts=2, text_prefix=1, text_suffix=2)
-BATCH = 8
+BATCH, STEPS = 8, 6
 
 
-def batches(start: int):
-    slots = METHOD.text_slots(tiny.CLIP)
+def method_of(name):
+    return MethodConfig(name, visual_prompts=2, text_prefix=1, text_suffix=2)
+
+
+def batches(start, name="vop"):
+    slots = method_of(name).text_slots(tiny.CLIP)
     for k in itertools.count(start):
         yield {"frames": tiny.frames(BATCH, seed=k), "ids": tiny.captions(BATCH, slots, seed=k)}
 
 
-def train_config(steps=6):
-    config = base_config().train
-    with config.unlocked():
-        config.update(steps=steps, batch_size=BATCH, log_every=2, checkpoint_every=2)
-    return config
+@functools.cache
+def compiled(name, devices, steps):
+    """(mesh, config, optimizer, jitted step), shared by all runs of a kind."""
+    mesh, config = sharding.make_mesh(devices), base_config().train
+    config.update(steps=steps, batch_size=BATCH, log_every=2, checkpoint_every=2)
+    optimizer = make_optimizer(config)
+    model, _ = tiny.model_and_params(method_of(name))
+    return mesh, config, optimizer, jax.jit(make_train_step(model, optimizer, mesh))
 
 
 class Run:
-    """A run in a workdir, taken up where its checkpoints are."""
+    """A run in a workdir, continued from its checkpoints."""
 
-    def __init__(self, workdir, method=METHOD, devices=1, steps=6):
-        self.model, params = tiny.model_and_params(method)
+    def __init__(self, workdir, name="vop", devices=1, steps=STEPS):
+        self.name, self.workdir = name, str(workdir)
+        self.mesh, self.config, optimizer, self.step = compiled(name, devices, steps)
+        method, (_, params) = method_of(name), tiny.model_and_params(method_of(name))
         params["clip"]["logit_scale"] = np.float32(4.6052)  # as OpenAI's
-        self.mesh = sharding.make_mesh(devices)
-        self.config = train_config(steps)
         patterns = (*method.trainable_patterns(tiny.CLIP), "clip/logit_scale")
-        trainable, frozen = partition(params, patterns)
+        self.trainable, frozen = partition(params, patterns)
         self.frozen = sharding.place(self.mesh, frozen)
-        optimizer = make_optimizer(self.config)
-        state = TrainState.create(sharding.place(self.mesh, trainable), optimizer)
+        state = TrainState.create(sharding.place(self.mesh, self.trainable), optimizer)
         self.state = jax.device_put(state, sharding.replicated(self.mesh))
-        self.step = jax.jit(make_train_step(self.model, optimizer, self.mesh), donate_argnums=0)
-        self.workdir = str(workdir)
         self.checkpoints = Checkpoints(self.workdir, keep=2)
         self.state, self.meta = self.checkpoints.restore(self.state) or (self.state, {})
 
-    def fit(self, source=batches, evaluate=lambda state, step: None):
+    def fit(self, source=batches):
         start = int(self.state.step)
+        rows = source(start) if source is not batches else batches(start, self.name)
         try:
             with MetricWriter(self.workdir, start) as writer:
                 return loop.fit(
                     self.step,
                     self.state,
                     self.frozen,
-                    source(start),
+                    rows,
                     mesh=self.mesh,
                     config=self.config,
                     checkpoints=self.checkpoints,
                     meta={"note": "x"},
                     writer=writer,
-                    evaluate=evaluate,
+                    evaluate=lambda state, step: None,
                 )
         finally:
             self.checkpoints.close()
 
 
-def assert_same(a, b, **tolerance):
+def assert_equal(a, b, **tolerance):
     a, b = flatten(a), flatten(b)
     assert a.keys() == b.keys()
     for name in a:
-        if tolerance:
-            np.testing.assert_allclose(a[name], b[name], err_msg=name, **tolerance)
-        else:
-            np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+        np.testing.assert_allclose(
+            a[name], b[name], err_msg=name, **tolerance or {"rtol": 0, "atol": 0}
+        )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(workdir, final state) of a run on one device that nothing interrupts."""
+    workdir = tmp_path_factory.mktemp("whole")
+    return workdir, Run(workdir).fit()
 
 
 class Killed(Exception):
@@ -104,55 +115,69 @@ def killed_at(step):
     return source
 
 
-def test_resume_is_bit_identical(tmp_path):
-    whole = Run(tmp_path / "whole").fit()
-    for death in (1, 3, 5):
+def test_a_run_that_is_killed_and_signalled_ends_with_the_same_bits(whole, tmp_path):
+    for death in (1, 3):
         with pytest.raises(Killed):
-            Run(tmp_path / "cut").fit(killed_at(death))
-    resumed = Run(tmp_path / "cut")
-    assert int(resumed.state.step) == 4
-    state = resumed.fit()
-    assert_same(whole.trainable, state.trainable)
-    scale = np.asarray(whole.trainable["clip"]["logit_scale"])
+            Run(tmp_path).fit(killed_at(death))
+    run = Run(tmp_path)
+    assert int(run.state.step) == 2 and run.meta == {"note": "x"}
+    step = run.step
+
+    def signalled(state, frozen, batch):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(state, frozen, batch)
+
+    run.step = signalled
+    with pytest.raises(cli.Interrupted) as caught, cli.raised():
+        run.fit()
+    assert caught.value.exit_status == 143
+    assert Checkpoints(str(tmp_path), keep=2).latest_step() == 3  # the step under way is saved
+    assert_equal(whole[1].trainable, Run(tmp_path).fit().trainable)
+    steps = [line["step"] for line in read_metrics(tmp_path)]
+    assert steps == sorted(set(steps)) and steps[-1] == STEPS
+
+
+def test_one_and_eight_devices_learn_the_same(whole, tmp_path):
+    workdir, state = whole
+    assert_equal(Run(tmp_path, devices=8).fit().trainable, state.trainable, atol=1e-5, rtol=0)
+    losses = [[line["loss"] for line in read_metrics(d)] for d in (workdir, tmp_path)]
+    np.testing.assert_allclose(*losses, atol=1e-5)
+    scale = np.asarray(state.trainable["clip"]["logit_scale"])
     assert scale.dtype == np.float32 and 0 < scale < np.log(100) - 1e-3  # the temperature learns
-    steps = [line["step"] for line in read_metrics(tmp_path / "cut")]
-    assert steps == sorted(set(steps)) and steps[-1] == 6
 
 
 @pytest.mark.parametrize(
-    "name", ["vop", "proj", *(pytest.param(m, marks=pytest.mark.slow) for m in ("bias", "partial"))]
+    "name", ["proj", *(pytest.param(m, marks=pytest.mark.slow) for m in ("bias", "partial"))]
 )
-def test_frozen_parameters_are_untouched_and_the_rest_learns(tmp_path, name):
-    run = Run(tmp_path, MethodConfig(name, visual_prompts=2, text_prefix=1, text_suffix=2))
-    slots = run.model.method.text_slots(tiny.CLIP)
-
-    def source(start):
-        for k in itertools.count(start):
-            yield {"frames": tiny.frames(BATCH, k), "ids": tiny.captions(BATCH, slots, k)}
-
+def test_frozen_parameters_stay_and_the_rest_learns_in_one_program(tmp_path, name, caplog):
+    logging.set_verbosity(logging.INFO)
+    run = Run(tmp_path, name)
     before = jax.tree.map(np.array, run.frozen)
-    started = jax.tree.map(np.array, run.state.trainable)
-    state = run.fit(source)
-    assert_same(before, run.frozen)
-    # A key's bias shifts all logits of a query alike: softmax does not see it.
+    with caplog.at_level("INFO", logger="absl"):
+        state = run.fit()
+    assert_equal(before, run.frozen)
+    # The bias of a key shifts all logits of a query alike: softmax ignores it.
     still = [
         name
-        for name, leaf in flatten(state.trainable).items()
-        if np.array_equal(leaf, flatten(started)[name]) and not name.endswith("attn/key/bias")
+        for name, leaf in flatten(run.trainable).items()
+        if np.array_equal(leaf, flatten(state.trainable)[name]) and "attn/key/bias" not in name
     ]
     assert not still
     # Optimizer moments exist for the trainable tree alone.
-    size = parameter_count(state.trainable)
     moments = sum(x.size for x in jax.tree.leaves(state.opt_state) if x.ndim)
-    assert moments <= 2 * size
+    assert moments <= 2 * parameter_count(state.trainable)
+    assert run.step._cache_size() == 1  # no recompilation after the first step
+    line = next(m for m in caplog.messages if m.startswith(f"step {STEPS}/{STEPS}"))
+    assert "videos/s" in line and "waiting for data" in line
 
 
-def test_one_and_eight_devices_learn_the_same(tmp_path):
-    one = Run(tmp_path / "one").fit()
-    eight = Run(tmp_path / "eight", devices=8).fit()
-    assert_same(one.trainable, eight.trainable, atol=1e-5, rtol=0)
-    losses = [[line["loss"] for line in read_metrics(tmp_path / d)] for d in ("one", "eight")]
-    np.testing.assert_allclose(*losses, atol=1e-5)
+def test_checkpoints_hold_the_trainable_tree_only_and_are_pruned(whole):
+    folder = whole[0] / "checkpoints"
+    assert sorted(int(path.name) for path in folder.iterdir()) == [4, 6]
+    names = {path.name for path in (folder / "6" / "state").rglob("*")}
+    assert not any("visual.transformer" in name for name in names)
+    size = sum(path.stat().st_size for path in (folder / "6").rglob("*"))
+    assert size < 100_000  # prompts and two moments: 312 floats each
 
 
 def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):
@@ -169,112 +194,71 @@ def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):
     assert Checkpoints(str(tmp_path), keep=2).latest_step() == 4
 
 
-def test_sigterm_saves_the_step_under_way(tmp_path):
-    run = Run(tmp_path)
-    step = run.step
-
-    def signalled(state, frozen, batch):
-        if int(state.step) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(state, frozen, batch)
-
-    run.step = signalled
-    with pytest.raises(cli.Interrupted) as caught, cli.raised():
-        run.fit()
-    assert caught.value.exit_status == 143
-    assert Checkpoints(str(tmp_path), keep=2).latest_step() == 3
-    assert_same(Run(tmp_path).fit().trainable, Run(tmp_path / "whole").fit().trainable)
-
-
-def test_checkpoints_hold_the_trainable_tree_only_and_are_pruned(tmp_path):
-    Run(tmp_path).fit()
-    assert Run(tmp_path).meta == {"note": "x"}
-    assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [4, 6]
-    on_disk = {p.name for p in (tmp_path / "checkpoints" / "6" / "state").rglob("*")}
-    assert not any("clip" in name for name in on_disk)
-    size = sum(p.stat().st_size for p in (tmp_path / "checkpoints" / "6").rglob("*"))
-    assert size < 100_000  # prompts and two moments: 312 floats each
-
-
-def test_no_recompilation_after_the_first_step(tmp_path, caplog):
-    run = Run(tmp_path)
-    run.fit()
-    assert run.step._cache_size() == 1
-
-
 def test_captions_in_buckets_teach_the_same_with_a_program_for_each_width(tmp_path):
     widths = []
 
     def source(start):
-        slots = METHOD.text_slots(tiny.CLIP)
+        slots = method_of("vop").text_slots(tiny.CLIP)
         for k, batch in zip(itertools.count(start), batches(start), strict=False):
             ids = tiny.captions(BATCH, (6, 12, slots)[k % 3], seed=k)
             ids = np.pad(ids, ((0, 0), (0, slots - ids.shape[1])))
             yield batch | {"ids": tokenizer.fit_bucket(ids, widths)}
 
-    whole = Run(tmp_path / "whole").fit(source)
+    whole = Run(tmp_path / "whole", steps=3).fit(source)
     widths[:] = 6, 12
-    run = Run(tmp_path / "cut")
-    assert_same(whole.trainable, run.fit(source).trainable, atol=1e-5, rtol=0)
+    run = Run(tmp_path / "buckets", steps=3)
+    assert_equal(whole.trainable, run.fit(source).trainable, atol=1e-5, rtol=0)
     assert run.step._cache_size() == 3
-    losses = [[line["loss"] for line in read_metrics(tmp_path / d)] for d in ("whole", "cut")]
-    np.testing.assert_allclose(*losses, atol=1e-5)
 
 
-def test_progress_is_logged(tmp_path, caplog):
-    logging.set_verbosity(logging.INFO)
-    with caplog.at_level("INFO", logger="absl"):
-        Run(tmp_path).fit()
-    lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("step 6/6")]
-    assert lines and "videos/s" in lines[0] and "waiting for data" in lines[0]
-
-
-def test_how_long_devices_stood_still_is_told_as_waiting_for_data(tmp_path, monkeypatch):
-    made, given = [], []
+def test_the_time_that_devices_wait_for_batches_is_logged(tmp_path, monkeypatch):
+    outputs, noted = [], []
 
     class Noted(prefetch.Idle):
         def next(self, batches):
             return super().next(batches)[0], lambda: 1.5  # seconds, of every batch
 
         def ran(self, output):
-            given.append(output)
+            noted.append(output)
             super().ran(output)
 
     monkeypatch.setattr(prefetch, "Idle", Noted)
-    run = Run(tmp_path, steps=4)
+    run = Run(tmp_path)
     step = run.step
 
-    def kept(*rows):
-        made.append(step(*rows))
-        return made[-1]
+    def recorded(*arguments):
+        outputs.append(step(*arguments))
+        return outputs[-1]
 
-    run.step = kept
+    run.step = recorded
     run.fit()
-    assert len(made) == 4 and all(a is metrics for a, (_, metrics) in zip(given, made, strict=True))
+    assert len(outputs) == STEPS
+    assert all(a is metrics for a, (_, metrics) in zip(noted, outputs, strict=True))
     compiling, *lines = read_metrics(tmp_path)
-    assert "data_wait" not in compiling and [line["step"] for line in lines] == [2, 4]
-    for line in lines:  # both are by the same time
+    assert "data_wait" not in compiling and [line["step"] for line in lines] == [2, 4, 6]
+    for line in lines:  # both are divided by the same time
         assert line["data_wait"] / line["videos_per_second"] == pytest.approx(1.5 / BATCH)
 
 
-def test_a_few_steps_are_started_ahead_of_the_devices_and_no_more(tmp_path):
-    waited, main = [], threading.current_thread()
+def test_a_few_steps_are_queued_on_the_devices_and_no_more(tmp_path, monkeypatch):
+    waits, main_thread, started = [], threading.current_thread(), 0
 
     class Output(float):
         def block_until_ready(self):
-            if threading.current_thread() is main:
-                waited.append((self, started))
+            if threading.current_thread() is main_thread:
+                waits.append((self, started))
 
-    run = Run(tmp_path, steps=loop.MAX_PENDING_STEPS + 2)
-    run.config.log_every = run.config.checkpoint_every = 100
-    step, started = run.step, 0
+    run = Run(tmp_path)
+    monkeypatch.setitem(run.config, "log_every", 100)
+    monkeypatch.setitem(run.config, "checkpoint_every", 100)
+    step = run.step
 
-    def counted(*given):
+    def counted(*arguments):
         nonlocal started
         started += 1
-        return step(*given)[0], {"loss": Output(started)}
+        return step(*arguments)[0], {"loss": Output(started)}
 
     run.step = counted
     run.fit()
-    # The first is logged, and with that over.
-    assert waited == [(2, loop.MAX_PENDING_STEPS + 1), (3, loop.MAX_PENDING_STEPS + 2)]
+    pending = loop.MAX_PENDING_STEPS
+    assert waits == [(2, pending + 1), (3, pending + 2)]  # the first step is over when it is logged

@@ -1,4 +1,4 @@
-"""What a step does to the temperature."""
+"""The loss, the optimizer and the temperature, against double precision and by hand."""
 
 import math
 
@@ -7,9 +7,142 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from tests import tiny
 from vop_jax.clip.model import unit
-from vop_jax.training.step import TrainState, loss_and_gradient, make_train_step
+from vop_jax.clip.weights import parameter_shapes
+from vop_jax.config.base import base_config
+from vop_jax.storage.tensors import flatten, unflatten
+from vop_jax.training.step import (
+    TrainState,
+    learning_rate,
+    loss_and_gradient,
+    make_optimizer,
+    make_train_step,
+    symmetric_cross_entropy,
+    weight_decay_mask,
+)
+
+loss = jax.jit(symmetric_cross_entropy)
+
+
+def unit_rows(seed, count, width=6):
+    rows = np.random.default_rng(seed).normal(size=(count, width))
+    return (rows / np.linalg.norm(rows, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def reference(text, video, temperature):
+    """The loss in double precision, one pair at a time."""
+    text, video = text.astype(np.float64), video.astype(np.float64)
+    terms = []
+    for a, b in ((text, video), (video, text)):
+        for i in range(len(a)):
+            logits = temperature * (b @ a[i])
+            top = logits.max()
+            terms.append(top + np.log(np.exp(logits - top).sum()) - logits[i])
+    return np.mean(terms)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0.01, 100))
+def test_the_loss_equals_double_precision(seed, temperature):
+    text, video = unit_rows(seed, 7), unit_rows(seed + 1, 7)
+    expected = reference(text, video, temperature)
+    np.testing.assert_allclose(loss(text, video, temperature), expected, rtol=2e-5, atol=1e-6)
+
+
+def test_the_loss_of_batches_known_by_hand():
+    same, apart = np.repeat(unit_rows(0, 1), 8, axis=0), np.eye(4, dtype=np.float32)
+    np.testing.assert_allclose(loss(same, same, 50.0), np.log(8), rtol=1e-6)  # chance
+    assert loss(apart, apart, 100.0) < 1e-6 and loss(apart, apart[::-1], 100.0) > 99
+    assert loss(same[:1], same[:1], 100.0) == 0  # one pair has no negatives
+
+
+@pytest.mark.parametrize("temperature", [0.0, 100.0])
+def test_gradients_are_finite_even_of_a_collapsed_or_separated_batch(temperature):
+    gradient = jax.jit(jax.grad(symmetric_cross_entropy, argnums=(0, 1, 2)))
+    same, apart = np.repeat(unit_rows(0, 1), 5, axis=0), np.eye(5, 6, dtype=np.float32)
+    for text, video in ((same, same), (apart, apart), (apart, -apart)):
+        assert all(np.isfinite(leaf).all() for leaf in gradient(text, video, temperature))
+
+
+def test_the_gradient_equals_finite_differences():
+    text, video = unit_rows(0, 4), unit_rows(1, 4)
+    gradient = jax.grad(symmetric_cross_entropy)(text, video, 5.0)
+    step = 1e-5
+    for i, j in ((0, 0), (2, 3), (3, 5)):
+        up, down = text.astype(np.float64), text.astype(np.float64)
+        up[i, j] += step
+        down[i, j] -= step
+        slope = (reference(up, video, 5.0) - reference(down, video, 5.0)) / (2 * step)
+        np.testing.assert_allclose(gradient[i, j], slope, rtol=1e-3, atol=1e-5)
+
+
+def train_config(**values):
+    config = base_config().train
+    config.update(values)
+    return config
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(100, 0.1), (7, 0.0), (1000, 0.025)])
+def test_linear_warm_up_then_cosine_to_zero(steps, warmup):
+    schedule = learning_rate(train_config(steps=steps, warmup=warmup, learning_rate=0.3))
+    first = round(warmup * steps)
+    for step in np.unique(np.linspace(0, steps, 25).astype(int)):
+        if step < first:
+            expected = 0.3 * step / first
+        else:
+            expected = 0.3 * (1 + math.cos(math.pi * (step - first) / (steps - first))) / 2
+        np.testing.assert_allclose(schedule(step), expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(0, 0.1), (1, 0.1), (1, 1.0), (5, 1.0)])
+def test_short_runs_have_a_finite_rate(steps, warmup):
+    schedule = learning_rate(train_config(steps=steps, warmup=warmup))
+    assert all(np.isfinite(schedule(step)) for step in range(steps + 1))
+
+
+def test_norms_biases_and_temperature_do_not_decay():
+    names = [*(f"clip/{name}" for name in parameter_shapes(tiny.CLIP)), "prompts/visual"]
+    mask = flatten(weight_decay_mask(unflatten(dict.fromkeys(names, 0))))
+    assert mask.keys() == set(names)
+    spared = {name.rpartition("/")[2] for name, decays in mask.items() if not decays}
+    assert spared == {"bias", "scale", "logit_scale"}
+    decayed = {name.rpartition("/")[2] for name, decays in mask.items() if decays}
+    assert {"kernel", "visual", "positional_embedding"} <= decayed and not decayed & spared
+
+
+def test_adamw_with_decay_of_weights_alone_by_hand():
+    config = train_config(steps=10**6, warmup=0.0, learning_rate=0.1, weight_decay=0.2)
+    optimizer = make_optimizer(config)
+    start = np.array([1.0, -2.0], np.float32)
+    params = {"kernel": start, "a": {"bias": start}}
+    g = np.array([0.3, -0.4], np.float32)  # of norm 0.7 together: not clipped
+    state = optimizer.init(params)
+    assert sorted(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim) == [2] * 4
+    w, b, m, v = start.astype(np.float64), start.astype(np.float64), 0.0, 0.0
+    for t in range(1, 4):
+        gradient = {"kernel": g, "a": {"bias": g}}
+        updates, state = optimizer.update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        adam = (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+        w, b = w - 0.1 * (adam + 0.2 * w), b - 0.1 * adam
+    np.testing.assert_allclose(params["kernel"], w, rtol=1e-4)
+    np.testing.assert_allclose(params["a"]["bias"], b, rtol=1e-4)
+
+
+def test_the_gradient_is_clipped_over_all_parameters_together():
+    zero = np.zeros(2, np.float32)
+    gradient = {"a": np.float32([30, 0]), "b": np.float32([0, 40])}
+    optimizer = make_optimizer(train_config(clip_norm=1.0))
+    params = {"a": zero, "b": zero}
+    _, state = optimizer.update(gradient, optimizer.init(params), params)
+    first_moment = optax.tree.get(state, "mu")
+    np.testing.assert_allclose(first_moment["a"], [0.1 * 0.6, 0], rtol=1e-5)
+    np.testing.assert_allclose(first_moment["b"], [0, 0.1 * 0.8], rtol=1e-5)
 
 
 class Rows:
@@ -40,9 +173,9 @@ def test_the_temperature_learns_between_1_and_100(start, videos, moves):
     optimizer = optax.sgd(1e4)
     state = TrainState.create(trainable, optimizer)
     state, _ = jax.jit(make_train_step(Rows(), optimizer))(state, {}, batch)
-    found = state.trainable["clip"]["logit_scale"]
-    assert found.dtype == jnp.float32
-    assert found == np.float32(0.0 if moves == "down" else math.log(100))
+    scale = state.trainable["clip"]["logit_scale"]
+    assert scale.dtype == jnp.float32
+    assert scale == np.float32(0.0 if moves == "down" else math.log(100))
 
 
 def test_the_temperature_of_a_frozen_clip_stays_as_it_is():

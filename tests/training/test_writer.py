@@ -50,18 +50,11 @@ def workdir(request, tmp_path, monkeypatch):
     return f"gs://bucket/{tmp_path.name}"
 
 
-def test_every_line_is_there_at_once(workdir):
-    with MetricWriter(workdir) as metrics:
-        metrics.write_scalars(1, {"loss": 2.0})
-        assert read_metrics(workdir) == [{"step": 1, "loss": 2.0}]
-        metrics.write_scalars(2, {"loss": 1.0})
-        assert [line["step"] for line in read_metrics(workdir)] == [1, 2]
-
-
-def test_lines_that_are_about_to_be_redone_go(workdir):
+def test_every_line_is_there_at_once_and_a_resumed_run_replaces_later_ones(workdir):
     with MetricWriter(workdir) as metrics:
         for step in (1, 2, 3):
             metrics.write_scalars(step, {"loss": step})
+            assert read_metrics(workdir)[-1] == {"step": step, "loss": step}
     with MetricWriter(workdir, resume_step=2) as metrics:
         metrics.write_scalars(3, {"loss": 30})
     assert [line["loss"] for line in read_metrics(workdir)] == [1, 2, 30]
@@ -75,11 +68,11 @@ def events(folder):
     from tensorboardX.proto.event_pb2 import Event
 
     (file,) = folder.glob("events.out.tfevents.*")
-    content, at = file.read_bytes(), 0
-    while at < len(content):
-        size = int.from_bytes(content[at : at + 8], "little")
-        event = Event.FromString(content[at + 12 : at + 12 + size])
-        at += size + 16
+    content, offset = file.read_bytes(), 0
+    while offset < len(content):
+        size = int.from_bytes(content[offset : offset + 8], "little")
+        event = Event.FromString(content[offset + 12 : offset + 12 + size])
+        offset += size + 16
         if event.HasField("summary"):
             yield event.step, {value.tag: value.simple_value for value in event.summary.value}
         if event.HasField("session_log"):
@@ -124,7 +117,7 @@ def test_a_bucket_without_the_package_for_its_events(monkeypatch, tmp_path):
 
 
 class Notes:
-    """What we use of a writer of clu's; closing it is its owner's."""
+    """The part of clu's writer that is used; closing it is its owner's task."""
 
     def __init__(self):
         self.scalars, self.flushed = [], 0
@@ -136,7 +129,7 @@ class Notes:
         self.flushed += 1
 
 
-def test_a_given_writer_takes_tensorboards_place_and_stays_open(tmp_path):
+def test_another_writer_takes_tensorboards_place_and_stays_open(tmp_path):
     notes = Notes()
     with MetricWriter(tmp_path, second=notes) as metrics:
         metrics.write_scalars(1, {"loss": np.float32(0.5), "t2v/R@1": 3})
