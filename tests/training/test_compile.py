@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 from absl import logging
 
-from benchmarks.step_cost import step_flops
+from benchmarks.step_cost import Programs
 from tests import tiny
 from vop_jax.config.base import base_config
 from vop_jax.config.clip import PRESETS, ClipConfig
 from vop_jax.errors import UserError
 from vop_jax.training import compile, sharding
 from vop_jax.training.compile import CompiledStep, MemoryEstimate, matmul_flops
-from vop_jax.training.step import TrainState, make_optimizer, make_train_step
+from vop_jax.training.step import TrainState, batch_loss, make_optimizer, make_train_step
 from vop_jax.tuning.methods import MethodConfig
-from vop_jax.tuning.partition import partition
+from vop_jax.tuning.partition import merge, partition
 
 METHOD = MethodConfig("vop", frames=tiny.FRAMES, visual_prompts=2)
 SLOTS = METHOD.text_slots(tiny.CLIP)
@@ -56,7 +56,7 @@ def batch_of(mesh, size, width=SLOTS, seed=0):
 
 
 @pytest.mark.parametrize(
-    "shape", [(8, 1, 1), pytest.param((2, 2, 2), marks=pytest.mark.slow)], ids=str
+    "shape", [(2, 1, 1), pytest.param((2, 2, 2), marks=pytest.mark.slow)], ids=str
 )
 def test_each_shape_of_a_batch_is_compiled_once_and_all_widths_before_the_first_step(
     shape, compilations, caplog
@@ -65,7 +65,7 @@ def test_each_shape_of_a_batch_is_compiled_once_and_all_widths_before_the_first_
     mesh, step, state, frozen = prepare(shape)
     run = CompiledStep(step, mesh, (SLOTS - 2, SLOTS))
     whole, narrow = batch_of(mesh, 8), batch_of(mesh, 8, SLOTS - 2, seed=1)
-    larger = batch_of(mesh, 16)
+    larger = batch_of(mesh, 12)
     places = jax.tree.map(lambda x: x.sharding, state)
     compilations.clear()
     seen = []
@@ -159,9 +159,20 @@ def test_a_compiler_that_lacks_memory_is_an_error_of_the_user_and_others_are_not
         compile_with("INTERNAL: something else")
 
 
+def flops_of(clip, method, frames):
+    """FLOPs of (the loss alone, a whole step) of two clips; traced only."""
+    programs = Programs(clip, method, frames, batch=2)
+
+    def loss(state, frozen, rows):
+        return batch_loss(programs.model, merge(state.trainable, frozen), rows)
+
+    functions = loss, programs.train_step
+    return [matmul_flops(jax.make_jaxpr(f)(*programs.shapes).jaxpr) for f in functions]
+
+
 def cost_ratio(clip, name, frames):
     """FLOPs of a step by those of its forward pass."""
-    forward, step = step_flops(clip, MethodConfig(name), frames, batch=2)
+    forward, step = flops_of(clip, MethodConfig(name), frames)
     return step / forward
 
 
@@ -171,14 +182,13 @@ def test_a_prompt_tuning_step_costs_two_forward_passes():
     assert 1.8 <= cost_ratio(deeper, "vop", frames=4) <= 2.1
 
 
-@pytest.mark.slow
 def test_full_tuning_costs_three_and_vit_b32_two():
     assert 2.7 <= cost_ratio(SMALL, "full", frames=4) <= 3.3
     assert 1.8 <= cost_ratio(PRESETS["ViT-B/32"], "vop", frames=12) <= 2.1
 
 
 def test_prompts_are_no_part_of_the_sequence_and_plain_clip_costs_its_matrix_products():
-    """Attention, norms and activations add a little to the products counted by hand."""
+    """The similarities of two clips add a little to the products counted by hand."""
     c, frames, batch = SMALL, 4, 2
 
     def block(width, tokens, queries):
@@ -192,7 +202,7 @@ def test_prompts_are_no_part_of_the_sequence_and_plain_clip_costs_its_matrix_pro
     patches = 2 * c.patches * 3 * c.patch_size**2 * c.vision_width
     frame = patches + blocks(c.vision_layers, c.vision_width, 1 + c.patches)
     caption = blocks(c.text_layers, c.text_width, c.context_length)
-    plain, _ = step_flops(c, MethodConfig("proj"), frames, batch)
-    assert 1 <= plain / (batch * (frames * frame + caption)) <= 1.15
-    prompts, _ = step_flops(c, MethodConfig("vop", visual_prompts=64), frames, batch)
+    plain, _ = flops_of(c, MethodConfig("proj"), frames)
+    assert 1 <= plain / (batch * (frames * frame + caption)) <= 1.01
+    prompts, _ = flops_of(c, MethodConfig("vop", visual_prompts=64), frames)
     assert prompts / plain < 1.15  # as part of it they would make 2.4 times as many tokens

@@ -14,7 +14,6 @@ from absl import logging
 from tests import tiny
 from vop_jax import cli
 from vop_jax.config.base import base_config
-from vop_jax.data import tokenizer
 from vop_jax.storage.tensors import flatten
 from vop_jax.training import loop, prefetch, sharding
 from vop_jax.training.checkpoint import Checkpoints
@@ -192,23 +191,6 @@ def test_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path):
     with pytest.raises(loop.NonFiniteLoss, match="loss is inf at step 5"):
         run.fit()
     assert Checkpoints(str(tmp_path), keep=2).latest_step() == 4
-
-
-def test_captions_in_buckets_teach_the_same_with_a_program_for_each_width(tmp_path):
-    widths = []
-
-    def source(start):
-        slots = method_of("vop").text_slots(tiny.CLIP)
-        for k, batch in zip(itertools.count(start), batches(start), strict=False):
-            ids = tiny.captions(BATCH, (6, 12, slots)[k % 3], seed=k)
-            ids = np.pad(ids, ((0, 0), (0, slots - ids.shape[1])))
-            yield batch | {"ids": tokenizer.fit_bucket(ids, widths)}
-
-    whole = Run(tmp_path / "whole", steps=3).fit(source)
-    widths[:] = 6, 12
-    run = Run(tmp_path / "buckets", steps=3)
-    assert_equal(whole.trainable, run.fit(source).trainable, atol=1e-5, rtol=0)
-    assert run.step._cache_size() == 3
 
 
 def test_the_time_that_devices_wait_for_batches_is_logged(tmp_path, monkeypatch):
