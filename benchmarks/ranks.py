@@ -34,11 +34,11 @@ def measure(texts: int, videos: int, width: int, what: str) -> dict[str, Any]:
     text_rows, video_rows = unit(texts), unit(videos)
     owner = np.arange(texts) * videos // texts
     if what != "dense":
-        from vop_jax.evaluation import pairs, ranks
+        from vop_jax.evaluation import ranks
     started = bytes_so_far()
     begin = time.perf_counter()
     if what == "blocks":
-        mean = float(pairs.pair_ranks(text_rows, video_rows, owner)[0].mean())
+        mean = float(ranks.pair_ranks(text_rows, video_rows, owner)[0].mean())
     elif what == "grouped":
         mean = float(ranks.grouped_ranks(video_rows, text_rows, owner).mean())
     elif what == "dense":  # text to video alone, less than what blocks do

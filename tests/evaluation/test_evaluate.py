@@ -1,6 +1,5 @@
 """From embeddings to rows: which sides are reported, misses, extras and where a bank comes from."""
 
-import json
 import math
 import sys
 from types import SimpleNamespace
@@ -10,11 +9,10 @@ import numpy as np
 import pytest
 from ml_collections import config_flags
 
-from tests import runs
-from tests.evaluation.embeddings import random_pairs
+from tests.evaluation.test_ranks import random_pairs
 from vop_jax.config import base as configs
 from vop_jax.errors import UserError
-from vop_jax.evaluation import evaluate, metrics, rescoring
+from vop_jax.evaluation import evaluate, metrics
 from vop_jax.experiment import inputs, results
 from vop_jax.training import sharding
 
@@ -54,15 +52,6 @@ def evaluated(texts, videos, owner, bank=None, **options):
     return evaluate.evaluate((encode, encode), params, mesh, data, BATCH)
 
 
-def test_one_caption_per_video_reports_two_sides():
-    texts, videos, owner = random_pairs(7, 7)
-    found = evaluated(texts, videos, owner)
-    assert list(found.results) == ["t2v", "v2t"]
-    ranks = metrics.rank_pairs(texts, videos, owner)
-    assert found.results["t2v"] == metrics.summarize(ranks.t2v)
-    assert found.results["v2t"] == metrics.summarize(ranks.v2t)
-
-
 def test_texts_are_embedded_in_the_narrowest_bucket_of_each_block():
     ids = np.zeros((10, 20), np.int32)
     lengths = np.array([2, 3, 4, 5, 5, 8, 2, 2, 9, 2])  # slots
@@ -79,21 +68,16 @@ def test_texts_are_embedded_in_the_narrowest_bucket_of_each_block():
     assert seen == [(BATCH, 5), (BATCH, 8), (BATCH, 20)]
 
 
-def test_several_captions_report_all_protocols():
-    texts, videos, owner = random_pairs(17, 7, similar=0.3)
-    found = evaluated(texts, videos, owner).results
-    assert list(found) == ["t2v", "v2t", "v2t_per_caption", "v2t_grouped"]
-    ranks = metrics.rank_pairs(texts, videos, owner)
-    assert found["v2t_per_caption"] == metrics.summarize(ranks.v2t_per_caption)
-    assert found["v2t_grouped"] == metrics.summarize(ranks.v2t_grouped)
-    mean = {side: values["MnR"] for side, values in found.items()}
-    assert mean["v2t_grouped"] < mean["v2t"] < mean["v2t_per_caption"]
-
-
-def test_extras_are_off_by_default_and_rows_of_their_own():
+def test_every_protocol_and_extra_has_a_row_of_its_own():
+    assert list(evaluated(*random_pairs(7, 7)).results) == ["t2v", "v2t"]
     texts, videos, owner = random_pairs(17, 7, similar=0.3)
     bank_texts, bank_videos, _ = random_pairs(5, 5, seed=1)
     plain = evaluated(texts, videos, owner).results
+    ranks = vars(metrics.rank_pairs(texts, videos, owner))
+    assert list(plain) == ["t2v", "v2t", "v2t_per_caption", "v2t_grouped"]
+    assert plain == {side: metrics.summarize(ranks[side]) for side in plain}
+    mean = {side: values["MnR"] for side, values in plain.items()}
+    assert mean["v2t_grouped"] < mean["v2t"] < mean["v2t_per_caption"]
     found = evaluated(texts, videos, owner, (bank_texts, bank_videos), extra=BOTH).results
     assert {name: found[name] for name in plain} == plain
     assert list(found)[4:] == [f"{side}_{name}" for name in BOTH for side in ("t2v", "v2t")]
@@ -101,15 +85,15 @@ def test_extras_are_off_by_default_and_rows_of_their_own():
         (
             "dual_softmax",
             (
-                rescoring.dual_softmax(texts, videos, SCALE),
-                rescoring.dual_softmax(videos, texts, SCALE),
+                metrics.dual_softmax(texts, videos, SCALE),
+                metrics.dual_softmax(videos, texts, SCALE),
             ),
         ),
         (
             "query_bank",
             (
-                rescoring.query_bank(bank_texts, videos),
-                rescoring.query_bank(bank_videos, texts),
+                metrics.query_bank(bank_texts, texts, videos),
+                metrics.query_bank(bank_videos, videos, texts),
             ),
         ),
     ):
@@ -121,7 +105,7 @@ def test_extras_are_off_by_default_and_rows_of_their_own():
 
 def test_the_scale_of_dual_softmax_is_that_of_the_loss(monkeypatch):
     seen = []
-    monkeypatch.setattr(rescoring, "dual_softmax", lambda t, v, scale: seen.append(scale))
+    monkeypatch.setattr(metrics, "dual_softmax", lambda t, v, scale: seen.append(scale))
     rows = np.eye(2, dtype=np.float32)
     for log_scale in (math.log(SCALE), math.log(1000.0)):
         evaluate._dual_softmax(rows, rows, {"clip": {"logit_scale": np.float32(log_scale)}})
@@ -199,19 +183,19 @@ def with_extra(value, **data):
 
 
 @pytest.mark.parametrize(
-    "value",
-    [BOTH, list(BOTH), "dual_softmax,query_bank", ("dual_softmax, query_bank",), (*BOTH, *BOTH)],
+    ("value", "names"),
+    [
+        *(
+            (v, BOTH)
+            for v in (list(BOTH), "dual_softmax,query_bank", ("dual_softmax, query_bank",))
+        ),
+        ((*BOTH, *BOTH), BOTH),
+        *((v, ()) for v in ((), "", ("",))),
+    ],
 )
-def test_extras_may_be_a_list_or_a_string(value):
+def test_extras_may_be_a_list_or_a_string(value, names):
     configs.validate(with_extra(value))
-    assert configs.extra_rows(with_extra(value)) == BOTH
-
-
-@pytest.mark.parametrize("value", [(), [], "", ("",)])
-def test_no_extras(value):
-    configs.validate(with_extra(value))
-    assert configs.extra_rows(with_extra(value)) == ()
-    assert configs.extra_rows(configs.base_config()) == ()
+    assert configs.extra_rows(with_extra(value)) == names
 
 
 @pytest.mark.parametrize("value", [("softmax",), "dual", 3, (3,), ("dual_softmax", "x")])
@@ -252,15 +236,6 @@ def test_tables_have_a_row_for_every_side():
     assert results.to_scalars(found)["t2v_query_bank/R@1"] == found["t2v_query_bank"]["R@1"]
 
 
-@pytest.fixture
-def several_captions(tmp_path):
-    folder = runs.write_folder(tmp_path)
-    rows = (folder / "captions.csv").read_text().splitlines()
-    more = [row.replace("clip", "film") for row in rows[1::2]]
-    (folder / "captions.csv").write_text("\n".join([*rows, *more]) + "\n")
-    return folder
-
-
 @pytest.mark.parametrize(
     "flags",
     [
@@ -275,17 +250,3 @@ def test_extras_on_the_command_line(flags, monkeypatch):
     config_flags.DEFINE_config_dict("config", configs.base_config(), flag_values=values)
     values(sys.argv)
     assert configs.extra_rows(values.config) == BOTH
-
-
-def test_a_run_reports_what_the_command_line_asks_for(several_captions, tmp_path):
-    flags = ["--config.eval.extra=dual_softmax,query_bank", "--config.method.name=zero_shot"]
-    clip = runs.write_clip(tmp_path / "clip.safetensors")
-    argv = runs.arguments(several_captions, clip, tmp_path / "run", *flags)
-    assert runs.call(*argv, "--config.eval.bank=5") == 0
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    sides = [key for key in summary if key.startswith(("t2v", "v2t"))]
-    extras = [f"{side}_{name}" for name in BOTH for side in ("t2v", "v2t")]
-    assert sides == ["t2v", "v2t", "v2t_per_caption", "v2t_grouped", *extras]
-    assert (summary["num_texts"], summary["num_videos"]) == (12, 8)
-    assert all(set(summary[side]) == set(summary["t2v"]) for side in sides)
-    assert summary["before"] == {side: summary[side] for side in sides}  # nothing was trained

@@ -1,28 +1,334 @@
-"""The blocks themselves: their size, their number of programs, groups that have no own."""
+"""Ranks of both directions and re-scored ranks, against their definitions written out."""
 
 import jax
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from tests.evaluation.embeddings import random_pairs
-from vop_jax.evaluation import ranks
+from vop_jax.evaluation import metrics, ranks
+from vop_jax.evaluation.ranks import best_candidates, pair_ranks
+
+ALL_PROTOCOLS = ("t2v", "v2t", "v2t_per_caption", "v2t_grouped")
+
+
+@st.composite
+def pairs(draw):
+    """(texts, videos, video of each text, elements): exact similarities in float32, many equal."""
+    videos = draw(st.sampled_from([1, 5]))  # few sizes, so few programs
+    count = videos + draw(st.sampled_from([0, 6]))
+    extra = draw(st.lists(st.integers(0, videos - 1), min_size=count - videos, max_size=count))
+    owner = np.array(draw(st.permutations([*range(videos), *extra[: count - videos]])))
+    rng = np.random.default_rng(draw(st.integers(0, 2**16)))
+    texts, candidates = (rng.integers(-4, 5, (n, 2)) / np.float32(8) for n in (count, videos))
+    elements = draw(st.sampled_from([1, 3 * count, 10**6]))  # one query at a time, a few, all
+    return texts.astype(np.float32), candidates.astype(np.float32), owner, elements
+
+
+def unit(rows):
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def random_pairs(texts, videos, seed=0, width=8, similar=1.0):
+    """Unit rows in general position; texts lie near their videos, several per video."""
+    rng = np.random.default_rng(seed)
+    owner = rng.permutation(np.arange(texts) % videos)
+    video_rows = rng.standard_normal((videos, width))
+    text_rows = similar * video_rows[owner] + rng.standard_normal((texts, width))
+    return unit(text_rows), unit(video_rows), owner
+
+
+def dense(texts, videos):
+    """float64 [N, M]."""
+    return texts.astype(np.float64) @ videos.astype(np.float64).T
+
+
+def rank_bounds(scores, own, others, slack):
+    """The least and greatest rank of candidate `own`, if scores are known to a part of `slack`."""
+    target, rest = scores[own], scores[others]
+    margin = slack * np.maximum(np.abs(rest), abs(target))
+    ties = (np.abs(rest - target) <= margin).sum()
+    better = (rest > target + margin).sum()
+    return 1 + better + (0 if slack else ties / 2), 1 + better + (ties if slack else ties / 2)
+
+
+def definition(t2v, v2t, owner, slack=0.0):
+    """{protocol: [2, queries]}: bounds on the ranks of scores [N, M] and [M, N]."""
+    texts, videos = np.arange(len(owner)), np.arange(len(v2t))
+    bounds = {
+        "t2v": [rank_bounds(t2v[i], j, videos != j, slack) for i, j in enumerate(owner)],
+        "v2t_per_caption": [rank_bounds(v2t[owner[i]], i, owner != owner[i], slack) for i in texts],
+    }
+    best = [np.min([bounds["v2t_per_caption"][i] for i in texts[owner == j]], 0) for j in videos]
+    groups = np.stack([v2t[:, owner == j].max(axis=1) for j in videos], axis=1)
+    grouped = [rank_bounds(groups[j], j, videos != j, slack) for j in videos]
+    bounds |= {"v2t": best, "v2t_grouped": grouped}
+    return {name: np.array(rows).T for name, rows in bounds.items()}
+
+
+def assert_ranks(found, expected):
+    for name in ALL_PROTOCOLS:
+        low, high = expected[name]
+        assert (low <= getattr(found, name)).all() and (getattr(found, name) <= high).all(), name
+
+
+@settings(max_examples=40, deadline=None)
+@given(pairs(), st.integers(0, 100))
+def test_ranks_equal_the_definition_whatever_the_order_of_queries(drawn, seed):
+    texts, videos, owner, elements = drawn
+    found = metrics.rank_pairs(texts, videos, owner, elements=elements)
+    similar = dense(texts, videos)
+    assert_ranks(found, definition(similar, similar.T, owner))
+    rng = np.random.default_rng(seed)
+    of_texts, of_videos = rng.permutation(len(texts)), rng.permutation(len(videos))
+    moved = np.argsort(of_videos)[owner[of_texts]]
+    shuffled = metrics.rank_pairs(texts[of_texts], videos[of_videos], moved, elements=elements)
+    for name in ALL_PROTOCOLS:
+        order = of_texts if name in ("t2v", "v2t_per_caption") else of_videos
+        np.testing.assert_array_equal(getattr(shuffled, name), getattr(found, name)[order])
+
+
+def clip4clip(texts, videos, owner):
+    """Video to text as its `eval_epoch` and `compute_metrics` have it, where nothing is tied."""
+    similar = texts[np.argsort(owner, kind="stable")] @ videos.T
+    ends = np.cumsum(np.bincount(owner))
+    longest = np.bincount(owner).max()
+    tensor = []
+    for start, end in zip([0, *ends[:-1]], ends, strict=True):
+        filler = np.full((longest - end + start, len(videos)), -np.inf)
+        tensor.append(np.concatenate([similar[start:end], filler]))
+    x = np.stack(tensor).max(axis=1).T
+    place = np.where(np.sort(-x, axis=1) - np.diag(-x)[:, None] == 0)[1]
+    recalls = {f"R@{k}": 100 * np.mean(place < k) for k in (1, 5, 10)}
+    return recalls | {"MnR": place.mean() + 1, "MdR": np.median(place) + 1}
+
+
+def test_groups_of_captions_are_those_of_clip4clip():
+    texts, videos, owner = random_pairs(150, 40, similar=0.3)
+    found = metrics.rank_pairs(texts, videos, owner, elements=1000)
+    grouped = metrics.summarize(found.v2t_grouped)
+    assert grouped == pytest.approx(clip4clip(texts, videos, owner))
+    any_caption = metrics.summarize(found.v2t)
+    assert grouped["R@1"] == any_caption["R@1"] and grouped["R@10"] > any_caption["R@10"]
+
+
+@pytest.mark.parametrize("elements", [36, 900, 10**6])
+def test_equal_embeddings_rank_at_chance(elements):
+    """Also where similarities are rounded, and an own one comes from another tile than its rivals.
+
+    Equal rows must have equal similarities, to the bit.
+    """
+    for rows, width in ((5, 61), (101, 512)):
+        same = np.repeat(random_pairs(1, 1, width=width)[0], rows, axis=0)
+        found = metrics.rank_pairs(same, same, np.arange(rows), elements=elements)
+        assert set(found.t2v) == set(found.v2t) == {(rows + 1) / 2}  # the mean rank, not 1
+
+
+def test_similarities_are_not_rounded_to_a_faster_format():
+    """Two candidates that differ in the last bits keep their order."""
+    text = np.ones((2, 64), np.float32)
+    videos = np.full((2, 64), 0.1, np.float32)
+    videos[1, 0] += 1e-5
+    assert list(pair_ranks(text, videos, np.arange(2))[0]) == [2, 1]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("row", [0, 5])
+@pytest.mark.parametrize("side", ["texts", "videos"])
+def test_non_finite_similarities_are_an_error(bad, row, side):
+    texts, videos, owner = random_pairs(6, 6)
+    {"texts": texts, "videos": videos}[side][row, 1] = bad
+    for elements in (6, 24):
+        for call in (
+            lambda: metrics.rank_pairs(texts, videos, owner, elements=elements),  # noqa: B023
+            lambda: best_candidates(texts, videos, 2, elements=elements),  # noqa: B023
+            lambda: metrics.query_bank(texts, videos, videos),
+            lambda: metrics.dual_softmax(texts, videos, 100.0),
+        ):
+            with pytest.raises(FloatingPointError, match="not finite"):
+                call()
+    with pytest.raises(FloatingPointError, match="not finite"):
+        metrics.contrast_accuracy(texts, texts * np.nan, videos, owner)
+
+
+@pytest.mark.parametrize("owner", [[0, 0, 1], [0, 1, 3], [-1, 0, 1]])
+def test_a_video_without_a_caption_is_refused(owner):
+    rows = np.eye(3, dtype=np.float32)
+    with pytest.raises(ValueError, match="every video"):
+        metrics.rank_pairs(rows, rows, np.array(owner))
+
+
+# ---- Re-scored ranks, over the whole matrix in float64
+
+
+def dense_dual_softmax(similar, scale):
+    """[Q, C] -> [Q, C]."""
+    share = np.exp(scale * similar)
+    return similar * share / share.sum(axis=0, keepdims=True)
+
+
+def dense_query_bank(similar, of_bank, beta=20.0):
+    """[Q, C], [B, C] -> [Q, C], as in the authors' dynamic_inverted_softmax."""
+    activated = np.isin(similar.argmax(axis=1), of_bank.argmax(axis=1))
+    normalised = np.exp(beta * similar) / np.exp(beta * of_bank).sum(axis=0, keepdims=True)
+    return np.where(activated[:, None], normalised, similar)
+
+
+def check_dual_softmax(texts, videos, owner, scale, elements):
+    scores = (
+        metrics.dual_softmax(texts, videos, scale, elements=elements),
+        metrics.dual_softmax(videos, texts, scale, elements=elements),
+    )
+    found = metrics.rank_pairs(texts, videos, owner, scores=scores, elements=elements)
+    similar = dense(texts, videos)
+    expected = dense_dual_softmax(similar, scale), dense_dual_softmax(similar.T, scale)
+    assert_ranks(found, definition(*expected, owner, slack=1e-5))
+
+
+@pytest.mark.parametrize("elements", [1, 100])
+@pytest.mark.parametrize(("count", "videos"), [(1, 1), (23, 9)])
+def test_re_scored_ranks_equal_the_dense_ones(count, videos, elements):
+    texts, video_rows, owner = random_pairs(count, videos, seed=count)
+    for scale in (1.0, 20.0):
+        check_dual_softmax(texts, video_rows, owner, scale, elements)
+    similar = dense(texts, video_rows)
+    for size in (1, 30):
+        bank_texts, bank_videos, _ = random_pairs(size, size, seed=size + 100)
+        scores = (
+            metrics.query_bank(bank_texts, texts, video_rows, elements=elements),
+            metrics.query_bank(bank_videos, video_rows, texts, elements=elements),
+        )
+        found = metrics.rank_pairs(texts, video_rows, owner, scores=scores, elements=elements)
+        expected = (
+            dense_query_bank(similar, dense(bank_texts, video_rows)),
+            dense_query_bank(similar.T, dense(bank_videos, texts)),
+        )
+        assert_ranks(found, definition(*expected, owner, slack=1e-5))
+
+
+@settings(max_examples=15, deadline=None)
+@given(pairs())
+def test_dual_softmax_of_ties_zeros_and_negative_similarities(drawn):
+    check_dual_softmax(*drawn[:3], 4.0, drawn[3])
+
+
+def scored(score, queries, candidates):
+    similar = queries @ candidates.T
+    return np.asarray(score.function(similar, score.of_query[:, None], score.of_candidate[None]))
+
+
+def test_dual_softmax_orders_scores_that_float32_cannot_hold():
+    """At CLIP's scale of 100 a share of the softmax may be less than 1e-60."""
+    queries = np.array([[1, 0, 0], [0, 1, 0]], np.float32)
+    candidates = unit(np.array([[-0.5, 0.8, 0.1], [-0.6, 0.8, 0], [0.1, 1, 0], [0.2, 1, 0]]))
+    scores = scored(metrics.dual_softmax(queries, candidates, 100.0), queries, candidates)
+    expected = dense_dual_softmax(dense(queries, candidates), 100.0)
+    assert np.abs(expected).min() < 1e-38 and np.isfinite(scores).all()
+    np.testing.assert_array_equal(np.argsort(scores, axis=1), np.argsort(expected, axis=1))
+    assert all(len(set(row)) == 4 for row in scores)
+
+
+def test_query_bank_demotes_a_hub_and_leaves_other_candidates_alone():
+    """Candidate 0 is near to every bank query: it loses the queries that are not its own."""
+    hub, other, third = candidates = np.eye(3, dtype=np.float32)
+    queries = unit(np.stack([hub + 0.9 * other, third]))
+    score = metrics.query_bank(unit(np.stack([hub] * 5)), queries, candidates)
+    scores = scored(score, queries, candidates)
+    assert (queries @ candidates.T)[0].argmax() == 0 and scores[0].argmax() == 1
+    np.testing.assert_array_equal(scores[1], queries[1] @ candidates.T)  # its best is no hub
+
+
+# ---- Metrics
+
+
+def test_missing_videos_count_as_misses():
+    rows = np.eye(3, dtype=np.float32)
+    found = metrics.with_misses(metrics.rank_pairs(rows, rows, np.arange(3)), texts=2, videos=1)
+    assert list(found.t2v) == [1, 1, 1, 4, 4]
+    assert list(found.v2t) == [1, 1, 1, 5]
+    assert list(found.v2t_per_caption) == [1, 1, 1, 5, 5]
+    assert list(found.v2t_grouped) == [1, 1, 1, 4]
+
+
+def test_half_ranks_of_ties_are_outside_the_recall_below_them():
+    summary = metrics.summarize(np.array([1.0, 1.5, 5.0, 5.5, 11.0]))
+    assert summary == {"R@1": 20.0, "R@5": 60.0, "R@10": 80.0, "MnR": 4.8, "MdR": 5.0}
+
+
+def test_contrast_accuracy_counts_captions_closer_than_their_contrast():
+    videos = np.eye(2, dtype=np.float32)
+    texts = videos[[0, 0, 1, 1]]
+    contrasts = np.array([[0, 1], [1, 0], [0.6, 0.8], [0, -1]], np.float32)
+    # Closer, equal, closer, closer; in the other order: farther, equal, farther, farther.
+    assert metrics.contrast_accuracy(texts, contrasts, videos, np.array([0, 0, 1, 1])) == 87.5
+
+
+@pytest.mark.parametrize("elements", [1, 10, 1000])
+def test_best_candidates_are_the_nearest_best_first(elements):
+    rng = np.random.default_rng(0)
+    texts = rng.integers(-2, 3, (7, 3)).astype(np.float32)
+    videos = rng.integers(-2, 3, (5, 3)).astype(np.float32)
+    rows, similarities = best_candidates(texts, videos, 3, elements=elements)
+    for text, row, similar in zip(texts, rows, similarities, strict=True):
+        expected = sorted(range(5), key=lambda j: (-(text @ videos[j]), j))[:3]
+        assert list(row) == expected
+        assert list(similar) == [text @ videos[j] for j in expected]
+    assert best_candidates(texts, videos, 9)[0].shape == (7, 5)
+
+
+# ---- Memory
+
+
+@given(st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 10**7))
+def test_a_tile_is_within_the_bound_and_no_higher_than_wide(texts, videos, elements):
+    high, wide = ranks.tile_sizes(texts, videos, elements)
+    assert 1 <= high <= texts and 1 <= wide <= videos and high * wide <= elements
+    # The columns of a tile's texts are neighbours: one tile holds them all.
+    assert high <= wide or wide == videos
+    if texts * videos <= elements:
+        assert (high, wide) == (texts, videos)
+
+
+def test_every_similarity_is_computed_once_and_own_ones_once_more(monkeypatch):
+    shapes, tile = [], ranks._tile
+
+    def spied(*args):
+        found = tile(*args)
+        shapes.append(found[0].shape)
+        return found
+
+    monkeypatch.setattr(ranks, "_tile", spied)
+    before = tile._cache_size(), ranks._count._cache_size()
+    texts, videos, owner = random_pairs(50, 50, width=3)
+    pair_ranks(texts, videos, owner, elements=100)
+    assert shapes == [(10, 10)] * (5 * 5 + 5)
+    # The last tiles are filled up: other sizes of data, but no others of tiles.
+    pair_ranks(texts[:47], videos[:41], owner[:47] % 41, elements=100)
+    assert shapes == [(10, 10)] * 2 * (5 * 5 + 5)
+    assert tile._cache_size() == before[0] + 1 and ranks._count._cache_size() <= before[1] + 2
+
+
+@pytest.mark.parametrize(("backend", "count"), [("cpu", 2**22), ("gpu", 2**28), ("tpu", 2**28)])
+def test_the_bound_suits_the_device(monkeypatch, backend, count):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    assert ranks.max_elements(None) == count and ranks.max_elements(7) == 7
 
 
 def largest(jaxpr):
     """The elements of the largest array that a traced program makes, in its loops too."""
-    found = [v.aval.size for equation in jaxpr.eqns for v in equation.outvars]
+    sizes = [v.aval.size for equation in jaxpr.eqns for v in equation.outvars]
     for equation in jaxpr.eqns:
         for inner in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns")):
             inner = getattr(inner, "jaxpr", inner)
-            found += [largest(inner)] if hasattr(inner, "eqns") else []
-    return max(found, default=0)
+            sizes += [largest(inner)] if hasattr(inner, "eqns") else []
+    return max(sizes, default=0)
 
 
-@pytest.fixture
-def traced(monkeypatch):
-    """{name of a block program: the largest array of each call}."""
+@pytest.mark.parametrize("elements", [120, 600, 10**6])
+def test_nothing_larger_than_the_bound_is_computed(monkeypatch, elements):
+    texts, videos, owner = random_pairs(120, 20, width=2)
     sizes = {}
-    for name in ("_rank_block", "_log_sum_block"):
+    for name in ("_count", "_log_sum_block"):
         program = getattr(ranks, name)
 
         def spied(*args, name=name, program=program):
@@ -30,56 +336,12 @@ def traced(monkeypatch):
             return program(*args)
 
         monkeypatch.setattr(ranks, name, spied)
-    return sizes
-
-
-@pytest.mark.parametrize(("elements", "blocks"), [(120, 20), (600, 4), (10**6, 1)])
-def test_nothing_larger_than_the_bound_is_made(traced, elements, blocks):
-    texts, videos, owner = random_pairs(120, 20, width=2)
-    ranks.own_ranks(videos, texts, np.arange(20), owner, elements=elements)
-    ranks.log_sums(videos, texts, 1.0, elements=elements)
-    for sizes in traced.values():
-        bound = min(elements, 120 * 20)  # a block of one query has 120
-        assert len(sizes) == blocks and max(sizes) >= bound  # else it saw nothing
-        assert max(sizes) <= max(bound, 240)  # beside blocks the candidates themselves, [120, 2]
-
-
-def test_blocks_share_one_program_also_the_last():
-    texts, videos, owner = random_pairs(103, 13, width=3)
-    before = ranks._rank_block._cache_size()
-    for _ in range(2):
-        ranks.own_ranks(texts, videos, owner, np.arange(13), elements=13 * 10)
-    assert ranks._rank_block._cache_size() == before + 1
-
-
-def test_only_pairs_of_one_group_are_ranked():
-    """Groups may have no query, no candidate, or several of both."""
-    queries, candidates, _ = random_pairs(5, 4, width=3)
-    of_query, of_candidate = np.array([7, 2, 2, 5, 9]), np.array([2, 9, 2, 4])
-    query, candidate, rank = ranks.own_ranks(queries, candidates, of_query, of_candidate)
-    pairs = [(1, 0), (1, 2), (2, 0), (2, 2), (4, 1)]
-    assert sorted(zip(query.tolist(), candidate.tolist(), strict=True)) == pairs
-    for q, c, r in zip(query, candidate, rank, strict=True):
-        others = of_candidate != of_query[q]
-        similar = candidates @ queries[q]
-        assert r == 1 + (similar[others] > similar[c]).sum()
-
-
-def test_similarities_are_not_rounded_to_a_faster_format():
-    """Two candidates that differ in the last bits keep their order."""
-    query = np.ones((1, 64), np.float32)
-    candidates = np.full((2, 64), 0.1, np.float32)
-    candidates[1, 0] += 1e-5
-    _, _, rank = ranks.own_ranks(query, candidates, np.array([1]), np.array([0, 1]))
-    assert rank[0] == 1
-    _, _, rank = ranks.own_ranks(query, candidates, np.array([0]), np.array([0, 1]))
-    assert rank[0] == 2
-
-
-@pytest.mark.parametrize("elements", [1, 40, 10**6])
-def test_log_sums_equal_the_dense_ones(elements):
-    queries, candidates, _ = random_pairs(17, 6)
-    logits = 100 * queries.astype(np.float64) @ candidates.T
-    expected = np.log(np.exp(logits).sum(axis=0))
-    found = ranks.log_sums(queries, candidates, 100.0, elements=elements)
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    pair_ranks(texts, videos, owner, elements=elements)
+    logits = 100 * dense(videos, texts)
+    sums = ranks.log_sums(videos, texts, 100.0, elements=elements)
+    np.testing.assert_allclose(sums, np.log(np.exp(logits).sum(axis=0)), rtol=1e-5)
+    assert len(sizes) == 2
+    for found in sizes.values():
+        # Beside tiles there are the ranks of all texts, and the candidates [120, 2].
+        assert max(found) <= max(min(elements, 120 * 20), 240)
+    assert max(sizes["_log_sum_block"]) >= min(elements, 120 * 20)  # else nothing was seen

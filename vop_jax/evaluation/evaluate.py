@@ -1,4 +1,4 @@
-"""From a split to ranks: embed every clip and caption once, then compare."""
+"""Evaluates a split: embeds every clip and caption once, then ranks them."""
 
 import contextlib
 import dataclasses
@@ -11,25 +11,25 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vop_jax.data import tokenizer
-from vop_jax.evaluation import metrics, rescoring
-from vop_jax.evaluation.ranks import Score
+from vop_jax.evaluation import metrics
+from vop_jax.evaluation.ranks import Score, best_candidates
 from vop_jax.model import TextVideoModel
 from vop_jax.training import prefetch, sharding
 from vop_jax.training.progress import Progress
 from vop_jax.training.sharding import map_rows
 
-TOP = 5  # videos kept of each text's ranking
+TOP = 5  # videos reported of each text's ranking
 
 Encode = Callable[[Any, jax.Array], jax.Array]  # (params, rows) -> unit rows [N, E]
 
 
 @dataclasses.dataclass(frozen=True)
 class Bank:
-    """Training clips, each with one caption: the queries that QB-Norm compares with.
+    """Training clips with one caption each: the queries that QB-Norm compares with.
 
     Attributes:
         videos: starts one pass, as in `EvalSet`.
-        ids: int32 [B, T], a caption of each.
+        ids: int32 [N, T], one caption of each clip.
     """
 
     videos: Callable[[], Iterator[dict[str, np.ndarray]]]
@@ -38,17 +38,18 @@ class Bank:
 
 @dataclasses.dataclass(frozen=True)
 class EvalSet:
-    """A split to be evaluated; the loop never knows where it came from.
+    """A split to evaluate, independent of where its clips come from.
 
     Attributes:
-        videos: starts one pass; batches of "frames" uint8 [b, F, S, S, 3] and "mask" bool [b].
+        videos: starts one pass; yields batches of "frames" uint8 [b, F, S, S, 3] and "mask"
+            bool [b], False in rows that only fill up the batch.
         ids: int32 [N, T], all captions.
-        video_of_text: int [N], each caption's video.
-        contrasts: {what is turned: int32 [N, T], each caption with that turned}.
-        missed_texts, missed_videos: what unreadable videos leave as misses.
-        extra: "dual_softmax", "query_bank": what else is ranked by, in rows of their own.
-        bank: of training clips, needed for "query_bank" alone.
-        text_buckets: widths that captions are cut to where they fit, see `tokenizer.fit_bucket`.
+        video_of_text: int [N], the video of each caption.
+        contrasts: {attribute: int32 [N, T]}, each caption with that attribute reversed.
+        missed_texts, missed_videos: captions and videos that count as misses, being unreadable.
+        extra: further rankings, each reported in rows of its own: "dual_softmax", "query_bank".
+        bank: only needed for "query_bank".
+        text_buckets: widths of caption batches, see `tokenizer.fit_bucket`.
         fingerprint: of the clips, their captions and the CLIP that compares them.
     """
 
@@ -66,15 +67,14 @@ class EvalSet:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What came out.
+    """The metrics and rankings of a split.
 
     Attributes:
-        results: {"t2v": {"R@1": …, "MdR": …}, "v2t": …}; where a video has several captions
-            also "v2t_per_caption" and "v2t_grouped"; for each extra also "t2v_dual_softmax" …;
-            with contrasts also {"accuracy": {what is turned: percent}}, of the texts that were
-            read.
-        ranks: of the texts and videos that were read.
-        top: the best videos of each text, see `metrics.top_videos`.
+        results: {"t2v": {"R@1": …, "MdR": …}, "v2t": …}. Splits with several captions per video
+            add "v2t_per_caption" and "v2t_grouped", each extra ranking adds "t2v_dual_softmax" …,
+            contrasts add {"accuracy": {attribute: percent}} over the readable texts.
+        ranks: of the readable texts and videos.
+        top: the best videos of each text and their similarities, see `ranks.best_candidates`.
     """
 
     results: dict[str, dict[str, float]]
@@ -83,10 +83,10 @@ class Evaluation:
 
 
 def make_encoders(model: TextVideoModel, mesh: Mesh) -> tuple[Encode, Encode]:
-    """Jitted (encode_video, encode_text): rows sharded on the way in, whole on the way out."""
+    """Jitted (encode_video, encode_text): they take sharded rows and return replicated ones."""
 
     def jitted(method: str) -> Encode:
-        def encode(params, rows):
+        def encode(params: Any, rows: jax.Array) -> Any:
             return model.apply({"params": params}, rows, method=method)
 
         return jax.jit(map_rows(mesh, encode), out_shardings=sharding.replicated(mesh))
@@ -95,7 +95,7 @@ def make_encoders(model: TextVideoModel, mesh: Mesh) -> tuple[Encode, Encode]:
 
 
 def batch_size_for(mesh: Mesh, count: int, largest: int) -> int:
-    """Of `count` rows: no more than there are, as far as the mesh divides them."""
+    """The batch size for `count` rows: at most `largest`, and a multiple of the row shards."""
     ways = sharding.row_shards(mesh)
     return min(largest, -(-count // ways) * ways)
 
@@ -103,7 +103,7 @@ def batch_size_for(mesh: Mesh, count: int, largest: int) -> int:
 def embed_videos(
     encode: Encode, params: Any, mesh: Mesh, batches: Iterator[dict[str, np.ndarray]], count: int
 ) -> np.ndarray:
-    """float32 [M, E] of the M=`count` videos, padding rows dropped."""
+    """Embeds M=`count` videos: float32 [M, E], without the rows that fill up the last batch."""
     gather = jax.jit(lambda x: x, out_shardings=sharding.replicated(mesh))
     rows, done = [], 0
     with (
@@ -126,7 +126,7 @@ def embed_texts(
     batch_size: int,
     text_buckets: Sequence[int] = (),
 ) -> np.ndarray:
-    """int32 [N, T] -> float32 [N, E], in batches of one size, each as wide as it has to be."""
+    """Embeds captions, int32 [N, T] -> float32 [N, E], each batch in its narrowest bucket."""
     rows, batch_size = [], batch_size_for(mesh, len(ids), batch_size)
     with Progress("evaluation, caption", len(ids)) as progress:
         for start in range(0, len(ids), batch_size):
@@ -145,60 +145,55 @@ def evaluate(
     """Embeds a split with these parameters and compares all of it."""
     encode_video, encode_text = encoders
     count = int(data.video_of_text.max()) + 1
+
+    def embed(ids: np.ndarray) -> np.ndarray:
+        return embed_texts(encode_text, params, mesh, ids, batch_size, data.text_buckets)
+
+    def embed_bank() -> tuple[np.ndarray, np.ndarray]:
+        if data.bank is None:
+            raise ValueError("query_bank needs a bank of training clips")
+        bank = data.bank
+        videos = embed_videos(encode_video, params, mesh, bank.videos(), len(bank.ids))
+        return embed(bank.ids), videos
+
+    def ranked(scores: tuple[Score, Score] | None = None) -> metrics.Ranks:
+        return metrics.rank_pairs(texts, videos, data.video_of_text, scores=scores)
+
+    def summarized(ranks: metrics.Ranks) -> dict[str, dict[str, float]]:
+        return _sides(metrics.with_misses(ranks, data.missed_texts, data.missed_videos))
+
     videos = embed_videos(encode_video, params, mesh, data.videos(), count)
-    reading = batch_size, data.text_buckets
-    texts = embed_texts(encode_text, params, mesh, data.ids, *reading)
-    misses = data.missed_texts, data.missed_videos
-    ranks = metrics.rank_pairs(texts, videos, data.video_of_text)
-    results = _sides(metrics.with_misses(ranks, *misses))
+    texts = embed(data.ids)
+    ranks = ranked()
+    results = summarized(ranks)
     for name in data.extra:
         if name == "dual_softmax":
             scores = _dual_softmax(texts, videos, params)
         else:
-            scores = _query_bank(encoders, params, mesh, data, batch_size, texts, videos)
-        found = metrics.rank_pairs(texts, videos, data.video_of_text, scores=scores)
-        of_all = _sides(metrics.with_misses(found, *misses))
-        results |= {f"{side}_{name}": of_all[side] for side in ("t2v", "v2t")}
+            bank_texts, bank_videos = embed_bank()
+            scores = (
+                metrics.query_bank(bank_texts, texts, videos),
+                metrics.query_bank(bank_videos, videos, texts),
+            )
+        rescored = summarized(ranked(scores))
+        results |= {f"{side}_{name}": rescored[side] for side in ("t2v", "v2t")}
     if data.contrasts:
-        results["accuracy"] = {}
-    for name, ids in data.contrasts.items():
-        turned = embed_texts(encode_text, params, mesh, ids, *reading)
-        accuracy = metrics.contrast_accuracy(texts, turned, videos, data.video_of_text)
-        results["accuracy"][name] = accuracy
-    return Evaluation(results, ranks, metrics.top_videos(texts, videos, TOP))
+        results["accuracy"] = {
+            name: metrics.contrast_accuracy(texts, embed(ids), videos, data.video_of_text)
+            for name, ids in data.contrasts.items()
+        }
+    return Evaluation(results, ranks, best_candidates(texts, videos, TOP))
 
 
 def _sides(ranks: metrics.Ranks) -> dict[str, dict[str, float]]:
     sides = {"t2v": metrics.summarize(ranks.t2v), "v2t": metrics.summarize(ranks.v2t)}
-    if len(ranks.t2v) > len(ranks.v2t):  # else all protocols are one
+    if len(ranks.t2v) > len(ranks.v2t):  # else all protocols are the same
         sides["v2t_per_caption"] = metrics.summarize(ranks.v2t_per_caption)
         sides["v2t_grouped"] = metrics.summarize(ranks.v2t_grouped)
     return sides
 
 
 def _dual_softmax(texts: np.ndarray, videos: np.ndarray, params: Any) -> tuple[Score, Score]:
-    """At the scale of the loss, that of `Clip.temperature`."""
+    """Scores of both directions at the loss's scale, `Clip.temperature`."""
     scale = math.exp(float(params["clip"]["logit_scale"]))
-    return (
-        rescoring.dual_softmax(texts, videos, scale),
-        rescoring.dual_softmax(videos, texts, scale),
-    )
-
-
-def _query_bank(
-    encoders: tuple[Encode, Encode],
-    params: Any,
-    mesh: Mesh,
-    data: EvalSet,
-    batch_size: int,
-    texts: np.ndarray,
-    videos: np.ndarray,
-) -> tuple[Score, Score]:
-    """With captions of training clips in the bank for texts, the clips in that for videos."""
-    if data.bank is None:
-        raise ValueError("query_bank needs a bank of training clips")
-    bank = data.bank
-    of_videos = embed_videos(encoders[0], params, mesh, bank.videos(), len(bank.ids))
-    reading = batch_size, data.text_buckets
-    of_texts = embed_texts(encoders[1], params, mesh, bank.ids, *reading)
-    return rescoring.query_bank(of_texts, videos), rescoring.query_bank(of_videos, texts)
+    return metrics.dual_softmax(texts, videos, scale), metrics.dual_softmax(videos, texts, scale)

@@ -1,19 +1,25 @@
-"""Ranks of both directions and what is reported of them.
+"""Retrieval metrics: ranks of both directions, re-scored ranks, and what is reported of them.
 
-One rank per query, always: 1 + the number of strictly better candidates, ties counted at
-their mean rank. With several captions per video every caption is a text-to-video query. A
-video-to-text query is answered by the best-ranked of its own captions, among single captions of
-other videos or, as CLIP4Clip has it, among their groups of captions.
+A query has one rank: 1 + the number of better candidates, ties counted at their mean rank. With
+several captions per video every caption is a text-to-video query. A video-to-text query is
+answered by the best-ranked of its own captions, among single captions of other videos or, as in
+CLIP4Clip, among their groups of captions.
+
+Dual softmax and QB-Norm correct for hubs, candidates that are near to every query. They look at
+more queries than one, so their ranks are reported in rows of their own.
 """
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from vop_jax.evaluation.pairs import pair_ranks
-from vop_jax.evaluation.ranks import PLAIN, Score, best_candidates, grouped_ranks, own_ranks
+from vop_jax.evaluation.ranks import Score, best_candidates, grouped_ranks, log_sums, pair_ranks
 
 RECALLS = (1, 5, 10)
+BETA = 20.0  # QB-Norm's inverse temperature, as its authors set it
+ROOT = 8  # of the dual softmax, see `_dual_softmax`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,10 +27,10 @@ class Ranks:
     """The rank of every query in both directions, from 1; halves come from ties.
 
     Attributes:
-        t2v: float64 [texts], each caption's video among all videos.
-        v2t: float64 [videos], each video's best caption among those of other videos.
-        v2t_per_caption: float64 [texts], each caption for its video among those of other videos.
-        v2t_grouped: float64 [videos], each video's captions among the other videos' groups of
+        t2v: float64 [N], each caption's video among all videos.
+        v2t: float64 [M], each video's best caption among those of other videos.
+        v2t_per_caption: float64 [N], each caption for its video among those of other videos.
+        v2t_grouped: float64 [M], each video's captions among the other videos' groups of
             captions; a group is as near as its nearest caption.
     """
 
@@ -39,56 +45,90 @@ def rank_pairs(
     videos: np.ndarray,
     video_of_text: np.ndarray,
     *,
-    scores: tuple[Score, Score] = (PLAIN, PLAIN),
+    scores: tuple[Score, Score] | None = None,
     elements: int | None = None,
 ) -> Ranks:
-    """Ranks all texts against all videos and back, a part of the similarities at a time.
+    """Ranks all texts against all videos and back.
 
     Args:
         texts: unit rows [N, E].
         videos: unit rows [M, E].
         video_of_text: int [N], the row of each text's video; every video has a text.
-        scores: what is ranked by, text to video and video to text; see `rescoring`.
-        elements: bound on the similarities held at once, see `ranks.bound`.
+        scores: what is ranked by, text to video and video to text; None: similarity.
+        elements: bound on the similarities in memory, see `ranks.max_elements`.
 
     Raises:
-        FloatingPointError: a similarity that is not finite; it would silently rank.
-        ValueError: a video without a text, or an index out of range.
+        FloatingPointError: a similarity is not finite; it would rank without a sign of it.
+        ValueError: a video has no text, or an index is out of range.
     """
-    owner, every = np.asarray(video_of_text), np.arange(len(videos))
-    if not np.array_equal(np.unique(owner), every):
+    owner = np.asarray(video_of_text)
+    if not np.array_equal(np.unique(owner), np.arange(len(videos))):
         raise ValueError("video_of_text must name every video at least once, and no other")
-    if scores == (PLAIN, PLAIN):
-        t2v, per_caption = pair_ranks(texts, videos, owner, elements=elements)
-    else:  # each side by scores of its own, and those of a query by its whole row
-        t2v, per_caption = np.empty(len(texts)), np.empty(len(texts))
-        text, _, rank = own_ranks(texts, videos, owner, every, score=scores[0], elements=elements)
-        t2v[text] = rank
-        _, text, rank = own_ranks(videos, texts, every, owner, score=scores[1], elements=elements)
-        per_caption[text] = rank
+    t2v, per_caption = pair_ranks(texts, videos, owner, scores=scores, elements=elements)
     v2t = np.full(len(videos), np.inf)
     np.minimum.at(v2t, owner, per_caption)
     grouped = v2t
     if len(texts) > len(videos):  # else each group is one caption
-        grouped = grouped_ranks(videos, texts, owner, score=scores[1], elements=elements)
+        score = None if scores is None else scores[1]
+        grouped = grouped_ranks(videos, texts, owner, score=score, elements=elements)
     return Ranks(t2v, v2t, per_caption, grouped)
 
 
-def top_videos(
-    texts: np.ndarray, videos: np.ndarray, count: int, *, elements: int | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """The best videos of each text, best first: (rows int [N, K], similarities [N, K]).
+def dual_softmax(
+    queries: np.ndarray, candidates: np.ndarray, scale: float, *, elements: int | None = None
+) -> Score:
+    """CAMoE's dual softmax (arXiv 2109.04290) at test time: s times its softmax over queries.
 
-    K is `count` or the number of videos, if that is less; ties go to the earlier video.
+    score[q, c] = s[q, c] * exp(scale * s[q, c]) / sum over all queries r of exp(scale * s[r, c])
+
+    Args:
+        queries: unit rows [Q, E], all that are ranked.
+        candidates: unit rows [C, E].
+        scale: the factor on similarities that the model was trained with.
+        elements: bound on the similarities in memory, see `ranks.max_elements`.
     """
-    return best_candidates(texts, videos, count, elements=elements)
+    sums = log_sums(queries, candidates, scale, elements=elements)
+    return Score(_dual_softmax, np.full(len(queries), scale, np.float32), np.asarray(sums))
+
+
+def _dual_softmax(similar: jax.Array, scale: jax.Array, sums: jax.Array) -> jax.Array:
+    """The score's eighth root, which ranks alike; the score itself underflows where it is small."""
+    log_share = scale * similar - sums
+    return jnp.sign(similar) * jnp.abs(similar) ** (1 / ROOT) * jnp.exp(log_share / ROOT)
+
+
+def query_bank(
+    bank: np.ndarray, queries: np.ndarray, candidates: np.ndarray, *, elements: int | None = None
+) -> Score:
+    """QB-Norm (CVPR 2022, arXiv 2112.12777) with the dynamic inverted softmax.
+
+    score[q, c] = exp(beta * s[q, c]) / sum over bank queries b of exp(beta * s[b, c])
+
+    for queries whose nearest candidate is also the nearest of some bank query, else s[q, c].
+
+    Args:
+        bank: unit rows [B, E] of the queries' kind, from the training split.
+        queries: unit rows [Q, E].
+        candidates: unit rows [C, E].
+        elements: bound on the similarities in memory, see `ranks.max_elements`.
+    """
+    sums = log_sums(bank, candidates, BETA, elements=elements)
+    of_bank, of_queries = (
+        best_candidates(rows, candidates, 1, elements=elements)[0][:, 0] for rows in (bank, queries)
+    )
+    return Score(_query_bank, np.isin(of_queries, of_bank), np.asarray(sums))
+
+
+def _query_bank(similar: jax.Array, is_active: jax.Array, sums: jax.Array) -> jax.Array:
+    """The logarithm of the quotient, which ranks the candidates of a query alike."""
+    return jnp.where(is_active, BETA * similar - sums, similar)
 
 
 def with_misses(ranks: Ranks, texts: int, videos: int) -> Ranks:
-    """Adds `texts` and `videos` queries that nothing answered, each at the last rank.
+    """Adds `texts` and `videos` queries as misses, each at the last rank.
 
-    A video that could not be read is still asked for: its captions rank behind every video
-    of the whole set, and it behind every caption or group of captions.
+    Unreadable videos still count as queries: their captions rank behind every video of the whole
+    set, and they themselves behind every caption or group of captions.
     """
     all_texts, all_videos = len(ranks.t2v) + texts, len(ranks.v2t) + videos
     return Ranks(
@@ -102,7 +142,7 @@ def with_misses(ranks: Ranks, texts: int, videos: int) -> Ranks:
 def contrast_accuracy(
     texts: np.ndarray, contrasts: np.ndarray, videos: np.ndarray, video_of_text: np.ndarray
 ) -> float:
-    """How often a video is closer to its caption than to the contrast, in percent; ties half.
+    """Percent of videos that are closer to their caption than to its contrast; ties count half.
 
     Args:
         texts, contrasts: unit rows [N, E]; contrast i differs from text i in one thing.
