@@ -23,8 +23,7 @@ from benchmarks.speed_jax import JaxPrograms, draw
 from benchmarks.step_cost import Programs
 from vop_jax.config.base import base_config
 from vop_jax.config.clip import PRESETS
-from vop_jax.data.device_crops import BITS, Drawn
-from vop_jax.data.pipeline import train_batches
+from vop_jax.data.pipeline import BatchSpec, train_batches
 from vop_jax.data.records.read import Part
 from vop_jax.experiment.setup import best_kernel
 from vop_jax.training import device_cache, prefetch, sharding
@@ -66,19 +65,15 @@ def main() -> None:
     side = JaxPrograms(programs, clip, method, flat, {"ids": rows["ids"]})
     state = TrainState.create(side.trainable, make_optimizer(base_config().train))
 
-    drawn = Drawn.of([SHAPE] * args.clips, clip.image_size, augment=True)
     frames = random_frames(args.clips, args.frames)
-    sides = drawn.sides
-    cache = device_cache.DeviceCache(mesh, frames, sides.first, sides.weights, BITS)
+    cache = device_cache.DeviceCache(mesh, frames, clip.image_size)
     with tempfile.TemporaryDirectory() as folder:
         split = records(folder, REAL)
         batches = train_batches(
             Part(split, "many", [i % REAL for i in range(args.clips)]),
             tokenized(split, method.text_slots(clip)),
-            batch_size=args.batch,
-            image_size=clip.image_size,
-            frames=args.frames,
-            drawn=drawn,
+            BatchSpec(args.batch, clip.image_size, args.frames),
+            cached_shapes=[SHAPE] * args.clips,
         )
         waits: list[Callable[[], float]] = []
         left = itertools.islice(batches, WARM + args.steps)
@@ -90,7 +85,7 @@ def main() -> None:
                     waits, begin = [], time.perf_counter()
                 batch, wait = idle.next(placed)
                 waits.append(wait)
-                state, metrics = programs.step(state, side.frozen, cache.pictures(batch))
+                state, metrics = programs.step(state, side.frozen, cache.add_frames(batch))
                 idle.ran(metrics)
                 if k % 20 == 0:  # as often as a run logs
                     jax.block_until_ready(metrics)

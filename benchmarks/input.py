@@ -14,6 +14,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -24,8 +25,7 @@ from benchmarks.step_cost import Programs, counted_flops
 from vop_jax.config.base import base_config
 from vop_jax.config.clip import PRESETS, ClipConfig
 from vop_jax.data.clips import VideoClip
-from vop_jax.data.device_crops import BITS, Drawn, Sides
-from vop_jax.data.pipeline import train_batches
+from vop_jax.data.pipeline import BatchSpec, train_batches
 from vop_jax.data.records.decoded import clips_of, frame_shapes
 from vop_jax.data.records.encode import Preprocessing
 from vop_jax.data.records.read import Part, Split
@@ -66,8 +66,8 @@ def tokenized(split: Split, slots: int) -> TokenizedCaptions:
 
 def reader(split: Split, threads: int, **options: Any) -> Batches:
     tokenize = tokenized(split, METHOD.text_slots(SMALL))
-    sizes: dict[str, Any] = {"batch_size": BATCH, "image_size": SIZE, "frames": FRAMES}
-    return train_batches(split, tokenize, **sizes, threads=threads, **options)
+    spec = BatchSpec(BATCH, SIZE, FRAMES, threads=threads)
+    return train_batches(split, tokenize, spec, **options)
 
 
 def supply(batches: Batches, count: int) -> float:
@@ -113,19 +113,9 @@ class Loop:
 
 def cutting_flops(height: int, width: int) -> float:
     """Of one clip."""
-    sides = Sides(((n, SIZE, 0) for n in range(1, max(height, width) + 1)), SIZE)
-    shapes = {
-        "first": jax.ShapeDtypeStruct((2, SIZE), jnp.int32),
-        "weights": jax.ShapeDtypeStruct((2, SIZE, sides.weights.shape[2]), jnp.int32),
-        "corner": jax.ShapeDtypeStruct((2,), jnp.int32),
-        "mirrored": jax.ShapeDtypeStruct((), jnp.bool_),
-    }
     frames = jax.ShapeDtypeStruct((FRAMES, height, width, 3), jnp.uint8)
-
-    def cut(frames, how):
-        return device_cache.pictures_of(frames, **how, bits=BITS)
-
-    return counted_flops(cut, frames, shapes)
+    crop = jax.ShapeDtypeStruct((9,), jnp.int32)
+    return counted_flops(partial(device_cache.crop_frames, image_size=SIZE), frames, crop)
 
 
 def main() -> None:
@@ -136,7 +126,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         split = records(folder, args.clips)
         shapes = frame_shapes(split, FRAMES, "uniform", args.threads)
-        drawn = Drawn.of(shapes, SIZE, augment=True)
         print("\n| batches | clips/s |\n|---|---:|")
         # Shuffling a handful takes longer than shuffling many.
         many = Part(split, "many", [i % len(split) for i in range(MANY)])
@@ -148,7 +137,7 @@ def main() -> None:
                 "draws alone, for frames on the devices",
                 many,
                 400,
-                {"drawn": Drawn.of(all_shapes, SIZE, True)},
+                {"cached_shapes": all_shapes},
             ),
         )
         for name, clips, count, options in ways:
@@ -156,11 +145,10 @@ def main() -> None:
             print(f"| {name} | {supply(reader(clips, args.threads, **options), count):,.0f} |")
 
         loop = Loop()
-        layout = device_cache.Layout(loop.mesh, len(split), (FRAMES, *shapes[0], 3))
-        stored = clips_of(split, layout.here, FRAMES, "uniform", args.threads)
+        layout = device_cache.CacheLayout(loop.mesh, len(split), (FRAMES, *shapes[0], 3))
+        stored = clips_of(split, layout.local_clips, FRAMES, "uniform", args.threads)
         frames = device_cache.fill(layout, stored)
-        sides = drawn.sides
-        cache = device_cache.DeviceCache(loop.mesh, frames, sides.first, sides.weights, BITS)
+        cache = device_cache.DeviceCache(loop.mesh, frames, SIZE)
 
         def placed(**options: Any) -> Batches:
             total = itertools.islice(reader(split, args.threads, **options), STEPS + 2)
@@ -171,7 +159,7 @@ def main() -> None:
         for name, batches, cut in (
             ("read between steps", between, lambda batch: batch),
             ("read ahead", placed(), lambda batch: batch),
-            ("`data.device_cache_gb`", placed(drawn=drawn), cache.pictures),
+            ("`data.device_cache_gb`", placed(cached_shapes=shapes), cache.add_frames),
         ):
             time.sleep(PAUSE)
             rate, share = loop.run(batches, cut)
@@ -182,7 +170,7 @@ def main() -> None:
     print(f"\ncutting a clip out of 240 x 320: {cutting / 1e9:.2f} GFLOP, its step (vop, ViT-B/32)")
     print(f"{step / 1e9:.1f}: {100 * cutting / step:.2f} %")
     for short, long in ((240, 320), (256, 342)):
-        layout = device_cache.Layout(loop.mesh, 9000, (FRAMES, short, long, 3))
+        layout = device_cache.CacheLayout(loop.mesh, 9000, (FRAMES, short, long, 3))
         size = layout.bytes_per_device / 1e9
         print(f"9,000 clips of {FRAMES} frames, short side {short}: {size:.1f} GB over all devices")
 

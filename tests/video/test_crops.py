@@ -8,12 +8,11 @@ from PIL import Image
 
 from vop_jax.video.crops import (
     _draw_box,
-    centre_cut,
-    cut_out,
-    draw_cut,
+    apply_crop,
+    centre_crop,
+    draw_crop,
     eval_crop,
     resize_short_side,
-    train_crop,
 )
 
 SIZE = 24
@@ -46,6 +45,8 @@ def test_eval_crop_is_clips(height, width):
     frames = [picture(height, width, seed) for seed in range(2)]
     expected = np.stack([clip_preprocess(frame, SIZE) for frame in frames])
     np.testing.assert_array_equal(eval_crop(frames, SIZE), expected)
+    centre = apply_crop(frames, SIZE, centre_crop((height, width), SIZE))
+    np.testing.assert_array_equal(centre, expected)
 
 
 def test_against_torchvision():
@@ -61,49 +62,36 @@ def test_against_torchvision():
         assert np.abs(ours - np.asarray(theirs(Image.fromarray(frame))).astype(int)).mean() <= 1
 
 
-def test_square_frames_of_the_right_size_are_untouched():
-    frames = np.random.default_rng(0).integers(0, 256, (3, SIZE, SIZE, 3), dtype=np.uint8)
-    np.testing.assert_array_equal(eval_crop(frames, SIZE), frames)
-
-
-def test_all_frames_of_a_clip_get_one_crop():
-    frames = [picture(60, 80)] * 4
-    for seed in range(10):
-        cropped = train_crop(frames, SIZE, np.random.default_rng(seed))
-        assert cropped.shape == (4, SIZE, SIZE, 3) and cropped.dtype == np.uint8
-        for frame in cropped[1:]:
-            np.testing.assert_array_equal(frame, cropped[0])
-
-
-def test_a_crop_is_drawn_first_and_then_cut_out():
+def test_a_crop_is_the_resized_box_of_all_frames():
     frames = [picture(60, 80, seed) for seed in range(2)]
-    for seed in range(5):
-        cut = draw_cut((60, 80), SIZE, np.random.default_rng(seed))
-        cropped = train_crop(frames, SIZE, np.random.default_rng(seed))
-        np.testing.assert_array_equal(cut_out(frames, SIZE, cut), cropped)
-    centre = cut_out(frames, SIZE, centre_cut((60, 80), SIZE))
-    np.testing.assert_array_equal(centre, eval_crop(frames, SIZE))
+    crop = draw_crop((60, 80), SIZE, np.random.default_rng(0), flip=False)
+    cropped = apply_crop(frames, SIZE, crop)
+    assert cropped.shape == (2, SIZE, SIZE, 3) and cropped.dtype == np.uint8
+    box = (crop.left, crop.top, crop.left + crop.width, crop.top + crop.height)
+    for frame, pixels in zip(frames, cropped, strict=True):
+        resized = Image.fromarray(frame).crop(box).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+        np.testing.assert_array_equal(pixels, resized)
 
 
 def test_flip_mirrors_half_of_the_clips():
-    frames = [picture(SIZE, SIZE)]
+    frame = picture(SIZE, SIZE)
     whole = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
-    kinds = {False: 0, True: 0}
+    mirrored = 0
     for seed in range(200):
-        cropped = train_crop(frames, SIZE, np.random.default_rng(seed), flip=True, **whole)[0]
-        mirrored = np.array_equal(cropped, frames[0][:, ::-1])
-        assert mirrored or np.array_equal(cropped, frames[0])
-        kinds[mirrored] += 1
-        plain = train_crop(frames, SIZE, np.random.default_rng(seed), flip=False, **whole)[0]
-        np.testing.assert_array_equal(plain, frames[0])
-    assert 70 <= kinds[True] <= 130
+        crop = draw_crop((SIZE, SIZE), SIZE, np.random.default_rng(seed), flip=True, **whole)
+        expected = frame[:, ::-1] if crop.mirrored else frame
+        np.testing.assert_array_equal(apply_crop([frame], SIZE, crop)[0], expected)
+        mirrored += crop.mirrored
+        plain = draw_crop((SIZE, SIZE), SIZE, np.random.default_rng(seed), flip=False, **whole)
+        np.testing.assert_array_equal(apply_crop([frame], SIZE, plain)[0], frame)
+    assert 70 <= mirrored <= 130
 
 
 @settings(deadline=None)
 @given(
     h=st.integers(8, 200), w=st.integers(8, 200), seed=st.integers(0, 10**6), low=st.floats(0.1, 1)
 )
-def test_crops_are_inside_and_as_large_as_asked(h, w, seed, low):
+def test_boxes_are_inside_and_of_the_allowed_sizes(h, w, seed, low):
     scale, ratio = (low, 1.0), (3 / 4, 4 / 3)
     top, left, height, width = _draw_box((h, w), np.random.default_rng(seed), scale, ratio)
     assert 0 <= top <= h - height and 0 <= left <= w - width and height > 0 and width > 0
@@ -113,7 +101,7 @@ def test_crops_are_inside_and_as_large_as_asked(h, w, seed, low):
         assert (height + 1) * (width + 1) >= low * h * w
 
 
-def test_short_side_is_never_enlarged_on_request():
+def test_the_short_side_is_enlarged_only_if_allowed():
     frame = picture(20, 30)
     assert resize_short_side(frame, 40, enlarge=False) is frame
     assert resize_short_side(frame, 40).shape == (40, 60, 3)

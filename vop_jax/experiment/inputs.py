@@ -5,7 +5,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import numpy as np
 from absl import logging
@@ -14,9 +13,8 @@ from ml_collections import ConfigDict
 from vop_jax.config.base import extra_rows
 from vop_jax.data import tokenizer
 from vop_jax.data.datasets.folder import hash_of
-from vop_jax.data.device_crops import BITS, Drawn
 from vop_jax.data.load import contrasts, flip_warning, load
-from vop_jax.data.pipeline import eval_videos, train_batches
+from vop_jax.data.pipeline import Augmentation, BatchSpec, eval_videos, train_batches
 from vop_jax.data.records.decoded import clips_of, draws_frames, frame_shapes
 from vop_jax.data.records.read import Packed, Part, Split
 from vop_jax.data.records.shards import label_of
@@ -26,17 +24,17 @@ from vop_jax.evaluation.evaluate import Bank, EvalSet, batch_size_for
 from vop_jax.experiment import setup
 from vop_jax.training import device_cache, hosts, sharding
 
-Reading = Callable[[Split], dict[str, Any]]  # the arguments of `eval_videos` for a split
+SpecOf = Callable[[Split], BatchSpec]  # the batches of an evaluation of a split
 FEW = 50  # evaluated videos, of which figures say little
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What goes to the devices, and how crops of it are told."""
+    """The training split on the devices: where clips lie, and (h, w) of the frames of each."""
 
     split: Split
-    layout: device_cache.Layout
-    drawn: Drawn
+    layout: device_cache.CacheLayout
+    shapes: list[tuple[int, int]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,12 +95,12 @@ def load_data(run: setup.Run, *, training: bool = True) -> Data:
     missed = test.skipped if config.eval.missing == "miss" else []
     missed_texts = sum(len(clip.captions) for clip in missed)
     train_buckets, train_batch = _train_buckets(run, train_ids), config.train.batch_size
-    reading = partial(_in_evaluation, run)
+    spec_of = partial(_eval_spec, run)
     cache = plan(run, train_split) if training and train_split else None
     data = Data(
         packed=packed,
         eval_set=EvalSet(
-            videos=partial(eval_videos, test, **reading(test)),
+            videos=partial(eval_videos, test, spec_of(test)),
             ids=ids,
             video_of_text=np.repeat(np.arange(len(test)), [len(c) for c in test.captions]),
             contrasts={
@@ -112,25 +110,22 @@ def load_data(run: setup.Run, *, training: bool = True) -> Data:
             missed_texts=missed_texts,
             missed_videos=len(missed),
             extra=extra_rows(config),
-            bank=_bank(run, packed, tokenize, reading),
+            bank=_bank(run, packed, tokenize, spec_of),
             text_buckets=_buckets(run),
             fingerprint=_fingerprint(run, packed, test),
         ),
-        val_set=_val_set(run, packed, tokenize, reading),
+        val_set=_val_set(run, packed, tokenize, spec_of),
         train_batches=lambda first: train_batches(
             packed.splits[config.data.train_split],
             tokenized,
-            augment=config.data.augment,
-            scale=tuple(config.data.crop_scale),
-            flip=config.data.flip,
+            _batch_spec(run, train_batch),
+            augmentation=augmentation_of(config.data),
             seed=config.seed,
             start_step=first,
             workers=config.data.workers,
             cache_gb=config.data.cache_gb,
             text_buckets=train_buckets,
-            drawn=cache.drawn if cache else None,
-            **_batches_of(run, train_batch),
-            **_reading(run),
+            cached_shapes=cache.shapes if cache else (),
         ),
         learnt_from=learnt_from,
         text_widths=tokenizer.bucket_widths(train_ids, train_buckets, train_batch)
@@ -214,27 +209,31 @@ def _fingerprint(run: setup.Run, packed: Packed, split: Split) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
-def _reading(run: setup.Run) -> dict[str, Any]:
-    """What training and evaluation read of a clip."""
+def augmentation_of(data: ConfigDict) -> Augmentation | None:
+    """The random crops of a config's section `data`."""
+    return Augmentation(tuple(data.crop_scale), data.flip) if data.augment else None
+
+
+def _batch_spec(run: setup.Run, batch_size: int) -> BatchSpec:
+    """Global batches of this size, and this process's rows of them."""
     data = run.config.data
-    of_data = {key: data[key] for key in ("frames", "sampling", "threads")}
-    return of_data | {"image_size": run.clip.config.image_size}
+    return BatchSpec(
+        batch_size=batch_size,
+        image_size=run.clip.config.image_size,
+        frames=data.frames,
+        sampling=data.sampling,
+        local_rows=sharding.process_rows(run.mesh, batch_size).tolist(),
+        threads=data.threads,
+    )
 
 
-def _in_evaluation(run: setup.Run, split: Split) -> dict[str, Any]:
-    """How a split is read; a few clips are not padded to a whole `eval.batch_size`."""
-    batch_size = batch_size_for(run.mesh, len(split), run.config.eval.batch_size)
-    return _batches_of(run, batch_size) | _reading(run)
-
-
-def _batches_of(run: setup.Run, batch_size: int) -> dict[str, Any]:
-    """The size of a global batch and this process's rows of it."""
-    rows = sharding.process_rows(run.mesh, batch_size)
-    return {"batch_size": batch_size, "local_rows": rows.tolist()}
+def _eval_spec(run: setup.Run, split: Split) -> BatchSpec:
+    """Batches of an evaluation; a few clips are not padded to a whole `eval.batch_size`."""
+    return _batch_spec(run, batch_size_for(run.mesh, len(split), run.config.eval.batch_size))
 
 
 def _val_set(
-    run: setup.Run, packed: Packed, tokenize: CaptionTokenizer, reading: Reading
+    run: setup.Run, packed: Packed, tokenize: CaptionTokenizer, spec_of: SpecOf
 ) -> EvalSet | None:
     """What a checkpoint is chosen on, if one is."""
     config = run.config
@@ -242,7 +241,7 @@ def _val_set(
         return None
     split = packed.splits[config.data.val_split]
     return EvalSet(
-        videos=partial(eval_videos, split, **reading(split)),
+        videos=partial(eval_videos, split, spec_of(split)),
         ids=tokenize([caption for captions in split.captions for caption in captions]),
         video_of_text=np.repeat(np.arange(len(split)), [len(c) for c in split.captions]),
         text_buckets=_buckets(run),
@@ -264,7 +263,7 @@ def _train_buckets(run: setup.Run, ids: np.ndarray) -> tuple[int, ...]:
 
 
 def _bank(
-    run: setup.Run, packed: Packed, tokenize: CaptionTokenizer, reading: Reading
+    run: setup.Run, packed: Packed, tokenize: CaptionTokenizer, spec_of: SpecOf
 ) -> Bank | None:
     """`eval.bank` clips of the training split and the first caption of each, if asked for.
 
@@ -288,7 +287,7 @@ def _bank(
     part = Part(train_split, "bank", members[: config.eval.bank])
     logging.info("query bank: %d clips of %r", len(part), config.data.train_split)
     return Bank(
-        videos=partial(eval_videos, part, **reading(part)),
+        videos=partial(eval_videos, part, spec_of(part)),
         ids=tokenize([captions[0] for captions in part.captions]),
     )
 
@@ -337,16 +336,16 @@ def plan(run: setup.Run, split: Split) -> Plan | None:
     shapes = hosts.on_all(lambda: frame_shapes(split, data.frames, data.sampling, data.threads))
     hosts.agree({"size of stored frames": json.dumps(shapes)})
     height, width = (max(sides) for sides in zip(*shapes, strict=True))
-    layout = device_cache.Layout(run.mesh, len(split), (data.frames, height, width, 3))
+    layout = device_cache.CacheLayout(run.mesh, len(split), (data.frames, height, width, 3))
     hosts.on_all(lambda: layout.check(data.device_cache_gb))
-    return Plan(split, layout, Drawn.of(shapes, run.clip.config.image_size, data.augment))
+    return Plan(split, layout, shapes)
 
 
 def filled(run: setup.Run, plan: Plan) -> device_cache.DeviceCache:
     """Decodes the split to the devices, each process what its own hold."""
-    data, sides = run.config.data, plan.drawn.sides
-    clips = clips_of(plan.split, plan.layout.here, data.frames, data.sampling, data.threads)
+    data = run.config.data
+    clips = clips_of(plan.split, plan.layout.local_clips, data.frames, data.sampling, data.threads)
     frames = device_cache.fill(plan.layout, clips)
     gigabytes = plan.layout.bytes_per_device / 1e9
     logging.info("%d clips on the devices, %.3g GB on each", len(plan.split), gigabytes)
-    return device_cache.DeviceCache(run.mesh, frames, sides.first, sides.weights, BITS)
+    return device_cache.DeviceCache(run.mesh, frames, run.clip.config.image_size)

@@ -137,7 +137,7 @@ def _fit(
     dtype, left = config.compute.dtype, steps - first
     step_fn: loop.Step = CompiledStep(train_step, run.mesh, data.text_widths, left, dtype)
     if data.cache:
-        step_fn = inputs.filled(run, data.cache).before(step_fn)
+        step_fn = inputs.filled(run, data.cache).wrap_step(step_fn)
     run.state = loop.fit(
         step_fn,
         run.state,

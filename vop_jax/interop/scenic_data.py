@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from vop_jax.config.base import validate
 from vop_jax.data import load, tokenizer
-from vop_jax.data.pipeline import Batch, eval_videos, train_batches
+from vop_jax.data.pipeline import Augmentation, Batch, BatchSpec, eval_videos, train_batches
 from vop_jax.data.records.read import Split
 from vop_jax.errors import UserError
 from vop_jax.experiment.inputs import packed_once
@@ -68,30 +68,27 @@ def build(
     if warning := load.flip_warning(data, train.captions):
         logging.warning("%s", warning)
     tokenize = tokenizer.CaptionTokenizer(slots)
-    reading = {
-        "image_size": size,
-        "frames": data.frames,
-        "sampling": data.sampling,
-        "threads": data.threads,
-    }
+
+    def spec(local: int) -> BatchSpec:
+        """Batches with `local` rows of each process, in scenic's order: one after the other."""
+        first = local * jax.process_index()
+        batch_size, rows = local * jax.process_count(), range(first, first + local)
+        return BatchSpec(batch_size, size, data.frames, data.sampling, rows, data.threads)
 
     def shaped(batches: Iterator[Batch]) -> Iterator[Batch]:
         return (_shaped(batch, num_shards, dtype_str) for batch in batches)
 
     def evaluation(split: Split) -> Iterator[Batch]:
-        return shaped(_endless(split, tokenize, **_rows(eval_batch_size), **reading))
+        return shaped(_endless(split, tokenize, spec(eval_batch_size)))
 
     training = train_batches(
         train,
         tokenize,
-        augment=data.augment,
-        scale=tuple(data.crop_scale),
-        flip=data.flip,
+        spec(batch_size),
+        augmentation=Augmentation(tuple(data.crop_scale), data.flip) if data.augment else None,
         seed=shuffle_seed,
         workers=data.workers,
         cache_gb=data.cache_gb,
-        **_rows(batch_size),
-        **reading,
     )
     return importlib.import_module("scenic.dataset_lib.dataset_utils").Dataset(
         train_iter=shaped(training),
@@ -122,31 +119,16 @@ def _data_config(given: Mapping[str, Any]) -> ConfigDict:
     return config.data
 
 
-def _rows(local: int) -> dict[str, Any]:
-    """This process's rows of a global batch, in scenic's order: one process after the other."""
-    first = local * jax.process_index()
-    return {
-        "batch_size": local * jax.process_count(),
-        "local_rows": list(range(first, first + local)),
-    }
-
-
 def _endless(
-    split: Split,
-    tokenize: Callable[[list[str]], np.ndarray],
-    *,
-    batch_size: int,
-    local_rows: list[int],
-    **reading: Any,
+    split: Split, tokenize: Callable[[list[str]], np.ndarray], spec: BatchSpec
 ) -> Iterator[Batch]:
     """`eval_videos` over and over, each with its first caption."""
     first = tokenize([captions[0] for captions in split.captions])
-    fill = -len(split) % batch_size
-    ids = np.pad(first, ((0, fill), (0, 0))).reshape(-1, batch_size, first.shape[1])
+    fill = -len(split) % spec.batch_size
+    ids = np.pad(first, ((0, fill), (0, 0))).reshape(-1, spec.batch_size, first.shape[1])
     while True:
-        passes = eval_videos(split, batch_size=batch_size, local_rows=local_rows, **reading)
-        for batch, captions in zip(passes, ids, strict=True):
-            yield batch | {"ids": captions[local_rows]}
+        for batch, captions in zip(eval_videos(split, spec), ids, strict=True):
+            yield batch | {"ids": captions[list(spec.rows)]}
 
 
 def _shaped(batch: Batch, shards: int | None, dtype: str) -> Batch:

@@ -1,14 +1,13 @@
-"""The training split's frames on the devices, and the pictures of a batch cut out of them there.
+"""The frames of the training split on the devices, and crops of them computed there.
 
-The host draws as it always does, but sends numbers instead of pixels: a row's clip, the corner
-of its crop, how the crop's sides are resized, whether it is mirrored. The pixels are those of
-the host path to the bit: whole numbers are added up, see `pictures_of`.
+The host draws crops as always, but sends each as nine numbers instead of pixels. The pictures
+differ from the host's by rounding, at most 2 of 255 levels.
 
-Clips lie spread over the devices that rows are spread over. Each device cuts those rows of the
-batch that it has the clips of, then every row travels to the device that trains on it: a
-reduce-scatter in which all contributions but one are zero. A device sends
-(n - 1) / n x B x F x S x S x 3 bytes a step, of n devices; with B = 512 rows of 12 frames of
-224 pixels on 8 devices 0.8 GB. It holds B rows while it does.
+Clips are spread over the devices that rows are spread over. Each device crops those rows of the
+batch whose clips it holds; then every row travels to the device that trains on it: a
+reduce-scatter in which all contributions but one are zero. Of n devices, each sends
+(n - 1) / n x B x F x S x S x 3 bytes a step, 0.8 GB for B = 512, F = 12, S = 224 on 8 devices,
+and holds B rows meanwhile.
 """
 
 import collections
@@ -26,18 +25,17 @@ from vop_jax.errors import UserError
 from vop_jax.training import sharding
 
 CHUNK = 64  # clips that the host holds while it fills the cache
-DIGIT = 8  # bits of a weight at a time
-ROWS = 4  # cut out at a time by a single device; an H200 is 1.5 times as fast as one by one
+ROWS = 4  # cropped at a time by a single device; an H200 is 1.5 times as fast as one by one
 
 Batch = dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class CacheLayout:
     """Where M clips of F frames, padded to one size, lie.
 
     Attributes:
-        shape: (F, H, W, 3).
+        shape: (F, H, W, 3) of a padded clip.
     """
 
     mesh: Mesh
@@ -46,64 +44,66 @@ class Layout:
 
     @property
     def clips_per_device(self) -> int:
+        """M / devices, rounded up."""
         return -(-self.clips // sharding.row_shards(self.mesh))
 
     @property
-    def whole(self) -> tuple[int, ...]:
-        """(M, F, H, W, 3), M filled up so that each device has as many clips."""
+    def global_shape(self) -> tuple[int, ...]:
+        """(M, F, H, W, 3), M rounded up to a multiple of the devices."""
         return self.clips_per_device * sharding.row_shards(self.mesh), *self.shape
 
     @property
-    def here(self) -> list[int]:
-        """The clips that this process's devices hold, ascending."""
-        held = sharding.process_rows(self.mesh, self.whole[0])
-        return held[held < self.clips].tolist()
+    def local_clips(self) -> list[int]:
+        """The clips on this process's devices, ascending."""
+        rows = sharding.process_rows(self.mesh, self.global_shape[0])
+        return rows[rows < self.clips].tolist()
 
     @property
     def bytes_per_device(self) -> int:
         return self.clips_per_device * int(np.prod(self.shape, dtype=np.int64))
 
     def check(self, limit_gb: float) -> None:
-        """Raises UserError where the frames do not fit: what is needed, what is missing.
+        """Raises UserError if the frames do not fit, with what is needed and what is missing.
 
         Args:
             limit_gb: the config's `data.device_cache_gb`.
         """
         key = "config.data.device_cache_gb"
         needed, (frames, height, width, _) = self.bytes_per_device, self.shape
-        allowed, whose = limit_gb * 1e9, f"{key}={limit_gb:g}"
+        allowed, limit = limit_gb * 1e9, f"{key}={limit_gb:g}"
         for device in self.mesh.local_devices:
-            stats = device.memory_stats() or {}  # not every platform tells
+            stats = device.memory_stats() or {}  # some platforms have none
             free = stats.get("bytes_limit", np.inf) - stats.get("bytes_in_use", 0)
             if free < allowed:
-                allowed, whose = free, f"{key}: {device} has {free / 1e9:.2f} GB left"
+                allowed, limit = free, f"{key}: {device} has {free / 1e9:.2f} GB left"
         if needed > allowed:
             raise UserError(
-                f"{whose}: {self.clips:,} clips of {frames} frames of {height} x {width} pixels "
+                f"{limit}: {self.clips:,} clips of {frames} frames of {height} x {width} pixels "
                 f"take {needed / 1e9:.2f} GB on each of {sharding.row_shards(self.mesh)} devices, "
                 f"{(needed - allowed) / 1e9:.2f} GB too much; use more devices, a smaller "
-                "config.data.short_side, or set it to 0: frames are then read from the records"
+                "config.data.short_side, or set it to 0 to read frames from the records"
             )
 
 
-def fill(layout: Layout, clips: Iterable[np.ndarray]) -> jax.Array:
-    """The clips `layout.here`, uint8 [F, h, w, 3] -> those of all, uint8 [M, F, H, W, 3]."""
-    count, placement = layout.clips_per_device, sharding.batch_sharding(layout.mesh)
-    holders = collections.defaultdict(list)  # of the clips from each number on
-    for device, index in placement.addressable_devices_indices_map(layout.whole).items():
-        assert index is not None  # those of devices elsewhere
-        holders[index[0].indices(layout.whole[0])[0]].append(device)
+def fill(layout: CacheLayout, clips: Iterable[np.ndarray]) -> jax.Array:
+    """The clips `layout.local_clips`, uint8 [F, h, w, 3] -> all clips, uint8 [M, F, H, W, 3]."""
+    placement = sharding.batch_sharding(layout.mesh)
+    devices_of = collections.defaultdict(list)  # first clip of a shard -> its devices
+    for device, index in placement.addressable_devices_indices_map(layout.global_shape).items():
+        assert index is not None  # None for devices of other processes
+        devices_of[index[0].indices(layout.global_shape[0])[0]].append(device)
     source, shards = iter(clips), []
-    for first in sorted(holders):
-        shards += _filled(layout, holders[first], source, min(count, layout.clips - first))
-    next(source, None)  # a bar counts a clip when the next is asked for
-    return jax.make_array_from_single_device_arrays(layout.whole, placement, shards)
+    for first in sorted(devices_of):
+        count = min(layout.clips_per_device, layout.clips - first)
+        shards += _fill_shard(layout, devices_of[first], source, count)
+    next(source, None)  # a progress bar counts a clip when the next one is requested
+    return jax.make_array_from_single_device_arrays(layout.global_shape, placement, shards)
 
 
-def _filled(
-    layout: Layout, devices: list[jax.Device], source: Iterator[np.ndarray], count: int
+def _fill_shard(
+    layout: CacheLayout, devices: list[jax.Device], source: Iterator[np.ndarray], count: int
 ) -> list[jax.Array]:
-    """The next `count` clips on each of these devices."""
+    """Copies the next `count` clips to each of these devices."""
     shape = (layout.clips_per_device, *layout.shape)
     shards = [jnp.zeros(shape, jnp.uint8, device=device) for device in devices]
     for start in range(0, count, CHUNK):
@@ -124,105 +124,103 @@ def _write(shard: jax.Array, chunk: jax.Array, start: Any) -> jax.Array:
 
 
 class DeviceCache:
-    """A split's frames on the devices.
+    """The frames of a split on the devices.
 
     Args:
         frames: uint8 [M, F, H, W, 3], of `fill`.
-        first, weights: of all ways that a side is resized, int32 [n, S] and [n, S, K], see
-            `data.resampling.Sides`.
-        bits: of a weight's fraction.
+        image_size: S.
     """
 
-    def __init__(
-        self, mesh: Mesh, frames: jax.Array, first: np.ndarray, weights: np.ndarray, bits: int
-    ):
+    def __init__(self, mesh: Mesh, frames: jax.Array, image_size: int):
         self._frames = frames
-        tables = {"first": first, "weights": weights}
-        self._tables = sharding.place(mesh, tables)
-        self._cut = jax.jit(sharding.map_row_shards(mesh, functools.partial(_own_rows, bits=bits)))
+        crop = functools.partial(_crop_rows, image_size=image_size)
+        self._crop = jax.jit(sharding.map_row_shards(mesh, crop))
 
-    def pictures(self, batch: Batch) -> Batch:
-        """Numbers of a batch, as `data.decoded.Drawn.numbers` -> frames uint8 [B, F, S, S, 3]."""
-        drawn = {name: batch[name] for name in ("clip", "corner", "sides", "mirrored")}
-        others = {name: rows for name, rows in batch.items() if name not in drawn}
-        return others | {"frames": self._cut(self._frames, (self._tables, drawn))}
+    def add_frames(self, batch: Batch) -> Batch:
+        """{"clip" [B], "crop" [B, 9], …} -> {"frames": uint8 [B, F, S, S, 3], …}."""
+        others = {name: rows for name, rows in batch.items() if name not in ("clip", "crop")}
+        return others | {"frames": self._crop(self._frames, (batch["clip"], batch["crop"]))}
 
-    def before(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """The step, for batches of numbers."""
-        return lambda state, frozen, batch: step(state, frozen, self.pictures(batch))
+    def wrap_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """The step, for batches of crops."""
+        return lambda state, frozen, batch: step(state, frozen, self.add_frames(batch))
 
 
-def _own_rows(frames: jax.Array, whole: tuple[Batch, Batch], *, bits: int) -> jax.Array:
-    """This device's share of a batch's pictures, from its clips and all devices' draws."""
-    tables, drawn = whole
-    size = tables["first"].shape[1]
-    nothing = jnp.zeros((frames.shape[1], size, size, 3), jnp.uint8)
+def _crop_rows(
+    frames: jax.Array, rows: tuple[jax.Array, jax.Array], *, image_size: int
+) -> jax.Array:
+    """This device's share of a batch's pictures, from its clips and the crops of all rows."""
+    zeros = jnp.zeros((frames.shape[1], image_size, image_size, 3), jnp.uint8)
     first_clip = sharding.row_shard_index() * frames.shape[0]
 
-    def row(draw: Batch) -> jax.Array:
-        clip = draw["clip"] - first_clip
-        here = (clip >= 0) & (clip < frames.shape[0])
-        how = {name: table[draw["sides"]] for name, table in tables.items()}
-        how |= {name: draw[name] for name in ("corner", "mirrored")}
+    def crop_row(row: tuple[jax.Array, jax.Array]) -> jax.Array:
+        clip, crop = row[0] - first_clip, row[1]
+        is_local = (clip >= 0) & (clip < frames.shape[0])
         return jax.lax.cond(
-            here, lambda: pictures_of(frames[clip], **how, bits=bits), lambda: nothing
+            is_local, lambda: crop_frames(frames[clip], crop, image_size), lambda: zeros
         )
 
-    # Where all rows are this device's a few at a time; else one by one: others' cost nothing.
+    # `batch_size` computes both branches of `cond`: with other devices' rows, that is a waste.
     together = ROWS if sharding.is_only_row_shard() else None
-    return sharding.sum_and_scatter_rows(jax.lax.map(row, drawn, batch_size=together))
+    return sharding.sum_and_scatter_rows(jax.lax.map(crop_row, rows, batch_size=together))
 
 
-def pictures_of(
-    frames: jax.Array,
-    *,
-    first: jax.Array,
-    weights: jax.Array,
-    corner: jax.Array,
-    mirrored: jax.Array,
-    bits: int,
-) -> jax.Array:
-    """A clip's pictures, as Pillow resizes them: uint8 [F, H, W, 3] -> [F, S, S, 3].
+def crop_frames(frames: jax.Array, crop: jax.Array, image_size: int) -> jax.Array:
+    """`video.crops.apply_crop` on a device: uint8 [F, H, W, 3] -> [F, S, S, 3].
+
+    Two matrix products, as `jax.image.scale_and_translate` would do it, but that one would let
+    pixels outside the box into its edges.
 
     Args:
-        first, weights: int32 [2, S] and [2, S, K], of the vertical and the horizontal side.
-        corner: int32 [2], top and left of the box.
-        mirrored: bool, left to right.
-        bits: of a weight's fraction.
+        crop: int32 [9], of `Crop.numbers`.
     """
-    height, width = frames.shape[1:3]
-    across = _matrix(first[1] + corner[1], weights[1], width)  # [S, W]
-    down = _matrix(first[0] + corner[0], weights[0], height)  # [S, H]
-    x = _weighed("fhwc,dsw->dfhsc", frames, across, bits)  # [F, H, S, 3]
-    x = _weighed("fhsc,dth->dftsc", x, down, bits)  # [F, S, S, 3]
-    return jnp.where(mirrored, x[:, :, ::-1], x)
+    top, left, height, width, rows, columns, window_top, window_left, mirrored = crop
+    down = _resize_matrix(frames.shape[1], top, height, rows, window_top, image_size)
+    across = _resize_matrix(frames.shape[2], left, width, columns, window_left, image_size)
+    across = jnp.where(mirrored, across[::-1], across)
+    x = _to_uint8(_product("fhwc,sw->fhsc", frames, across) / _sums(across)[None, None, :, None])
+    return _to_uint8(_product("fhsc,th->ftsc", x, down) / _sums(down)[None, :, None, None])
 
 
-def _matrix(first: jax.Array, weights: jax.Array, length: int) -> jax.Array:
-    """int32 [S] and [S, K] -> [S, length]: the weights where they belong, else 0."""
-    at = first[:, None] + jnp.arange(weights.shape[1])[None]  # [S, K]
-    chosen = at[..., None] == jnp.arange(length)[None, None]  # [S, K, length]
-    return jnp.where(chosen, weights[..., None], 0).sum(axis=1)
+def _product(equation: str, pixels: jax.Array, weights: jax.Array) -> jax.Array:
+    # Pixels are exact in bfloat16, sums are float32. Dividing by the sum of the rounded weights
+    # keeps flat areas flat: 99 % of the pixels are then those of Pillow.
+    return jnp.einsum(
+        equation, pixels.astype(jnp.bfloat16), weights, preferred_element_type=jnp.float32
+    )
 
 
-def _weighed(equation: str, pixels: jax.Array, matrix: jax.Array, bits: int) -> jax.Array:
-    """Sums of pixels with whole-number weights, rounded to uint8; exact on every device.
+def _sums(weights: jax.Array) -> jax.Array:
+    return weights.sum(axis=1, dtype=jnp.float32)
 
-    A weight is cut into three digits of eight bits. These and the pixels are exact in bfloat16,
-    their products and sums in the float32 that matmuls add up in.
+
+def _resize_matrix(
+    length: int,
+    start: jax.Array,
+    box: jax.Array,
+    resized: jax.Array,
+    window: jax.Array,
+    image_size: int,
+) -> jax.Array:
+    """bfloat16 [S, length]: the weights with which Pillow's bicubic filter resizes one side.
+
+    Args:
+        length: pixels of the padded frame.
+        start, box: first pixel and length of the box.
+        resized, window: length of the resized box, first pixel of the window in it.
     """
-    digits, rest = [], matrix
-    for _ in range(2):
-        low = ((rest + 128) & 255) - 128  # signed, so that none is longer than eight bits
-        digits.append(low)
-        rest = (rest - low) >> DIGIT
-    stacked = jnp.stack([*digits, rest]).astype(jnp.bfloat16)  # [3, S, length]
-    parts = jnp.einsum(
-        equation,
-        pixels.astype(jnp.bfloat16),
-        stacked,
-        precision=jax.lax.Precision.DEFAULT,
-        preferred_element_type=jnp.float32,
-    ).astype(jnp.int32)
-    total = parts[0] + (parts[1] << DIGIT) + (parts[2] << 2 * DIGIT)
-    return ((total + (1 << bits - 1)) >> bits).clip(0, 255).astype(jnp.uint8)
+    scale = box / resized
+    coarse = jnp.maximum(scale, 1.0)  # when it shrinks, the filter widens and so antialiases
+    centre = (jnp.arange(image_size)[:, None] + window + 0.5) * scale  # [S, 1]
+    pixel = jnp.arange(length)[None] - start  # [1, length]
+    x = jnp.abs(pixel + 0.5 - centre) / coarse
+    # Keys' cubic convolution filter with a = -1/2.
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    weights = jnp.where(x < 1, near, jnp.where(x < 2, far, 0.0))
+    weights = jnp.where((pixel >= 0) & (pixel < box), weights, 0.0)
+    return (weights / weights.sum(axis=1, keepdims=True)).astype(jnp.bfloat16)
+
+
+def _to_uint8(x: jax.Array) -> jax.Array:
+    return jnp.clip(jnp.floor(x + 0.5), 0, 255).astype(jnp.uint8)
