@@ -24,10 +24,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from vop_jax.search.catalog import VERSION, Catalog, IndexInfo, reading
+from vop_jax.search.catalog import VERSION, IndexInfo, reading
 from vop_jax.search.index import Index
-from vop_jax.search.scan import find_videos
+from vop_jax.search.scan import VideoFile, find_videos
 from vop_jax.search.stores.open import open_store
+from vop_jax.search.writer import CatalogWriter
 from vop_jax.video.moments import FrameSpec, decode_task, inspect_video, list_moments, plan_tasks
 from vop_jax.video.workers import in_processes, in_threads
 
@@ -57,18 +58,19 @@ def fill(directory: pathlib.Path, moments: int, per_file: int, dim: int) -> None
     )
     rng = np.random.default_rng(0)
     files = moments // per_file
-    spans = [(5.0 * i, 5.0 * i + 10) for i in range(per_file)]
-    with contextlib.closing(Catalog.open(directory, info)) as own:
+    segments = [(5.0 * i, 5.0 * i + 10) for i in range(per_file)]
+    with contextlib.closing(CatalogWriter(directory, info)) as writer:
         for first in range(0, files, BATCH):
             last = min(first + BATCH, files)
             rows = rng.standard_normal(((last - first) * per_file, dim), np.float32)
             rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-            with own.transaction():
-                ids = own.store_vectors("moments", rows)
-                for i in range(first, last):
-                    path, mtime = f"{i % 100:02}/{i}.mp4", i * DAY * 10**9 * 10_000 // files
-                    of_file = ids[(i - first) * per_file : (i - first + 1) * per_file]
-                    own.add(path, 1, mtime, str(i), spans, of_file)
+            added = []
+            for i, vectors in enumerate(rows.reshape(-1, per_file, dim), first):
+                mtime = i * DAY * 10**9 * 10_000 // files
+                file = VideoFile(f"{i % 100:02}/{i}.mp4", 1, mtime)
+                added.append((file, str(i), segments, vectors))
+            with writer.transaction():
+                writer.add_files(added)
 
 
 def best(call: Callable, times: int = 7) -> float:

@@ -25,13 +25,14 @@ from typing import Any
 import numpy as np
 
 from vop_jax.errors import UserError
-from vop_jax.search.asked import absolute
-from vop_jax.search.build import locked
-from vop_jax.search.catalog import VERSION, Catalog, IndexInfo, read_info, reading
+from vop_jax.search.build import absolute, locked
+from vop_jax.search.catalog import VERSION, IndexInfo, read_info, reading
 from vop_jax.search.index import Index
+from vop_jax.search.scan import VideoFile
 from vop_jax.search.stores.base import Snapshot, named_ids
-from vop_jax.search.stores.heap import Rows
+from vop_jax.search.stores.heap import HeapSnapshot
 from vop_jax.search.stores.open import open_store
+from vop_jax.search.writer import CatalogWriter
 
 K = 10
 Row = tuple[str, str]  # what was done, and how long it took
@@ -45,22 +46,25 @@ def unit(rows: int, dim: int, seed: int) -> np.ndarray:
 def fill(directory: str, store: str, rows: int, dim: int, batch: int) -> list[Row]:
     """Adds what is missing, a file of so many moments at once; the rate, without the drawing."""
     info = IndexInfo(VERSION, "", "c", "", "", "", "", 12, dim, 1.0, 1.0, "/", absolute(store))
-    with locked(pathlib.Path(directory)), contextlib.closing(Catalog.open(directory, info)) as own:
-        seconds, there = 0.0, sum(file.size for file in own.files().values())
-        if there > rows:
-            raise UserError(f"--index={directory}: holds {there} vectors; must be {rows} or fewer")
-        for start in range(there, rows, batch):
+    with (
+        locked(pathlib.Path(directory)),
+        contextlib.closing(CatalogWriter(directory, info)) as writer,
+    ):
+        seconds, stored = 0.0, sum(file.size for file in writer.files().values())
+        if stored > rows:
+            raise UserError(f"--index={directory}: holds {stored} vectors; must be {rows} or fewer")
+        for start in range(stored, rows, batch):
             vectors = unit(min(batch, rows - start), dim, seed=start)
             begin = time.perf_counter()
-            with own.transaction():
-                ids = own.store_vectors("moments", vectors)
-                spans = [(0.0, 1.0)] * len(ids)
-                own.add(f"{start}.mp4", len(ids), 0, str(start), spans, ids)
+            file = VideoFile(f"{start}.mp4", len(vectors), 0)
+            with writer.transaction():
+                segments = [(0.0, 1.0)] * len(vectors)
+                writer.add_files([(file, str(start), segments, vectors)])
             seconds += time.perf_counter() - begin
-    if there == rows:
+    if stored == rows:
         return []
-    what = f"put {rows - there:,} in batches of {batch:,}"
-    return [(what, f"{seconds:.1f} s, {(rows - there) / seconds:,.0f} a second")]
+    what = f"put {rows - stored:,} in batches of {batch:,}"
+    return [(what, f"{seconds:.1f} s, {(rows - stored) / seconds:,.0f} a second")]
 
 
 def milliseconds(call: Callable[[], Any], repeats: int) -> str:
@@ -145,7 +149,7 @@ def ways(directory: str, dim: int, repeats: int) -> list[Row]:
     import jax
 
     store, _ = snapshot(directory)
-    assert isinstance(store, Rows)
+    assert isinstance(store, HeapSnapshot)
     vectors = store.vectors
     query, size = unit(1, dim, seed=10**9)[0], 2**15
     starts = range(0, len(vectors), size)

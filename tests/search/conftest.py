@@ -1,4 +1,4 @@
-"""What most tests of the search begin with."""
+"""Fixtures of the search's tests."""
 
 import pytest
 
@@ -18,6 +18,13 @@ def retriever(clip):
 
 
 @pytest.fixture(scope="session")
-def shared(tmp_path_factory, retriever):
-    """(folder, index with moments): to be read only."""
-    return library.make_with_captions(tmp_path_factory.mktemp("shared"), retriever)
+def shared(tmp_path_factory, retriever, clip):
+    """(folder, index with moments and captions); read only."""
+    root = tmp_path_factory.mktemp("shared")
+    return library.make_with_captions(root, retriever, clip=str(clip))
+
+
+@pytest.fixture
+def copied(shared, tmp_path):
+    """(folder, read only; a copy of its index)."""
+    return shared[0], library.copy(shared[1], tmp_path / "index")

@@ -9,13 +9,16 @@ import numpy as np
 from tests import processes, runs
 from tests.video import videos
 from vop_jax.search import catalog
-from vop_jax.search.asked import Request
-from vop_jax.search.build import make_index
+from vop_jax.search.build import IndexRequest, build_index
 from vop_jax.search.index import Index
 from vop_jax.search.stores.open import open_store
-from vop_jax.search.updater import Making
+from vop_jax.search.updater import IndexOptions
 
-DATE = 1_700_000_000  # files' own, so that changes are seen
+DATE = 1_700_000_000  # of the first file; one day later each
+
+
+def write_film(path, frames):
+    videos.write(path, frames, rate=10, width=32, height=32)
 
 
 def write_films(folder, count=4, seconds=3):
@@ -24,46 +27,40 @@ def write_films(folder, count=4, seconds=3):
     paths = []
     for i in range(count):
         name = f"{'sub/' if i % 2 else ''}{chr(ord('a') + i)}.mp4"
-        videos.write(folder / name, 10 * seconds + i, rate=10, width=32, height=32)
+        write_film(folder / name, 10 * seconds + i)
         os.utime(folder / name, (DATE + 86400 * i,) * 2)
         paths.append(name)
     return paths
 
 
-def make(directory, folder, retriever, captions="", retry=False, **asked):
-    """An index of a folder; what became of its files."""
-    request = Request(str(folder), captions=str(captions), **asked)
-    return make_index(directory, request, Making(workers=1, batch=4, retry=retry), retriever)
+def make(directory, folder, retriever, captions="", options=None, **fields):
+    """Builds or updates an index of a folder; its report."""
+    request = IndexRequest(str(folder), captions=str(captions), **fields)
+    options = IndexOptions(workers=1, batch=4, **(options or {}))
+    return build_index(directory, request, options, retriever)
 
 
-def make_with_captions(root, retriever):
+def make_with_captions(root, retriever, **fields):
     """(folder of films, index of their moments and captions) in a folder."""
     write_films(root / "films")
     captions = root / "captions.csv"
     captions.write_text("video,caption\na.mp4,grey becomes white\nsub/b.mp4,another film\n")
-    make(root / "index", root / "films", retriever, captions, window=1.0)
+    make(root / "index", root / "films", retriever, captions, window=1.0, **fields)
     return root / "films", root / "index"
 
 
 def content(directory):
     """{(path, start, end): vector} of an index."""
-    info = Index.open(directory).info
+    statement = 'SELECT m.id, path, start, "end" FROM moments m JOIN files ON file = files.id'
     with catalog.reading(directory) as db:
-        rows = list(
-            db.execute(
-                'SELECT moments.id, path, start, "end" FROM moments JOIN files ON file = files.id'
-            )
-        )
-        vectors = snapshot(directory, info, db).get(np.array([row[0] for row in rows], np.int64))
+        rows = list(db.execute(statement))
+        store = open_store(directory, Index.open(directory).info, "moments", write=False)
+        vectors = store.snapshot(db).get(np.array([row[0] for row in rows], np.int64))
     return {row[1:]: vector for row, vector in zip(rows, vectors, strict=True)}
 
 
-def snapshot(directory, info, db):
-    return open_store(directory, info, "moments", write=False).snapshot(db)
-
-
 def assert_same(one, other):
-    """Two contents, but for the rounding of batches."""
+    """Compares two contents; embedding in other batches rounds otherwise."""
     assert one.keys() == other.keys()
     for key in one:
         np.testing.assert_allclose(one[key], other[key], atol=1e-5)

@@ -5,37 +5,35 @@ import pathlib
 import numpy as np
 
 from vop_jax.search import catalog
-from vop_jax.search.catalog import Catalog, IndexInfo
+from vop_jax.search.catalog import IndexInfo
+from vop_jax.search.scan import VideoFile
 from vop_jax.search.stores.base import named_ids
+from vop_jax.search.writer import CatalogWriter
+
+PLAIN = ("", "c", "CLIP", "")
 
 
 class Shelf:
-    """Of files that each have one moment."""
+    """An index of files with one moment each: 0.mp4, 1.mp4, …"""
 
-    def __init__(self, directory, dim=8, store="", prompts=""):
-        self.directory, self._made = pathlib.Path(directory), 0
+    def __init__(self, directory, dim=8, store="", prompts="", files=0):
+        self.directory, self.files = pathlib.Path(directory), files
         self.directory.mkdir(exist_ok=True)
-        self.info = IndexInfo(
-            catalog.VERSION,
-            *("", "c", "CLIP", "", prompts, "zero_shot"),
-            3,
-            dim,
-            2.0,
-            1.0,
-            "/",
-            store,
-        )
-        self.catalog = Catalog.open(directory, self.info)
+        model = (*PLAIN, prompts, "zero_shot", 3, dim)
+        self.info = IndexInfo(catalog.VERSION, *model, 2.0, 1.0, "/", store)
+        self.catalog = CatalogWriter(directory, self.info)
         self.db = self.catalog._db
-        self.db.execute("PRAGMA synchronous = OFF")  # no test pulls the plug
+        self.db.execute("PRAGMA synchronous = OFF")  # no test cuts the power
 
     def add(self, vectors, also=lambda: None):
-        """A file of each vector; their ids. `also` happens in the same transaction."""
+        """Adds a file for each vector; their ids. `also` runs in the same transaction."""
+        files = []
+        for number, vector in enumerate(np.asarray(vectors), self.files):
+            file = VideoFile(f"{number}.mp4", 1, 1)
+            files.append((file, "", [(0.0, 1.0)], vector[None]))
+        self.files += len(files)
         with self.catalog.transaction():
-            ids = self.catalog.store_vectors("moments", np.asarray(vectors))
-            for number in ids:
-                self.catalog.add(f"{self._made}.mp4", 1, 1, "", [(0.0, 1.0)], [number])
-                self._made += 1
+            ids = self.catalog.add_files(files)
             also()
         return ids
 

@@ -1,28 +1,37 @@
-"""The command line: as a user calls it, rightly and wrongly, and kills it."""
+"""The command line: right and wrong calls, kills, and what it prints."""
 
 import contextlib
+import functools
+import io
 import json
 import re
 import signal
+import sys
 
 import pytest
 
 from tests import processes, runs
 from tests.search import library
-from vop_jax.search import catalog, updater
+from vop_jax.inference import retriever as retrievers
+from vop_jax.search import build, catalog, searcher, updater
 from vop_jax.search.__main__ import main
 
 
-@pytest.fixture(autouse=True)
-def signals_of_the_tests():
-    with runs.kept_signals():
+@pytest.fixture(scope="module", autouse=True)
+def one_model():
+    """Every call shares the model, and what is compiled for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        load = functools.cache(retrievers.load)
+        patch.setattr(retrievers, "load", load)
+        patch.setattr(searcher, "load", load)
         yield
 
 
 @pytest.fixture
 def call(capsys):
     def run(*argv):
-        status = main([str(arg) for arg in argv])
+        with runs.kept_signals():
+            status = main([str(arg) for arg in argv])
         out, err = capsys.readouterr()
         return status, out, err
 
@@ -31,33 +40,21 @@ def call(capsys):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, clip):
-    """(films, index), by the command line; one film has vanished since."""
+    """(films, index), by the command line; one film is removed afterwards."""
     root = tmp_path_factory.mktemp("main")
     library.write_films(root / "films")
     (root / "films/bad.mp4").write_bytes(b"no video")
     (root / "texts.txt").write_text("first text\nsecond text\n")
+    argv = ["index", root / "films", "--clip", clip, "--index", root / "index", "--window=2"]
+    argv += ["--workers=1", "--captions", root / "texts.txt"]
     with runs.kept_signals():
-        status = main(
-            [
-                *(
-                    "index",
-                    str(root / "films"),
-                    "--clip",
-                    str(clip),
-                    "--index",
-                    str(root / "index"),
-                ),
-                *("--window=2", "--workers=1", "--captions", str(root / "texts.txt")),
-            ]
-        )
-    assert status == 0
+        assert main([str(arg) for arg in argv]) == 0
     (root / "films/sub/b.mp4").unlink()
     return root / "films", root / "index"
 
 
-def test_index_tells_what_came_of_it(place, call):
-    _, index = place
-    again = library.copy(index, index.parent / "again")
+def test_index_reports_what_it_did(place, call, tmp_path):
+    again = library.copy(place[1], tmp_path / "again")
     status, out, _ = call("index", "--index", again)
     assert status == 0
     assert re.match(rf"{again}: 1 removed, 4 unchanged\n", out)
@@ -65,7 +62,7 @@ def test_index_tells_what_came_of_it(place, call):
 
 
 def test_query_as_json(place, call):
-    _, index = place
+    films, index = place
     status, out, _ = call("query", "a dog", "--index", index, "-k", 3, "--json")
     rows = json.loads(out)
     assert status == 0 and len(rows) == 3
@@ -77,20 +74,12 @@ def test_query_as_json(place, call):
     assert len(json.loads(out)) > 2 and "/sub/" in out and "a.mp4" not in out
     _, out, _ = call("query", "a dog", "--index", index, "--json", "--since=2023-11-17")
     assert {row["path"][-5:] for row in json.loads(out)} == {"d.mp4"}
-
-
-def test_query_as_a_table(place, call):
-    _, index = place
-    status, out, _ = call("query", "a dog", "--index", index)
-    lines = out.splitlines()
-    assert status == 0 and len(lines) == 4
-    assert all(re.match(r"-?0\.\d{3} +\d\.\d-\d\.\d s  /", line) for line in lines)
-    assert sum(line.endswith("b.mp4  (missing)") for line in lines) == 1
-    assert call("query", "a dog", "--index", index, "--folder=none")[1] == "nothing found\n"
-
-
-def test_query_explained(place, call):
-    _, index = place
+    _, out, _ = call("query", "--video", films / "c.mp4", "--index", index, "--json", "-k1")
+    assert json.loads(out)[0]["path"] == str(films / "c.mp4")
+    _, out, _ = call(
+        "query", "--video", films / "c.mp4", "--index", index, "--json", "--to=captions"
+    )
+    assert {row["caption"] for row in json.loads(out)} == {"first text", "second text"}
     _, out, _ = call("query", "a dog", "--index", index, "--json", "--explain")
     for row in json.loads(out):
         if row["missing"]:
@@ -98,19 +87,21 @@ def test_query_explained(place, call):
         else:
             seconds = [frame["seconds"] for frame in row["frames"]]
             assert len(seconds) == 12 and row["start"] <= seconds[0] <= seconds[-1] < row["end"]
-    assert "b.mp4: no such file" in call("query", "a dog", "--index", index, "--explain")[1]
 
 
-def test_the_ways_back(place, call):
+def test_query_as_a_table(place, call):
     films, index = place
-    _, out, _ = call("query", "--video", films / "c.mp4", "--index", index, "--json", "-k1")
-    assert json.loads(out)[0]["path"] == str(films / "c.mp4")
+    status, out, err = call("query", "a dog", "--index", index)
+    lines = out.splitlines()
+    assert status == 0 and len(lines) == 4 and not err
+    assert all(re.match(r"-?0\.\d{3} +\d\.\d-\d\.\d s  /", line) for line in lines)
+    assert sum(line.endswith("b.mp4  (missing)") for line in lines) == 1
+    assert call("query", "a dog", "--index", index, "--folder=none")[1] == "nothing found\n"
+    assert "b.mp4: no such file" in call("query", "a dog", "--index", index, "--explain")[1]
     _, out, _ = call("query", "--video", films / "c.mp4", "--index", index, "--to=captions")
     assert {line.split("  ")[-1] for line in out.splitlines()} == {"first text", "second text"}
-    _, out, _ = call(
-        "query", "--video", films / "c.mp4", "--index", index, "--to=captions", "--json"
-    )
-    assert {row["caption"] for row in json.loads(out)} == {"first text", "second text"}
+    _, _, err = call("query", "word " * 50, "--index", index)
+    assert err == "the query is longer than the model reads: its end is ignored\n"
 
 
 def test_info(place, call):
@@ -119,15 +110,8 @@ def test_info(place, call):
     assert status == 0
     assert re.search(r"files +4\n", out) and "of 2 s every 1 s, 12 frames each" in out
     assert "bad.mp4: not readable as video" in out
-    about = json.loads(call("info", "--index", index, "--json")[1])
-    assert about["counts"]["captions"] == 2 and about["folder"] == str(films)
-
-
-def test_a_long_query_is_cut_and_that_is_said(place, call):
-    status, out, err = call("query", "word " * 50, "--index", place[1], "--json")
-    assert status == 0 and json.loads(out)
-    assert err == "the query is longer than the model reads: its end is cut off\n"
-    assert call("query", "word", "--index", place[1])[2] == ""
+    info = json.loads(call("info", "--index", index, "--json")[1])
+    assert info["counts"]["captions"] == 2 and info["folder"] == str(films)
 
 
 @pytest.mark.parametrize(
@@ -141,6 +125,7 @@ def test_a_long_query_is_cut_and_that_is_said(place, call):
         ("query '' --index INDEX", "the query is empty"),
         ("query x --index INDEX -k 0", "'0': a number, 1 or more"),
         ("query x --index INDEX --to=sounds", "invalid choice: 'sounds'"),
+        ("query x --index INDEX --to=captions --explain", "--explain: is of videos' frames"),
         ("query x --index INDEX --since=never", "since='never': must be a date"),
         ("query x --index ROOT", "no index; make one with python -m vop_jax.search index"),
         ("query --video ROOT/none.mp4 --index INDEX", "none.mp4: no such file"),
@@ -155,7 +140,7 @@ def test_a_long_query_is_cut_and_that_is_said(place, call):
         ("index ROOT/films --index INDEX --window=0", "--window: '0': a number, 0.001 or more"),
     ],
 )
-def test_calls_that_are_wrong(place, call, clip, argv, message):
+def test_wrong_calls(place, call, clip, argv, message):
     films, index = place
     words = [word.strip("'") for word in argv.split()]
     for name, path in (("ROOT", films.parent), ("INDEX", index), ("CLIP", clip)):
@@ -165,31 +150,26 @@ def test_calls_that_are_wrong(place, call, clip, argv, message):
     assert err.startswith("error: ") and message in err and err.count("\n") == 1
 
 
-def test_what_an_index_was_made_without(place, call, clip, retriever, tmp_path):
-    index = tmp_path / "plain"
-    library.make(index, place[0], retriever, clip=str(clip))
+def test_an_index_without_captions(place, call, tmp_path):
+    index = library.copy(place[1], tmp_path / "index")
+    with catalog.connect(index / catalog.FILE) as db:
+        db.executescript("DELETE FROM captions; PRAGMA application_id = 0")
+    db.close()
     status, _, err = call("query", "x", "--to=captions", "--index", index)
-    assert status == 2 and "plain: has no captions; index --captions=FILE" in err
-    status, _, err = call("index", place[0], "--index", index, "--window=9")
-    assert status == 2 and "made without --window, not 9" in err
+    assert status == 2 and "has no captions; add them with index --captions=FILE" in err
 
 
-def test_a_full_disk_is_told_in_one_line(place, call, monkeypatch, tmp_path):
+def test_a_full_disk_and_files_that_disappear(place, call, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device", "vectors.f32")
 
-    index = library.copy(place[1], tmp_path / "index")
-    monkeypatch.setattr("vop_jax.search.build._update", full)
-    status, _, err = call("index", "--index", index)
-    assert (status, err) == (
+    monkeypatch.setattr(build, "build_index", full)
+    assert call("index", "--index", place[1])[::2] == (
         2,
         "error: vectors.f32: no space left on the disk; free some, the same command continues\n",
     )
-
-
-def test_files_that_went_away_are_told_by_the_status(place, call, monkeypatch):
-    skipped = updater.Done(unchanged=3, skipped={"a.mp4": "no such file"})
-    monkeypatch.setattr("vop_jax.search.build.make_index", lambda *_: skipped)
+    report = updater.IndexReport(unchanged=3, skipped={"a.mp4": "no such file"})
+    monkeypatch.setattr(build, "build_index", lambda *_: report)
     status, out, _ = call("index", "--index", place[1])
     assert status == 1 and "not read: 1, first a.mp4 (no such file); what is indexed" in out
 
@@ -200,56 +180,65 @@ def committed(index):
     return 0
 
 
-def started(index, films, clip, files):
-    """A process that makes an index, when it has finished so many files."""
-    process = library.start(
-        *("index", films, "--clip", clip, "--index", index),
-        *("--window=1", "--workers=1", "--batch=1"),
-    )
-    processes.until(lambda: committed(index) >= files, process)
-    return process
+def test_a_killed_and_an_interrupted_run_lose_nothing(tmp_path, clip, call):
+    films, index = tmp_path / "films", tmp_path / "index"
+    library.write_films(films, 20)
+    library.make(tmp_path / "whole", films, None, clip=str(clip), window=1.0)
+    command = ["index", films, "--clip", clip, "--index", index]
+    command += ["--window=1", "--workers=1", "--batch=1"]
+    for number, files in ((signal.SIGKILL, 1), (signal.SIGINT, 7)):
+        process = library.start(*command)
+        processes.until(lambda files=files: committed(index) >= files, process)
+        process.send_signal(number)
+        _, err = process.communicate()
+        assert process.returncode == (130 if number == signal.SIGINT else -number), err
+    assert "stopped by SIGINT; the same command continues" in err and "Traceback" not in err
+    count = committed(index)
+    assert 7 <= count < 20
+    status, out, _ = call("index", "--index", index)
+    assert status == 0 and f"{20 - count} added, {count} unchanged" in out
+    library.assert_same(library.content(index), library.content(tmp_path / "whole"))
+
+
+NAME = "a\x1b]0;title\x07\x9b2J\r\n\u202e\u20ac\xe9.mp4"
+SHOWN = r"a\x1b]0;title\x07\x9b2J\r\n\u202e€é.mp4"
 
 
 @pytest.fixture(scope="module")
-def many(tmp_path_factory, clip):
-    """(films, content of an index that nothing disturbed)."""
-    root = tmp_path_factory.mktemp("many")
-    library.write_films(root / "films", 20)
-    whole = library.start(
-        *("index", root / "films", "--clip", clip, "--index", root / "index"),
-        *("--window=1", "--workers=1", "--batch=1"),
-    )
-    assert whole.wait() == 0, whole.communicate()
-    whole.communicate()
-    return root / "films", library.content(root / "index")
+def odd_names(tmp_path_factory, clip):
+    """An index of files and captions that hold control characters."""
+    root = tmp_path_factory.mktemp("names")
+    (folder := root / "films \udcff\x1b[2J").mkdir()
+    library.write_film(folder / NAME, 20)
+    (folder / f"bad {NAME}").write_bytes(b"no video")
+    (root / "captions.txt").write_text("one\x1b[2Jtext\n")
+    library.make(root / "index", folder, None, root / "captions.txt", clip=str(clip))
+    return root / "index"
 
 
-def test_kills_lose_nothing(many, clip, tmp_path):
-    films, whole = many
-    index = tmp_path / "index"
-    for files in (1, 7):
-        process = started(index, films, clip, files)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-    kept = committed(index)
-    assert 7 <= kept < 20
-    process = library.start("index", "--index", index)
-    out, err = process.communicate()
-    assert process.returncode == 0, err
-    assert f"{20 - kept} added, {kept} unchanged" in out
-    library.assert_same(library.content(index), whole)
-
-
-def test_ctrl_c_keeps_what_is_done(many, clip, tmp_path):
-    process = started(tmp_path / "index", many[0], clip, 3)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate()
-    assert process.returncode == 130
-    assert "stopped by SIGINT; the same command continues" in err
-    assert "Traceback" not in err
-    assert 3 <= committed(tmp_path / "index") < 20
-    process = library.start("index", "--index", tmp_path / "index")
-    assert process.wait() == 0, process.communicate()
-    process.communicate()
-    library.assert_same(library.content(tmp_path / "index"), many[1])
+@pytest.mark.parametrize(
+    ("argv", "lines", "encoding"),
+    [
+        (["query", "a dog", "--until", "9999-12-31"], 1, "utf-8"),
+        (["query", "a dog", "--to", "captions"], 1, "ascii"),
+        (["query", "a dog", "--since", "0001-01-01", "--json"], 9, "ascii"),
+        (["query", "a dog", "--clip", NAME], 1, "utf-8"),
+        (["info"], 9, "ascii"),
+        (["index"], 2, "utf-8"),
+    ],
+)
+def test_a_terminal_obeys_no_name(odd_names, monkeypatch, argv, lines, encoding):
+    streams = {name: io.TextIOWrapper(io.BytesIO(), encoding) for name in ("stdout", "stderr")}
+    with runs.kept_signals(), monkeypatch.context() as patch:
+        for name, stream in streams.items():
+            patch.setattr(sys, name, stream)
+        status = main([*argv, "--index", str(odd_names)])
+    for stream in streams.values():
+        stream.flush()
+    out, err = (stream.buffer.getvalue().decode(encoding) for stream in streams.values())
+    assert status == (2 if "--clip" in argv else 0), err
+    text = err if status else out
+    assert len(text.splitlines()) == lines
+    assert all(c == "\n" or c.isprintable() for c in out + err)
+    if argv[-1] in ("9999-12-31", "info", "index"):
+        assert (SHOWN if encoding == "utf-8" else ascii(SHOWN)[1:-1].replace("\\\\", "\\")) in text

@@ -1,6 +1,6 @@
-"""What decoding processes are asked to do in tests; they import it by name.
+"""Work of decoding processes in tests; they import it by name.
 
-By its name a file crashes its decoder, goes away, or becomes another.
+By its name a file crashes its decoder, disappears, or becomes another.
 """
 
 import os
@@ -9,28 +9,32 @@ import shutil
 import signal
 
 from vop_jax.search import decoder
+from vop_jax.video import moments
 
 
-def plan(path, **given):
-    """As it should, but for a file that takes all memory."""
+def plan(path, **options):
+    """Takes all memory for one file."""
     if path.endswith("/endless.mp4"):
         raise MemoryError
-    return decoder._plan(path, **given)
+    return decoder.plan_file(path, **options)
+
+
+def plan_in_parts(path, **options):
+    """As if every file were long."""
+    moments.MAX_PICTURES = 6
+    return decoder.plan_file(path, **options)
 
 
 def decode(job):
-    """As it should, after something has been done to the file."""
-    path = pathlib.Path(getattr(job, "path", ""))
+    """Decodes after something has happened to the file."""
+    path = pathlib.Path(job[0].path)
     if path.name == "crash.mp4":
         os.kill(os.getpid(), signal.SIGSEGV)
-    elif path.name == "rotate.mp4" and not (other := path.with_name("rotate-1.mp4")).exists():
-        path.rename(other)
+    elif path.name == "rotate.mp4":
         shutil.copy(path.with_name("c.mp4"), path)
-        with open(path, "ab") as file:
-            file.write(b"another")
     elif path.name == "growing.mp4":
         with open(path, "ab") as file:
             file.write(b"more")
     elif path.name == "vanishing.mp4":
         path.unlink()
-    return decoder._decode(job)
+    return decoder.decode_job(job)

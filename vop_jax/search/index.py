@@ -1,4 +1,4 @@
-"""An index to search: vectors in, moments of files out."""
+"""An index that is open to search: vectors in, moments of files out."""
 
 import os
 import pathlib
@@ -7,19 +7,22 @@ import threading
 import numpy as np
 
 from vop_jax.errors import UserError
-from vop_jax.search import catalog
+from vop_jax.search import catalog, query
 from vop_jax.search.catalog import IndexedFile, IndexInfo
-from vop_jax.search.query import TARGETS, Date, Hit, Search, make_filter
-from vop_jax.search.stores.base import MOST, TABLES, VectorStore
+from vop_jax.search.query import Date, Hit, make_filter
+from vop_jax.search.stores.base import TABLES, VectorStore, checked_vectors
 from vop_jax.search.stores.open import open_store
+
+__all__ = ["Hit", "Index"]
 
 
 class Index:
-    """An index that is open to be searched; threads may share it.
+    """An index that is open to search; threads may share it.
 
-    Each search sees one state of it, the last one that a writer finished.
+    Each search sees one state of the index, the last one that a writer committed.
 
     Attributes:
+        directory: of the index.
         info: what it was made with.
     """
 
@@ -36,20 +39,20 @@ class Index:
         """Opens it to read.
 
         Raises:
-            UserError: there is no index, or one of a newer version.
+            UserError: there is no index, it is damaged, or of another version.
         """
         return cls(directory)
 
     def open_vectors(self) -> None:
-        """Opens them now, not at the first search, for what is wrong with them to be told now.
+        """Opens the vectors now instead of at the first search, which reports errors now.
 
         Raises:
-            UserError: they are damaged or gone, or a database does not answer.
+            UserError: they are damaged or missing, or a database does not answer.
         """
         self._store("videos")
 
     def close(self) -> None:
-        """Lets go of the vectors."""
+        """Releases the vectors."""
         with self._lock:
             for store in self._stores.values():
                 store.close()
@@ -66,53 +69,50 @@ class Index:
         until: Date = None,
         per_file: bool = True,
     ) -> list[list[Hit]]:
-        """The nearest moments, or captions, of each of several vectors.
+        """The nearest moments, or captions, of each vector, best first.
 
         Args:
             vectors: float32 [N, E], unit rows.
-            k: how many; fewer are found where there are no more.
+            k: the number of hits of each; fewer where the index has fewer.
             to: "videos" or "captions".
             folder, since, until: see `query.make_filter`.
-            per_file: of each file, or text, the best alone.
+            per_file: only the best hit of each file, or caption text.
 
         Raises:
-            UserError: an argument is not what it should be.
+            UserError: an argument is wrong.
         """
-        if to not in TARGETS:
-            raise UserError(f"to={to!r}: allowed are {', '.join(TARGETS)}")
-        if not 1 <= k <= MOST:
-            raise UserError(f"k={k}: must be 1 to {MOST}")
-        where = make_filter(
-            folder, since, until, "captions.path" if to == "captions" else "files.path"
-        )
+        if to not in TABLES:
+            raise UserError(f"to={to!r}: allowed are {', '.join(TABLES)}")
+        if not 1 <= k <= query.MOST:
+            raise UserError(f"k={k}: must be 1 to {query.MOST}")
+        vectors = checked_vectors(vectors, self.info.dim, "vectors")
+        path = "captions.path" if to == "captions" else "files.path"
+        where = make_filter(folder, since, until, path)
         store = self._store(to)
         with catalog.reading(self.directory) as db:
-            # Where it is another, its vectors are, too.
-            if catalog.read_info(db).model != self.info.model:
-                anew = "was made anew, by another model; open it again"
-                raise UserError(f"{self.directory}: {anew}")
-            return Search(db, store.snapshot(db), to, where, per_file).run(vectors, k)
+            if catalog.read_info(db).model != self.info.model:  # `store` has the old vectors
+                raise UserError(f"{self.directory}: was made anew, by another model; open it again")
+            return query.search(db, store.snapshot(db), to, where, vectors, k, per_file)
 
     def _store(self, target: str) -> VectorStore:
-        """The vectors; those of a folder are compared with their checksums when it is opened."""
+        """The vectors; the first use compares them with their checksums."""
         with self._lock:
             if target not in self._stores:
                 store = open_store(self.directory, self.info, TABLES[target], write=False)
                 with catalog.reading(self.directory) as db:
                     snapshot = store.snapshot(db)
-                # Not while the catalog is read, which would hold a writer up for long.
-                snapshot.check()
+                snapshot.check()  # outside of `reading`, which makes a writer wait
                 self._stores[target] = store
             return self._stores[target]
 
     @property
     def folder(self) -> str:
-        """Where the videos lie; it may have moved since this was opened."""
+        """The folder of the videos; it may have moved since this index was opened."""
         with catalog.reading(self.directory) as db:
             return catalog.read_info(db).folder
 
     def path_of(self, file_id: int) -> pathlib.Path:
-        """Where a file lies, or lay when it was indexed.
+        """Where a file was when it was indexed.
 
         Raises:
             UserError: no indexed file has this id.
@@ -120,21 +120,21 @@ class Index:
         return pathlib.Path(self.folder, self.file_of(file_id).path)
 
     def file_of(self, file_id: int) -> IndexedFile:
-        """What is known of a file.
+        """The row of a file in the catalog.
 
         Raises:
             UserError: no indexed file has this id.
         """
         with catalog.reading(self.directory) as db:
-            statement = "SELECT id, path, size, mtime, digest, reason FROM files WHERE id = ?"
+            statement = f"SELECT {catalog.FILE_COLUMNS} FROM files WHERE id = ?"
             row = db.execute(statement, (file_id,)).fetchone()
         if row is None:
             raise UserError(f"file {file_id}: not in the index {self.directory}")
         return IndexedFile(*row)
 
     def counts(self) -> dict[str, int]:
-        """How many `files`, `moments` (whole clips among them), `captions`, and files `failed`."""
-        asked = {
+        """Numbers of `files`, `moments` (with whole clips), `captions`, and `failed` files."""
+        sources = {
             "files": "files WHERE reason IS NULL",
             "moments": "moments",
             "captions": "captions",
@@ -142,13 +142,12 @@ class Index:
         }
         with catalog.reading(self.directory) as db:
             return {
-                name: db.execute(f"SELECT COUNT(*) FROM {what}").fetchone()[0]
-                for name, what in asked.items()
+                name: db.execute(f"SELECT COUNT(*) FROM {source}").fetchone()[0]
+                for name, source in sources.items()
             }
 
     def failures(self) -> list[tuple[str, str]]:
         """(path, reason) of files that could not be read."""
+        statement = "SELECT path, reason FROM files WHERE reason IS NOT NULL ORDER BY path"
         with catalog.reading(self.directory) as db:
-            return list(
-                db.execute("SELECT path, reason FROM files WHERE reason IS NOT NULL ORDER BY path")
-            )
+            return list(db.execute(statement))

@@ -1,4 +1,4 @@
-"""An index with the model that made it: text, pictures and videos in, moments out."""
+"""An index with its model: text, pictures and videos in, moments out."""
 
 import os
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ from etils import epath
 
 from vop_jax.errors import UserError, VideoError
 from vop_jax.inference.retriever import Retriever, load
-from vop_jax.search.asked import check_same_model
+from vop_jax.search.catalog import IndexInfo
 from vop_jax.search.index import Hit, Index
 from vop_jax.video.images import decode_picture
 from vop_jax.video.moments import read_segment
@@ -17,15 +17,15 @@ from vop_jax.video.moments import read_segment
 class Searcher:
     """An `Index` and its `Retriever`; made by `vop_jax.search.open`. Threads may share it.
 
-    Filters are those of `Index.search`: `folder`, `since`, `until`, `per_file`, and `to`.
+    Filters are those of `Index.search`: `to`, `folder`, `since`, `until`, `per_file`.
     """
 
     def __init__(self, index: Index, retriever: Retriever):
-        check_same_model(index.directory, index.info, retriever)
+        check_model(index.directory, index.info, retriever)
         self.index, self.retriever = index, retriever
 
     def text(self, query: str, k: int = 10, **filters) -> list[Hit]:
-        """What shows, or says, what the query says.
+        """The moments, or captions, nearest to a text.
 
         Raises:
             UserError: an empty query, or a wrong filter.
@@ -35,7 +35,7 @@ class Searcher:
     def video(
         self, path: str | os.PathLike, k: int = 10, to: str = "videos", **filters
     ) -> list[Hit]:
-        """What is like a video, or the captions that describe it.
+        """The moments, or captions, nearest to a video.
 
         Raises:
             UserError: it cannot be read, with the reason.
@@ -43,7 +43,7 @@ class Searcher:
         return self.nearest(self.retriever.embed_videos([path])[0], k, to=to, **filters)
 
     def image(self, path: str | os.PathLike, k: int = 10, **filters) -> list[Hit]:
-        """What is like a picture.
+        """The moments, or captions, nearest to a picture.
 
         Raises:
             UserError: it cannot be read, with the reason.
@@ -54,24 +54,24 @@ class Searcher:
         """float32 [E] of a text.
 
         Raises:
-            UserError: there is nothing in it.
+            UserError: it is empty.
         """
         if not query.strip():
             raise UserError("the query is empty; say what to look for")
         return self.retriever.embed_text([query])[0]
 
     def nearest(self, vector: np.ndarray, k: int = 10, **filters) -> list[Hit]:
-        """What is near to a unit vector [E]."""
+        """The moments, or captions, nearest to a unit vector [E]."""
         return self.index.search(vector[None], k, **filters)[0]
 
     def explain(self, query: str | np.ndarray, hit: Hit) -> tuple[list[float], list[float]]:
-        """(seconds, score) of each frame of the hit's moment, or file: how near the query is.
+        """(seconds, scores) of the F frames of a hit: how near the query is to each.
 
         Args:
             query: a text, or a unit vector [E].
 
         Raises:
-            UserError: the file is gone or cannot be read.
+            UserError: the file is missing or cannot be read.
         """
         vector = self.vector(query) if isinstance(query, str) else query
         path = self.index.path_of(hit.file_id)
@@ -93,40 +93,61 @@ def open_searcher(
     """Opens an index and the model that made it.
 
     Args:
-        clip, prompts: where the files are now, if they have moved.
-        retriever: the model itself, where it is there already.
-        others: models, of which one over the same CLIP shares it.
+        clip, prompts: the files, if they have moved.
+        retriever: the model, if it is loaded already.
+        others: loaded models; one with the same CLIP shares it.
 
     Raises:
-        UserError: there is no such index; the files are gone, or are of another model.
+        UserError: there is no such index; the files are missing, or of another model.
     """
     index = Index.open(directory)
     index.open_vectors()
     if retriever is None:
         info = index.info
-        its_prompts = _there(directory, "--prompts", prompts or info.prompts)
-        same = (r for r in others if r.clip_fingerprint == info.clip_fingerprint)
+        prompts = _existing(directory, "--prompts", prompts or info.prompts)
+        same = (other for other in others if other.clip_fingerprint == info.clip_fingerprint)
         if (other := next(same, None)) is not None:
-            retriever = other.with_prompts(its_prompts, frames=info.frames)
+            retriever = other.with_prompts(prompts, frames=info.frames)
         else:
-            its_clip = _there(directory, "--clip", clip or info.clip)
-            if its_clip is None:
+            clip = _existing(directory, "--clip", clip or info.clip)
+            if clip is None:
                 raise UserError(f"{directory}: names no CLIP of its own; say --clip=FILE")
-            retriever = load(its_clip, its_prompts, frames=info.frames)
+            retriever = load(clip, prompts, frames=info.frames)
     return Searcher(index, retriever)
 
 
-def _there(
+def _existing(
     directory: str | os.PathLike, option: str, path: str | os.PathLike
 ) -> str | os.PathLike | None:
-    """A file that an index was made with; None where it was made without."""
+    """The path of a file of an index; None for ""."""
     if path and not epath.Path(path).exists():
         raise UserError(f"{path}: gone since {directory} was made; say {option}=FILE")
     return path or None
 
 
+def check_model(directory: str | os.PathLike, stored: IndexInfo, retriever: Retriever) -> None:
+    """Raises UserError, naming both models, where another one made an index."""
+    if stored.clip_fingerprint != retriever.clip_fingerprint:
+        raise UserError(
+            f"{directory}: was made with the CLIP {stored.clip_name}, not with "
+            f"{retriever.clip_name}; give that --clip, or another --index for a new one"
+        )
+    own = stored.method, stored.prompts_fingerprint, stored.frames
+    other = retriever.method.name, retriever.prompts_fingerprint, retriever.frames
+    if own[1:] != other[1:]:
+        raise UserError(
+            f"{directory}: was made with {_describe(*own, stored.prompts)}, not with "
+            f"{_describe(*other)}; give those --prompts, or another --index for a new one"
+        )
+
+
+def _describe(method: str, fingerprint: str, frames: int, path: str = "") -> str:
+    prompts = " ".join(filter(None, (f"{method} prompts", path, f"({fingerprint[:12]})")))
+    return f"{prompts if fingerprint else 'no prompts'} and {frames} frames a clip"
+
+
 def read_image(path: str | os.PathLike) -> np.ndarray:
-    """uint8 [H, W, 3] of a picture, upright.
+    """uint8 [height, width, 3] of a picture, upright.
 
     Raises:
         UserError: it cannot be read.
@@ -136,7 +157,6 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
             return decode_picture(file)
     except FileNotFoundError:
         raise UserError(f"{os.fspath(path)}: no such file") from None
-    except OSError as error:
-        raise UserError(f"{os.fspath(path)}: {error.strerror}") from None
-    except VideoError as error:
-        raise UserError(f"{os.fspath(path)}: {error}") from None
+    except (OSError, VideoError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{os.fspath(path)}: {reason}") from None

@@ -1,33 +1,40 @@
-"""Files are decoded, embedded and stored, all at the same time."""
+"""Brings the catalog of an index up to date: decodes, embeds and commits at the same time."""
 
 import collections
 import contextlib
 import dataclasses
+import functools
+import math
 import os
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 from tqdm import tqdm
 
+from vop_jax.data.datasets.folder import read_folder
+from vop_jax.errors import UserError, VideoError
 from vop_jax.inference.retriever import Retriever
-from vop_jax.search.catalog import Catalog, IndexedFile, IndexInfo
-from vop_jax.search.decoder import Decoder, Work
-from vop_jax.search.scan import Found, Scan
-from vop_jax.video.moments import Segment
+from vop_jax.search import decoder
+from vop_jax.search.catalog import IndexInfo
+from vop_jax.search.scan import Scan, VideoFile
+from vop_jax.search.writer import Caption, CatalogWriter
+from vop_jax.video.moments import DecodeTask, Segment
+from vop_jax.video.workers import in_processes
 
 AHEAD = 2  # batches that wait for the devices
-ATTEMPTS = 3  # to read a file that changes meanwhile
+CAPTIONS = 256  # embedded and committed at once
 
 
 @dataclasses.dataclass(frozen=True)
-class Making:
-    """How an index is made; what it holds does not depend on it.
+class IndexOptions:
+    """How to build an index; its content does not depend on them.
 
     Attributes:
         workers: decoding processes; 0: one a core.
-        batch: clips that are embedded, and then stored, at once.
-        seconds: that a file, or a part of a long one, may take to decode.
-        retry: also try files again that could not be read and have not changed.
+        batch: clips embedded, and then committed, at once.
+        seconds: limit to decode one file, or one part of a long file.
+        retry: also read unchanged files again that could not be read before.
     """
 
     workers: int = 0
@@ -37,13 +44,15 @@ class Making:
 
 
 @dataclasses.dataclass
-class Done:
-    """What became of a folder's files: how many of each.
+class IndexReport:
+    """What a run did: numbers of files, and of new captions.
 
     Attributes:
-        skipped: {path: reason} of files that went away or changed while they were read; what the
-            index has of them stays.
-        unlisted: {folder: reason}; what the index has of the files in it stays.
+        truncated: new captions that are longer than the model reads.
+        skipped: {path: reason} of files that disappeared or changed while they were read; their
+            indexed moments stay.
+        unlisted: {folder: reason} of folders that cannot be listed; the moments of their files
+            stay.
     """
 
     added: int = 0
@@ -53,164 +62,264 @@ class Done:
     unchanged: int = 0
     failed: int = 0
     captions: int = 0
-    cut: int = 0
+    truncated: int = 0
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)
     unlisted: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-class Update:
+@dataclasses.dataclass
+class PendingFile:
+    """A file that is being decoded and embedded.
+
+    Attributes:
+        file: in the state of its digest.
+        digest: of its content.
+        segments: its whole clip, then its moments.
+        vectors: {number of the segment: float32 [E]}; a segment without frames has none.
+        decoded: number of segments that are decoded.
+        missing: number of segments that are not embedded yet.
+        failed: whether a part of it cannot be decoded.
+    """
+
+    file: VideoFile
+    digest: str
+    segments: list[Segment]
+    vectors: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
+    decoded: int = 0
+    missing: int = 0
+    failed: bool = False
+
+
+class Updater:
     """One run over the files of a folder."""
 
-    def __init__(self, catalog: Catalog, retriever: Retriever, making: Making, done: Done):
-        self._catalog, self._retriever = catalog, retriever
-        self._making, self._done = making, done
-        self._known: dict[str, IndexedFile] = {}
+    def __init__(
+        self,
+        catalog: CatalogWriter,
+        info: IndexInfo,
+        retriever: Retriever,
+        options: IndexOptions,
+        report: IndexReport,
+    ):
+        self._catalog, self._info, self._retriever = catalog, info, retriever
+        self._options, self._report = options, report
+        self._indexed = catalog.files()
         self._gone: set[str] = set()
-        self._batch: list[tuple[Work, int, np.ndarray]] = []
-        self._settled: list[Work] = []  # to be written
-        self._changed: list[Found] = []  # to be read again
-        self._embedding: collections.deque[tuple[Future, list[tuple[Work, int]]]]
-        self._embedding = collections.deque()
+        self._clips: list[tuple[PendingFile, int, np.ndarray]] = []
+        self._batches: collections.deque[tuple[Future, list[tuple[PendingFile, int]]]]
+        self._batches = collections.deque()
+        self._finished: list[PendingFile] = []
 
-    def run(self, info: IndexInfo, scan: Scan) -> None:
-        """Has the index hold these files, as they are now, and no other.
-
-        Args:
-            info: what it is made with.
-        """
-        self._folder = info.folder
-        self._known = self._catalog.files()
-        gone = self._known.keys() - {file.path for file in scan.files}
+    def run(self, scan: Scan) -> None:
+        """Makes the index hold the files of a scan, and no others."""
+        gone = self._indexed.keys() - {file.path for file in scan.files}
         self._gone = {path for path in gone if scan.is_gone(path)}
-        todo = [file for file in scan.files if self._is_new(file)]
-        self._done.unchanged = len(scan.files) - len(todo)
-        decoder = Decoder(
-            info.folder,
-            self._retriever.frame_spec,
-            info.window,
-            info.stride,
-            self._making.workers or os.cpu_count() or 1,
-            self._making.seconds,
-        )
-        for _ in range(ATTEMPTS):
-            if todo:
-                self._make(decoder, todo)
-            todo, self._changed = self._changed, []
-        self._done.skipped |= {file.path: "it changes while it is read" for file in todo}
+        new = [file for file in scan.files if self._is_new(file)]
+        self._report.unchanged = len(scan.files) - len(new)
+        if new:
+            self._index(new)
         if self._gone:
             with self._catalog.transaction():
                 self._catalog.remove(self._gone)
-        self._done.removed = len(self._gone)
+        self._report.removed = len(self._gone)
 
-    def _is_new(self, file: Found) -> bool:
-        known = self._known.get(file.path)
-        if known is None or (known.size, known.mtime) != (file.size, file.mtime):
+    def _is_new(self, file: VideoFile) -> bool:
+        indexed = self._indexed.get(file.path)
+        if indexed is None or (indexed.size, indexed.mtime) != (file.size, file.mtime):
             return True
-        return known.reason is not None and self._making.retry
+        return indexed.reason is not None and self._options.retry
 
-    def _make(self, decoder: Decoder, todo: list[Found]) -> None:
-        """Decodes, embeds and stores, all at the same time."""
-        total = sum(file.size for file in todo)
+    def _index(self, files: list[VideoFile]) -> None:
+        total = sum(file.size for file in files)
         bar = tqdm(
-            desc=f"{len(todo)} files", total=total, unit="B", unit_scale=True, mininterval=0.5
+            desc=f"{len(files)} files", total=total, unit="B", unit_scale=True, mininterval=0.5
         )
         with contextlib.ExitStack() as stack:
             self._bar = stack.enter_context(bar)
             self._device = stack.enter_context(ThreadPoolExecutor(1, "embed"))
-            decoded = decoder.decode(todo, self._is_to_be_decoded)
-            stack.enter_context(contextlib.closing(decoded))
-            for work, clips in decoded:
-                self._batch += [(work, number, pixels) for number, pixels in clips]
-                if work.finished:
-                    self._settled.append(work)
-                while len(self._batch) >= self._making.batch:
+            for clip in stack.enter_context(contextlib.closing(self._decode(files))):
+                self._clips.append(clip)
+                if len(self._clips) == self._options.batch:
                     self._embed()
-                self._store_embedded(AHEAD)
-            while self._batch:
-                self._embed()
-            self._store_embedded(0)
+                self._commit(AHEAD)
+            self._embed()
+            self._commit(0)
 
-    def _is_to_be_decoded(self, work: Work) -> bool:
-        """Whether no file of this content is in the index; if one is, its vectors serve."""
-        found = work.found
-        twins = self._catalog.twins(work.digest)
+    def _decode(
+        self, files: list[VideoFile]
+    ) -> Generator[tuple[PendingFile, int, np.ndarray], None, None]:
+        """(file, number of the segment, uint8 [F, S, S, 3]) of all segments, in their order."""
+        options, info = self._options, self._info
+        queue: collections.deque[PendingFile] = collections.deque()  # of the tasks under way
+        paths = (f"{info.folder}/{file.path}" for file in files)
+        plan = functools.partial(
+            decoder.plan_file,
+            spec=self._retriever.frame_spec,
+            window=info.window,
+            stride=info.stride,
+        )
+        workers = options.workers or os.cpu_count() or 1
+        with contextlib.ExitStack() as stack:
+
+            def pool(call, tasks, workers) -> Iterator:
+                results = in_processes(call, tasks, workers, seconds=options.seconds)
+                return stack.enter_context(contextlib.closing(results))
+
+            # Planning reads and decoding computes: one process plans for several that decode.
+            plans = zip(files, pool(plan, paths, 1 + workers // 4), strict=True)
+            for result in pool(decoder.decode_job, self._jobs(plans, queue), workers):
+                pending = queue.popleft()
+                if isinstance(result, VideoError):
+                    if not pending.failed:
+                        self._fail(pending.file, result)
+                    pending.failed = True
+                    continue
+                for number in range(len(result.rows)):
+                    pending.decoded += 1
+                    if (pixels := result.clip(number)) is None:
+                        self._count_segment(pending)
+                    else:
+                        yield pending, pending.decoded - 1, pixels
+
+    def _jobs(
+        self,
+        plans: Iterable[tuple[VideoFile, decoder.FilePlan | VideoError]],
+        queue: collections.deque[PendingFile],
+    ) -> Iterator[tuple[DecodeTask, decoder.State]]:
+        """Decoding tasks of the files whose content is not in the index."""
+        for file, plan in plans:
+            if isinstance(plan, VideoError):
+                self._fail(file, plan)
+                continue
+            file = VideoFile(file.path, *plan.state[:2])
+            if self._reuse(file, plan.digest):
+                continue
+            pending = PendingFile(file, plan.digest, plan.segments, missing=len(plan.segments))
+            for task in plan.tasks:
+                queue.append(pending)
+                yield task, plan.state
+
+    def _reuse(self, file: VideoFile, digest: str) -> bool:
+        """Gives a file the vectors of an indexed one with the same content, if there is one."""
+        twins = self._catalog.twins(digest)
         if not twins:
-            return True
-        own = next((twin for twin in twins if twin.path == found.path), None)
-        moved = own or next((twin for twin in twins if twin.path in self._gone), None)
-        if moved:
-            with self._catalog.transaction():
-                self._catalog.move(moved, found.path, found.size, found.mtime)
-            self._gone.discard(moved.path)
-            self._done.moved += moved is not own
-            self._done.unchanged += moved is own
-            self._bar.update(found.size)
             return False
-        moments = self._catalog.moments(twins[0])
-        work.spans = [span for _, span in moments]
-        work.vectors = list(self._catalog.vectors([number for number, _ in moments]))
-        self._write([work])
-        return False
+        own = next((twin for twin in twins if twin.path == file.path), None)
+        moved = own or next((twin for twin in twins if twin.path in self._gone), None)
+        if moved is None:
+            moments = self._catalog.moments(twins[0])
+            vectors = self._catalog.vectors([number for number, _ in moments])
+            segments = [segment for _, segment in moments]
+            self._add([PendingFile(file, digest, segments, dict(enumerate(vectors)))])
+            return True
+        with self._catalog.transaction():
+            self._catalog.move(moved, file)
+        self._gone.discard(moved.path)
+        self._report.moved += moved is not own
+        self._report.unchanged += moved is own
+        self._bar.update(file.size)
+        return True
 
     def _embed(self) -> None:
-        """Sends a batch to the devices."""
-        size = self._making.batch
-        batch, self._batch = self._batch[:size], self._batch[size:]
-        pixels = np.stack([clip for _, _, clip in batch])
-        future = self._device.submit(self._retriever.embed_frames, pixels)
-        self._embedding.append((future, [(work, number) for work, number, _ in batch]))
+        """Sends the decoded clips to the devices."""
+        clips, self._clips = self._clips, []
+        if clips:
+            pixels = np.stack([pixels for _, _, pixels in clips])
+            future = self._device.submit(self._retriever.embed_frames, pixels)
+            self._batches.append((future, [clip[:2] for clip in clips]))
 
-    def _store_embedded(self, left: int) -> None:
-        """Writes files that are finished; waits while more than `left` batches are under way."""
-        while self._embedding and (len(self._embedding) > left or self._embedding[0][0].done()):
-            future, rows = self._embedding.popleft()
-            for (work, number), vector in zip(rows, future.result(), strict=True):
-                work.vectors[number] = vector
-                work.unembedded -= 1
-                if work.finished:
-                    self._settled.append(work)
-        if self._settled:
-            settled, self._settled = self._settled, []
-            self._write(settled)
+    def _commit(self, ahead: int) -> None:
+        """Commits finished files; waits while more than `ahead` batches are under way."""
+        while self._batches and (len(self._batches) > ahead or self._batches[0][0].done()):
+            future, clips = self._batches.popleft()
+            for (pending, number), vector in zip(clips, future.result(), strict=True):
+                pending.vectors[number] = vector
+                self._count_segment(pending)
+        if self._finished:
+            finished, self._finished = self._finished, []
+            self._add(finished)
 
-    def _write(self, files: list[Work]) -> None:
-        """Commits files with their vectors."""
-        embedded: list[tuple[Work, list[Segment]]] = []
-        vectors: list[np.ndarray] = []
-        unreadable = []
-        for work in files:
-            if work.changed:
-                self._changed.append(work.found)
-            elif not work.reason:
-                spans = zip(work.spans, work.vectors, strict=True)
-                embedded.append((work, [span for span, vector in spans if vector is not None]))
-                vectors += [vector for vector in work.vectors if vector is not None]
-            elif self._is_there(work.found.path):
-                unreadable.append(work)
-            else:
-                self._done.skipped[work.found.path] = work.reason
+    def _count_segment(self, pending: PendingFile) -> None:
+        pending.missing -= 1
+        if not pending.missing:
+            self._finished.append(pending)
+
+    def _add(self, files: list[PendingFile]) -> None:
+        rows = []
+        for pending in files:
+            numbers = sorted(pending.vectors)
+            segments = [pending.segments[number] for number in numbers]
+            vectors = np.stack([pending.vectors[number] for number in numbers])
+            rows.append((pending.file, pending.digest, segments, vectors))
         with self._catalog.transaction():
-            ids = self._catalog.store_vectors("moments", np.stack(vectors)) if vectors else []
-            for work, own_spans in embedded:
-                found, own, ids = work.found, ids[: len(own_spans)], ids[len(own_spans) :]
-                self._catalog.add(found.path, found.size, found.mtime, work.digest, own_spans, own)
-            for work in unreadable:
-                found = work.found
-                self._catalog.add_unreadable(found.path, found.size, found.mtime, work.reason)
-        self._done.failed += len(unreadable)
-        changed = sum(work.found.path in self._known for work, _ in embedded)
-        self._done.changed += changed
-        self._done.added += len(embedded) - changed
-        self._bar.update(sum(work.found.size for work in files if not work.changed))
+            self._catalog.add_files(rows)
+        changed = sum(pending.file.path in self._indexed for pending in files)
+        self._report.changed += changed
+        self._report.added += len(files) - changed
+        self._bar.update(sum(pending.file.size for pending in files))
 
-    def _is_there(self, path: str) -> bool:
-        """Whether a file is to blame that it cannot be read, not its drive; a new one always."""
-        whole = os.path.join(self._folder, path)
-        if path not in self._known and os.path.lexists(whole):
-            return True
+    def _fail(self, file: VideoFile, error: VideoError) -> None:
+        """Records a file as unreadable; skips it if the file itself is not the cause."""
+        if isinstance(error, decoder.FileChanged) or not self._is_present(file.path):
+            self._report.skipped[file.path] = str(error)
+        else:
+            with self._catalog.transaction():
+                self._catalog.add_unreadable(file, str(error))
+            self._report.failed += 1
+        self._bar.update(file.size)
+
+    def _is_present(self, path: str) -> bool:
+        """Whether a file's drive still gives it; a new file needs only a name."""
+        whole = os.path.join(self._info.folder, path)
         try:
             with open(whole, "rb") as file:
                 file.read(1)
         except OSError:
-            return False
+            return path not in self._indexed and os.path.lexists(whole)
         return True
+
+
+def read_captions(path: str, folder: str) -> list[Caption]:
+    """The captions of a file, each once.
+
+    Args:
+        path: CSV or JSON Lines as for training (see `read_folder`), or `.txt` with one a line.
+        folder: of the videos that it names.
+
+    Raises:
+        UserError: it has another form, or no captions.
+    """
+    rows: list[Caption] = []
+    if path.lower().endswith(".txt"):
+        try:
+            with open(path, encoding="utf-8-sig") as file:
+                rows = [(line.strip(), "", 0.0, 0.0) for line in file if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.reason if isinstance(error, UnicodeDecodeError) else error.strerror
+            raise UserError(f"{path}: not readable as text ({reason})") from None
+    else:
+        for clips in read_folder(path, folder).values():
+            for clip in clips:
+                video = os.path.relpath(clip.path, folder).replace(os.sep, "/")
+                end = math.inf if clip.end is None else clip.end
+                rows += [(text, video, clip.start or 0.0, end) for text in clip.captions]
+    if not rows:
+        raise UserError(f"{path}: no captions in it")
+    return list(dict.fromkeys(rows))
+
+
+def update_captions(
+    rows: list[Caption], catalog: CatalogWriter, retriever: Retriever, report: IndexReport
+) -> None:
+    """Makes an index hold these captions, and no others."""
+    indexed, listed = catalog.captions(), set(rows)
+    new = [row for row in rows if row not in indexed]
+    for first in tqdm(range(0, len(new), CAPTIONS), "captions", disable=not new):
+        part = new[first : first + CAPTIONS]
+        vectors = retriever.embed_text([row[0] for row in part])
+        with catalog.transaction():
+            catalog.add_captions(part, vectors)
+    with catalog.transaction():
+        catalog.remove_captions(number for row, number in indexed.items() if row not in listed)
+    report.captions = len(new)
+    report.truncated = retriever.count_truncated([row[0] for row in new]) if new else 0

@@ -1,4 +1,4 @@
-"""Milvus' own ways to fail, each told in one line."""
+"""Milvus' own ways to fail, each reported in one line."""
 
 import contextlib
 import pathlib
@@ -11,6 +11,7 @@ from tests import processes
 from tests.search.shelf import Shelf
 from tests.search.stores.test_stores import assert_finds, drawn
 from vop_jax.errors import UserError
+from vop_jax.search.stores import milvus
 from vop_jax.search.stores.milvus import MilvusStore
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -27,34 +28,37 @@ def installed():
     pytest.importorskip("milvus_lite", reason="pip install '.[milvus]'")
 
 
+@pytest.fixture
+def shelf(installed, tmp_path):
+    with contextlib.closing(Shelf(tmp_path / "index", E, f"{tmp_path}/a.db")) as shelf:
+        yield shelf
+
+
 @pytest.mark.parametrize("missing", ["pymilvus", "milvus_lite.server_manager"])
 def test_without_the_extra(tmp_path, monkeypatch, missing):
     if missing != "pymilvus":
-        pytest.importorskip("pymilvus")
+        pytest.importorskip("pymilvus", reason="pip install '.[milvus]'")
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(UserError, match=r'Milvus.*: .*; pip install -e "\.\[milvus\]"'):
         opened(f"{tmp_path}/a.db")
 
 
-# A closed port, and an address that nobody answers from (RFC 5737).
-@pytest.mark.parametrize("address", ["http://127.0.0.1:1", "http://192.0.2.1:19530"])
-def test_a_server_that_is_down(installed, monkeypatch, address):
-    monkeypatch.setattr("vop_jax.search.stores.milvus.CONNECT", 0.5)
-    with pytest.raises(UserError, match=rf"^store {address}: .*server unavailable.*$"):
-        opened(address)
+# A closed port, an address that nobody answers from (RFC 5737), and two that are none.
+@pytest.mark.parametrize(
+    "address",
+    ["http://127.0.0.1:1", "http://192.0.2.1:19530", "http://", "http://host:port"],
+)
+def test_a_server_that_does_not_answer(installed, tmp_path, monkeypatch, address):
+    monkeypatch.setattr(milvus, "CONNECT", 0.5)
+    with pytest.raises(UserError, match=rf"^store {address}: .+$"):
+        Shelf(tmp_path, E, address)
+    assert not list(tmp_path.iterdir())  # no catalog is bound to it
 
 
-@pytest.mark.parametrize("address", ["http://", "http://host:port"])
-def test_an_address_that_is_none(installed, address):
-    with pytest.raises(UserError, match=rf"^store {address}: "):
-        opened(address)
-
-
-def test_a_server_that_stops(installed, tmp_path, monkeypatch):
-    monkeypatch.setattr("vop_jax.search.stores.milvus.ANSWER", 1.0)
-    shelf = Shelf(tmp_path / "index", E, f"{tmp_path}/a.db")
+def test_a_server_that_stops(shelf, tmp_path, monkeypatch):
     from milvus_lite.server_manager import server_manager_instance
 
+    monkeypatch.setattr(milvus, "ANSWER", 1.0)
     server_manager_instance.release_server(f"{tmp_path}/a.db")
     store = shelf.vectors
     for call in (
@@ -66,25 +70,24 @@ def test_a_server_that_stops(installed, tmp_path, monkeypatch):
     ):
         with pytest.raises(UserError, match=r"^store .*a\.db: "):
             call()
-    shelf.close()
 
 
 def test_the_token_comes_from_the_environment(installed, monkeypatch):
-    given = {}
+    options = {}
 
-    def client(**options):
-        given.update(options)
+    def client(**given):
+        options.update(given)
         raise UserError("far enough")
 
-    monkeypatch.setattr("vop_jax.search.stores.milvus._import", lambda: client)
+    monkeypatch.setattr(milvus, "_import_client", lambda: client)
     monkeypatch.setenv("MILVUS_TOKEN", "secret")
     with pytest.raises(UserError, match="far enough"):
         opened("https://host:19530#clips", write=False)
-    assert (given["uri"], given["token"]) == ("https://host:19530", "secret")
+    assert (options["uri"], options["token"]) == ("https://host:19530", "secret")
 
 
 def test_collections_of_one_database(installed, tmp_path):
-    """One an index: a second one would take the vectors of the first for what a kill left."""
+    """Each index has one: a second one would delete the vectors of the first as remains."""
     uri = f"{tmp_path}/a.db"
     one = Shelf(tmp_path / "one", E, uri)
     two = Shelf(tmp_path / "two", E + 1, f"milvus-lite:{uri}#captions")
@@ -92,20 +95,21 @@ def test_collections_of_one_database(installed, tmp_path):
     two.add(drawn(2, width=E + 1))
     one.close()
     two.close()
-    for collection, what, message in (
+    for collection, options, message in (
         ("other", {"write": False}, "has no collection other"),
         ("captions", {"new": True}, "holds 2 vectors of another index; give an empty one, with"),
         ("captions", {"dim": E}, "collection captions holds vectors of 9 numbers, not of 8"),
     ):
         with pytest.raises(UserError, match=message):
-            opened(f"{uri}#{collection}", **({"dim": E + 1} | what))
-    store = opened(f"milvus-lite:{uri}", write=False)
-    assert len(store) == 1
-    store.close()
+            opened(f"{uri}#{collection}", **({"dim": E + 1} | options))
+    with contextlib.closing(opened(f"milvus-lite:{uri}", write=False)) as store:
+        assert len(store) == 1
+    (tmp_path / "old.db").write_bytes(b"SQLite format 3")
+    with pytest.raises(UserError, match="is a file; Milvus Lite 3 keeps a folder"):
+        opened(f"{tmp_path}/old.db", write=False)
 
 
-def test_what_a_kill_left_goes_and_what_is_lost_is_found(installed, tmp_path):
-    shelf = Shelf(tmp_path / "index", E, f"{tmp_path}/a.db")
+def test_remains_of_a_kill_and_lost_vectors(shelf, tmp_path):
     shelf.add(drawn(3))
     store = shelf.vectors
     with contextlib.suppress(KeyboardInterrupt), shelf.catalog.transaction():
@@ -114,58 +118,39 @@ def test_what_a_kill_left_goes_and_what_is_lost_is_found(installed, tmp_path):
     store._client.delete(store._collection, ids=[1])
     assert len(store) == 7 and store.lost(shelf.db).tolist() == [1]
     shelf.close()
-    again = Shelf(tmp_path / "index", E, f"{tmp_path}/a.db")
-    assert again.ids.tolist() == [0, 2] and len(again.vectors) == 2
-    assert again.add(drawn(1)) == [3]
-    again.close()
+    with contextlib.closing(Shelf(tmp_path / "index", E, f"{tmp_path}/a.db", files=3)) as again:
+        assert again.ids.tolist() == [0, 2] and len(again.vectors) == 2
+        assert again.add(drawn(1)) == [3]
 
 
-def test_an_older_milvus_lite_kept_a_file(installed, tmp_path):
-    (tmp_path / "old.db").write_bytes(b"SQLite format 3")
-    with pytest.raises(UserError, match="is a file; Milvus Lite 3 keeps a folder"):
-        opened(f"{tmp_path}/old.db", write=False)
-
-
-def test_one_process_at_a_time_and_quietly(installed, tmp_path):
+def test_one_process_at_a_time_without_noise(installed, tmp_path):
     uri = f"milvus-lite:{tmp_path}/deeper/vectors"
-    shelf = Shelf(tmp_path / "index", E, uri)
-    shelf.add(drawn(1))
     code = (
-        "import sys\nfrom vop_jax.errors import UserError\n"
+        "import sys\n"
+        "from vop_jax.errors import UserError\n"
         "from vop_jax.search.stores.milvus import MilvusStore\n"
         "try:\n    store = MilvusStore(sys.argv[1], 8, 'moments', write=True)\n"
         "    len(store); store.search([[0.0] * 8], 1); store.close()\n"
         "except UserError as error:\n    print(error)\n"
     )
     command = [sys.executable, "-W", "always", "-c", code, uri]
-    first = processes.run(command, cwd=ROOT, check=True)
+    with contextlib.closing(Shelf(tmp_path / "index", E, uri)):
+        first = processes.run(command, cwd=ROOT, check=True)
     assert first.stdout.splitlines() == [
         f"store {uri}: Milvus Lite cannot open it; only one process at a time may"
     ]
-    shelf.close()
     second = processes.run(command, cwd=ROOT, check=True)
     assert first.stderr == second.stderr == second.stdout == ""
 
 
-def test_many_go_in_several_messages(installed, tmp_path, monkeypatch):
-    monkeypatch.setattr("vop_jax.search.stores.milvus.ROWS", 7)
-    monkeypatch.setattr("vop_jax.search.stores.milvus.LISTED", 9)
-    shelf = Shelf(tmp_path / "index", E, f"{tmp_path}/a.db")
+def test_more_than_one_message_or_answer_holds(shelf, monkeypatch):
+    for name, value in (("ROWS", 7), ("LISTED", 9), ("MOST", 11)):
+        monkeypatch.setattr(milvus, name, value)
     vectors = drawn(40)
     shelf.add(vectors)
     np.testing.assert_array_equal(shelf.vectors.get(np.arange(40)), vectors)
-    assert_finds(shelf.vectors, vectors, vectors, 5, range(0, 40, 2))
+    for k, allowed in ((5, range(0, 40, 2)), (30, range(40)), (30, None)):
+        assert_finds(shelf.vectors, vectors, vectors, k, allowed)
     shelf.remove(range(30))
     shelf.catalog.compact()
     assert len(shelf.vectors) == 10 and shelf.ids.tolist() == list(range(30, 40))
-    shelf.close()
-
-
-def test_more_than_milvus_answers(installed, tmp_path, monkeypatch):
-    monkeypatch.setattr("vop_jax.search.stores.milvus.MOST", 5)
-    shelf = Shelf(tmp_path / "index", E, f"{tmp_path}/a.db")
-    shelf.add(drawn(6))
-    with pytest.raises(UserError, match="k=6; Milvus finds 5 at most"):
-        shelf.vectors.search(drawn(1), 6)
-    assert shelf.vectors.search(drawn(1), 5)[0].shape == (1, 5)
-    shelf.close()

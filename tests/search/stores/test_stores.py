@@ -1,4 +1,4 @@
-"""Every store: what is added is found again, exactly, whatever happens in between."""
+"""Every store: vectors that were added are found again, exactly, whatever happens in between."""
 
 import contextlib
 import pathlib
@@ -6,6 +6,7 @@ import random
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -18,15 +19,15 @@ from tests.search.shelf import Shelf
 from vop_jax.errors import UserError
 from vop_jax.search import catalog
 from vop_jax.search.index import Index
+from vop_jax.search.stores import heap
 from vop_jax.search.stores.base import named_ids
 from vop_jax.search.stores.open import open_store
 
 E = 8
 ROOT = pathlib.Path(__file__).parents[3]
-KINDS = ("heap", "milvus")
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=["heap", "milvus"])
 def uri(request, tmp_path):
     if request.param == "heap":
         return ""
@@ -37,8 +38,8 @@ def uri(request, tmp_path):
 
 @pytest.fixture
 def shelf(uri, tmp_path):
-    with contextlib.closing(Shelf(tmp_path / "index", E, uri)) as made:
-        yield made
+    with contextlib.closing(Shelf(tmp_path / "index", E, uri)) as shelf:
+        yield shelf
 
 
 def drawn(count, seed=0, width=E):
@@ -46,17 +47,17 @@ def drawn(count, seed=0, width=E):
 
 
 def brute_force(vectors, queries, k, allowed=None):
-    """What a search must answer, of {id: vector}: scores in float64, ties by id."""
+    """What a search of {id: vector} finds: scores in float64, ties by id."""
     content = dict(enumerate(vectors)) if isinstance(vectors, np.ndarray) else vectors
     ids = sorted(id for id in content if allowed is None or id in allowed)
-    found = np.full((len(queries), k), -1)
+    best = np.full((len(queries), k), -1)
     scores = np.full((len(queries), k), -np.inf)
     if ids:
         similar = queries.astype(float) @ np.stack([content[id] for id in ids]).astype(float).T
         order = np.argsort(-similar.astype(np.float32), axis=1, kind="stable")[:, :k]
-        found[:, : len(ids)] = np.array(ids)[order]
+        best[:, : len(ids)] = np.array(ids)[order]
         scores[:, : len(ids)] = np.take_along_axis(similar, order, axis=1)
-    return found, scores
+    return best, scores
 
 
 def assert_finds(snapshot, vectors, queries, k, allowed=None):
@@ -70,7 +71,7 @@ def assert_finds(snapshot, vectors, queries, k, allowed=None):
 
 
 def test_search_equals_brute_force(shelf):
-    """Of nothing, of what one and several transactions added, and of what was compacted."""
+    """In an empty store, after one and several transactions, compacted and reopened."""
     queries = drawn(5, seed=3)
     assert_finds(shelf.vectors, {}, queries, 3)
     vectors = drawn(300)
@@ -86,31 +87,24 @@ def test_search_equals_brute_force(shelf):
     shelf.remove(range(100, 300))
     shelf.catalog.compact()
     assert_finds(shelf.vectors, vectors, queries, 7, shelf.ids.tolist())
+    shelf.close()
+    with contextlib.closing(Shelf(shelf.directory, E, shelf.info.store, files=300)) as again:
+        assert again.ids.tolist() == list(range(100))
+        assert again.add(drawn(1, seed=1)) == [300]  # no id is given twice
+        np.testing.assert_array_equal(again.vectors.get([300, 5]), [drawn(1, 1)[0], vectors[5]])
 
 
 def test_ties_go_to_the_smaller_id(shelf):
-    # Whole numbers: no order of summing rounds them.
-    same = np.tile(np.arange(E, dtype=np.float32), (400, 1))
+    same = np.tile(np.arange(E, dtype=np.float32), (400, 1))  # sums of integers are exact
     shelf.add(same)
     shelf.add(2 * same[:1])
-    found, scores = shelf.vectors.search(same[:1], 6)
-    assert found[0].tolist() == [400, 0, 1, 2, 3, 4]
+    ids, scores = shelf.vectors.search(same[:1], 6)
+    assert ids[0].tolist() == [400, 0, 1, 2, 3, 4]
     assert len(set(scores[0, 1:])) == 1
     assert shelf.vectors.search(same[:1], 2, np.arange(50, 90))[0][0].tolist() == [50, 51]
 
 
-def test_reopened(shelf):
-    shelf.add(drawn(20))
-    shelf.remove([3])
-    shelf.close()
-    again = Shelf(shelf.directory, E, shelf.info.store)
-    assert again.ids.tolist() == [i for i in range(20) if i != 3]
-    assert again.add(drawn(1, seed=1)) == [20]  # not 3: no id is given twice
-    np.testing.assert_array_equal(again.vectors.get([20, 5]), [drawn(1, 1)[0], drawn(20)[5]])
-    again.close()
-
-
-def test_a_transaction_that_fails_adds_nothing(shelf):
+def test_a_failed_transaction_and_bad_vectors_add_nothing(shelf):
     shelf.add(drawn(3))
 
     def fail():
@@ -118,46 +112,15 @@ def test_a_transaction_that_fails_adds_nothing(shelf):
 
     with pytest.raises(KeyboardInterrupt):
         shelf.add(drawn(2, seed=1), also=fail)
+    for vectors, message in (
+        (drawn(1, width=E + 1), r"vectors: shape \[1, 9\]; must be \[N, 8\]"),
+        (np.full((2, E), [[1.0], [np.inf]]), "NaN or infinite"),
+    ):
+        with pytest.raises(UserError, match=message):
+            shelf.add(vectors)
     assert shelf.ids.tolist() == [0, 1, 2]
     ids = shelf.add(drawn(2, seed=2))
     np.testing.assert_array_equal(shelf.vectors.get(ids), drawn(2, seed=2))
-
-
-@pytest.mark.parametrize(
-    ("vectors", "says"),
-    [
-        (drawn(1, width=E + 1), r"vectors: shape \[1, 9\]; must be \[N, 8\]"),
-        (drawn(1)[0], r"vectors: shape \[8\]"),
-        (np.full((1, E), np.nan), "NaN or infinite"),
-        (np.full((2, E), [[1.0], [np.inf]]), "NaN or infinite"),
-    ],
-)
-def test_bad_vectors_are_refused_and_nothing_changes(shelf, vectors, says):
-    shelf.add(drawn(1))
-    with pytest.raises(UserError, match=says):
-        shelf.add(vectors)
-    assert shelf.ids.tolist() == [0]
-    np.testing.assert_array_equal(shelf.vectors.get([0]), drawn(1))
-
-
-@pytest.mark.parametrize(
-    ("queries", "k", "says"),
-    [
-        (drawn(1, width=3), 1, r"queries: shape \[1, 3\]"),
-        (np.full((1, E), np.nan), 1, "queries: NaN"),
-        (drawn(1), 0, "k=0: must be 1 or more"),
-    ],
-)
-def test_bad_searches(tmp_path, queries, k, says):
-    with contextlib.closing(Shelf(tmp_path, E)) as shelf:
-        shelf.add(drawn(1))
-        with pytest.raises(UserError, match=says):
-            shelf.vectors.search(queries, k)
-
-
-def test_a_name_that_is_no_store(tmp_path):
-    with pytest.raises(UserError, match=r"store s3://bucket.*: .*FILE.db"):
-        Shelf(tmp_path, E, "s3://bucket/store")
 
 
 numbers = st.integers(-4, 4).map(float)
@@ -178,50 +141,39 @@ change = st.one_of(
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 def test_any_history(tmp_path_factory, monkeypatch, changes, query, k, allowed):
     """Small whole numbers, so that ties are many and exact; blocks of two rows."""
-    monkeypatch.setattr("vop_jax.search.stores.heap.SLACK", 0)
-    monkeypatch.setattr("vop_jax.search.stores.heap.BLOCK", 2)
+    monkeypatch.setattr(heap, "SLACK", 0)
+    monkeypatch.setattr(heap, "BLOCK", 2)
     monkeypatch.setattr("os.fsync", lambda _: None)
     directory = tmp_path_factory.mktemp("history")
-    shelf, files = Shelf(directory, 3), {}  # by path
-    for what, value in changes:
-        paths = {
-            id: path
-            for id, path in shelf.db.execute(
-                "SELECT moments.id, path FROM moments JOIN files ON file = files.id"
-            )
-        }
-        if what == "add":
-            made = shelf._made
+    shelf, expected = Shelf(directory, 3), {}  # {path: vector}
+    for kind, value in changes:
+        if kind == "add":
+            expected |= {f"{i}.mp4": row for i, row in enumerate(value, shelf.files)}
             shelf.add(np.array(value, np.float32))
-            files |= {f"{made + i}.mp4": row for i, row in enumerate(value)}
-        elif what == "remove":
+        elif kind == "remove":
+            statement = "SELECT m.id, path FROM moments m JOIN files ON file = files.id"
+            paths = dict(shelf.db.execute(statement))
             shelf.remove(value)
             for number in value:
-                files.pop(paths.get(number), None)
-        elif what == "compact":
+                expected.pop(paths.get(number), None)
+        elif kind == "compact":
             shelf.catalog.compact()
         else:
-            made = shelf._made
             shelf.close()
-            shelf = Shelf(directory, 3)
-            shelf._made = made
-    found = {path: vector.tolist() for (path, _, _), vector in library.content(directory).items()}
-    assert found == files
-    queries, ids = np.array([query], np.float32), shelf.ids
+            shelf = Shelf(directory, 3, files=shelf.files)
+    content = library.content(directory)
+    assert {path: vector.tolist() for (path, _, _), vector in content.items()} == expected
+    ids = shelf.ids
     content = dict(zip(ids.tolist(), shelf.vectors.get(ids), strict=True))
     listed = [id for id in ids.tolist() if allowed is None or id in allowed]
-    found, scores = shelf.vectors.search(queries, k, np.array(listed, np.int64))
-    expected, best = brute_force(content, queries, k, listed)
-    np.testing.assert_array_equal(found, expected)
-    np.testing.assert_array_equal(scores, best)
+    assert_finds(shelf.vectors, content, np.array([query], np.float32), k, listed)
     shelf.close()
 
 
-# Adds, removes and compacts; prints a number once the change of this number has returned.
+# Adds, removes and compacts; prints the number of each change once it is committed.
 WRITER = """
 import sys
 import numpy as np
-from tests import processes
 from tests.search.shelf import Shelf
 from vop_jax.search.stores import heap
 heap.SLACK = 16
@@ -238,7 +190,7 @@ for step in range(10_000):
 
 
 def after(steps):
-    """What WRITER leaves after so many changes: the numbers in the vectors, in their order."""
+    """What WRITER leaves after some changes: the numbers in the vectors, in their order."""
     content = []
     for step in range(steps):
         if step % 5 == 4:
@@ -248,29 +200,26 @@ def after(steps):
     return content
 
 
-@pytest.mark.parametrize("acknowledged", [2, 100])
-def test_killed_while_it_writes(uri, tmp_path, acknowledged):
-    """And a moment after, so that nothing is known of where."""
-    if uri and acknowledged != 2:
-        pytest.skip("once is enough of a database's own care")
+@pytest.mark.parametrize("committed", [2, 100])
+def test_a_killed_writer(uri, tmp_path, committed):
+    """Killed at a random moment of a change: all of the change is there or nothing."""
+    if uri and committed != 2:
+        pytest.skip("once is enough for a database that takes care of itself")
     command = [sys.executable, "-c", WRITER, str(tmp_path / "index"), uri]
     writer = processes.Process(command, cwd=ROOT)
     for line in writer.stdout:
-        if int(line) == acknowledged:
+        if int(line) == committed:
             break
     time.sleep(random.random() / 50)
     writer.send_signal(signal.SIGKILL)
     last = int((line + writer.stdout.read()).split()[-1])
-    # The change that was under way is there as a whole or not at all; for a reader, too.
     for directory in (library.copy(tmp_path / "index", tmp_path / "copy"), tmp_path / "index"):
-        info = catalog.stored_info(directory)
         with catalog.reading(directory) as db:
-            store = open_store(directory, info, "moments", write=False)
-            found = store.snapshot(db).get(named_ids(db, "moments"))[:, 0].astype(int).tolist()
+            store = open_store(directory, catalog.read_info(db), "moments", write=False)
+            vectors = store.snapshot(db).get(named_ids(db, "moments"))
             store.close()
-        assert found in (after(last + 1), after(last + 2))
-    shelf = Shelf(tmp_path / "index", E, uri)
-    shelf._made = 10**6
+        assert vectors[:, 0].astype(int).tolist() in (after(last + 1), after(last + 2))
+    shelf = Shelf(tmp_path / "index", E, uri, files=10**6)
     ids = shelf.add(drawn(1))
     np.testing.assert_array_equal(shelf.vectors.get(ids), drawn(1))
     shelf.catalog.compact()
@@ -280,19 +229,14 @@ def test_killed_while_it_writes(uri, tmp_path, acknowledged):
 
 
 def test_searches_see_whole_states_while_one_writes(tmp_path, monkeypatch):
-    """Files come by threes and go by threes, and half of the time all is copied."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    monkeypatch.setattr("vop_jax.search.stores.heap.SLACK", 0)
+    """Files come and go by threes, and half of the time all rows are copied."""
+    monkeypatch.setattr(heap, "SLACK", 0)
     shelf = Shelf(tmp_path, E)
     shelf.add(drawn(3))
     index = Index.open(tmp_path)
 
     def search(_):
-        hits = index.search(drawn(1), 1000)[0]
-        scores = {hit.path: hit.score for hit in hits}
-        assert len(hits) % 3 == 0
-        return scores
+        return {hit.path: hit.score for hit in index.search(drawn(1), 1000)[0]}
 
     with ThreadPoolExecutor(4) as pool:
         answers = pool.map(search, range(60))
@@ -301,11 +245,12 @@ def test_searches_see_whole_states_while_one_writes(tmp_path, monkeypatch):
             if seed % 2:
                 shelf.remove(shelf.ids[:3])
                 shelf.catalog.compact()
-        found = list(answers)
+        answers = list(answers)
     shelf.close()
     right = {}
     for seed in range(11):
         scores = (drawn(3, seed) @ drawn(1)[0]).tolist()
         right |= {f"{3 * seed + i}.mp4": score for i, score in enumerate(scores)}
-    for scores in found:
+    for scores in answers:
+        assert len(scores) % 3 == 0
         assert scores == pytest.approx({path: right[path] for path in scores}, abs=1e-5)

@@ -1,24 +1,20 @@
-"""The vectors of an index: what a store is, and how one is named."""
+"""What a store of vectors is."""
 
 import sqlite3
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from vop_jax.errors import UserError
 
-if TYPE_CHECKING:
-    pass
-
-MOST = 16_384  # results of one search that every store gives: Milvus' own limit
-NO_ID = -1  # fills up the answers where a store holds fewer than k vectors
-TABLES = {"videos": "moments", "captions": "captions"}  # of the catalog: whose vectors they are
+NO_ID = -1  # fills the results of a search where a store has fewer than k vectors
+TABLES = {"videos": "moments", "captions": "captions"}  # of the catalog, by the target of a search
 
 
 class Snapshot(Protocol):
-    """What can be searched in one state of the catalog.
+    """The vectors of one state of the catalog.
 
-    It may hold vectors that the catalog does not name any more, or does not name yet.
+    It may also hold vectors that the catalog does not name any more, or does not name yet.
     """
 
     def search(
@@ -27,122 +23,93 @@ class Snapshot(Protocol):
         """The vectors with the largest inner products, best first, ties by smaller id.
 
         Args:
-            queries: float32 [Q, E].
-            k: how many, 1 or more.
-            allowed: int64 ids to which the search is restricted; None for all.
+            queries: float32 [N, E].
+            k: 1 or more.
+            allowed: int64 ids to which the search is restricted, in any order; None for all.
 
         Returns:
-            (ids int64 [Q, k], scores float32 [Q, k]), filled up with -1 and -inf.
+            (ids int64 [N, k], scores float32 [N, k]), filled up with -1 and -inf.
 
         Raises:
             UserError: vectors are damaged; a database does not answer.
         """
 
     def get(self, ids: np.ndarray) -> np.ndarray:
-        """float32 [N, E] of ids [N].
+        """float32 [M, E] of ids int64 [M].
 
         Raises:
-            UserError: an id that is not there; as `search`.
+            UserError: an id that does not exist; as `search`.
         """
 
     def check(self) -> None:
-        """Reads all of them, to compare them with their checksums.
+        """Compares all vectors with their checksums.
 
         Raises:
-            UserError: other bytes than were written.
+            UserError: bytes have changed since they were written.
         """
 
     def __len__(self) -> int:
-        """How many vectors there are."""
+        """The number of vectors."""
 
 
 class VectorStore(Protocol):
     """Vectors by id, searched by inner product, exactly.
 
-    What of them counts is in the catalog, to which each method is given a connection. One
-    process changes a store, the one that writes the catalog.
+    The catalog says which vectors count; each method gets a connection to it. Only the process
+    that writes the catalog changes a store.
     """
 
     def snapshot(self, db: sqlite3.Connection) -> Snapshot:
-        """What there is in the state that a connection reads."""
+        """The vectors of the state that a connection reads."""
 
-    def append(self, db: sqlite3.Connection, vectors: np.ndarray) -> np.ndarray:
-        """Adds float32 [N, E]; they count once the transaction that is open is committed.
+    def append(self, db: sqlite3.Connection, vectors: np.ndarray) -> list[int]:
+        """Adds float32 [M, E] and returns their ids, which no vector had before.
 
-        Returns:
-            Their ids, int64 [N]: none that was ever another's.
+        They count once the open transaction is committed.
 
         Raises:
-            UserError: a wrong shape, NaN, a damaged file.
+            UserError: a file is damaged; a database does not answer.
             OSError: the disk is full.
         """
 
     def lost(self, db: sqlite3.Connection) -> np.ndarray:
-        """int64 ids that the catalog names and whose vectors are damaged or gone."""
+        """int64 ids that the catalog names and whose vectors are damaged or missing."""
 
     def is_sparse(self, db: sqlite3.Connection) -> bool:
-        """Whether `compact` is worth its while."""
+        """Whether `compact` frees enough room to be worth a copy."""
 
     def compact(self, db: sqlite3.Connection) -> None:
-        """Leaves out what the catalog does not name; within a transaction, may change ids.
+        """Drops vectors that the catalog does not name; within a transaction; may change ids.
 
         Raises:
             OSError: the disk is full.
         """
 
     def clean(self, db: sqlite3.Connection) -> None:
-        """Removes what no transaction that was committed names; outside of one."""
+        """Removes what no committed transaction names; outside of a transaction."""
 
     def close(self) -> None:
-        """Lets go of files and connections; a second time does nothing."""
-
-
-def checked_ids(ids: np.ndarray) -> np.ndarray:
-    """ids as int64 [N].
-
-    Raises:
-        UserError: not whole numbers of 0 or more.
-    """
-    given = np.asarray(ids)
-    if given.size == 0:
-        return np.empty(0, np.int64)
-    if given.ndim != 1 or given.dtype.kind not in "iu":
-        raise UserError(f"ids: {given.dtype} {list(given.shape)}; must be int64 [N]")
-    whole = given.astype(np.int64)
-    if whole.min() < 0:
-        raise UserError(f"ids: {whole.min()}; must be 0 or more")
-    return whole
+        """Releases files and connections; a second call does nothing."""
 
 
 def distinct(ids: np.ndarray) -> np.ndarray:
-    """ids, each once and sorted; of half a million np.unique's hash table takes 0.1 s longer."""
+    """Sorted ids, each once; for half a million ids np.unique's hash table takes 0.1 s longer."""
     ids = np.sort(ids)
     return ids[np.diff(ids, prepend=NO_ID) != 0]
 
 
-def checked_vectors(vectors: np.ndarray, dim: int, what: str = "vectors") -> np.ndarray:
+def checked_vectors(vectors: np.ndarray, dim: int, name: str) -> np.ndarray:
     """vectors as float32 [N, E].
 
     Raises:
         UserError: another shape, NaN or infinite values.
     """
-    given = np.asarray(vectors, np.float32)
-    if given.ndim != 2 or given.shape[1] != dim:
-        raise UserError(f"{what}: shape {list(given.shape)}; must be [N, {dim}]")
-    if not np.isfinite(given).all():
-        raise UserError(f"{what}: NaN or infinite values; must be finite")
-    return given
-
-
-def checked_k(k: int) -> int:
-    """How many are asked for.
-
-    Raises:
-        UserError: fewer than one.
-    """
-    if k < 1:
-        raise UserError(f"k={k}: must be 1 or more")
-    return k
+    vectors = np.asarray(vectors, np.float32)
+    if vectors.ndim != 2 or vectors.shape[1] != dim:
+        raise UserError(f"{name}: shape {list(vectors.shape)}; must be [N, {dim}]")
+    if not np.isfinite(vectors).all():
+        raise UserError(f"{name}: NaN or infinite values; must be finite")
+    return vectors
 
 
 def named_ids(db: sqlite3.Connection, table: str) -> np.ndarray:

@@ -1,9 +1,9 @@
 """The default store: vectors in a memory-mapped file, searched exactly.
 
-A heap is a file of little-endian float32 rows [N, E], and the id of a vector is its row. Rows are
-appended and synced before the catalog's transaction commits how many there are; what lies behind
-those never happened. The catalog has a CRC-32 of each block of rows, too. When most rows are dead
-the others are copied to another heap, which one more commit puts in the place of the first.
+A heap is a file of little-endian float32 rows [M, E]; the id of a vector is its row. Rows are
+appended and synced before the catalog's transaction commits their count; rows behind that count do
+not exist. The catalog also has a CRC-32 of each block of rows. When most rows are dead, the others
+are copied to a new heap, and one commit of the catalog replaces the old one by it.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import pathlib
 import sqlite3
 import threading
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
@@ -21,14 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from vop_jax.errors import UserError
-from vop_jax.search.stores.base import (
-    NO_ID,
-    checked_ids,
-    checked_k,
-    checked_vectors,
-    distinct,
-    named_ids,
-)
+from vop_jax.search.stores.base import NO_ID, distinct, named_ids
 
 if TYPE_CHECKING:
     import jax
@@ -36,16 +29,16 @@ if TYPE_CHECKING:
 VECTOR, SUM = np.dtype("<f4"), np.dtype("<u4")
 BLOCK = 1024  # rows under one checksum
 SLACK = 1024  # dead rows that are not worth a compaction
-COPIED = 16 * BLOCK  # rows at a time in a compaction
+COPIED = 16 * BLOCK  # rows that a compaction copies at a time
 
 
 class Extent(NamedTuple):
-    """What counts of a heap, in one state of the catalog.
+    """The rows of a heap that count in one state of the catalog.
 
     Attributes:
-        name: of the file; none is ever used twice.
-        rows: of it.
-        sums: uint32, CRC-32 of each block of `BLOCK` rows, of what there is of the last one.
+        name: of the file; no two heaps ever have the same.
+        rows: M.
+        sums: uint32, CRC-32 of each block of `BLOCK` rows; the last block may be shorter.
     """
 
     name: str
@@ -53,100 +46,87 @@ class Extent(NamedTuple):
     sums: np.ndarray
 
 
-class Rows:
+class HeapSnapshot:
     """The `Snapshot` of a heap; its file may be unlinked meanwhile."""
 
-    def __init__(self, path: pathlib.Path, dim: int, extent: Extent, known: "Rows | None" = None):
-        """Maps it.
+    def __init__(
+        self, path: pathlib.Path, dim: int, extent: Extent, earlier: "HeapSnapshot | None" = None
+    ):
+        """Maps the file.
 
         Args:
-            known: an earlier state, whose blocks are not read again to compare their sums.
+            earlier: of the same store; blocks that it has read are not read again.
 
         Raises:
-            UserError: the file is gone or too short.
+            UserError: the file is missing or too short.
         """
-        self.extent, self._path, self._sums = extent, path, extent.sums
-        # What the file's blocks really have; -1 of those that were not read yet.
-        self._computed = np.full(len(extent.sums), -1, np.int64)
-        if known is not None and known._path == path:
-            shared = min(len(self._computed), len(known._computed))
-            self._computed[:shared] = known._computed[:shared]
+        self.extent, self._path = extent, path
+        self._computed = np.full(len(extent.sums), -1, np.int64)  # checksums; -1: not read yet
+        if earlier is not None and earlier._path == path:
+            shared = min(len(self._computed), len(earlier._computed))
+            self._computed[:shared] = earlier._computed[:shared]
         self.vectors = np.empty((0, dim), VECTOR)
         try:
             if extent.rows:
                 self.vectors = np.memmap(path, VECTOR, "r", shape=(extent.rows, dim))
-        except FileNotFoundError:
-            raise self._damaged("is gone") from None
-        except ValueError:
-            raise self._damaged("is too short") from None
+        except (FileNotFoundError, ValueError) as error:
+            missing = isinstance(error, FileNotFoundError)
+            raise self._damaged("is missing" if missing else "is too short") from None
 
     def __len__(self) -> int:
         return len(self.vectors)
 
-    def check(self, rows: np.ndarray | None = None) -> None:
-        """Compares rows [N], or all, with their checksums; each block is read for that once.
+    def check(self) -> None:
+        if len(bad := self.bad_blocks()):
+            raise self._damaged(f"its bytes have changed, first near row {bad[0] * BLOCK}")
 
-        Raises:
-            UserError: other bytes than were written.
-        """
-        if len(bad := self.bad_blocks(rows)):
-            first = bad[0] * BLOCK
-            raise self._damaged(f"has other bytes than were written, first near row {first}")
-
-    def bad_blocks(self, rows: np.ndarray | None = None) -> np.ndarray:
-        """int64 numbers of the blocks that do not have their checksums."""
-        todo = np.flatnonzero(self._computed != self._sums)
-        if rows is not None and len(todo):
-            todo = np.intersect1d(todo, rows // BLOCK)
+    def bad_blocks(self) -> np.ndarray:
+        """int64 numbers of the blocks without their checksums; a good block is read once."""
+        todo = np.flatnonzero(self._computed != self.extent.sums)
         if len(todo):
             with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
                 self._computed[todo] = list(pool.map(self._sum, todo.tolist()))
-        return todo[self._computed[todo] != self._sums[todo]]
+        return todo[self._computed[todo] != self.extent.sums[todo]]
 
     def _sum(self, block: int) -> int:
         return zlib.crc32(_bytes(self.vectors[block * BLOCK : (block + 1) * BLOCK]))
 
     def get(self, ids: np.ndarray) -> np.ndarray:
-        """float32 [N, E] of ids [N]."""
-        ids = checked_ids(ids)
-        if len(ids) and ids.max() >= len(self):
-            raise UserError(f"store {self._path.parent}: has no id {ids.max()}")
-        self.check(ids)
+        self.check()
+        if len(ids) and np.max(ids) >= len(self):
+            raise UserError(f"store {self._path.parent}: has no id {np.max(ids)}")
         return np.array(self.vectors[ids], np.float32)
 
     def search(
         self, queries: np.ndarray, k: int, allowed: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The best k of all or of the allowed ids, see `base.Snapshot`."""
-        from vop_jax.search.stores import top_k
+        from vop_jax.search.stores import top_k  # jax, which a writer's tools do without
 
-        queries, k = checked_vectors(queries, self.vectors.shape[1], "queries"), checked_k(k)
-        rows = None if allowed is None else distinct(checked_ids(allowed))
+        rows = None if allowed is None else distinct(allowed)
         if rows is not None:
             rows = rows[rows < len(self)]
         ids = np.full((len(queries), k), NO_ID, np.int64)
         scores = np.full((len(queries), k), -np.inf, np.float32)
-        found = min(k, len(self) if rows is None else len(rows))
-        if found and len(queries):
-            self.check(rows)
+        count = min(k, len(self) if rows is None else len(rows))
+        if count and len(queries):
+            self.check()
             if self._placed is not None:
-                best = top_k.on_device(self._placed, rows, queries, found)
+                best = top_k.on_device(self._placed, rows, queries, count)
             else:
-                best = top_k.on_host(self.vectors, rows, queries, found)
-            ids[:, :found], scores[:, :found] = best
+                best = top_k.on_host(self.vectors, rows, queries, count)
+            ids[:, :count], scores[:, :count] = best
         return ids, scores
 
     @cached_property
     def _placed(self) -> "jax.Array | None":
-        """The vectors on a GPU or TPU, put there for the first search; else None."""
+        """The vectors on a GPU or TPU, from the first search on; else None."""
         from vop_jax.search.stores import top_k
 
-        self.check()
         return top_k.place(self.vectors)
 
-    def _damaged(self, why: str) -> UserError:
+    def _damaged(self, reason: str) -> UserError:
         return UserError(
-            f"{self._path}: {why}; index again (python -m vop_jax.search index --index=DIR), "
+            f"{self._path}: {reason}; index again (python -m vop_jax.search index --index=DIR), "
             "which makes the lost vectors anew"
         )
 
@@ -157,93 +137,88 @@ class Heap:
     def __init__(self, folder: str | os.PathLike, dim: int, table: str, *, write: bool):
         self._folder, self._dim, self._table = pathlib.Path(folder), dim, table
         self._lock = threading.Lock()
-        self._rows: Rows | None = None
+        self._snapshot: HeapSnapshot | None = None
         if write:
             try:
                 self._folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise UserError(f"store {folder}: {error.strerror}") from None
 
-    def snapshot(self, db: sqlite3.Connection) -> Rows:
-        """What there is in the state that a connection reads."""
+    def snapshot(self, db: sqlite3.Connection) -> HeapSnapshot:
         extent = self._extent(db)
         with self._lock:
-            rows = self._rows
-            if rows is None or rows.extent[:2] != extent[:2]:
-                self._rows = rows = Rows(self._folder / extent.name, self._dim, extent, rows)
-            return rows
+            last = self._snapshot
+            if last is None or last.extent[:2] != extent[:2]:
+                path = self._folder / extent.name
+                self._snapshot = last = HeapSnapshot(path, self._dim, extent, last)
+            return last
 
-    def append(self, db: sqlite3.Connection, vectors: np.ndarray) -> np.ndarray:
-        """Writes and syncs rows behind those that count; the caller's commit makes them count."""
-        vectors = np.ascontiguousarray(checked_vectors(vectors, self._dim), VECTOR)
+    def append(self, db: sqlite3.Connection, vectors: np.ndarray) -> list[int]:
+        vectors = np.ascontiguousarray(vectors, VECTOR)
         name, count, sums = self._extent(db)
-        begun = -count % BLOCK  # rows that the last block still takes
-        first = [zlib.crc32(_bytes(vectors[:begun]), int(sums[-1]))] if begun else []
-        sums = np.concatenate([sums[: len(sums) - len(first)], first, _sums(vectors[begun:])])
+        room = -count % BLOCK  # in the last block
+        if room:
+            sums = np.append(sums[:-1], zlib.crc32(_bytes(vectors[:room]), int(sums[-1])))
         self._write(name, count, [vectors])
-        self._name(db, Extent(name, count + len(vectors), sums))
-        return np.arange(count, count + len(vectors))
+        total = count + len(vectors)
+        self._store_extent(db, Extent(name, total, np.append(sums, _sums(vectors[room:]))))
+        return list(range(count, total))
 
     def lost(self, db: sqlite3.Connection) -> np.ndarray:
-        """int64 ids that the catalog names and whose vectors are damaged or gone."""
-        rows, ids = self._whole_blocks(self._extent(db)), named_ids(db, self._table)
+        rows, ids = self._whole_blocks(db), named_ids(db, self._table)
         return ids[(ids >= len(rows)) | np.isin(ids // BLOCK, rows.bad_blocks())]
 
-    def _whole_blocks(self, extent: Extent) -> Rows:
-        """What a file has of an extent, whatever became of it."""
-        path, count = self._folder / extent.name, extent.rows
-        size = path.stat().st_size if path.exists() else 0
-        if (there := size // (VECTOR.itemsize * self._dim)) < count:
-            count = there // BLOCK * BLOCK
-        return Rows(path, self._dim, Extent(extent.name, count, extent.sums[: -(-count // BLOCK)]))
+    def _whole_blocks(self, db: sqlite3.Connection) -> HeapSnapshot:
+        """The part of the heap that the file still has."""
+        name, count, sums = self._extent(db)
+        path = self._folder / name
+        rows = path.stat().st_size // (VECTOR.itemsize * self._dim) if path.exists() else 0
+        if rows < count:
+            count = rows // BLOCK * BLOCK
+        return HeapSnapshot(path, self._dim, Extent(name, count, sums[: -(-count // BLOCK)]))
 
     def is_sparse(self, db: sqlite3.Connection) -> bool:
-        """Whether more than half of the rows are dead."""
         (alive,) = db.execute(f"SELECT COUNT(*) FROM {self._table}").fetchone()
         return self._extent(db).rows > 2 * alive + SLACK
 
     def compact(self, db: sqlite3.Connection) -> None:
-        """Copies the rows that the catalog names to another heap, in their order."""
-        extent, ids = self._extent(db), named_ids(db, self._table)
-        vectors = self._whole_blocks(extent).vectors
-        stem, _, number = extent.name.removesuffix(".f32").rpartition("-")
-        name, sums = f"{stem}-{int(number) + 1}.f32", []
+        vectors, ids = self._whole_blocks(db).vectors, named_ids(db, self._table)
+        stem, _, number = self._extent(db).name.removesuffix(".f32").rpartition("-")
+        name = f"{stem}-{int(number) + 1}.f32"
+        sums = [np.empty(0, SUM)]
 
-        def parts() -> Iterable[np.ndarray]:
+        def parts() -> Iterator[np.ndarray]:
             for start in range(0, len(ids), COPIED):
                 part = np.ascontiguousarray(vectors[ids[start : start + COPIED]])
                 sums.append(_sums(part))
                 yield part
 
         self._write(name, 0, parts())
-        # Upwards: a row's new place is its own or that of one which has moved already.
+        # In ascending order: a row's new id is its own or that of a row which has moved already.
         moved = ((new, old) for new, old in enumerate(ids.tolist()) if new != old)
         db.executemany(f"UPDATE {self._table} SET id = ? WHERE id = ?", moved)
-        self._name(db, Extent(name, len(ids), np.concatenate([np.empty(0, SUM), *sums])))
+        self._store_extent(db, Extent(name, len(ids), np.concatenate(sums)))
 
     def clean(self, db: sqlite3.Connection) -> None:
-        """Removes the heaps of compactions, done or killed; who has one mapped keeps it."""
         name = self._extent(db).name
         for path in self._folder.glob(f"{name.rpartition('-')[0]}-*.f32"):
             if path.name != name:
-                path.unlink(missing_ok=True)
+                path.unlink(missing_ok=True)  # a reader that has mapped it keeps it
 
     def close(self) -> None:
-        """Lets go of the mapped file once no search uses it."""
-        self._rows = None
+        self._snapshot = None
 
     def _extent(self, db: sqlite3.Connection) -> Extent:
         statement = "SELECT heap, count, sums FROM vectors WHERE target = ?"
         name, count, sums = db.execute(statement, (self._table,)).fetchone()
         return Extent(name, count, np.frombuffer(sums, SUM))
 
-    def _name(self, db: sqlite3.Connection, extent: Extent) -> None:
+    def _store_extent(self, db: sqlite3.Connection, extent: Extent) -> None:
         values = extent.name, extent.rows, extent.sums.astype(SUM).tobytes(), self._table
-        statement = "UPDATE vectors SET heap = ?, count = ?, sums = ? WHERE target = ?"
-        db.execute(statement, values)
+        db.execute("UPDATE vectors SET heap = ?, count = ?, sums = ? WHERE target = ?", values)
 
     def _write(self, name: str, count: int, parts: Iterable[np.ndarray]) -> None:
-        """Appends to the first `count` rows of a heap, and syncs it."""
+        """Writes rows behind the first `count` rows of a heap, and syncs the file."""
         path, size = self._folder / name, count * self._dim * VECTOR.itemsize
         with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0) as file:
             try:
@@ -253,7 +228,7 @@ class Heap:
                 file.seek(size)
                 for part in parts:
                     left = _bytes(part)
-                    while left:  # the system writes 2 GB at most at a time, less on a full disk
+                    while left:  # the system writes at most 2 GB at a time, less on a full disk
                         left = left[file.write(left) :]
                 os.fsync(file.fileno())
             except OSError as error:
@@ -262,12 +237,13 @@ class Heap:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
                     raise OSError(error.errno, error.strerror, os.fspath(path)) from None
                 raise UserError(f"{path}: {error.strerror}; nothing was stored") from None
-        if not count:
-            _sync_names(self._folder)
+        if not count:  # a new file: its name must survive a power cut, too
+            folder = os.open(self._folder, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
 
 
 def _bytes(vectors: np.ndarray) -> memoryview:
-    """Of rows that lie one behind the other."""
     return vectors.reshape(-1).view(np.uint8).data
 
 
@@ -275,12 +251,3 @@ def _sums(vectors: np.ndarray) -> np.ndarray:
     """uint32 CRC-32 of each block of rows."""
     starts = range(0, len(vectors), BLOCK)
     return np.array([zlib.crc32(_bytes(vectors[i : i + BLOCK])) for i in starts], SUM)
-
-
-def _sync_names(folder: pathlib.Path) -> None:
-    """Makes a new file's name last through a power cut."""
-    names = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(names)
-    finally:
-        os.close(names)

@@ -1,10 +1,10 @@
 """Vectors in Milvus: in a local folder by Milvus Lite, or on a server that others share.
 
     FILE.db, milvus-lite:FILE      Milvus Lite, in this process; one process at a time
-    http(s)://HOST:PORT            a server; its token is taken from MILVUS_TOKEN
-    either with #NAME behind it    another collection than "vop_jax"
+    http(s)://HOST:PORT            a server; the environment variable MILVUS_TOKEN has its token
+    either with #NAME at the end   another collection than "vop_jax"
 
-The index is FLAT and the metric IP: what is found is exact.
+The index is FLAT and the metric IP, so searches are exact.
 """
 
 import collections
@@ -20,51 +20,44 @@ from typing import Any
 import numpy as np
 
 from vop_jax.errors import UserError
-from vop_jax.search.stores.base import (
-    MOST,
-    NO_ID,
-    checked_ids,
-    checked_k,
-    checked_vectors,
-    distinct,
-    named_ids,
-)
+from vop_jax.search.stores.base import NO_ID, distinct, named_ids
 
 COLLECTION = "vop_jax"
 CONNECT, ANSWER, LOAD = 5.0, 20.0, 120.0  # seconds to wait for a server
+MOST = 16_384  # results of one search: Milvus' own limit
 ROWS = 4096  # in one message: 8 MB of 512 floats
-LISTED = 10_000  # ids in one filter
+LISTED = 10_000  # ids in one filter; fewer than MOST
 
 
 class MilvusStore:
-    """A `VectorStore` in a Milvus collection. What others write is seen at once.
+    """A `VectorStore` in a Milvus collection, and the `Snapshot` of all it holds now.
 
-    An `append` of more than `ROWS` vectors goes in several messages, of which each is atomic.
+    An `append` of more than `ROWS` vectors takes several messages, of which each is atomic.
     """
 
     def __init__(self, uri: str, dim: int, table: str, *, write: bool, new: bool = False):
-        self._name, self._dim, self._table, self._write = uri, dim, table, write
+        self._name, self._dim, self._table = uri, dim, table
         address, _, collection = uri.partition("#")
         self._collection = collection or COLLECTION
-        self._lite = ""
         self._client: Any = None
-        client_class = _import()
+        self._lite = ""
+        client_class = _import_client()
         try:
             if "://" not in address:
                 path = os.path.abspath(address.removeprefix("milvus-lite:"))
-                address = start(uri, path, write=write)
+                address = _start_lite(uri, path, write=write)
                 self._lite = path
             token = "" if self._lite else os.environ.get("MILVUS_TOKEN", "")
-            with self._told():
+            with self._milvus_errors():
                 self._client = client_class(
                     uri=address, token=token, timeout=CONNECT, dedicated=True
                 )
-                self._open()
-                # A new index would take the vectors of another for what a kill left of its own.
+                self._open(write)
+                # Cleaning a new index would delete the vectors of another one.
                 if new and (count := len(self)):
                     raise UserError(
                         f"store {uri}: holds {count} vectors of another index; give an empty one, "
-                        "with another #COLLECTION behind it"
+                        "with another #COLLECTION at the end"
                     )
         except BaseException:
             self.close()
@@ -74,112 +67,100 @@ class MilvusStore:
         return self._query(output_fields=["count(*)"])[0]["count(*)"]
 
     def snapshot(self, db: sqlite3.Connection) -> "MilvusStore":
-        """What there is now: a database shows at once what others write."""
         return self
 
     def check(self) -> None:
-        """Nothing to do: a database sees to its own files."""
+        """Does nothing: a database checks its own files."""
 
     def _ids(self) -> np.ndarray:
         """All ids, int64, sorted."""
-        found: list[int] = []
-        with self._told():
+        ids: list[int] = []
+        with self._milvus_errors():
             pages = self._client.query_iterator(
                 self._collection, batch_size=ROWS, output_fields=["id"], timeout=ANSWER
             )
             while page := pages.next():
-                found += [row["id"] for row in page]
+                ids += [row["id"] for row in page]
             pages.close()
-        return np.sort(np.array(found, np.int64))
+        return np.sort(np.array(ids, np.int64))
 
     def get(self, ids: np.ndarray) -> np.ndarray:
-        """float32 [N, E] of ids [N]."""
-        ids = checked_ids(ids)
-        wanted, place = np.unique(ids, return_inverse=True)
-        vectors = np.empty((len(wanted), self._dim), np.float32)
-        there = np.zeros(len(wanted), bool)
-        for start in range(0, len(wanted), ROWS):
-            part = wanted[start : start + ROWS].tolist()
-            for row in self._query(filter=f"id in {part}", output_fields=["id", "vector"]):
-                at = np.searchsorted(wanted, row["id"])
-                vectors[at], there[at] = row["vector"], True
-        if not there.all():
-            raise UserError(f"store {self._name}: has no id {wanted[~there][0]}")
-        return vectors[place]
+        vectors: dict[int, list[float]] = {}
+        unique = distinct(np.asarray(ids)).tolist()
+        for start in range(0, len(unique), ROWS):
+            part = f"id in {unique[start : start + ROWS]}"
+            rows = self._query(filter=part, output_fields=["id", "vector"])
+            vectors |= {row["id"]: row["vector"] for row in rows}
+        if missing := [number for number in unique if number not in vectors]:
+            raise UserError(f"store {self._name}: has no id {missing[0]}")
+        ordered = [vectors[number] for number in np.asarray(ids).tolist()]
+        return np.array(ordered, np.float32).reshape(-1, self._dim)
 
     def search(
         self, queries: np.ndarray, k: int, allowed: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The best k of all or of the allowed ids, see `VectorStore.search`."""
-        queries, k = checked_vectors(queries, self._dim, "queries"), checked_k(k)
+        if k > MOST and allowed is None:
+            allowed = self._ids()  # searched in parts
         filters = [""]
         if allowed is not None:
-            listed = distinct(checked_ids(allowed)).tolist()
+            listed = distinct(allowed).tolist()
             starts = range(0, len(listed), LISTED)
             filters = [f"id in {listed[start : start + LISTED]}" for start in starts]
         ids = np.full((len(queries), k), NO_ID, np.int64)
         scores = np.full((len(queries), k), -np.inf, np.float32)
-        if k > MOST and len(self) > MOST:
-            raise UserError(f"store {self._name}: k={k}; Milvus finds {MOST} at most")
         for start in range(0, len(queries), ROWS):
             block = queries[start : start + ROWS]
-            lists = [self._find(block, min(k, MOST), f) for f in filters]
-            for i, of_query in enumerate(zip(*lists, strict=True), start):  # none: no ids allowed
-                hits = sorted(hit for part in of_query for hit in part)[:k]
-                ids[i, : len(hits)] = [id for _, id in hits]
+            parts = [self._search_part(block, min(k, MOST), filter) for filter in filters]
+            for i, lists in enumerate(zip(*parts, strict=True), start):
+                hits = sorted(hit for part in lists for hit in part)[:k]
+                ids[i, : len(hits)] = [number for _, number in hits]
                 scores[i, : len(hits)] = [-negative for negative, _ in hits]
         return ids, scores
 
-    def append(self, db: sqlite3.Connection, vectors: np.ndarray) -> np.ndarray:
-        """Adds vectors; Milvus has them in its log when this returns. See `VectorStore.append`."""
-        vectors = checked_vectors(vectors, self._dim)
-        self._must_write()
+    def append(self, db: sqlite3.Connection, vectors: np.ndarray) -> list[int]:
         statement = "UPDATE vectors SET count = count + ? WHERE target = ? RETURNING count"
         ((count,),) = db.execute(statement, (len(vectors), self._table)).fetchall()
-        ids = np.arange(count - len(vectors), count)
+        ids = list(range(count - len(vectors), count))
         for start in range(0, len(ids), ROWS):
             part = slice(start, start + ROWS)
-            rows = zip(ids[part].tolist(), vectors[part], strict=True)
-            data = [{"id": id, "vector": vector} for id, vector in rows]
-            with self._told():
+            rows = zip(ids[part], vectors[part], strict=True)
+            data = [{"id": number, "vector": vector} for number, vector in rows]
+            with self._milvus_errors():
                 self._client.upsert(self._collection, data, timeout=ANSWER)
         return ids
 
     def lost(self, db: sqlite3.Connection) -> np.ndarray:
-        """int64 ids that the catalog names and Milvus does not have."""
         return np.setdiff1d(named_ids(db, self._table), self._ids(), assume_unique=True)
 
     def is_sparse(self, db: sqlite3.Connection) -> bool:
-        """Nothing to do: `clean` removes what is dead."""
-        return False
+        return False  # `clean` removes dead vectors
 
     def compact(self, db: sqlite3.Connection) -> None:
-        """Nothing to do."""
+        """Does nothing: see `clean`."""
 
     def clean(self, db: sqlite3.Connection) -> None:
-        """Removes vectors that the catalog does not name, also those of a run that was killed."""
-        self._must_write()
-        gone = np.setdiff1d(self._ids(), named_ids(db, self._table), assume_unique=True)
-        for start in range(0, len(gone), LISTED):
-            part = gone[start : start + LISTED].tolist()
-            with self._told():
+        dead = np.setdiff1d(self._ids(), named_ids(db, self._table), assume_unique=True)
+        for start in range(0, len(dead), LISTED):
+            part = dead[start : start + LISTED].tolist()
+            with self._milvus_errors():
                 self._client.delete(self._collection, ids=part, timeout=ANSWER)
 
     def close(self) -> None:
-        """Lets go of the connection, and of Milvus Lite's folder after its last user here."""
         if self._client is not None:
             self._client.close()
             self._client = None
         if self._lite:
-            stop(self._lite)
+            _stop_lite(self._lite)
             self._lite = ""
 
-    def _find(self, queries: np.ndarray, k: int, filter: str) -> list[list[tuple[float, int]]]:
+    def _search_part(
+        self, queries: np.ndarray, k: int, filter: str
+    ) -> list[list[tuple[float, int]]]:
         """(negative score, id) of at least the best k, and of all that tie with the last."""
         limit = min(k + 1, MOST)
         while True:
-            with self._told():
-                found = self._client.search(
+            with self._milvus_errors():
+                results = self._client.search(
                     self._collection,
                     data=list(queries),
                     limit=limit,
@@ -188,25 +169,23 @@ class MilvusStore:
                     search_params={"metric_type": "IP"},
                     timeout=ANSWER,
                 )
-            lists = [[(-hit["distance"], hit["id"]) for hit in hits] for hits in found]
-            cut = any(
-                len(hits) == limit and k < limit and hits[k - 1][0] == hits[-1][0] for hits in lists
-            )
-            if not cut or limit == MOST:
+            lists = [[(-hit["distance"], hit["id"]) for hit in hits] for hits in results]
+            tied = any(len(hits) == limit and hits[k - 1][0] == hits[-1][0] for hits in lists)
+            if not tied or limit == MOST:
                 return lists
             limit = min(4 * limit, MOST)
 
-    def _query(self, **what: Any) -> list[dict[str, Any]]:
-        with self._told():
-            return self._client.query(self._collection, timeout=ANSWER, **what)
+    def _query(self, **options: Any) -> list[dict[str, Any]]:
+        with self._milvus_errors():
+            return self._client.query(self._collection, timeout=ANSWER, **options)
 
-    def _open(self) -> None:
-        """Finds or makes the collection, and loads it: what is not loaded cannot be searched."""
+    def _open(self, write: bool) -> None:
+        """Finds or creates the collection and loads it, which a search needs."""
         client, name = self._client, self._collection
         if not client.has_collection(name, timeout=CONNECT):
-            if not self._write:
+            if not write:
                 raise UserError(f"store {self._name}: has no collection {name}")
-            self._make()
+            self._create()
         fields = client.describe_collection(name, timeout=CONNECT)["fields"]
         widths = [field["params"].get("dim") for field in fields if field["name"] == "vector"]
         if widths != [self._dim]:
@@ -216,7 +195,7 @@ class MilvusStore:
             )
         client.load_collection(name, timeout=LOAD)
 
-    def _make(self) -> None:
+    def _create(self) -> None:
         from pymilvus import DataType
 
         schema = self._client.create_schema(auto_id=False, enable_dynamic_field=False)
@@ -232,13 +211,9 @@ class MilvusStore:
             timeout=ANSWER,
         )
 
-    def _must_write(self) -> None:
-        if not self._write:
-            raise UserError(f"store {self._name}: is open to read only")
-
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
-        """Milvus' own errors become one line."""
+    def _milvus_errors(self) -> Iterator[None]:
+        """Turns the errors of Milvus into one line."""
         from grpc import RpcError
         from pymilvus.exceptions import MilvusException
 
@@ -249,8 +224,8 @@ class MilvusStore:
             raise UserError(f"store {self._name}: {' '.join(reason.split())[:300]}") from None
 
 
-def _import() -> Any:
-    """`MilvusClient`, quiet: what it would say is in its errors."""
+def _import_client() -> Any:
+    """`MilvusClient`, without its logs: its errors say the same."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -262,15 +237,15 @@ def _import() -> Any:
     return MilvusClient
 
 
-_users: collections.Counter[str] = collections.Counter()  # by path
+_users: collections.Counter[str] = collections.Counter()  # of Milvus Lite in this process, by path
 _lock = threading.Lock()
 
 
-def start(name: str, path: str, *, write: bool) -> str:
-    """The address of Milvus Lite over a folder, started if no other store here uses it.
+def _start_lite(name: str, path: str, *, write: bool) -> str:
+    """The address of Milvus Lite over a folder, started for its first user.
 
     Raises:
-        UserError: nothing there to read, a file of that name, another process has it open.
+        UserError: no folder to read, a file of that name, another process has it open.
     """
     try:
         from milvus_lite.server_manager import server_manager_instance
@@ -290,8 +265,8 @@ def start(name: str, path: str, *, write: bool) -> str:
     return address
 
 
-def stop(path: str) -> None:
-    """One user less of the folder; after the last, another process may open it."""
+def _stop_lite(path: str) -> None:
+    """Ends one use of the folder; after the last one another process may open it."""
     from milvus_lite.server_manager import server_manager_instance
 
     with _lock:

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-FEW = 2**14  # rows up to which they are gathered (32 MB of 512 floats), not all multiplied
+FEW = 2**14  # rows up to which they are gathered (32 MB of 512 floats) before the product
 SCORES = 2**25  # at once: 128 MB, the scores of 33 queries with a million rows
-TIED = 4096  # nearly tied rows that are compared in float64
+EXACT = 4096  # rows whose scores are summed in float64 at once
 ROUNDING = 1e-6  # of the lengths' product; more than float32 loses in a sum of 512
 FREE = 0.8  # share of the free device memory that vectors may take
 
@@ -17,19 +17,19 @@ FREE = 0.8  # share of the free device memory that vectors may take
 def on_host(
     vectors: np.ndarray, rows: np.ndarray | None, queries: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The best rows, by BLAS on the vectors where they lie; ties to the smaller row.
+    """The best rows, by BLAS on the mapped vectors; ties to the smaller row.
 
     Args:
         vectors: float32 [M, E], mapped.
-        rows: int64 [N], sorted, to which the search is restricted; None for all.
-        queries: float32 [Q, E].
-        k: N at most.
+        rows: int64, sorted, to which the search is restricted; None for all.
+        queries: float32 [N, E].
+        k: at most the number of rows.
 
     Returns:
-        (int64 [Q, k] rows, float32 [Q, k] scores), best first. Scores are summed in float64, so
-        that equal vectors score the same wherever they lie.
+        (int64 [N, k] rows, float32 [N, k] scores), best first. Scores are summed in float64, so
+        that equal vectors have equal scores in any place.
     """
-    at = np.empty((len(queries), k), np.int64)
+    best = np.empty((len(queries), k), np.int64)
     scores = np.empty((len(queries), k), np.float32)
     few = rows is not None and len(rows) <= FEW
     candidates = vectors[rows] if few else vectors
@@ -40,36 +40,30 @@ def on_host(
         for i, query in enumerate(block, start):
             row = similar[i - start]
             own = row if few or rows is None else row[rows]
-            at[i], scores[i] = _best(own, vectors, rows, query, k)
-    return at, scores
+            best[i], scores[i] = _best(own, vectors, rows, query, k)
+    return best, scores
 
 
 def _best(
     similar: np.ndarray, vectors: np.ndarray, rows: np.ndarray | None, query: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The best k of `rows` [N] and their scores, by their similarities [N] with one query."""
+    """The best k of `rows` and their scores, by their similarities with one query."""
     last = np.argpartition(similar, len(similar) - k)[len(similar) - k]  # the k-th best
     kth = vectors[last if rows is None else rows[last]]
     margin = ROUNDING * float(np.linalg.norm(query) * np.linalg.norm(kth))
     near = np.flatnonzero(similar >= similar[last] - margin)
-    if len(near) > k + TIED:
-        sure = similar[near] > similar[last] + margin
-        near = np.sort(np.concatenate([near[sure], near[~sure][: k + TIED - sure.sum()]]))
     near = near if rows is None else rows[near]
     exact = np.empty(len(near), np.float32)
     wide = query.astype(np.float64)
-    for start in range(0, len(near), TIED):
-        part = slice(start, start + TIED)
-        exact[part] = np.einsum("ne,e->n", vectors[near[part]].astype(np.float64), wide)
+    for start in range(0, len(near), EXACT):
+        part = slice(start, start + EXACT)
+        exact[part] = np.einsum("me,e->m", vectors[near[part]].astype(np.float64), wide)
     order = np.argsort(-exact, kind="stable")[:k]
     return near[order], exact[order]
 
 
 def place(vectors: np.ndarray) -> jax.Array | None:
-    """The mapped vectors on the GPU or TPU; None where the host searches.
-
-    That is where there is none, or it has no room for them (which is said).
-    """
+    """The vectors on the GPU or TPU; None without one, or with a warning where they do not fit."""
     if jax.default_backend() == "cpu" or not len(vectors):
         return None
     device = jax.local_devices()[0]
@@ -77,13 +71,8 @@ def place(vectors: np.ndarray) -> jax.Array | None:
     size = vectors.nbytes
     free = memory.get("bytes_limit", size / FREE) - memory.get("bytes_in_use", 0)
     if size > FREE * free:
-        logging.warning(
-            "search: %.1f GB of vectors do not fit in the %.1f GB that are free on %s; the host "
-            "searches",
-            size / 1e9,
-            free / 1e9,
-            device,
-        )
+        sizes = f"{size / 1e9:.1f} GB of vectors do not fit in the {free / 1e9:.1f} GB"
+        logging.warning("search: %s that are free on %s; the host searches", sizes, device)
         return None
     return jax.device_put(vectors, device)
 
@@ -92,24 +81,24 @@ def on_device(
     placed: jax.Array, rows: np.ndarray | None, queries: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """As `on_host`, among placed vectors [M, E]."""
-    mask = np.full(len(placed), rows is None)
+    allowed = np.full(len(placed), rows is None)
     if rows is not None:
-        mask[rows] = True
-    on = jnp.asarray(mask)
-    # Few shapes are compiled: powers of two.
-    most = min(_power(k), len(placed))
-    step = min(_power(len(queries)), max(SCORES // len(placed), 1))
-    at, scores = [], []
+        allowed[rows] = True
+    mask = jnp.asarray(allowed)
+    # Powers of two, so that few shapes are compiled.
+    most = min(_power_of_two(k), len(placed))
+    step = min(_power_of_two(len(queries)), max(SCORES // len(placed), 1))
+    best, scores = [], []
     for start in range(0, len(queries), step):
         block = queries[start : start + step]
         filled = np.pad(block, [(0, step - len(block)), (0, 0)])
-        score, position = _top(placed, on, filled, most)
-        at.append(np.asarray(position)[: len(block), :k].astype(np.int64))
+        score, position = _top(placed, mask, filled, most)
+        best.append(np.asarray(position)[: len(block), :k].astype(np.int64))
         scores.append(np.asarray(score)[: len(block), :k])
-    return np.concatenate(at), np.concatenate(scores)
+    return np.concatenate(best), np.concatenate(scores)
 
 
-def _power(count: int) -> int:
+def _power_of_two(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 

@@ -1,0 +1,216 @@
+"""Changes the catalog of an index and its vectors."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import secrets
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from vop_jax.search.catalog import (
+    FILE,
+    FILE_COLUMNS,
+    SCHEMA,
+    VERSION,
+    IndexedFile,
+    IndexInfo,
+    check,
+    checksum_of,
+    connect,
+    read_info,
+    sqlite_errors,
+    stored_info,
+)
+from vop_jax.search.scan import VideoFile
+from vop_jax.search.stores.base import TABLES, VectorStore, checked_vectors
+from vop_jax.search.stores.open import open_store
+from vop_jax.video.moments import Segment
+
+Caption = tuple[str, str, float, float]  # text, path of a video or "", start, end
+
+
+class CatalogWriter:
+    """The catalog and vectors of an index, opened by its only writer.
+
+    Changes happen within `with catalog.transaction():`, all of them or none.
+    """
+
+    def __init__(self, directory: str | os.PathLike, info: IndexInfo):
+        """Opens the index or creates it, and stores this `info`.
+
+        Raises:
+            UserError: it is damaged; its store does not answer, or has another's vectors.
+        """
+        self._path = pathlib.Path(directory) / FILE
+        self._stores: dict[str, VectorStore] = {}
+        new = stored_info(directory) is None
+        with contextlib.ExitStack() as stack, sqlite_errors(self._path):
+            # Stores first: if one does not answer, no catalog is bound to it.
+            for table in TABLES.values():
+                self._stores[table] = open_store(directory, info, table, write=True, new=new)
+                stack.callback(self._stores[table].close)
+            self._db = connect(self._path, "rwc")
+            stack.callback(self._db.close)
+            self._db.execute("PRAGMA foreign_keys = ON")
+            self._db.execute("PRAGMA cache_spill = OFF")  # it would lock readers before a commit
+            if new:
+                self._create(info)
+            else:
+                self._check(info)
+            stack.pop_all()
+        self._dim = info.dim
+
+    def _create(self, info: IndexInfo) -> None:
+        token = secrets.token_hex(8)  # so that no two heaps have the same name
+        with self.transaction():
+            for statement in SCHEMA.split(";\n"):
+                self._db.execute(statement)
+            self._db.execute(f"PRAGMA user_version = {VERSION}")
+            for table in self._stores:
+                row = (table, f"{token}-{table}-0.f32", 0, b"")
+                self._db.execute("INSERT INTO vectors VALUES (?, ?, ?, ?)", row)
+            self._write_info(info)
+
+    def _check(self, info: IndexInfo) -> None:
+        """Finds damage; forgets files and captions whose vectors are lost."""
+        check(self._db, self._path)
+        if read_info(self._db) != info:
+            with self.transaction():
+                self._write_info(info)
+        for table, store in self._stores.items():
+            lost = store.lost(self._db)
+            if not len(lost):
+                continue
+            where = "files WHERE id IN (SELECT file FROM moments WHERE id = ?)"
+            where = where if table == "moments" else "captions WHERE id = ?"
+            logging.warning("%d vectors of %s are lost; they are made again", len(lost), table)
+            with self.transaction():
+                self._db.executemany(f"DELETE FROM {where}", ((id,) for id in lost.tolist()))
+                store.compact(self._db)
+            store.clean(self._db)
+
+    def _write_info(self, info: IndexInfo) -> None:
+        values = dataclasses.asdict(info)
+        del values["version"]
+        row = ("info", json.dumps(values))
+        self._db.execute("INSERT OR REPLACE INTO about VALUES (?, ?)", row)
+
+    def compact(self) -> None:
+        """Frees the room of vectors that the catalog does not name any more."""
+        for store in self._stores.values():
+            if store.is_sparse(self._db):
+                with contextlib.suppress(OSError), self.transaction():  # no room for a copy
+                    store.compact(self._db)
+            store.clean(self._db)
+
+    def close(self) -> None:
+        """Closes it, with its checksum if there is room for that."""
+        with contextlib.suppress(sqlite3.Error):
+            if not self._db.execute("PRAGMA application_id").fetchone()[0]:
+                self._db.execute(f"PRAGMA application_id = {checksum_of(self._db)}")
+        self._db.close()
+        for store in self._stores.values():
+            store.close()
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Commits all changes within, or none."""
+        with sqlite_errors(self._path):
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                self._db.execute("PRAGMA application_id = 0")  # see `check`
+                yield
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+
+    def files(self) -> dict[str, IndexedFile]:
+        """All files by their paths."""
+        return {file.path: file for file in self._select("1")}
+
+    def twins(self, digest: str) -> list[IndexedFile]:
+        """The readable files of this content."""
+        return self._select("digest = ? AND reason IS NULL", digest)
+
+    def _select(self, condition: str, *values: Any) -> list[IndexedFile]:
+        rows = self._db.execute(f"SELECT {FILE_COLUMNS} FROM files WHERE {condition}", values)
+        return [IndexedFile(*row) for row in rows]
+
+    def moments(self, file: IndexedFile) -> list[tuple[int, Segment]]:
+        """(id, segment) of a file's moments."""
+        rows = self._db.execute(
+            'SELECT id, start, "end" FROM moments WHERE file = ? ORDER BY id', (file.id,)
+        )
+        return [(number, (start, end)) for number, start, end in rows]
+
+    def vectors(self, ids: Sequence[int]) -> np.ndarray:
+        """float32 [M, E] of moments."""
+        return self._stores["moments"].snapshot(self._db).get(np.array(ids, np.int64))
+
+    def add_files(
+        self, files: Sequence[tuple[VideoFile, str, Sequence[Segment], np.ndarray]]
+    ) -> list[int]:
+        """Adds files in place of those with the same paths; returns the ids of their moments.
+
+        Args:
+            files: (file, digest of its content, its M segments, their vectors [M, E]).
+
+        Raises:
+            UserError: a vector with NaN or of another width.
+        """
+        vectors = np.concatenate([vectors for _, _, _, vectors in files])
+        ids = self._append("moments", vectors)
+        unused = iter(ids)
+        for file, digest, segments, _ in files:
+            row = self._insert(file, digest, None)
+            moments = [(next(unused), row, *segment) for segment in segments]
+            self._db.executemany("INSERT INTO moments VALUES (?, ?, ?, ?)", moments)
+        return ids
+
+    def add_unreadable(self, file: VideoFile, reason: str) -> None:
+        """Adds a file that is not read again before it changes."""
+        self._insert(file, None, reason)
+
+    def _insert(self, file: VideoFile, digest: str | None, reason: str | None) -> int | None:
+        self.remove([file.path])
+        values = file.path, file.size, file.mtime, digest, reason
+        columns = "(path, size, mtime, digest, reason)"
+        statement = f"INSERT INTO files {columns} VALUES (?, ?, ?, ?, ?)"
+        return self._db.execute(statement, values).lastrowid
+
+    def _append(self, table: str, vectors: np.ndarray) -> list[int]:
+        return self._stores[table].append(self._db, checked_vectors(vectors, self._dim, "vectors"))
+
+    def move(self, indexed: IndexedFile, file: VideoFile) -> None:
+        """Gives indexed content another path or date."""
+        if file.path != indexed.path:
+            self.remove([file.path])
+        values = file.path, file.size, file.mtime, indexed.id
+        self._db.execute("UPDATE files SET path = ?, size = ?, mtime = ? WHERE id = ?", values)
+
+    def remove(self, paths: Iterable[str]) -> None:
+        """Removes files and their moments."""
+        self._db.executemany("DELETE FROM files WHERE path = ?", ((path,) for path in paths))
+
+    def captions(self) -> dict[Caption, int]:
+        """All captions, with their ids."""
+        rows = self._db.execute('SELECT text, path, start, "end", id FROM captions')
+        return {row[:4]: row[4] for row in rows}
+
+    def add_captions(self, captions: Sequence[Caption], vectors: np.ndarray) -> None:
+        """Adds captions and their vectors [M, E]."""
+        ids = self._append("captions", vectors)
+        rows = ((number, *caption) for number, caption in zip(ids, captions, strict=True))
+        self._db.executemany("INSERT INTO captions VALUES (?, ?, ?, ?, ?)", rows)
+
+    def remove_captions(self, ids: Iterable[int]) -> None:
+        """Removes captions."""
+        self._db.executemany("DELETE FROM captions WHERE id = ?", ((number,) for number in ids))
