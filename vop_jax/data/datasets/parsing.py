@@ -235,11 +235,9 @@ def parse_json(path: epath.Path, text: str, line: int = 1) -> tuple[Any, list[st
         where = f"{path}:{line - 1 + error.lineno}:{error.colno}"
         raise UserError(f"{where}: not JSON ({error.msg})") from None
     except ValueError:  # Python reads no integers of thousands of digits
-        raise UserError(
-            f"{path}:{line}: not JSON that can be read (a number is too long)"
-        ) from None
+        raise UserError(f"{path}:{line}: no readable JSON (a number is too long)") from None
     except RecursionError:
-        raise UserError(f"{path}:{line}: not JSON that can be read (too deeply nested)") from None
+        raise UserError(f"{path}:{line}: no readable JSON (too deeply nested)") from None
 
 
 def expect(where: str, value: object, kind: type[T]) -> T:
