@@ -26,11 +26,9 @@ from vop_jax.config.base import base_config
 from vop_jax.config.clip import PRESETS, ClipConfig
 from vop_jax.data.clips import VideoClip
 from vop_jax.data.pipeline import BatchSpec, train_batches
-from vop_jax.data.records.decoded import clips_of, frame_shapes
 from vop_jax.data.records.encode import Preprocessing
-from vop_jax.data.records.read import Part, Split
-from vop_jax.data.records.tfds_builder import Making
-from vop_jax.data.records.write import pack
+from vop_jax.data.records.read import Part, Split, decode_clips, frame_shapes
+from vop_jax.data.records.write import WriteOptions, pack
 from vop_jax.data.tokenizer import CaptionTokenizer, TokenizedCaptions
 from vop_jax.model import TextVideoModel
 from vop_jax.training import device_cache, prefetch, sharding
@@ -52,8 +50,8 @@ def records(folder: str, count: int) -> Split:
         path = os.path.join(folder, f"{i}.mp4")
         make_clip(path, i)
         clips.append(VideoClip(str(i), path, (f"a texture, number {i}, drifts over the screen",)))
-    making = Making(isolated=False, progress=False)
-    return pack({"train": clips}, f"{folder}/records", Preprocessing(), making=making).splits[
+    options = WriteOptions(isolated=False, progress=False)
+    return pack({"train": clips}, f"{folder}/records", Preprocessing(), options=options).splits[
         "train"
     ]
 
@@ -146,7 +144,7 @@ def main() -> None:
 
         loop = Loop()
         layout = device_cache.CacheLayout(loop.mesh, len(split), (FRAMES, *shapes[0], 3))
-        stored = clips_of(split, layout.local_clips, FRAMES, "uniform", args.threads)
+        stored = decode_clips(split, layout.local_clips, FRAMES, "uniform", args.threads)
         frames = device_cache.fill(layout, stored)
         cache = device_cache.DeviceCache(loop.mesh, frames, SIZE)
 

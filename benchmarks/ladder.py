@@ -31,7 +31,7 @@ from vop_jax import cli, report
 from vop_jax.config.base import first_difference
 from vop_jax.config.clip import preset
 from vop_jax.data import load
-from vop_jax.data.records.tfds_builder import Making
+from vop_jax.data.records.write import WriteOptions
 from vop_jax.errors import UserError
 from vop_jax.experiment import setup, train
 from vop_jax.experiment.results import SUMMARY_FILE
@@ -204,7 +204,7 @@ def _run_side_by_side(pairs: list[tuple[ConfigDict, str]], workdir: str, jobs: i
 
 def _pack(config: ConfigDict, run: str) -> None:
     """Makes the records that all runs read, in as many processes as there are cores."""
-    load.load(config.data, run, select=config.train.select, making=Making())
+    load.load(config.data, run, select=config.train.select, options=WriteOptions())
 
 
 def _cost(config: Mapping[str, Any]) -> dict[str, float]:

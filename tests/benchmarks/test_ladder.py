@@ -97,10 +97,10 @@ def test_runs_side_by_side_are_started_once_each_seed_by_seed(monkeypatch, tmp_p
 
 def test_records_are_packed_as_asked(tmp_path, monkeypatch):
     from vop_jax.data import load
-    from vop_jax.data.records.tfds_builder import Making
+    from vop_jax.data.records.write import WriteOptions
 
     asked = []
-    monkeypatch.setattr(load, "pack", lambda *_, making, **__: asked.append(making))
+    monkeypatch.setattr(load, "pack", lambda *_, options, **__: asked.append(options))
     config = runpy.run_path(str(runs.ROOT / "configs/motion.py"))["get_config"]("vop")
     source = types.SimpleNamespace(
         sizes={},
@@ -111,7 +111,7 @@ def test_records_are_packed_as_asked(tmp_path, monkeypatch):
     monkeypatch.setattr(registry, "get", lambda kind: source)
     load.load(config.data, str(tmp_path))
     ladder._pack(config, str(tmp_path))
-    assert asked == [load.IN_A_RUN, Making()] and asked[1].isolated
+    assert asked == [load.IN_A_RUN, WriteOptions()] and asked[1].isolated
 
 
 def test_rates_are_of_the_val_split_and_its_records(monkeypatch, tmp_path):

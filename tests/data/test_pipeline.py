@@ -114,7 +114,7 @@ def test_crops_for_the_device_cache_are_those_of_the_frames():
                 batch["frames"], numbers["clip"], numbers["crop"], strict=True
             ):
                 crop = Crop(*crop[:-1].tolist(), mirrored=bool(crop[-1]))
-                pixels = pipeline.decode(split[int(clip)], F, "uniform")
+                pixels = pipeline.decode_frames(split[int(clip)], F, "uniform")
                 np.testing.assert_array_equal(frames, apply_crop(pixels, SIZE, crop))
 
 

@@ -13,7 +13,6 @@ import time
 
 import pytest
 import tensorflow_datasets as tfds
-from etils import epath
 
 from tests import processes
 from tests.data import calls
@@ -22,11 +21,11 @@ from tests.video import videos
 from vop_jax.data import prepare
 from vop_jax.data.clips import VideoClip
 from vop_jax.data.datasets import registry
-from vop_jax.data.records import layout, read, shards, tfds_builder, write
+from vop_jax.data.records import layout, read, shards, write
 from vop_jax.data.records.encode import Preprocessing
-from vop_jax.data.records.tfds_builder import Making
-from vop_jax.data.records.write import locked, pack
+from vop_jax.data.records.write import WriteOptions, pack
 from vop_jax.errors import UserError
+from vop_jax.storage.files import folder_lock
 
 SIZES = {"train": 10, "test": 4}
 
@@ -81,7 +80,7 @@ def test_the_command(msvd, tmp_path):
     assert "about" in printed.stderr and "free in" in printed.stderr
     assert "packing msvd" in printed.stderr and "17/17" in printed.stderr
     assert "flag parsing" not in printed.stderr
-    made = read.find_records(tmp_path / "a")
+    made = layout.find_records(tmp_path / "a")
     assert made.parent.name == "msvd"
     source = tfds.builder_from_directory(str(made)).as_data_source("train")
     assert len(source) == 10 and len(source[0]["frames"]) == 4
@@ -90,7 +89,7 @@ def test_the_command(msvd, tmp_path):
     assert prepare.main(command(msvd, tmp_path / "a")) == 0
     assert digest(tmp_path / "a") == before
     assert prepare.main(command(msvd, tmp_path / "b", "--clips_per_shard=100")) == 0
-    other = tfds.builder_from_directory(str(read.find_records(tmp_path / "b")))
+    other = tfds.builder_from_directory(str(layout.find_records(tmp_path / "b")))
     for one, same in zip(source, other.as_data_source("train"), strict=True):
         assert one["id"] == same["id"] and list(one["captions"]) == list(same["captions"])
         assert (one["frames"][3] == same["frames"][3]).all()
@@ -101,8 +100,8 @@ def test_ten_kills_change_nothing(msvd, tmp_path):
     """Each kill comes at a random moment; the shards that were finished are kept."""
     program = (
         "import sys; from tests.data import calls; from vop_jax.data import prepare; "
-        "from vop_jax.data.records import tfds_builder; "
-        "tfds_builder.encode_clip = calls.slow; sys.exit(prepare.main(sys.argv[1:]))"
+        "from vop_jax.data.records import write; "
+        "write.encode_clip = calls.slow; sys.exit(prepare.main(sys.argv[1:]))"
     )
     env = {**os.environ, "PYTHONPATH": os.getcwd()}
 
@@ -122,19 +121,19 @@ def test_ten_kills_change_nothing(msvd, tmp_path):
             process.send_signal(signal.SIGKILL)
             kills += 1
         process.wait()
-        finished = list(layout.staging_of(tmp_path / "killed", "msvd").glob("*.json"))
-        done = read.find_records(tmp_path / "killed") is not None
+        finished = list(layout.staging_folder(tmp_path / "killed", "msvd").glob("*.json"))
+        done = layout.find_records(tmp_path / "killed") is not None
         assert done or len(finished) >= kept
         kept = len(finished)
         if done:  # begin anew: there are more kills to come
-            read.find_records(tmp_path / "killed").rmtree()
+            layout.find_records(tmp_path / "killed").rmtree()
             kept = 0
     assert start(tmp_path / "killed").wait() == 0
     assert digest(tmp_path / "killed") == digest(tmp_path / "whole")
 
 
 def test_finished_shards_are_not_made_again(msvd, tmp_path, monkeypatch):
-    making = Making(1, isolated=False, progress=False, clips_per_shard=3)
+    options = WriteOptions(1, isolated=False, progress=False, clips_per_shard=3)
     annotations, films = msvd
     seen = []
 
@@ -144,15 +143,15 @@ def test_finished_shards_are_not_made_again(msvd, tmp_path, monkeypatch):
         seen.append(clip.id)
         return real(clip, preprocessing)
 
-    real = tfds_builder.encode_clip
-    monkeypatch.setattr(tfds_builder, "encode_clip", encode)
+    real = write.encode_clip
+    monkeypatch.setattr(write, "encode_clip", encode)
     dataset, _ = registry.get("msvd").read(annotations, films, official_sizes=False)
     with pytest.raises(KeyboardInterrupt):
-        pack(dataset, tmp_path, Preprocessing(4), name="msvd", making=making)
-    staging = layout.staging_of(tmp_path, "msvd")
+        pack(dataset, tmp_path, Preprocessing(4), name="msvd", options=options)
+    staging = layout.staging_folder(tmp_path, "msvd")
     finished = sorted(p.name for p in staging.glob("*.json"))
     assert finished
-    assert read.find_records(tmp_path) is None
+    assert layout.find_records(tmp_path) is None
     with pytest.raises(UserError, match=r"no records there; .*unfinished: run it again"):
         read.open_records(tmp_path, Preprocessing(4), ["test"], name="msvd")
     first, seen[:] = list(seen), []
@@ -161,8 +160,8 @@ def test_finished_shards_are_not_made_again(msvd, tmp_path, monkeypatch):
         seen.append(clip.id)
         return real(clip, preprocessing)
 
-    monkeypatch.setattr(tfds_builder, "encode_clip", again)
-    pack(dataset, tmp_path, Preprocessing(4), name="msvd", making=making)
+    monkeypatch.setattr(write, "encode_clip", again)
+    pack(dataset, tmp_path, Preprocessing(4), name="msvd", options=options)
     assert len(seen) == 17 - 3 * len(finished)
     assert not {*seen} & {*first[: 3 * len(finished)]}
     assert not staging.exists()
@@ -174,9 +173,9 @@ def test_a_decoder_that_crashes_or_hangs_costs_its_clip(msvd, tmp_path, monkeypa
     clips = [VideoClip(p.name, str(p), ("x",)) for p in good]
     clips.insert(2, VideoClip("crash", str(films / "crash.avi"), ("x",)))
     clips.insert(5, VideoClip("hang", str(films / "hang.avi"), ("x",)))
-    monkeypatch.setattr(tfds_builder, "encode_clip", calls.treacherous)
-    making = Making(2, seconds=2, progress=False)
-    made = pack({"test": clips}, tmp_path, Preprocessing(4), making=making, max_skipped=0.5)
+    monkeypatch.setattr(write, "encode_clip", calls.treacherous)
+    options = WriteOptions(2, seconds=2, progress=False)
+    made = pack({"test": clips}, tmp_path, Preprocessing(4), options=options, max_skipped=0.5)
     assert made.splits["test"].ids == [p.name for p in good]
     assert {s["id"]: s["reason"] for s in made.skipped} == {
         "crash": "its decoder crashed (SIGSEGV)",
@@ -185,7 +184,7 @@ def test_a_decoder_that_crashes_or_hangs_costs_its_clip(msvd, tmp_path, monkeypa
 
 
 def test_a_full_disk_loses_nothing(msvd, whole, tmp_path, monkeypatch, capsys):
-    record_file, opened = shards._record_file, []
+    record_file, opened = shards.record_writer, []
 
     def full(path):
         opened.append(path)
@@ -194,10 +193,10 @@ def test_a_full_disk_loses_nothing(msvd, whole, tmp_path, monkeypatch, capsys):
         return record_file(path)
 
     with monkeypatch.context() as patched:
-        patched.setattr(shards, "_record_file", full)
+        patched.setattr(shards, "record_writer", full)
         assert prepare.main(command(msvd, tmp_path / "full")) == 2
     assert "no space left on the disk; free some, the same command" in capsys.readouterr().err
-    assert len(list(layout.staging_of(tmp_path / "full", "msvd").glob("*.json"))) == 2
+    assert len(list(layout.staging_folder(tmp_path / "full", "msvd").glob("*.json"))) == 2
     assert prepare.main(command(msvd, tmp_path / "full")) == 0
     assert digest(tmp_path / "full") == digest(whole)
 
@@ -222,7 +221,7 @@ def test_array_record_tells_of_a_full_disk(tmp_path):
     (tmp_path / "full").symlink_to("/dev/full")
     with (
         pytest.raises(OSError) as error,
-        shards._record_file(tmp_path / "full") as write,
+        shards.record_writer(tmp_path / "full") as write,
     ):
         write(bytes(1000))
     assert error.value.errno == errno.ENOSPC
@@ -236,18 +235,18 @@ def test_videos_that_came_later_are_taken_up(msvd, tmp_path, monkeypatch):
     )
     late = tmp_path / "late.avi"
     clips = {"test": [VideoClip("late", str(late), ("x",)), *dataset["test"]]}
-    making = Making(1, isolated=False, progress=False, clips_per_shard=3)
-    staged = layout.staging_of(tmp_path / "out", "folder")
+    options = WriteOptions(1, isolated=False, progress=False, clips_per_shard=3)
+    staged = layout.staging_folder(tmp_path / "out", "folder")
     planned = shards.plan(clips, staged, Preprocessing(4), 3)
-    encode = functools.partial(tfds_builder.encode_clip, preprocessing=Preprocessing(4))
-    results = tfds_builder.in_threads(encode, planned[0].clips, 1)
-    shards.write_shards(shards.tasks_of(planned[:1]), results)
+    encode = functools.partial(write.encode_clip, preprocessing=Preprocessing(4))
+    results = write.in_threads(encode, planned[0].clips, 1)
+    shards.write_shard(*shards.pending(planned[:1]), results)
     assert planned[0].note()["clips"][0]["skipped"] == "no such file"
-    assert not shards.tasks_of(planned[:1])
+    assert not shards.pending(planned[:1])
     videos.write(late, 12, codec="mpeg4")
-    (again,) = shards.tasks_of(planned[:1])
+    (again,) = shards.pending(planned[:1])
     assert again.to_encode == clips["test"][:1]
-    made = pack(clips, tmp_path / "out", Preprocessing(4), making=making)
+    made = pack(clips, tmp_path / "out", Preprocessing(4), options=options)
     assert made.splits["test"].ids[0] == "late"
 
 
@@ -272,7 +271,7 @@ def test_wrong_calls(msvd, tmp_path_factory, changed, message, capsys):
 
 def test_records_of_another_version_are_refused(msvd, tmp_path):
     assert prepare.main(command(msvd, tmp_path, "--splits=test")) == 0
-    made = read.find_records(tmp_path)
+    made = layout.find_records(tmp_path)
     for version, why in (("3.0.0", "newer than this vop_jax"), ("1.0.0", "of an older vop_jax")):
         made = made.rename(made.parent / version)
         with pytest.raises(UserError, match=f"records of version {version}, {why}"):
@@ -314,15 +313,15 @@ def test_finished_records_outlive_whatever_happens_to_the_videos(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "records")
 
     with monkeypatch.context() as patched:
-        patched.setattr(tfds_builder, "write_json", fail)
+        patched.setattr(write, "write_json", fail)
         assert prepare.main(command((annotations, mine), out)) == 2
-    kept = read.find_records(out)
+    kept = layout.find_records(out)
     assert {k: v for k, v in digest(out).items() if ".shards/" not in k} == before
     again = read.open_records(out, STORED, ["train", "test"], name="msvd", max_skipped=1.0)
     assert len(again.splits) == 2
     # Cut off between the two renames.
     kept.rename(kept.parent / write.OLD)
-    assert read.find_records(out) is None
+    assert layout.find_records(out) is None
     assert prepare.main(command((annotations, mine), out)) == 0
     records = {k: v for k, v in digest(out).items() if "array_record" in k}
     assert records == {k: v for k, v in digest(whole).items() if "array_record" in k}
@@ -331,13 +330,13 @@ def test_finished_records_outlive_whatever_happens_to_the_videos(
 
 PACKING = """
 import sys
-from vop_jax.data.records.tfds_builder import Making
+from vop_jax.data.records.write import WriteOptions
 from vop_jax.data.records.encode import Preprocessing
 from vop_jax.data.records.write import pack
 from vop_jax.data.clips import VideoClip
 clips = [VideoClip(path, path, ("x",)) for path in sys.argv[2:]]
-making = Making(2, isolated=False, progress=False, clips_per_shard=2)
-assert len(pack({"test": clips}, sys.argv[1], Preprocessing(4), making=making).splits["test"])
+options = WriteOptions(2, isolated=False, progress=False, clips_per_shard=2)
+assert len(pack({"test": clips}, sys.argv[1], Preprocessing(4), options=options).splits["test"])
 """
 
 
@@ -354,14 +353,14 @@ def test_splits_can_be_added(msvd, whole, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no records of split 'train'; there are test"):
         read.open_records(tmp_path / "grown", STORED, ["train"], name="msvd")
     seen = []
-    real = tfds_builder.in_processes
+    real = write.in_processes
 
     def counted(call, tasks, workers, *, seconds):
         tasks = list(tasks)
         seen.extend(clip.id for clip in tasks)
         return real(call, tasks, workers, seconds=seconds)
 
-    monkeypatch.setattr(tfds_builder, "in_processes", counted)
+    monkeypatch.setattr(write, "in_processes", counted)
     assert prepare.main(command(msvd, tmp_path / "grown", "--clips_per_shard=99")) == 0
     assert len(seen) == 13  # of 17: the four test videos were there
     for split in ("train", "val", "test"):
@@ -397,7 +396,7 @@ def test_cut_off_between_a_shard_and_its_note(msvd, whole, tmp_path, monkeypatch
 def test_an_addition_that_was_cut_off_is_continued(msvd, tmp_path, monkeypatch):
     out, done = tmp_path / "out", []
     assert prepare.main(command(msvd, out, "--splits=test")) == 0
-    before, encode, write = digest(out), tfds_builder.in_processes, shards._record_file
+    before, encode, writer = digest(out), write.in_processes, shards.record_writer
 
     def counted(call, tasks, workers, *, seconds):
         done.append(list(tasks))
@@ -406,17 +405,17 @@ def test_an_addition_that_was_cut_off_is_continued(msvd, tmp_path, monkeypatch):
     def full(path):
         if path.name.startswith("train-00002"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        return write(path)
+        return writer(path)
 
-    monkeypatch.setattr(tfds_builder, "in_processes", counted)
+    monkeypatch.setattr(write, "in_processes", counted)
     with monkeypatch.context() as patched:
-        patched.setattr(shards, "_record_file", full)
+        patched.setattr(shards, "record_writer", full)
         assert prepare.main(command(msvd, out, "--splits=test,train")) == 2
     assert before.items() <= digest(out).items()
     assert prepare.main(command(msvd, out, "--splits=test,train")) == 0
     first, second = map(len, done)
     assert second == first - 2 * 3  # two shards were finished
-    assert not layout.staging_of(out, "msvd").exists()
+    assert not layout.staging_folder(out, "msvd").exists()
 
 
 STORED = Preprocessing(4, short_side=32)
@@ -431,7 +430,7 @@ def test_a_clip_that_was_left_out_is_tried_again_when_its_file_has_changed(msvd,
     gone.unlink()
     out = tmp_path / "out"
     assert prepare.main(command((annotations, late), out)) == 0
-    (skipped,) = json.loads((read.find_records(out) / "metadata.json").read_text())["skipped"]
+    (skipped,) = json.loads((layout.find_records(out) / "metadata.json").read_text())["skipped"]
     assert skipped["reason"] == "no such file"
     before = digest(out)
     assert prepare.main(command((annotations, late), out)) == 0
@@ -440,7 +439,7 @@ def test_a_clip_that_was_left_out_is_tried_again_when_its_file_has_changed(msvd,
     late.mkdir()
     gone.write_bytes(content)
     assert prepare.main(command((annotations, late), out)) == 0
-    assert not json.loads((read.find_records(out) / "metadata.json").read_text())["skipped"]
+    assert not json.loads((layout.find_records(out) / "metadata.json").read_text())["skipped"]
     records = {k: v for k, v in digest(out).items() if "array_record" in k}
     assert records == {k: v for k, v in digest(whole).items() if "array_record" in k}
 
@@ -471,7 +470,7 @@ def test_a_wrong_folder_of_videos_leaves_nothing_in_the_way(tmp_path, capsys):
 )
 def test_a_file_beside_records_that_was_copied_in_part(msvd, whole, tmp_path, name, capsys):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
-    file = read.find_records(tmp_path) / name
+    file = layout.find_records(tmp_path) / name
     lines = file.read_bytes().splitlines(keepends=True)
     file.write_bytes(b"".join(lines[:-1]))
     assert prepare.main(command(msvd, tmp_path)) == 2
@@ -480,7 +479,7 @@ def test_a_file_beside_records_that_was_copied_in_part(msvd, whole, tmp_path, na
 
 def test_records_that_were_copied_in_part_are_refused(whole, tmp_path):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
-    made = read.find_records(tmp_path)
+    made = layout.find_records(tmp_path)
     shard = next(iter(made.glob("msvd-test.array_record-*")))
     content = shard.read_bytes()
     for cut in (content[: len(content) // 2], None):
@@ -505,8 +504,8 @@ def test_records_that_were_copied_in_part_are_refused(whole, tmp_path):
 
 def test_the_folder_of_the_version_is_found_too(whole, tmp_path):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
-    inner = read.find_records(tmp_path)
-    assert read.find_records(inner) == inner
+    inner = layout.find_records(tmp_path)
+    assert layout.find_records(inner) == inner
     assert read.open_records(inner, STORED, ["test"], name="msvd").splits["test"].ids
 
 
@@ -546,7 +545,7 @@ def test_control_c_is_one_line(msvd, tmp_path):
 
 
 def test_two_processes_do_not_share_an_output(msvd, tmp_path, capsys):
-    with locked(epath.Path(tmp_path), wait=False):
+    with folder_lock(tmp_path, "busy"):
         assert prepare.main(command(msvd, tmp_path)) == 2
     assert "another process is making these records" in capsys.readouterr().err
 

@@ -16,8 +16,7 @@ from tests.report.finished_runs import VIDEOS, assert_one_line, run_command, wri
 from tests.video import videos
 from vop_jax.data.clips import VideoClip
 from vop_jax.data.records.encode import Preprocessing
-from vop_jax.data.records.tfds_builder import Making
-from vop_jax.data.records.write import pack
+from vop_jax.data.records.write import WriteOptions, pack
 from vop_jax.errors import UserError
 from vop_jax.report.examples import compare
 from vop_jax.report.runs import (
@@ -41,8 +40,8 @@ def records(tmp_path_factory):
         videos.write(root / name, 6 + i, width=120, height=90)
     clips = [VideoClip(name, str(root / name), (name,)) for name in VIDEOS]
     preprocessing = Preprocessing(frames=5, short_side=90)
-    making = Making(2, isolated=False, progress=False)
-    pack({"test": clips}, root / "packed", preprocessing, making=making)
+    options = WriteOptions(2, isolated=False, progress=False)
+    pack({"test": clips}, root / "packed", preprocessing, options=options)
     return {"data.records": str(root / "packed")}
 
 

@@ -12,8 +12,8 @@ from PIL import Image
 from tests.video import videos
 from vop_jax.data.clips import VideoClip
 from vop_jax.data.records.encode import Preprocessing, encode_clip
-from vop_jax.data.records.tfds_builder import Making
-from vop_jax.data.records.write import pack
+from vop_jax.data.records.example import Example
+from vop_jax.data.records.write import WriteOptions, pack
 from vop_jax.errors import VideoError
 from vop_jax.video.frames import read_frames
 from vop_jax.video.sampling import SAMPLINGS, sample_indices, stored_indices
@@ -101,12 +101,13 @@ def test_a_file_and_its_extracted_frames_are_the_same(film, sampling, stretch):
 def test_records_hold_these_frames_within_what_jpeg_changes(film, sampling, tmp_path):
     path, folder = film
     preprocessing = Preprocessing(frames=6, sampling=sampling, short_side=96)
-    making = Making(1, isolated=False, progress=False)
+    options = WriteOptions(1, isolated=False, progress=False)
     for source in (path, folder):
         clips = {"test": [VideoClip("film", str(source), ("a film",))]}
-        split = pack(clips, tmp_path / source.name, preprocessing, making=making).splits["test"]
+        split = pack(clips, tmp_path / source.name, preprocessing, options=options).splits["test"]
         expected = read_frames(path, 6, sampling=sampling, short_side=96)
-        assert [int(i) for i in split._source[0]["indices"]] == expected.indices
+        record = Example.FromString(split._source[0]).features.feature
+        assert list(record["indices"].integers.value) == expected.indices
         for jpeg, pixels in zip(split[0], expected.pixels, strict=True):
             stored = np.asarray(Image.open(io.BytesIO(jpeg)))
             assert np.abs(stored.astype(int) - pixels).mean() < 2

@@ -1,15 +1,14 @@
-"""Whether a dataset is whole, and what will become of it under a config.
+"""Checks that a dataset is complete and fits a config, and describes it.
 
     python -m vop_jax.data.check --config=configs/msrvtt9k.py:vop_f+c --config.data.records=DIR
 
-Reads the packed records; where there are none, decodes all videos to see. Exit status 1 when a
-split is not whole or the records do not fit the config.
+Reads the packed records; where there are none, decodes all videos. The exit status is 1 if a
+split is incomplete or the records do not fit the config.
 """
 
 import collections
 import contextlib
 import functools
-import json
 import os
 import sys
 from collections.abc import Collection, Sequence
@@ -25,171 +24,175 @@ from vop_jax import cli
 from vop_jax.config.base import validate
 from vop_jax.config.clip import preset
 from vop_jax.data.datasets import registry
+from vop_jax.data.datasets.source import Source
 from vop_jax.data.load import count_sides, flip_warning
-from vop_jax.data.records import layout, read, shards, tfds_builder
+from vop_jax.data.records import layout, read
 from vop_jax.data.records.encode import Preprocessing, encode_clip
+from vop_jax.data.records.write import WriteOptions
 from vop_jax.data.tokenizer import CaptionTokenizer
 from vop_jax.errors import UserError
 from vop_jax.storage import files
 from vop_jax.tuning.methods import method_of
 from vop_jax.video.workers import in_processes
 
-Rows = list[dict[str, Any]]  # of a split, as in its index
+
+class Checker:
+    """Collects the rows of a config's dataset, and what is remarkable or wrong about them.
+
+    Attributes:
+        rows: split -> a row for each clip, as in the index of records.
+        notes: what a run logs too.
+        problems: what makes the dataset incomplete or unfit, one line each.
+    """
+
+    def __init__(self, config: ConfigDict):
+        self.config, self.data = config, config.data
+        self.source: Source = registry.get(config.data.kind)
+        self.preprocessing = Preprocessing.from_mapping(config.data)
+        self.rows: dict[str, list[layout.Row]] = {}
+        self.notes: list[str] = []
+        self.problems: list[str] = []
+
+    def read_records(self, records: epath.Path) -> None:
+        """Takes the rows of finished records, and compares these with config and annotations."""
+        data, name = self.data, self.source.records_name
+        if records.parent.name != name:
+            raise UserError(f"{data.records}: records of {records.parent.name!r}, not of {name!r}")
+        metadata = layout.read_json(records / layout.METADATA)
+        preprocessing, prints = metadata["preprocessing"], metadata["clips"]
+        for key, stored, configured in self.preprocessing.differences(preprocessing):
+            self.problems.append(
+                f"records were made with data.{key}={stored!r}, the config says {configured!r}"
+            )
+        if older := self.preprocessing.older_rule(preprocessing):
+            self.notes.append(f"{data.records}: {older}")
+        if data.annotations:
+            dataset, _ = self.source.read(
+                data.annotations,
+                None,  # records need their videos no more
+                official_sizes=data.official_sizes,
+                splits=list(prints),
+            )
+            self.problems += [
+                f"split {split!r}: the annotations have other clips or captions"
+                for split, clips in dataset.items()
+                if layout.fingerprint(clips) != prints[split]
+            ]
+        for split in prints:
+            try:
+                self.rows[split] = read.Split(records, split).rows
+                read.check_content(records, split)
+            except UserError as error:
+                self.problems.append(str(error))
+        self._check_names(prints)
+
+    def decode_videos(self) -> None:
+        """Takes the rows that records would have, by decoding all videos."""
+        dataset, notes = self.source.read(
+            self.data.annotations, self.data.videos, official_sizes=self.data.official_sizes
+        )
+        self.notes += notes
+        self._check_names(dataset)
+        encode = functools.partial(encode_clip, preprocessing=self.preprocessing)
+        clips = [(split, clip) for split, own in dataset.items() for clip in own]
+        results = in_processes(
+            encode,
+            (clip for _, clip in clips),
+            os.cpu_count() or 1,
+            seconds=WriteOptions().seconds,
+        )
+        self.rows = {split: [] for split in dataset}
+        bar = tqdm(results, "decoding", len(clips), unit="clip")
+        with contextlib.closing(results), bar:
+            for (split, clip), result in zip(clips, bar, strict=True):
+                self.rows[split].append(layout.row_of(clip, result))
+
+    def _check_names(self, splits: Collection[str]) -> None:
+        """Adds a problem for each split that the config names and the dataset lacks."""
+        needs_val = self.config.train.select == "best" and not self.data.val_share
+        for key in ("train_split", "eval_split", *(["val_split"] if needs_val else [])):
+            if self.data[key] not in splits:
+                self.problems.append(
+                    f"config.data.{key}={self.data[key]!r}: no such split; "
+                    f"found {', '.join(splits)}"
+                )
+
+    def describe(self) -> tuple[int, dict[str, Any]]:
+        """(token slots of a caption, counts of each split); adds problems of their sizes."""
+        data = self.data
+        slots = method_of(self.config).text_slots(preset(self.config, default="ViT-B/32"))
+        tokenize = CaptionTokenizer(slots)
+        splits = {split: _describe(rows, tokenize) for split, rows in self.rows.items()}
+        train_captions = (row["captions"] for row in self.rows.get(data.train_split, ()))
+        if warning := flip_warning(data, train_captions):
+            self.notes.append(warning)
+        for split, counts in splits.items():
+            missing, limit = counts["videos"] - counts["usable"], data.max_skipped
+            if missing:
+                refused = missing > limit * counts["videos"]
+                self.problems.append(
+                    f"split {split!r}: {missing} of {counts['videos']} videos not usable, "
+                    f"{'more than' if refused else 'within'} config.data.max_skipped={limit:g}: "
+                    f"a run {'refuses' if refused else 'goes on without them'}"
+                )
+        for split, counts in splits.items() if data.official_sizes else ():
+            try:
+                self.source.check_sizes({split: (counts["videos"], counts["captions"])})
+            except UserError as error:
+                self.problems.append(str(error))
+        return slots, splits
 
 
 def check(config: ConfigDict) -> dict[str, Any]:
-    """What there is to know of a config's dataset.
+    """Describes a config's dataset.
 
     Returns:
-        {"source", "problems": [str], "splits": {name: counts}}; whole if there are no problems.
+        {"dataset", "source", "slots", "splits": {name: counts}, "notes", "problems"}; the dataset
+        is complete if there are no problems.
 
     Raises:
         UserError: there are neither records nor annotations, or they cannot be read.
     """
-    data = config.data
-    preprocessing = Preprocessing.from_mapping(data)
-    problems: list[str] = []
-    notes: list[str] = []
-    needs_val = config.train.select == "best" and not data.val_share
-    wanted = ("train_split", "eval_split", *(["val_split"] if needs_val else []))
-    records = read.find_records(data.records) if data.records else None
+    data, checker = config.data, Checker(config)
+    records = layout.find_records(data.records) if data.records else None
     if records is not None:
-        rows = _of_records(records, data, preprocessing, notes, problems, wanted)
+        checker.read_records(records)
     elif data.annotations and data.videos:
-        rows = _of_videos(data, preprocessing, notes, problems, wanted)
+        checker.decode_videos()
     else:
         raise UserError(
             f"config.data.records={data.records!r}: no records there; without them "
             "config.data.annotations and config.data.videos are needed"
         )
-
-    slots = method_of(config).text_slots(preset(config, default="ViT-B/32"))
-    tokenize = CaptionTokenizer(slots)
-    splits = {split: _describe(own, tokenize) for split, own in rows.items()}
-    learnt = (row["captions"] for row in rows.get(data.train_split, ()))
-    if warning := flip_warning(data, learnt):
-        notes.append(warning)
-    for split, found in splits.items():
-        if found["usable"] < found["videos"]:
-            missing, limit = found["videos"] - found["usable"], data.max_skipped
-            refused = missing > limit * found["videos"]
-            problems.append(
-                f"split {split!r}: {missing} of {found['videos']} videos not usable, "
-                f"{'more than' if refused else 'within'} config.data.max_skipped={limit:g}: "
-                f"a run {'refuses' if refused else 'goes on without them'}"
-            )
-    if data.official_sizes:
-        for split, found in splits.items():
-            try:
-                registry.get(data.kind).check_sizes({split: (found["videos"], found["captions"])})
-            except UserError as error:
-                problems.append(str(error))
+    slots, splits = checker.describe()
     return {
         "dataset": data.kind,
         "source": os.fspath(records or data.videos),
         "slots": slots,
         "splits": splits,
-        "notes": notes,
-        "problems": problems,
+        "notes": checker.notes,
+        "problems": checker.problems,
     }
 
 
-def _of_records(
-    records: epath.Path,
-    data: ConfigDict,
-    preprocessing: Preprocessing,
-    notes: list[str],
-    problems: list[str],
-    wanted: Sequence[str],
-) -> dict[str, Rows]:
-    made = json.loads((records / "metadata.json").read_text())
-    name = registry.get(data.kind).records_name
-    if records.parent.name != name:
-        raise UserError(f"{data.records}: records of {records.parent.name!r}, not of {name!r}")
-    for key, theirs, mine in read.differences(made["preprocessing"], preprocessing):
-        problems.append(f"records were made with data.{key}={theirs!r}, the config says {mine!r}")
-    if older := read.older_rule(made["preprocessing"], preprocessing):
-        notes.append(f"{data.records}: {older}")
-    if data.annotations:
-        dataset, _ = registry.get(data.kind).read(
-            data.annotations,
-            None,  # records need their videos no more
-            official_sizes=data.official_sizes,
-            splits=list(made["clips"]),
-        )
-        for split, clips in dataset.items():
-            if layout.fingerprint(clips) != made["clips"][split]:
-                problems.append(f"split {split!r}: the annotations have other clips or captions")
-    rows = {}
-    for split in made["clips"]:
-        try:
-            rows[split] = read.Split(records, split).rows
-            read.check_content(records, split)
-        except UserError as error:
-            problems.append(str(error))
-    _check_splits(data, wanted, made["clips"], problems)
-    return rows
-
-
-def _check_splits(
-    data: ConfigDict, wanted: Sequence[str], there: Collection[str], problems: list[str]
-) -> None:
-    for key in wanted:
-        if data[key] not in there:
-            found = ", ".join(there)
-            problems.append(f"config.data.{key}={data[key]!r}: no such split; found {found}")
-
-
-def _of_videos(
-    data: ConfigDict,
-    preprocessing: Preprocessing,
-    notes: list[str],
-    problems: list[str],
-    wanted: Sequence[str],
-) -> dict[str, Rows]:
-    dataset, noticed = registry.get(data.kind).read(
-        data.annotations, data.videos, official_sizes=data.official_sizes
-    )
-    notes += noticed
-    _check_splits(data, wanted, dataset, problems)
-    encode = functools.partial(encode_clip, preprocessing=preprocessing)
-    clips = [(split, clip) for split, own in dataset.items() for clip in own]
-    found = in_processes(
-        encode,
-        (clip for _, clip in clips),
-        os.cpu_count() or 1,
-        seconds=tfds_builder.Making().seconds,
-    )
-    rows: dict[str, Rows] = {split: [] for split in dataset}
-    with contextlib.closing(found), tqdm(found, "decoding", len(clips), unit="clip") as bar:
-        for (split, clip), encoded in zip(clips, bar, strict=True):
-            rows[split].append(shards.row_of(clip, encoded))
-    return rows
-
-
-def _describe(rows: Rows, tokenize: CaptionTokenizer) -> dict[str, Any]:
+def _describe(rows: list[layout.Row], tokenize: CaptionTokenizer) -> dict[str, Any]:
     """Counts of a split."""
-    kept = [row for row in rows if "skipped" not in row]
+    usable = [row for row in rows if "skipped" not in row]
     captions = [caption for row in rows for caption in row["captions"]]
     lengths = tokenize.lengths(captions)
-    reasons = collections.Counter(row["skipped"] for row in rows if "skipped" in row)
+    skipped = layout.skipped_of(rows)
     return {
         "videos": len(rows),
-        "usable": len(kept),
+        "usable": len(usable),
         "captions": len(captions),
         "caption_tokens": _spread(lengths),
         "cut_captions": int((lengths > tokenize.slots).sum()),
         "captions_with_sides": count_sides(captions),
-        "stored_frames": _spread([row["stored"] for row in kept]),
-        "video_frames": _spread([row["frames"] for row in kept]),
-        "repeating_frames": sum(row["distinct"] < row["stored"] for row in kept),
-        "reasons": dict(reasons.most_common()),
-        "skipped": [
-            {"reason": row["skipped"]}
-            | {key: row[key] for key in ("id", "path", "where") if key in row}
-            for row in rows
-            if "skipped" in row
-        ],
+        "stored_frames": _spread([row["stored"] for row in usable]),
+        "video_frames": _spread([row["frames"] for row in usable]),
+        "repeating_frames": sum(row["distinct"] < row["stored"] for row in usable),
+        "reasons": dict(collections.Counter(row["reason"] for row in skipped).most_common()),
+        "skipped": skipped,
     }
 
 
@@ -200,33 +203,31 @@ def _spread(values: Sequence[int] | np.ndarray) -> list[int]:
     return [int(np.min(values)), int(np.median(values)), int(np.max(values))]
 
 
-def table(found: dict[str, Any]) -> str:
-    """For people: a column a split."""
-    splits = found["splits"]
-    lines = [f"{found['dataset']}: {found['source']}"]
+def table(checked: dict[str, Any]) -> str:
+    """The result of `check` as text, with a column for each split."""
+    splits = checked["splits"]
     rows = [
         ("videos", lambda s: f"{s['videos']:,}"),
         ("usable", lambda s: f"{s['usable']:,}"),
         ("captions", lambda s: f"{s['captions']:,}"),
         ("tokens a caption *", lambda s: _between(s["caption_tokens"])),
-        (f"cut at {found['slots']} slots", lambda s: _share(s["cut_captions"], s["captions"])),
+        (f"cut at {checked['slots']} slots", lambda s: _share(s["cut_captions"], s["captions"])),
         ("say left or right", lambda s: _share(s["captions_with_sides"], s["captions"])),
         ("frames of a video *", lambda s: _between(s["video_frames"])),
         ("frames stored *", lambda s: _between(s["stored_frames"])),
         ("with repeated frames", lambda s: f"{s['repeating_frames']:,}"),
     ]
+    lines = [f"{checked['dataset']}: {checked['source']}"]
     lines.append(" " * 22 + "".join(f"{name:>18}" for name in splits))
     for label, cell in rows:
         lines.append(f"{label:<22}" + "".join(f"{cell(split):>18}" for split in splits.values()))
     for name, split in splits.items():
         for reason, count in split["reasons"].items():
-            first = next(s for s in split["skipped"] if s["reason"] == reason)
-            lines.append(f"{name}: {count} not usable: {reason}; first {shards.label_of(first)}")
+            first = next(row for row in split["skipped"] if row["reason"] == reason)
+            lines.append(f"{name}: {count} not usable: {reason}; first {layout.label_of(first)}")
     lines.append("* least / median / most")
-    lines += [f"note: {note}" for note in found["notes"]]
-    lines += [f"problem: {problem}" for problem in found["problems"]]
-    if not found["problems"]:
-        lines.append("whole")
+    lines += [f"note: {note}" for note in checked["notes"]]
+    lines += [f"problem: {problem}" for problem in checked["problems"]] or ["whole"]
     return "\n".join(lines)
 
 
@@ -234,13 +235,14 @@ def _between(spread: list[int]) -> str:
     return "{} / {} / {}".format(*spread) if spread else "-"
 
 
-def _share(part: int, whole: int) -> str:
-    return f"{part:,} ({100 * part / whole:.1f} %)" if whole else "-"
+def _share(part: int, total: int) -> str:
+    return f"{part:,} ({100 * part / total:.1f} %)" if total else "-"
 
 
 def define_flags() -> None:
+    """Declares the flags of the command line."""
     config_flags.DEFINE_config_file("config", None, "FILE or FILE:METHOD, see configs/")
-    flags.DEFINE_string("json", None, "also write what was found to this file")
+    flags.DEFINE_string("json", None, "also write the result to this file")
 
 
 def run(argv: Sequence[str]) -> int:
@@ -249,11 +251,11 @@ def run(argv: Sequence[str]) -> int:
     cli.set_up_logging()
     config = flags.FLAGS.config
     validate(config)
-    found = check(config)
+    checked = check(config)
     if flags.FLAGS.json:
-        files.write_json(flags.FLAGS.json, found)
-    print(table(found))
-    return 1 if found["problems"] else 0
+        files.write_json(flags.FLAGS.json, checked)
+    print(table(checked))
+    return 1 if checked["problems"] else 0
 
 
 if __name__ == "__main__":

@@ -11,13 +11,13 @@ from vop_jax.data.datasets import registry
 from vop_jax.data.datasets.folder import hash_of, video_of
 from vop_jax.data.datasets.source import Source
 from vop_jax.data.records.encode import Preprocessing
-from vop_jax.data.records.read import Packed, Part, find_records, open_records, splits_of
-from vop_jax.data.records.tfds_builder import Making
-from vop_jax.data.records.write import check_local, pack
+from vop_jax.data.records.layout import find_records, splits_of
+from vop_jax.data.records.read import Part, Records, open_records
+from vop_jax.data.records.write import WriteOptions, check_local, pack
 from vop_jax.errors import UserError
 
 # Small sets start sooner without processes; vop_jax.data.prepare is for the others.
-IN_A_RUN = Making(isolated=False)
+IN_A_RUN = WriteOptions(isolated=False)
 
 
 def contrasts(kind: str, captions: Sequence[str]) -> dict[str, list[str]]:
@@ -32,8 +32,8 @@ def load(
     *,
     select: str = "last",
     training: bool = True,
-    making: Making = IN_A_RUN,
-) -> Packed:
+    options: WriteOptions = IN_A_RUN,
+) -> Records:
     """The records of a run: packed by the first call, opened by later ones.
 
     Args:
@@ -41,7 +41,7 @@ def load(
         workdir: where rendered videos and, without `data.records`, the records go.
         select: of the config's section `train`; "best" needs a validation split.
         training: whether the training split is needed.
-        making: how missing records are packed.
+        options: how missing records are written.
 
     Raises:
         UserError: see `registry.get`, `Source.read` and `write.pack`.
@@ -59,7 +59,7 @@ def load(
         )
     annotations, videos = source.locations(data, workdir)
     if annotations:
-        packed = _from_annotations(data, source, annotations, videos, root, sorted(splits), making)
+        packed = _from_annotations(data, source, annotations, videos, root, sorted(splits), options)
     else:
         packed = _from_records(data, source, root, sorted(splits))
     if training and select == "best" and data.val_share:
@@ -67,7 +67,7 @@ def load(
     return packed
 
 
-def _from_records(data: ConfigDict, source: Source, root: str, splits: list[str]) -> Packed:
+def _from_records(data: ConfigDict, source: Source, root: str, splits: list[str]) -> Records:
     """From finished records alone."""
     if find_records(root) is None and not source.sizes:
         raise UserError(f"config.data.annotations is not set: data.kind={data.kind!r} needs it")
@@ -97,8 +97,8 @@ def _from_annotations(
     videos: str,
     root: str,
     splits: list[str],
-    making: Making,
-) -> Packed:
+    options: WriteOptions,
+) -> Records:
     """From the annotations, and from the videos unless all records are finished."""
     records = find_records(root)
     finished = records is not None and splits_of(records) >= set(splits)
@@ -122,7 +122,7 @@ def _from_annotations(
         Preprocessing.from_mapping(data),
         name=source.records_name,
         max_skipped=data.max_skipped,
-        making=making,
+        options=options,
     )
 
 
@@ -137,7 +137,7 @@ def _check_splits(data: ConfigDict, splits: Collection[str], sizes: Mapping[str,
             )
 
 
-def _hold_out(data: ConfigDict, packed: Packed) -> tuple[Part, Part]:
+def _hold_out(data: ConfigDict, packed: Records) -> tuple[Part, Part]:
     """(the rest of train, its share `data.val_share`), by a fixed hash of the videos' names."""
     train = packed.splits[data.train_split]
     videos = [

@@ -12,8 +12,7 @@ import numpy as np
 from absl import logging
 
 from vop_jax.data import tokenizer
-from vop_jax.data.records.decoded import decode, draws_frames
-from vop_jax.data.records.read import Split
+from vop_jax.data.records.read import Split, decode_frames, draws_frames
 from vop_jax.video.crops import apply_crop, centre_crop, draw_crop, eval_crop
 from vop_jax.video.workers import stand_apart, starting
 
@@ -138,7 +137,7 @@ class _Decoder:
         if index in self._cache:
             return self._cache[index]
         draw = rng if self._random else None
-        pixels = decode(self._split[index], self._spec.frames, self._spec.sampling, draw)
+        pixels = decode_frames(self._split[index], self._spec.frames, self._spec.sampling, draw)
         if sum(frame.nbytes for frame in pixels) * len(self._split) <= self._cache_bytes:
             self._cache[index] = pixels
         return pixels
@@ -184,7 +183,7 @@ class _EvalItem:
         frames, size = self.spec.frames, self.spec.image_size
         if index >= len(self.split):
             return {"frames": np.zeros((frames, size, size, 3), np.uint8), "mask": np.array(False)}
-        pixels = decode(self.split[index], frames, self.spec.sampling, None)
+        pixels = decode_frames(self.split[index], frames, self.spec.sampling, None)
         return {"frames": eval_crop(pixels, size), "mask": np.array(True)}
 
 

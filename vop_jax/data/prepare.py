@@ -3,8 +3,8 @@
     python -m vop_jax.data.prepare --dataset=msrvtt9k --videos=VIDEOS \\
         --annotations=ANNOTATIONS --output=records/msrvtt9k
 
-Kill it whenever you like: the same command goes on. A clip whose decoder crashes or hangs is
-left out and named. `python -m vop_jax.data.check` tells what came of it.
+Stop it at any time: the same command continues. A clip whose decoder crashes or hangs is
+skipped and reported. `python -m vop_jax.data.check` describes the result.
 """
 
 import argparse
@@ -19,7 +19,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import tensorflow_datasets as tfds
 from absl import logging
 from etils import epath
 
@@ -27,11 +26,12 @@ from vop_jax import cli
 from vop_jax.cli import Parser, number, whole
 from vop_jax.data.clips import VideoClip
 from vop_jax.data.datasets import registry
-from vop_jax.data.records import read, shards
+from vop_jax.data.records import read
 from vop_jax.data.records.encode import Encoded, Preprocessing, encode_clip
-from vop_jax.data.records.tfds_builder import CLIPS_PER_SHARD, Making
-from vop_jax.data.records.write import pack
+from vop_jax.data.records.layout import find_records, label_of
+from vop_jax.data.records.write import WriteOptions, pack
 from vop_jax.errors import UserError
+from vop_jax.storage.files import is_remote
 from vop_jax.video.sampling import SAMPLINGS
 from vop_jax.video.workers import in_processes
 
@@ -39,153 +39,138 @@ PROBED = 8  # clips encoded to estimate the size
 
 
 def prepare(
-    name: str,
+    kind: str,
     videos: str,
     annotations: str,
     output: str,
     preprocessing: Preprocessing,
-    making: Making,
+    options: WriteOptions,
     *,
     splits: Sequence[str] | None = None,
     official_sizes: bool = True,
-    beam: Any = None,
-) -> read.Packed:
-    """The records of a dataset, made or completed.
-
-    Args:
-        beam: a `tfds.download.DownloadConfig` with a runner or options; None: this machine.
+) -> read.Records:
+    """Writes the records of a dataset, or completes them.
 
     Raises:
-        UserError: the files are not what the dataset's are.
+        UserError: the files are not those of the dataset.
         OSError: the disk is full; the next call continues.
     """
-    source = registry.get(name)
+    source = registry.get(kind)
     dataset, notes = source.read(annotations, videos, splits=splits, official_sizes=official_sizes)
     for note in notes:
         logging.warning("%s", note)
     for split, clips in dataset.items():
         captions = sum(len(clip.captions) for clip in clips)
-        logging.info("%s %s: %d videos, %d captions", name, split, len(clips), captions)
-    root = epath.Path(output)
-    if "://" in output:
+        logging.info("%s %s: %d videos, %d captions", kind, split, len(clips), captions)
+    if is_remote(output):
         raise UserError(f"--output={output}: a folder of this machine is needed; copy it then")
-    if read.find_records(root) is None:
+    root = epath.Path(output)
+    if find_records(root) is None:
         root.mkdir(parents=True, exist_ok=True)
         every = [clip for clips in dataset.values() for clip in clips]
-        _tell_size(every, root, preprocessing, making)
+        _log_size(every, root, preprocessing, options)
     return pack(
         dataset,
         root,
         preprocessing,
         name=source.records_name,
         max_skipped=1.0,
-        making=making,
+        options=options,
         retry=True,
         wait=False,
-        download_config=beam,
     )
 
 
-def _tell_size(
-    clips: list[VideoClip], root: epath.Path, preprocessing: Preprocessing, making: Making
+def _log_size(
+    clips: list[VideoClip], root: epath.Path, preprocessing: Preprocessing, options: WriteOptions
 ) -> None:
-    """How much disk all clips will take, judged by a few of them."""
-    some = clips[:: max(1, len(clips) // PROBED)][:PROBED]
+    """Logs how much disk all clips will take, estimated from a few of them."""
+    probed = clips[:: max(1, len(clips) // PROBED)][:PROBED]
     encode = functools.partial(encode_clip, preprocessing=preprocessing)
-    workers = min(making.workers or os.cpu_count() or 1, len(some))
-    found = list(in_processes(encode, some, workers, seconds=making.seconds))
-    sizes = [sum(map(len, clip.jpegs)) for clip in found if isinstance(clip, Encoded)]
+    workers = min(options.workers or os.cpu_count() or 1, len(probed))
+    results = list(in_processes(encode, probed, workers, seconds=options.seconds))
+    sizes = [sum(map(len, result.jpegs)) for result in results if isinstance(result, Encoded)]
     if not sizes:
-        logging.warning("none of %d clips tried could be read: %s", len(some), found[0])
+        logging.warning("none of %d clips tried could be read: %s", len(probed), results[0])
         return
-    needed = len(clips) * sum(sizes) / len(sizes)
-    free = shutil.disk_usage(root).free
+    needed, free = len(clips) * sum(sizes) / len(sizes), shutil.disk_usage(root).free
     logging.info("about %s of records, %s free in %s", _bytes(needed), _bytes(free), root)
     if needed > free:
-        logging.warning("the disk will be full before the end; what is finished then stays")
+        logging.warning("the disk will be full before the end; finished shards are kept")
 
 
 def _bytes(count: float) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
-def report(made: read.Packed) -> str:
-    """What came of it, a line a split."""
+def report(records: read.Records) -> str:
+    """A summary of the records, a line for each split."""
     lines = []
-    for split in made.splits.values():
+    for split in records.splits.values():
         captions = sum(map(len, split.captions))
         line = f"{split.name}: {len(split)} of {len(split.rows)} videos, {captions} captions"
         lines.append(line)
-    if made.skipped:
-        first = made.skipped[0]
+    if records.skipped:
+        first = records.skipped[0]
         lines.append(
-            f"left out {len(made.skipped)}, first {shards.label_of(first)} ({first['reason']}); "
+            f"left out {len(records.skipped)}, first {label_of(first)} ({first['reason']}); "
             "the same command tries those again whose files have changed"
         )
     return "\n".join(lines)
 
 
-def _parser() -> argparse.ArgumentParser:
-    default, making = Preprocessing(), Making()
+def _parser(kinds: list[str]) -> argparse.ArgumentParser:
+    stored, options, path = Preprocessing(), WriteOptions(), os.path.expanduser
     parser = Parser(
         "python -m vop_jax.data.prepare",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--dataset", required=True, type=_dataset, help=", ".join(_names()))
-    parser.add_argument(
-        "--videos", required=True, type=_path, help="folder of videos or of frame folders"
-    )
-    parser.add_argument(
-        "--annotations", required=True, type=_path, help="folder of official files; a file"
-    )
-    parser.add_argument("--output", required=True, type=_path, help="a folder; config.data.records")
-    parser.add_argument("--splits", help="only these: test or train,test")
-    parser.add_argument("--other_sizes", action="store_true", help="not the official sizes")
-    as_stored = parser.add_argument_group("how clips are stored, config.data's keys")
-    as_stored.add_argument("--frames", type=whole(1), default=default.frames)
-    as_stored.add_argument("--sampling", choices=SAMPLINGS, default=default.sampling)
-    as_stored.add_argument("--stored_fps", type=number(0), default=default.stored_fps)
-    as_stored.add_argument("--short_side", type=whole(1), default=default.short_side)
-    as_stored.add_argument("--jpeg_quality", type=whole(1, 100), default=default.jpeg_quality)
-    as_stored.add_argument("--short_clips", choices=("skip", "repeat"), default="skip")
-    as_stored.add_argument("--folder_fps", type=number(0), default=default.folder_fps)
-    work = parser.add_argument_group("how that is done")
-    work.add_argument("--workers", type=whole(1), default=0, help="default: one a core")
-    work.add_argument("--seconds", type=number(0), default=making.seconds, help="a clip's")
-    work.add_argument("--clips_per_shard", type=whole(1), default=CLIPS_PER_SHARD)
-    work.add_argument("--beam_options", help="--runner=DirectRunner … of Apache Beam, quoted")
+    add = parser.add_argument
+    kind = functools.partial(_kind, kinds)
+    add("--dataset", required=True, type=kind, help=", ".join(kinds))
+    add("--videos", required=True, type=path, help="folder of videos or of frame folders")
+    add("--annotations", required=True, type=path, help="folder of official files; a file")
+    add("--output", required=True, type=path, help="a folder; config.data.records")
+    add("--splits", help="only these: test or train,test")
+    add("--other_sizes", action="store_true", help="not the official sizes")
+    add = parser.add_argument_group("how clips are stored, config.data's keys").add_argument
+    add("--frames", type=whole(1), default=stored.frames)
+    add("--sampling", choices=SAMPLINGS, default=stored.sampling)
+    add("--stored_fps", type=number(0), default=stored.stored_fps)
+    add("--short_side", type=whole(1), default=stored.short_side)
+    add("--jpeg_quality", type=whole(1, 100), default=stored.jpeg_quality)
+    add("--short_clips", choices=("skip", "repeat"), default=stored.short_clips)
+    add("--folder_fps", type=number(0), default=stored.folder_fps)
+    add = parser.add_argument_group("how the work is done").add_argument
+    add("--workers", type=whole(1), default=options.workers, help="default: one for each core")
+    add("--seconds", type=number(0), default=options.seconds, help="a clip may take")
+    add("--clips_per_shard", type=whole(1), default=options.clips_per_shard)
+    add("--beam_options", help="--runner=DirectRunner … of Apache Beam, quoted")
     return parser
 
 
-def _names() -> list[str]:
-    return [kind for kind in registry.kinds() if not registry.get(kind).rendered]
-
-
-def _dataset(text: str) -> str:
-    names = _names()
-    if text in names:
+def _kind(kinds: list[str], text: str) -> str:
+    if text in kinds:
         return text
-    if text.removesuffix("64") in names:
+    if (base := text.removesuffix("64")) in kinds:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is a config; its records are --dataset={text.removesuffix('64')} --frames=64"
+            f"{text!r} is a config; its records are --dataset={base} --frames=64"
         )
-    close = difflib.get_close_matches(text, names, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"allowed are {', '.join(names)}"
+    close = difflib.get_close_matches(text, kinds, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"allowed are {', '.join(kinds)}"
     raise argparse.ArgumentTypeError(f"no dataset {text!r}; {hint}")
 
 
-_path = os.path.expanduser  # shells leave the ~ of --output=~/records
-
-
 def _beam(options: str | None) -> Any:
+    """Apache Beam's pipeline options; None for None."""
     if options is None:
         return None
     try:
         import apache_beam
         from apache_beam.options.pipeline_options import PipelineOptions
     except ImportError:
-        raise UserError("Apache Beam is not installed: pip install -e '.[beam]'") from None
+        raise UserError("Apache Beam is not installed: pip install 'vop_jax[beam]'") from None
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):  # argparse prints its whole usage
@@ -193,9 +178,9 @@ def _beam(options: str | None) -> Any:
             parsed.get_all_options()
             apache_beam.Pipeline(options=parsed)
     except (Exception, SystemExit) as error:
-        why = (printed.getvalue().strip() or str(error)).splitlines()[-1]
-        raise UserError(f"--beam_options={options}: {why}") from None
-    return tfds.download.DownloadConfig(beam_options=parsed)
+        reason = (printed.getvalue().strip() or str(error)).splitlines()[-1]
+        raise UserError(f"--beam_options={options}: {reason}") from None
+    return parsed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -204,20 +189,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> None:
-    args = vars(_parser().parse_args(argv))
+    kinds = [kind for kind in registry.kinds() if not registry.get(kind).rendered]
+    args = _parser(kinds).parse_args(argv)
     cli.set_up_logging()
-    made = prepare(
-        args["dataset"],
-        args["videos"],
-        args["annotations"],
-        args["output"],
-        Preprocessing.from_mapping(args),
-        Making(args["workers"], True, args["seconds"], True, args["clips_per_shard"]),
-        splits=args["splits"].split(",") if args["splits"] else None,
-        official_sizes=not args["other_sizes"],
-        beam=_beam(args["beam_options"]),
+    options = WriteOptions(
+        workers=args.workers,
+        seconds=args.seconds,
+        clips_per_shard=args.clips_per_shard,
+        beam=_beam(args.beam_options),
     )
-    print(report(made))
+    records = prepare(
+        args.dataset,
+        args.videos,
+        args.annotations,
+        args.output,
+        Preprocessing.from_mapping(vars(args)),
+        options,
+        splits=args.splits.split(",") if args.splits else None,
+        official_sizes=not args.other_sizes,
+    )
+    print(report(records))
 
 
 if __name__ == "__main__":

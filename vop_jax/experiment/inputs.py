@@ -15,9 +15,15 @@ from vop_jax.data import tokenizer
 from vop_jax.data.datasets.folder import hash_of
 from vop_jax.data.load import contrasts, flip_warning, load
 from vop_jax.data.pipeline import Augmentation, BatchSpec, eval_videos, train_batches
-from vop_jax.data.records.decoded import clips_of, draws_frames, frame_shapes
-from vop_jax.data.records.read import Packed, Part, Split
-from vop_jax.data.records.shards import label_of
+from vop_jax.data.records.layout import label_of
+from vop_jax.data.records.read import (
+    Part,
+    Records,
+    Split,
+    decode_clips,
+    draws_frames,
+    frame_shapes,
+)
 from vop_jax.data.tokenizer import CaptionTokenizer, TokenizedCaptions
 from vop_jax.errors import UserError
 from vop_jax.evaluation.evaluate import Bank, EvalSet, batch_size_for
@@ -51,7 +57,7 @@ class Data:
         truncated_captions: how many captions of the splits that are read exceed the slots.
     """
 
-    packed: Packed
+    packed: Records
     eval_set: EvalSet
     val_set: EvalSet | None
     train_batches: Callable[[int], Iterator[dict[str, np.ndarray]]]
@@ -149,7 +155,7 @@ def check_batch(config: ConfigDict) -> None:
         )
 
 
-def _check_sizes(run: setup.Run, packed: Packed, training: bool) -> None:
+def _check_sizes(run: setup.Run, packed: Records, training: bool) -> None:
     """Raises UserError for splits of which nothing can be learnt or measured."""
     keys = ("train_split", "eval_split") if training else ("eval_split",)
     for key in keys:
@@ -176,9 +182,9 @@ def by_chance(videos: int) -> str:
     return f" (by chance {chance})"
 
 
-def packed_once(load: Callable[[], Packed]) -> Packed:
+def packed_once(load: Callable[[], Records]) -> Records:
     """What `load` gives: called by the first process, then by the others, who find it packed."""
-    first: list[Packed] = []
+    first: list[Records] = []
     hosts.on_first(lambda: first.append(load()))
     return hosts.on_all(lambda: first[0] if first else load())
 
@@ -201,7 +207,7 @@ def _digest(split: Split) -> str:
     return hashlib.sha256(_content(split).encode()).hexdigest()
 
 
-def _fingerprint(run: setup.Run, packed: Packed, split: Split) -> str:
+def _fingerprint(run: setup.Run, packed: Records, split: Split) -> str:
     """Of all that evaluations of one config may differ in; figures of another are not compared."""
     missed = [(clip.id, clip.captions) for clip in split.skipped]
     facts = [run.clip.fingerprint, _content(split), missed, run.config.eval.missing]
@@ -233,7 +239,7 @@ def _eval_spec(run: setup.Run, split: Split) -> BatchSpec:
 
 
 def _val_set(
-    run: setup.Run, packed: Packed, tokenize: CaptionTokenizer, spec_of: SpecOf
+    run: setup.Run, packed: Records, tokenize: CaptionTokenizer, spec_of: SpecOf
 ) -> EvalSet | None:
     """What a checkpoint is chosen on, if one is."""
     config = run.config
@@ -263,7 +269,7 @@ def _train_buckets(run: setup.Run, ids: np.ndarray) -> tuple[int, ...]:
 
 
 def _bank(
-    run: setup.Run, packed: Packed, tokenize: CaptionTokenizer, spec_of: SpecOf
+    run: setup.Run, packed: Records, tokenize: CaptionTokenizer, spec_of: SpecOf
 ) -> Bank | None:
     """`eval.bank` clips of the training split and the first caption of each, if asked for.
 
@@ -344,7 +350,9 @@ def plan(run: setup.Run, split: Split) -> Plan | None:
 def filled(run: setup.Run, plan: Plan) -> device_cache.DeviceCache:
     """Decodes the split to the devices, each process what its own hold."""
     data = run.config.data
-    clips = clips_of(plan.split, plan.layout.local_clips, data.frames, data.sampling, data.threads)
+    clips = decode_clips(
+        plan.split, plan.layout.local_clips, data.frames, data.sampling, data.threads
+    )
     frames = device_cache.fill(plan.layout, clips)
     gigabytes = plan.layout.bytes_per_device / 1e9
     logging.info("%d clips on the devices, %.3g GB on each", len(plan.split), gigabytes)

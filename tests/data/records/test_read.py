@@ -15,16 +15,15 @@ from PIL import Image
 from tests.video import videos
 from vop_jax.data.clips import VideoClip
 from vop_jax.data.datasets import registry
-from vop_jax.data.records import encode, read, shards, tfds_builder
+from vop_jax.data.records import encode, layout, shards, write
 from vop_jax.data.records.encode import Preprocessing
-from vop_jax.data.records.tfds_builder import Making
-from vop_jax.data.records.write import pack
+from vop_jax.data.records.write import WriteOptions, pack
 from vop_jax.errors import UserError
 from vop_jax.video.frames import read_frames
 
 F = 4
 PREPROCESSING = Preprocessing(frames=F, short_side=32)
-HERE = Making(workers=2, isolated=False, progress=False, clips_per_shard=3)
+HERE = WriteOptions(workers=2, isolated=False, progress=False, clips_per_shard=3)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +47,7 @@ BAD = ["empty.mp4", "sound.mp4", "one.mp4", "gone.mp4"]
 
 
 def make(dataset, directory, preprocessing=PREPROCESSING, **options):
-    return pack(dataset, directory, preprocessing, **{"making": HERE, **options})
+    return pack(dataset, directory, preprocessing, **{"options": HERE, **options})
 
 
 def test_records_hold_the_sampled_frames(folder, tmp_path):
@@ -67,7 +66,7 @@ def test_records_hold_the_sampled_frames(folder, tmp_path):
 
 def test_records_are_a_tfds_dataset_that_describes_itself(folder, tmp_path):
     make({"train": clips(folder, GOOD)}, tmp_path)
-    builder = tfds.builder_from_directory(os.fspath(read.find_records(tmp_path)))
+    builder = tfds.builder_from_directory(os.fspath(layout.find_records(tmp_path)))
     carried = {**dataclasses.asdict(PREPROCESSING), "uniform_rule": "(a + b - 1) // 2"}
     assert builder.info.metadata["preprocessing"] == carried
     example = builder.as_data_source("train")[2]
@@ -81,7 +80,7 @@ def test_records_are_a_tfds_dataset_that_describes_itself(folder, tmp_path):
 def test_records_of_the_older_rule_are_named_read_and_not_added_to(folder, tmp_path, caplog):
     dataset = {"train": clips(folder, GOOD)}
     make(dataset, tmp_path)
-    metadata = read.find_records(tmp_path) / "metadata.json"
+    metadata = layout.find_records(tmp_path) / "metadata.json"
     made = json.loads(metadata.read_text())
     del made["preprocessing"]["uniform_rule"]
     metadata.write_text(json.dumps(made))
@@ -92,7 +91,7 @@ def test_records_of_the_older_rule_are_named_read_and_not_added_to(folder, tmp_p
         make({**dataset, "test": clips(folder, GOOD[:1])}, tmp_path)
     # Of frames that are stored at a rate the rule chooses nothing: they carry none.
     at_a_rate = dataclasses.replace(PREPROCESSING, stored_fps=5.0)
-    assert at_a_rate.described() == dataclasses.asdict(at_a_rate)
+    assert at_a_rate.to_metadata() == dataclasses.asdict(at_a_rate)
 
 
 def test_records_at_a_rate_are_read_by_linspace_too(folder, tmp_path, caplog):
@@ -111,7 +110,7 @@ def test_records_at_a_rate_are_read_by_linspace_too(folder, tmp_path, caplog):
 def test_a_shard_of_the_older_rule_is_made_again(folder, tmp_path):
     """One that an attempt finished which was cut off before the rule changed."""
     of_today = shards.plan({"train": clips(folder, GOOD)}, tmp_path, PREPROCESSING, 3)
-    content = shards.content_of(clips(folder, GOOD[:3]))
+    content = layout.content_of(clips(folder, GOOD[:3]))
     asked = json.dumps([dataclasses.asdict(PREPROCESSING), content])
     assert of_today[0].fingerprint != hashlib.sha256(asked.encode()).hexdigest()
 
@@ -119,7 +118,7 @@ def test_a_shard_of_the_older_rule_is_made_again(folder, tmp_path):
 def test_packing_happens_once(folder, tmp_path, monkeypatch):
     dataset = {"train": clips(folder, GOOD)}
     make(dataset, tmp_path)
-    monkeypatch.setattr(tfds_builder, "encode_clip", None)
+    monkeypatch.setattr(write, "encode_clip", None)
     assert make(dataset, tmp_path).splits["train"].ids == GOOD
 
 
@@ -166,7 +165,7 @@ def test_rows_that_cannot_be_files_are_named_and_the_others_go_on(folder, tmp_pa
     for line, (skipped, reason) in enumerate(zip(made.skipped, REASONS, strict=True), 1):
         assert skipped["where"] == f"{annotations}:{line}"
         assert skipped["reason"].startswith(reason)
-        name = shards.label_of(skipped)
+        name = layout.label_of(skipped)
         assert name.isprintable() and f"skipped {name}: {reason}" in caplog.text
 
 

@@ -1,11 +1,11 @@
-"""A clip becomes what is stored of it: JPEG frames, and where in the video they are from.
+"""How a clip becomes JPEG frames, with where in the video they are from.
 
 Worker processes import this file: it stays light.
 """
 
 import dataclasses
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,14 +14,14 @@ from PIL import Image
 from vop_jax.data.clips import VideoClip
 from vop_jax.errors import VideoError
 from vop_jax.video.frames import read_frames
-from vop_jax.video.sampling import UNIFORM_RULE
+from vop_jax.video.sampling import OLDER_RULE, UNIFORM_RULE
 
-RULE = "uniform_rule"  # the key of `described`
+RULE = "uniform_rule"  # key of the metadata
 
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """How clips are stored; the comments are in `vop_jax.config.base`, section `data`."""
+    """How clips are stored: keys of the config's section `data`, documented there."""
 
     frames: int = 12
     sampling: str = "uniform"
@@ -34,26 +34,53 @@ class Preprocessing:
     @classmethod
     def from_mapping(cls, data: Mapping[str, Any]) -> "Preprocessing":
         """From the config's section `data`."""
-        made = cls(**{field.name: data[field.name] for field in dataclasses.fields(cls)})
-        # Stored are all that may be drawn; CLIP4Clip's "linspace" also decides which these are.
-        if made.sampling == "rand" or (made.stored_fps and made.sampling != "linspace"):
-            made = dataclasses.replace(made, sampling="uniform")
-        return made
+        values = {field.name: data[field.name] for field in dataclasses.fields(cls)}
+        # All frames that may be drawn are stored; CLIP4Clip's "linspace" also decides which.
+        if values["sampling"] == "rand" or (
+            values["stored_fps"] and values["sampling"] != "linspace"
+        ):
+            values["sampling"] = "uniform"
+        return cls(**values)
+
+    def to_metadata(self) -> dict[str, Any]:
+        """What records keep of it, with the rule of uniform sampling where it chose frames."""
+        return dataclasses.asdict(self) | ({RULE: UNIFORM_RULE} if self._uses_rule else {})
 
     @property
-    def needs_rule(self) -> bool:
-        """Whether the rule of uniform sampling decides which frames are stored."""
+    def _uses_rule(self) -> bool:
         return self.sampling == "uniform" and not self.stored_fps
 
-    def described(self) -> dict[str, Any]:
-        """What records say of how they were made."""
-        rule = {RULE: UNIFORM_RULE} if self.needs_rule else {}
-        return dataclasses.asdict(self) | rule
+    def differences(self, metadata: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+        """(key, value of the records, own value) of each key that makes records unusable."""
+        for key, value in dataclasses.asdict(self).items():
+            by_time = key == "sampling" and self._stored_by_time(metadata)
+            if metadata.get(key) != value and not by_time:
+                yield key, metadata.get(key), value
+
+    def older_rule(self, metadata: Mapping[str, Any]) -> str:
+        """A warning about records whose frames an older rule chose; else ""."""
+        if self._stored_by_time(metadata):
+            return (
+                "the frames were stored by their times; CLIP4Clip, which data.sampling='linspace' "
+                "is for, counts them by a whole rate; delete that folder to make the records again"
+            )
+        if not self._uses_rule or metadata.get(RULE, OLDER_RULE) == UNIFORM_RULE:
+            return ""
+        return (
+            f"the frames were sampled by the older rule {OLDER_RULE}: about half of them are one "
+            f"frame later than by the published {UNIFORM_RULE}; delete that folder to make the "
+            "records again"
+        )
+
+    def _stored_by_time(self, metadata: Mapping[str, Any]) -> bool:
+        """Whether CLIP4Clip's sampling meets records at a rate from before it had its own rule."""
+        both = metadata.get("sampling"), self.sampling
+        return bool(self.stored_fps) and both == ("uniform", "linspace")
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """What is stored of a clip: JPEGs, and of `frames.Frames` what tells where they are from."""
+    """JPEGs of a clip, with index and time (seconds) of each in the video of `count` frames."""
 
     jpegs: list[bytes]
     indices: list[int]

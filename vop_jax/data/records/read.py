@@ -1,30 +1,47 @@
-"""Finished records: found, opened, and refused where they are not what is asked."""
+"""Opens finished records, and refuses those that do not fit a config."""
 
 import dataclasses
-import json
+import io
 import os
-from collections.abc import Collection, Iterator
-from typing import Any
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, NamedTuple
 
-import tensorflow_datasets as tfds
+import numpy as np
 from absl import logging
+from array_record.python.array_record_data_source import ArrayRecordDataSource
 from etils import epath
+from PIL import Image
+from tqdm import tqdm
 
 from vop_jax.data.clips import VideoClip
-from vop_jax.data.records.encode import RULE, Preprocessing
+from vop_jax.data.records.encode import Preprocessing
+from vop_jax.data.records.example import parse_frames
 from vop_jax.data.records.layout import (
-    SHARDS,
-    VERSION,
+    METADATA,
+    REMEDY,
+    find_records,
     index_name,
+    label_of,
     read_index,
-    staging_of,
+    read_json,
+    shards_of,
+    staging_folder,
 )
-from vop_jax.data.records.shards import digest
-from vop_jax.data.records.tfds_builder import check_share
 from vop_jax.errors import UserError
-from vop_jax.video.sampling import OLDER_RULE, UNIFORM_RULE
+from vop_jax.storage.files import sha256
+from vop_jax.video.sampling import sample_indices
+from vop_jax.video.workers import in_threads
 
-REMEDY = "use another config.data.records, or delete that folder to make them again"
+RANDOM = ("rand", "segments")  # samplings that draw
+
+
+class _File(NamedTuple):
+    """A shard, as array_record takes it; it need not open the file to count its records."""
+
+    filename: str
+    skip: int
+    take: int
+    examples_in_shard: int
 
 
 class Split:
@@ -35,34 +52,35 @@ class Split:
     Attributes:
         ids, captions: of each clip.
         skipped: the clips that could not be read.
-        rows: of all clips, what the index says of them.
+        rows: the index's row of each clip, skipped ones too.
     """
 
     def __init__(self, records: epath.Path, name: str):
-        _check_whole(records, name)
-        self.rows = read_index(records, name)
-        kept = [row for row in self.rows if "skipped" not in row]
+        shards = shards_of(records, name)
+        for shard in shards:
+            _check_size(records, shard)
         self.name = name
-        self.ids = [row["id"] for row in kept]
-        self.captions = [tuple(row["captions"]) for row in kept]
+        self.rows = read_index(records, name)
+        readable = [row for row in self.rows if "skipped" not in row]
+        self.ids = [row["id"] for row in readable]
+        self.captions = [tuple(row["captions"]) for row in readable]
         self.skipped = [
             VideoClip(row["id"], row["path"], tuple(row["captions"]))
             for row in self.rows
             if "skipped" in row
         ]
-        builder = tfds.builder_from_directory(os.fspath(records))
-        self._source = builder.as_data_source(name, decoders={"frames": _AsStored()})
-        if len(self._source) != len(kept):
-            raise UserError(
-                f"{records}: split {name!r} holds {len(self._source)} records, not {len(kept)}; "
-                "delete the folder to make them again"
-            )
+        files, rows = [], iter(self.rows)
+        for shard in shards:
+            count = sum("skipped" not in next(rows) for _ in range(shard["clips"]))
+            if shard["file"]:
+                files.append(_File(os.fspath(records / shard["file"]), 0, count, count))
+        self._source = ArrayRecordDataSource(files)
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, index: int) -> list[bytes]:
-        return list(self._source[index]["frames"])
+        return parse_frames(self._source[index])
 
 
 class Part(Split):
@@ -72,8 +90,8 @@ class Part(Split):
         self._whole, self._members, self.name = whole, members, name
         self.ids = [whole.ids[i] for i in members]
         self.captions = [whole.captions[i] for i in members]
-        kept = [row for row in whole.rows if "skipped" not in row]
-        self.rows = [kept[i] for i in members]
+        readable = [row for row in whole.rows if "skipped" not in row]
+        self.rows = [readable[i] for i in members]
         self.skipped: list[VideoClip] = []
 
     def __len__(self) -> int:
@@ -84,73 +102,17 @@ class Part(Split):
 
 
 @dataclasses.dataclass(frozen=True)
-class Packed:
+class Records:
     """All splits of a dataset.
 
     Attributes:
-        skipped: of each clip that was skipped: id, path, split, reason.
-        preprocessing: how the stored frames were made, as the records say it.
+        skipped: "id", "path", "split" and "reason" of each clip that was skipped.
+        preprocessing: how the stored frames were made, as `metadata.json` says.
     """
 
     splits: dict[str, Split]
     skipped: list[dict[str, str]]
     preprocessing: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
-def _check_whole(records: epath.Path, split: str) -> None:
-    """Raises UserError if files are missing or cut off, as a copy that broke off leaves them."""
-    for made in json.loads((records / SHARDS).read_text())["shards"]:
-        if made["split"] == split and made["file"]:
-            file = records / made["file"]
-            found = file.stat().length if file.exists() else 0
-            if found != made["size"]:
-                raise UserError(
-                    f"{file}: {found:,} of {made['size']:,} bytes; copy the records again, or "
-                    "delete their folder to make them again"
-                )
-
-
-def check_content(records: epath.Path, split: str) -> None:
-    """Reads all of a split; raises UserError for the first file that is not as it was written."""
-    for made in json.loads((records / SHARDS).read_text())["shards"]:
-        if made["split"] != split or not made["file"]:
-            continue
-        if digest(records / made["file"]) != made["sha256"]:
-            raise UserError(f"{records / made['file']}: damaged; copy the records again")
-
-
-def find_records(directory: str | os.PathLike) -> epath.Path | None:
-    """The folder of the finished records in `directory`, if any.
-
-    Raises:
-        UserError: they are of another version of this program.
-    """
-    root = epath.Path(directory)
-    ours = VERSION.split(".")[0]
-    for info in (*sorted(root.glob("*/*/dataset_info.json")), root / "dataset_info.json"):
-        version = os.path.basename(os.path.abspath(info.parent))
-        if not info.exists():
-            continue
-        if not version.replace(".", "").isdigit():
-            continue  # an unfinished one
-        if version.split(".")[0] == ours:
-            for name in (info.name, "metadata.json", "features.json", SHARDS):
-                try:
-                    json.loads((info.parent / name).read_text())
-                except (FileNotFoundError, ValueError) as error:
-                    what = "damaged" if isinstance(error, ValueError) else "not there"
-                    file = info.parent / name
-                    raise UserError(f"{file}: {what}; copy the records again") from None
-            return info.parent
-        newer = int(version.split(".")[0]) > int(ours)
-        what = "newer than this vop_jax; update it" if newer else "of an older vop_jax"
-        raise UserError(f"{root}: records of version {version}, {what}; or {REMEDY}")
-    return None
-
-
-def splits_of(records: epath.Path) -> set[str]:
-    """Those that finished records have."""
-    return set(json.loads((records / "metadata.json").read_text())["clips"])
 
 
 def open_records(
@@ -161,19 +123,21 @@ def open_records(
     name: str = "folder",
     max_skipped: float = 0.05,
     clips: dict[str, str] | None = None,
-) -> Packed:
+) -> Records:
     """Opens finished records.
 
     Args:
-        clips: what the annotations ask for, {split: fingerprint}; None: whatever is there.
+        name: of the dataset, see `Source.records_name`.
+        clips: {split: fingerprint} of the clips in the annotations; None: not compared.
 
     Raises:
-        UserError: there are none, or not of these splits, or made otherwise than asked.
+        UserError: there are none, they lack a split, or they were made of other clips or with
+            another preprocessing.
     """
     root = epath.Path(directory)
     records = find_records(root)
     if records is None:
-        begun = " (unfinished: run it again)" if staging_of(root, name).exists() else ""
+        begun = " (unfinished: run it again)" if staging_folder(root, name).exists() else ""
         raise UserError(
             f"config.data.records={os.fspath(root)!r}: no records there; make them with "
             f"python -m vop_jax.data.prepare --dataset={name} --videos=… --annotations=… "
@@ -182,66 +146,71 @@ def open_records(
         )
     if records.parent.name != name:
         raise UserError(f"{root}: records of {records.parent.name!r}, not of {name!r}; {REMEDY}")
-    made = json.loads((records / "metadata.json").read_text())
-    for key, theirs, mine in differences(made["preprocessing"], preprocessing):
+    metadata = read_json(records / METADATA)
+    for key, stored, configured in preprocessing.differences(metadata["preprocessing"]):
         raise UserError(
-            f"{root}: records were made with data.{key}={theirs!r}, not {mine!r}; set "
-            f"config.data.{key}={theirs!r}, {REMEDY}"
+            f"{root}: records were made with data.{key}={stored!r}, not {configured!r}; set "
+            f"config.data.{key}={stored!r}, {REMEDY}"
         )
-    if older := older_rule(made["preprocessing"], preprocessing):
+    if older := preprocessing.older_rule(metadata["preprocessing"]):
         logging.warning("%s: %s", root, older)
-    skipped = [s for s in made["skipped"] if s["split"] in splits]
-    packed = Packed({}, skipped, made["preprocessing"])
+    skipped = [row for row in metadata["skipped"] if row["split"] in splits]
+    opened = Records({}, skipped, metadata["preprocessing"])
     for split in splits:
-        if split not in made["clips"]:
+        fingerprint = metadata["clips"].get(split)
+        if fingerprint is None:
             raise UserError(
-                f"{root}: no records of split {split!r}; there are {', '.join(made['clips'])}"
+                f"{root}: no records of split {split!r}; there are {', '.join(metadata['clips'])}"
             )
-        if clips is not None and made["clips"][split] != clips[split]:
+        if clips is not None and fingerprint != clips[split]:
             raise UserError(
                 f"{root}: records of split {split!r} were made of other clips or captions than "
                 f"the annotations have now; {REMEDY}"
             )
-        opened = packed.splits[split] = Split(records, split)
-        skipped = [s for s in packed.skipped if s["split"] == split]
-        check_share(split, len(opened.rows), skipped, max_skipped)
-    return packed
+        opened.splits[split] = Split(records, split)
+        of_split = [row for row in skipped if row["split"] == split]
+        check_share(split, len(opened.splits[split].rows), of_split, max_skipped)
+    return opened
 
 
-def differences(made: dict[str, Any], asked: Preprocessing) -> Iterator[tuple[str, Any, Any]]:
-    """(key, made, asked) of all that differ."""
-    for key, value in dataclasses.asdict(asked).items():
-        if made.get(key) != value and not (key == "sampling" and _stored_by_time(made, asked)):
-            yield key, made.get(key), value
-
-
-def older_rule(made: dict[str, Any], asked: Preprocessing) -> str:
-    """What there is to say of records whose frames an older rule chose; else ""."""
-    if _stored_by_time(made, asked):
-        return (
-            "the frames were stored by their times; CLIP4Clip, which data.sampling='linspace' is "
-            "for, counts them by a whole rate; delete that folder to make the records again"
+def check_share(
+    split: str, count: int, skipped: Sequence[dict[str, str]], max_skipped: float
+) -> None:
+    """Raises UserError if more than a share of a split's clips, or all of them, were skipped."""
+    first = f"{label_of(skipped[0])} ({skipped[0]['reason']})" if skipped else "it is empty"
+    if len(skipped) == count:
+        raise UserError(f"split {split!r}: none of {count} videos can be used: {first}")
+    if len(skipped) > max_skipped * count:
+        more = f", and {len(skipped) - 1} more" if len(skipped) > 1 else ""
+        raise UserError(
+            f"split {split!r}: {len(skipped)} of {count} videos cannot be used, more than "
+            f"config.data.max_skipped={max_skipped:g} allows: {first}{more}"
         )
-    if not asked.needs_rule or made.get(RULE, OLDER_RULE) == UNIFORM_RULE:
-        return ""
-    return (
-        f"the frames were sampled by the older rule {OLDER_RULE}: about half of them are one frame "
-        f"later than by the published {UNIFORM_RULE}; delete that folder to make the records again"
-    )
 
 
-def _stored_by_time(made: dict[str, Any], asked: Preprocessing) -> bool:
-    """Whether records at a rate are for all samplings, as all were, and CLIP4Clip's is asked."""
-    return bool(asked.stored_fps) and (made.get("sampling"), asked.sampling) == (
-        "uniform",
-        "linspace",
-    )
+def _check_size(records: epath.Path, shard: dict[str, Any]) -> None:
+    """Raises UserError if a file is missing or truncated, as an interrupted copy leaves it."""
+    if shard["file"]:
+        file = records / shard["file"]
+        size = file.stat().length if file.exists() else 0
+        if size != shard["size"]:
+            raise UserError(
+                f"{file}: {size:,} of {shard['size']:,} bytes; copy the records again, or "
+                "delete their folder to make them again"
+            )
+
+
+def check_content(records: epath.Path, split: str) -> None:
+    """Reads all files of a split; raises UserError for one that differs from what was written."""
+    for shard in shards_of(records, split):
+        if shard["file"] and sha256(records / shard["file"]) != shard["sha256"]:
+            raise UserError(f"{records / shard['file']}: damaged; copy the records again")
 
 
 def stored_frames(
     directory: str | os.PathLike, split: str, ids: Collection[str]
 ) -> dict[str, list[bytes]]:
-    """{id: the stored frames, JPEG} of the clips of these ids that the records hold.
+    """{id: the stored frames, JPEG} of the clips of these ids that the records have.
 
     Raises:
         UserError: there are no records of that split.
@@ -253,11 +222,60 @@ def stored_frames(
     return {name: opened[i] for i, name in enumerate(opened.ids) if name in ids}
 
 
-class _AsStored(tfds.decode.Decoder):
-    """Hands out stored bytes; JPEGs are decoded where the frames are chosen."""
+def draws_frames(split: Split, frames: int, sampling: str) -> bool:
+    """Whether each epoch takes other frames: where more than F are stored, and drawn."""
+    return sampling in RANDOM and any(row.get("stored", 0) > frames for row in split.rows)
 
-    def decode_example(self, example: Any) -> Any:
-        return example
 
-    def decode_batch_example_np(self, examples: Any) -> Any:
-        return examples
+def decode_frames(
+    stored: list[bytes], frames: int, sampling: str, rng: np.random.Generator | None = None
+) -> list[np.ndarray]:
+    """F of the stored JPEGs: uint8 [h, w, 3] each."""
+    chosen = _sample(stored, frames, sampling, rng)
+    pixels = {int(i): np.asarray(Image.open(io.BytesIO(stored[i]))) for i in set(chosen)}
+    return [pixels[int(i)] for i in chosen]
+
+
+def _sample(
+    stored: list[bytes], frames: int, sampling: str, rng: np.random.Generator | None = None
+) -> np.ndarray:
+    if len(stored) == frames:  # they were sampled when they were stored
+        return np.arange(frames)
+    return sample_indices(len(stored), frames, sampling, rng)
+
+
+def decode_clips(
+    split: Split, members: Sequence[int], frames: int, sampling: str, threads: int
+) -> Iterator[np.ndarray]:
+    """uint8 [F, h, w, 3] of each of these clips, in order; with a progress bar."""
+
+    def decode(index: int) -> np.ndarray:
+        return np.stack(decode_frames(split[index], frames, sampling))
+
+    clips = in_threads(decode, members, threads)
+    # Of several processes only the first logs.
+    silent = not logging.level_info()
+    yield from tqdm(clips, "frames to the devices", len(members), unit="clip", disable=silent)
+
+
+def frame_shapes(split: Split, frames: int, sampling: str, threads: int) -> list[tuple[int, int]]:
+    """(h, w) of each clip; reads all records, decodes none.
+
+    Raises:
+        UserError: the frames of a clip are of several sizes.
+    """
+
+    def shape(index: int) -> tuple[int, int]:
+        stored = split[index]
+        sizes = {Image.open(io.BytesIO(stored[i])).size for i in _sample(stored, frames, sampling)}
+        if len(sizes) > 1:
+            raise UserError(
+                f"config.data.device_cache_gb: the frames of {split.ids[index]!r} are of several "
+                "sizes; set it to 0 to read from the records"
+            )
+        width, height = sizes.pop()
+        return height, width
+
+    shapes = in_threads(shape, range(len(split)), threads)
+    silent = not logging.level_info()
+    return list(tqdm(shapes, "sizes of frames", len(split), unit="clip", disable=silent))

@@ -1,47 +1,35 @@
-"""Clips become record files, a shard at a time: what is finished stays finished.
+"""Writes shards: files with some clips each. A finished shard is not written again.
 
-A shard is a function of its clips and the preprocessing alone, on whatever machine it is made;
-beside each lies a note of what is in it, written last.
+A shard depends on its clips and the preprocessing only, whatever machine writes it. Its note,
+written last, lists its clips.
 """
 
 import contextlib
 import dataclasses
 import errno
 import hashlib
-import io
 import json
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
 import array_record.python.array_record_module as array_record
-import numpy as np
-import tensorflow_datasets as tfds
 from absl import logging
 from etils import epath
 
 from vop_jax.data.clips import Dataset, VideoClip
 from vop_jax.data.records.encode import Encoded, Preprocessing
+from vop_jax.data.records.example import serialize
+from vop_jax.data.records.layout import (
+    Row,
+    content_of,
+    file_state,
+    has_changed,
+    label_of,
+    row_of,
+)
 from vop_jax.errors import UserError, VideoError
-from vop_jax.storage.files import write_json
-from vop_jax.video.files import stat
-
-CLIPS_PER_SHARD = 256  # some 80 MB of 12 frames of 256 pixels
-
-
-def features() -> tfds.features.FeaturesDict:
-    """What a record holds."""
-    return tfds.features.FeaturesDict(
-        {
-            "id": tfds.features.Text(),
-            "captions": tfds.features.Sequence(tfds.features.Text()),
-            "frames": tfds.features.Sequence(
-                tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg")
-            ),
-            "indices": tfds.features.Sequence(np.int32),
-            "timestamps": tfds.features.Sequence(np.float32),
-        }
-    )
+from vop_jax.storage.files import sha256, write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +47,7 @@ class Shard:
     fingerprint: str
 
     def note(self) -> dict[str, Any] | None:
-        """What is in the shard: a row a clip, and the file's "size"; None unless it was made."""
+        """The finished shard's "clips" (their rows), "size", "sha256"; None if unfinished."""
         try:
             note = json.loads(epath.Path(self.path + ".json").read_text())
         except (OSError, ValueError):
@@ -68,154 +56,112 @@ class Shard:
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
-    """A shard to be made, or made again for clips that were left out and whose files have changed.
+class PendingShard:
+    """A shard to write, or to write again because files of skipped clips have changed.
 
     Attributes:
-        kept: of each clip the row that stays, with its record; None: it is to be encoded.
+        rows: the row of each clip whose stored record stays; None: the clip is to be encoded.
     """
 
     shard: Shard
-    kept: tuple[dict[str, Any] | None, ...]
+    rows: tuple[Row | None, ...]
 
     @property
     def to_encode(self) -> list[VideoClip]:
-        return [clip for clip, row in zip(self.shard.clips, self.kept, strict=True) if row is None]
-
-
-def tasks_of(planned: Iterable[Shard]) -> list[Task]:
-    """Those of the shards that are not finished."""
-    tasks = []
-    for shard in planned:
-        note = shard.note()
-        rows = note["clips"] if note else [None] * len(shard.clips)
-        kept = [
-            None if row is None or has_changed(clip, row) else row
-            for clip, row in zip(shard.clips, rows, strict=True)
-        ]
-        if None in kept:
-            tasks.append(Task(shard, tuple(kept)))
-    return tasks
+        return [clip for clip, row in zip(self.shard.clips, self.rows, strict=True) if row is None]
 
 
 def plan(
-    dataset: Dataset, staging: epath.Path, preprocessing: Preprocessing, per_shard: int
+    dataset: Dataset, staging: epath.Path, preprocessing: Preprocessing, clips_per_shard: int
 ) -> list[Shard]:
     """All shards of a dataset."""
     shards = []
     for split, clips in dataset.items():
-        for number, start in enumerate(range(0, len(clips), per_shard)):
-            own = tuple(clips[start : start + per_shard])
-            asked = json.dumps([preprocessing.described(), content_of(own)])
-            path = os.fspath(staging / file_name(split, number))
-            shards.append(Shard(split, path, own, hashlib.sha256(asked.encode()).hexdigest()))
+        for number, start in enumerate(range(0, len(clips), clips_per_shard)):
+            own = tuple(clips[start : start + clips_per_shard])
+            content = json.dumps([preprocessing.to_metadata(), content_of(own)])
+            path = os.fspath(staging / staged_name(split, number))
+            shards.append(Shard(split, path, own, hashlib.sha256(content.encode()).hexdigest()))
     return shards
 
 
-def file_name(split: str, number: int) -> str:
-    """Of a shard while others are made."""
+def staged_name(split: str, number: int) -> str:
+    """The file of a shard that waits for the others."""
     return f"{split}-{number:05d}.array_record"
 
 
-def content_of(clips: Sequence[VideoClip]) -> list[list[Any]]:
-    """What a split asks for; paths are left out, so that a folder of videos may move."""
-    return [[c.id, c.captions, c.start, c.end] for c in clips]
+def pending(shards: Iterable[Shard]) -> list[PendingShard]:
+    """The shards that are not finished."""
+    unfinished = []
+    for shard in shards:
+        note = shard.note()
+        rows = note["clips"] if note else [None] * len(shard.clips)
+        stored = tuple(
+            None if row is None or has_changed(clip, row) else row
+            for clip, row in zip(shard.clips, rows, strict=True)
+        )
+        if None in stored:
+            unfinished.append(PendingShard(shard, stored))
+    return unfinished
 
 
-def write_shards(tasks: Iterable[Task], encoded: Iterator[Encoded | VideoError]) -> None:
-    """Writes shards, taking as many results as they have clips to encode.
+def write_shard(task: PendingShard, encoded: Iterator[Encoded | VideoError]) -> None:
+    """Writes a shard, taking as many results as it has clips to encode.
 
     Raises:
-        OSError: the disk is full; this shard is as it was, those before it are finished.
-        UserError: a shard to be made again is damaged.
+        OSError: the disk is full; the shard is as it was before.
+        UserError: a shard to be written again is damaged.
     """
-    serialize = _serializer()
-    for task in tasks:
-        shard = task.shard
-        path, unfinished = epath.Path(shard.path), epath.Path(shard.path + ".unfinished")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        rows = []
-        size = 0
-        try:
-            with (
-                _record_file(unfinished) as write,
-                contextlib.closing(_kept_records(task)) as records,
-            ):
-                for clip, kept in zip(shard.clips, task.kept, strict=True):
-                    if kept is not None:
-                        rows.append(kept)
-                        if "skipped" not in kept:
-                            record = next(records)
-                            size += len(record)
-                            write(record)
-                        continue
-                    found = next(encoded)
-                    row = row_of(clip, found)
-                    if "skipped" in row:
-                        logging.warning("skipped %s: %s", label_of(row), found)
-                        row["state"] = state_of(clip.path)
-                    rows.append(row)
-                    if isinstance(found, Encoded):
-                        record = serialize(clip, found)
-                        size += len(record)
-                        write(record)
-            epath.Path(shard.path + ".json").unlink(missing_ok=True)  # it tells of another file
-            unfinished.replace(path)
-            note = {
-                "fingerprint": shard.fingerprint,
-                "clips": rows,
-                "bytes": size,
-                "size": path.stat().length,
-                "sha256": digest(path),
-            }
-            write_json(shard.path + ".json", note)
-        except BaseException:
-            unfinished.unlink(missing_ok=True)
-            raise
-
-
-def row_of(clip: VideoClip, found: Encoded | VideoError) -> dict[str, Any]:
-    """What an index says of a clip: how it was stored, or why it was "skipped"."""
-    row: dict[str, Any] = {"id": clip.id, "path": clip.path, "captions": list(clip.captions)}
-    row |= {"start": clip.start, "end": clip.end}
-    if isinstance(found, VideoError):
-        return {**row, "skipped": str(found), **({"where": clip.where} if clip.where else {})}
-    stored, distinct = len(found.jpegs), len(set(found.indices))
-    return {**row, "stored": stored, "distinct": distinct, "frames": found.count}
-
-
-def label_of(row: Mapping[str, Any]) -> str:
-    """A clip that was skipped, for people: its line in the annotations, if it has one, its file."""
-    path = row["path"] if row["path"].isprintable() else ascii(row["path"])
-    return f"{row['where']}: {path}" if "where" in row else path
-
-
-def has_changed(clip: VideoClip, row: dict[str, Any]) -> bool:
-    """Whether the file of a clip that was skipped is another now; one that is gone is not."""
-    return "skipped" in row and state_of(clip.path) not in (None, row["state"])
-
-
-def state_of(path: str) -> list[int] | None:
-    """Changes when the file does."""
+    path = epath.Path(task.shard.path)
+    unfinished = epath.Path(task.shard.path + ".unfinished")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows, size = [], 0
     try:
-        found = stat(path)
-    except VideoError:
-        return None
-    return [found.length, int(found.mtime)]
+        with (
+            record_writer(unfinished) as write,
+            contextlib.closing(_entries(task, encoded)) as all_,
+        ):
+            for row, record in all_:
+                rows.append(row)
+                if record is not None:
+                    size += len(record)
+                    write(record)
+        epath.Path(task.shard.path + ".json").unlink(missing_ok=True)  # it describes the old file
+        unfinished.replace(path)
+        note = {
+            "fingerprint": task.shard.fingerprint,
+            "clips": rows,
+            "bytes": size,
+            "size": path.stat().length,
+            "sha256": sha256(path),
+        }
+        write_json(task.shard.path + ".json", note)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
 
 
-def digest(path: epath.Path) -> str:
-    """SHA-256 of a file."""
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            found.update(block)
-    return found.hexdigest()
+def _entries(
+    task: PendingShard, encoded: Iterator[Encoded | VideoError]
+) -> Generator[tuple[Row, bytes | None], None, None]:
+    """(row, record) of each clip of a shard; skipped clips have no record."""
+    with contextlib.closing(_stored_records(task)) as stored:
+        for clip, row in zip(task.shard.clips, task.rows, strict=True):
+            if row is not None:
+                yield row, None if "skipped" in row else next(stored)
+                continue
+            result = next(encoded)
+            row = row_of(clip, result)
+            if isinstance(result, VideoError):
+                logging.warning("skipped %s: %s", label_of(row), result)
+                yield {**row, "state": file_state(clip.path)}, None
+            else:
+                yield row, serialize(clip, result)
 
 
-def _kept_records(task: Task) -> Generator[bytes, None, None]:
-    """The records of a shard that is made again; those to be encoded had none."""
-    count = sum(row is not None and "skipped" not in row for row in task.kept)
+def _stored_records(task: PendingShard) -> Generator[bytes, None, None]:
+    """The records of a shard that is written again; clips to be encoded had none."""
+    count = sum(row is not None and "skipped" not in row for row in task.rows)
     if not count:
         return
     damaged = UserError(f"{task.shard.path}: damaged; copy the records again")
@@ -233,7 +179,12 @@ def _kept_records(task: Task) -> Generator[bytes, None, None]:
 
 
 @contextlib.contextmanager
-def _record_file(path: epath.Path) -> Iterator[Callable[[bytes], None]]:
+def record_writer(path: epath.Path) -> Iterator[Callable[[bytes], None]]:
+    """Yields a function that appends a record to a new file.
+
+    Raises:
+        OSError: the disk is full.
+    """
     with _disk_errors(path):
         writer = array_record.ArrayRecordWriter(os.fspath(path), "group_size:1")
 
@@ -251,30 +202,10 @@ def _record_file(path: epath.Path) -> Iterator[Callable[[bytes], None]]:
 
 @contextlib.contextmanager
 def _disk_errors(path: epath.Path) -> Iterator[None]:
-    """array_record tells of a full disk by a RuntimeError."""
+    """Raises OSError where array_record reports a full disk by a RuntimeError."""
     try:
         yield
     except RuntimeError as error:
         full = {"No space left": errno.ENOSPC, "quota exceeded": errno.EDQUOT}
         code = next((code for words, code in full.items() if words in str(error)), errno.EIO)
         raise OSError(code, os.strerror(code), os.fspath(path)) from None
-
-
-def _serializer() -> Callable[[VideoClip, Encoded], bytes]:
-    specs = features()
-    serializer = tfds.core.example_serializer.ExampleSerializer(specs.get_serialized_info())
-
-    def serialize(clip: VideoClip, encoded: Encoded) -> bytes:
-        example = {
-            "id": clip.id,
-            "captions": list(clip.captions),
-            "frames": [io.BytesIO(jpeg) for jpeg in encoded.jpegs],
-            "indices": encoded.indices,
-            "timestamps": encoded.timestamps,
-        }
-        # By itself protobuf orders a map differently in each process.
-        return serializer.get_tf_example(specs.encode_example(example)).SerializeToString(
-            deterministic=True
-        )
-
-    return serialize

@@ -1,34 +1,62 @@
-"""Records are made, or completed, beside what is there, and take its place when they are whole."""
+"""Writes records: encodes clips into shards, then makes a `tfds` dataset of all shards at once."""
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from typing import Any
 
-import filelock
-import tensorflow_datasets as tfds
 from absl import logging
 from etils import epath
+from tqdm import tqdm
 
 from vop_jax.data.clips import Dataset, VideoClip
-from vop_jax.data.records.encode import Preprocessing
+from vop_jax.data.records.encode import Encoded, Preprocessing, encode_clip
 from vop_jax.data.records.layout import (
+    METADATA,
     SHARDS,
     VERSION,
+    Row,
+    find_records,
     fingerprint,
+    has_changed,
     index_name,
     read_index,
-    reopen,
-    staging_of,
+    read_json,
+    skipped_of,
+    staging_folder,
 )
-from vop_jax.data.records.read import Packed, differences, find_records, older_rule, open_records
-from vop_jax.data.records.shards import has_changed
-from vop_jax.data.records.tfds_builder import Making, builder_class
-from vop_jax.errors import UserError
+from vop_jax.data.records.read import Records, check_share, open_records
+from vop_jax.data.records.shards import PendingShard, Shard, pending, plan, staged_name, write_shard
+from vop_jax.errors import UserError, VideoError
+from vop_jax.storage.files import folder_lock, is_remote, write_atomic, write_json
+from vop_jax.video.workers import in_processes, in_threads
 
-OLD = f"{VERSION}.old"  # records that are being replaced
-DONE = "done"  # beside shards whose dataset is whole: they are needed no more once it is in place
+OLD = f"{VERSION}.old"  # finished records while others replace them
+DONE = "done"  # marks staged shards that the finished records contain
+CLIPS_PER_SHARD = 256  # about 80 MB of 12 frames of 256 pixels
+
+
+@dataclasses.dataclass(frozen=True)
+class WriteOptions:
+    """How records are written; the result depends on `clips_per_shard` only.
+
+    Attributes:
+        workers: clips decoded at once; 0: one for each core.
+        isolated: decode in separate processes, so that a decoder may crash or hang.
+        seconds: that a clip may take in such a process.
+        progress: show a bar.
+        beam: Apache Beam's pipeline options; None: write on this machine.
+    """
+
+    workers: int = 0
+    isolated: bool = True
+    seconds: float = 300.0
+    progress: bool = True
+    clips_per_shard: int = CLIPS_PER_SHARD
+    beam: Any = None
 
 
 def pack(
@@ -38,37 +66,36 @@ def pack(
     *,
     name: str = "folder",
     max_skipped: float = 0.05,
-    making: Making | None = None,
+    options: WriteOptions | None = None,
     retry: bool = False,
     wait: bool = True,
-    download_config: tfds.download.DownloadConfig | None = None,
-) -> Packed:
-    """Decodes all clips into `directory`, unless it holds exactly these already; opens them.
+) -> Records:
+    """Encodes all clips into `directory`, unless it contains these already; opens the records.
 
-    A clip that cannot be used is left out, with its reason on record. The records appear whole
-    or not at all; an attempt that was cut off is continued. Splits that finished records lack
-    are added to them.
+    A clip that cannot be used is skipped, and its reason recorded. Records appear completely or
+    not at all; an interrupted attempt is continued. Missing splits are added to finished records.
 
     Args:
-        name: of the builder.
-        max_skipped: share of a split's clips that may be left out.
-        retry: also try clips again that finished records left out, and whose files have changed.
-        wait: for another process that is making these records, or else refuse.
-        download_config: of `tfds`, with what an Apache Beam runner needs.
+        name: of the dataset, see `Source.records_name`.
+        max_skipped: share of a split's clips that may be skipped.
+        retry: also encode clips that finished records skipped, and whose files have changed.
+        wait: for another process that writes these records; else refuse.
 
     Raises:
-        UserError: the folder holds records of other clips or made in another way, or more
-            clips of a split had to be left out than `max_skipped` allows; it is in a bucket,
-            where records are read but not made.
+        UserError: the folder has records of other clips or with another preprocessing, more
+            clips of a split were skipped than `max_skipped` allows, or it is in a bucket, where
+            records are read but not written.
         OSError: the disk is full; finished shards are kept for the next attempt.
     """
     root = epath.Path(directory)
-    if _to_do(root, dataset, preprocessing, name, retry):
+    if _is_incomplete(root, dataset, preprocessing, name, retry):
         check_local(root)
-        with locked(root, wait):
-            _mend(root)
-            if _to_do(root, dataset, preprocessing, name, retry):
-                _make(dataset, root, preprocessing, name, making or Making(), download_config)
+        with folder_lock(
+            root, "another process is making these records", use="write records in", wait=wait
+        ):
+            _finish_replacement(root)
+            if _is_incomplete(root, dataset, preprocessing, name, retry):
+                _write(dataset, root, preprocessing, name, options or WriteOptions())
     return open_records(
         root,
         preprocessing,
@@ -79,116 +106,261 @@ def pack(
     )
 
 
-def _to_do(
+def check_local(root: str | os.PathLike) -> None:
+    """Raises UserError for a bucket, where no records can be written."""
+    if is_remote(root):
+        records = find_records(root)
+        lack = "there are no records" if records is None else "these records lack some clips"
+        raise UserError(
+            f"{os.fspath(root)}: {lack}, and they are made on a disk only; use a --workdir "
+            "there, or set config.data.records to a folder there or to a copy of finished records "
+            "in a bucket"
+        )
+
+
+def _is_incomplete(
     root: epath.Path, dataset: Dataset, preprocessing: Preprocessing, name: str, retry: bool
 ) -> bool:
-    """Whether there is anything to be made; not where records will be refused."""
+    """Whether records are to be written; not where `open_records` will refuse them."""
     records = find_records(root)
     if records is None:
         return True
-    made = json.loads((records / "metadata.json").read_text())
-    if records.parent.name != name or any(differences(made["preprocessing"], preprocessing)):
+    metadata = read_json(records / METADATA)
+    if records.parent.name != name or any(preprocessing.differences(metadata["preprocessing"])):
         return False
-    if any(made["clips"].get(s, fingerprint(c)) != fingerprint(c) for s, c in dataset.items()):
+    prints = metadata["clips"]
+    if any(prints.get(s, fingerprint(c)) != fingerprint(c) for s, c in dataset.items()):
         return False
     return any(
-        split not in made["clips"] or (retry and _has_more(records, split, clips))
+        split not in prints or (retry and any(map(has_changed, clips, read_index(records, split))))
         for split, clips in dataset.items()
     )
 
 
-def _has_more(records: epath.Path, split: str, clips: Sequence[VideoClip]) -> bool:
-    """Whether a clip that was left out may be usable now."""
-    rows = read_index(records, split)
-    if len(rows) != len(clips):
-        raise UserError(f"{records / index_name(split)}: damaged; copy the records again")
-    return any(map(has_changed, clips, rows))
-
-
-def _make(
+def _write(
     dataset: Dataset,
     root: epath.Path,
     preprocessing: Preprocessing,
     name: str,
-    making: Making,
-    download_config: tfds.download.DownloadConfig | None,
+    options: WriteOptions,
 ) -> None:
-    """Makes the missing shards, builds the dataset of all, and only then lets the old one go."""
-    records, staging = find_records(root), staging_of(root, name)
-    if records is not None:
-        made = json.loads((records / "metadata.json").read_text())
-        if older := older_rule(made["preprocessing"], preprocessing):
-            raise UserError(f"{root}: cannot be added to: {older}, or use another folder")
+    """Writes the missing shards, makes a new dataset of all, then replaces the old one."""
+    records, staging = find_records(root), staging_folder(root, name)
     (staging / DONE).unlink(missing_ok=True)
     if records is not None:
-        dataset = {**reopen(records, staging), **dataset}
-        per_shard = json.loads((records / SHARDS).read_text())["clips_per_shard"]
-        making = dataclasses.replace(making, clips_per_shard=per_shard)
-    area = staging / "dataset"
-    if area.exists():
-        area.rmtree()
-    tfds.disable_progress_bar()
-    builder = builder_class(name)(
-        dataset=dataset,
-        preprocessing=preprocessing,
-        making=making,
-        staging=staging,
-        data_dir=os.fspath(area),
-    )
-    with contextlib.redirect_stdout(None):  # it would speak of downloading
-        builder.download_and_prepare(
-            download_dir=os.fspath(area / "downloads"), download_config=download_config
-        )
+        metadata = read_json(records / METADATA)
+        if older := preprocessing.older_rule(metadata["preprocessing"]):
+            raise UserError(f"{root}: cannot be added to: {older}, or use another folder")
+        dataset = {**_stage_finished(records, staging), **dataset}
+        per_shard = read_json(records / SHARDS)["clips_per_shard"]
+        options = dataclasses.replace(options, clips_per_shard=per_shard)
+    shards = plan(dataset, staging, preprocessing, options.clips_per_shard)
+    if options.beam is None:
+        _write_here(shards, name, preprocessing, options)
+    else:
+        _write_with_beam(shards, preprocessing, options)
+    folder = staging / "dataset"
+    if folder.exists():
+        folder.rmtree()
+    folder.mkdir(parents=True)
+    skipped = _assemble(folder, dataset, shards, name, preprocessing, options.clips_per_shard)
     (staging / DONE).touch()
-    finished, old = root / name / VERSION, root / name / OLD
+    finished = root / name / VERSION
     if finished.exists():
-        finished.rename(old)
-    (area / name / VERSION).rename(finished)
-    _mend(root)
-    logging.info("%s: %d clips left out", root, len(builder.info.metadata["skipped"]))
+        finished.rename(root / name / OLD)
+    folder.rename(finished)
+    _finish_replacement(root)
+    logging.info("%s: %d clips left out", root, skipped)
 
 
-def _mend(root: epath.Path) -> None:
-    """Ends a replacement that was cut off, and removes what is needed no more."""
+def _stage_finished(records: epath.Path, staging: epath.Path) -> Dataset:
+    """Makes finished records staged shards again, to add to them; returns their clips."""
+    shards = read_json(records / SHARDS)
+    dataset: Dataset = {}
+    for split in dict.fromkeys(shard["split"] for shard in shards["shards"]):
+        rows = read_index(records, split)
+        dataset[split] = [
+            VideoClip(row["id"], row["path"], tuple(row["captions"]), row["start"], row["end"])
+            for row in rows
+        ]
+        own = [shard for shard in shards["shards"] if shard["split"] == split]
+        remaining = iter(rows)
+        for number, shard in enumerate(own):
+            clips = [next(remaining) for _ in range(shard["clips"])]
+            path = staging / staged_name(split, number)
+            if Shard(split, os.fspath(path), (), shard["fingerprint"]).note() is not None:
+                continue  # an interrupted attempt has staged or rewritten it
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
+            if shard["file"]:
+                _link(os.fspath(records / shard["file"]), path)
+            note = {key: shard[key] for key in ("fingerprint", "bytes", "size", "sha256")}
+            write_json(f"{path}.json", note | {"clips": clips})
+    return dataset
+
+
+def _write_here(
+    shards: Sequence[Shard], name: str, preprocessing: Preprocessing, options: WriteOptions
+) -> None:
+    tasks = pending(shards)
+    clips = [clip for task in tasks for clip in task.to_encode]
+    total = sum(len(shard.clips) for shard in shards)
+    with contextlib.closing(_encode(clips, preprocessing, options)) as results:
+        bar = tqdm(
+            results,
+            f"packing {name}",
+            total,
+            initial=total - len(clips),
+            unit="clip",
+            disable=not options.progress,
+        )
+        with bar:
+            encoded = iter(bar)
+            for task in tasks:
+                write_shard(task, encoded)
+            next(encoded, None)  # the bar counts a clip when the next one is requested
+
+
+def _encode(
+    clips: Sequence[VideoClip], preprocessing: Preprocessing, options: WriteOptions
+) -> Generator[Encoded | VideoError, None, None]:
+    encode = functools.partial(encode_clip, preprocessing=preprocessing)
+    workers = options.workers or os.cpu_count() or 1
+    if options.isolated and clips:
+        return in_processes(encode, clips, workers, seconds=options.seconds)
+    return in_threads(encode, clips, workers)
+
+
+def _write_with_beam(
+    shards: Sequence[Shard], preprocessing: Preprocessing, options: WriteOptions
+) -> None:
+    """Writes each shard in a worker of a Beam runner, which sees the same folders."""
+    try:
+        import apache_beam as beam
+    except ImportError:
+        raise UserError("Apache Beam is not installed: pip install 'vop_jax[beam]'") from None
+    alone = dataclasses.replace(options, workers=1, isolated=True, beam=None)
+    with beam.Pipeline(options=options.beam) as pipeline:
+        _ = (
+            pipeline
+            | beam.Create(pending(shards))
+            | beam.Reshuffle()
+            | beam.Map(_write_alone, preprocessing, alone)
+        )
+
+
+def _write_alone(task: PendingShard, preprocessing: Preprocessing, options: WriteOptions) -> None:
+    """Writes a shard, unless an earlier try of the runner has finished it."""
+    for unfinished in pending([task.shard]):
+        with contextlib.closing(_encode(unfinished.to_encode, preprocessing, options)) as results:
+            write_shard(unfinished, results)
+
+
+def _assemble(
+    folder: epath.Path,
+    dataset: Dataset,
+    shards: Sequence[Shard],
+    name: str,
+    preprocessing: Preprocessing,
+    clips_per_shard: int,
+) -> int:
+    """Makes a `tfds` dataset of finished shards; returns how many clips were skipped.
+
+    Raises:
+        UserError: no clip of a split can be used.
+    """
+    lengths: dict[str, list[int]] = {}  # split -> readable clips of each file
+    entries: list[dict[str, Any]] = []
+    skipped: list[dict[str, str]] = []
+    for split in dataset:
+        own = [shard for shard in shards if shard.split == split]
+        notes = [note for shard in own if (note := shard.note()) is not None]
+        rows = [row for note in notes for row in note["clips"]]
+        skipped += (of_split := [{"split": split} | row for row in skipped_of(rows)])
+        check_share(split, len(rows), of_split, max_skipped=1.0)
+        counts = [sum("skipped" not in row for row in note["clips"]) for note in notes]
+        lengths[split] = [count for count in counts if count]
+        for shard, note, count in zip(own, notes, counts, strict=True):
+            number = sum(bool(entry["file"]) for entry in entries if entry["split"] == split)
+            file = f"{name}-{split}.array_record-{number:05d}-of-{len(lengths[split]):05d}"
+            if count:
+                _link(shard.path, folder / file)
+            entry = {"split": split, "file": file if count else None, "clips": len(note["clips"])}
+            keys = ("fingerprint", "bytes", "size", "sha256")
+            entries.append(entry | {key: note[key] for key in keys})
+        _write_index(folder / index_name(split), rows)
+    write_json(folder / SHARDS, {"clips_per_shard": clips_per_shard, "shards": entries})
+    prints = {split: fingerprint(clips) for split, clips in dataset.items()}
+    metadata = {"preprocessing": preprocessing.to_metadata(), "clips": prints, "skipped": skipped}
+    sizes = {s: sum(e["bytes"] for e in entries if e["split"] == s) for s in lengths}
+    _write_tfds_metadata(folder, name, lengths, sizes, metadata)
+    return len(skipped)
+
+
+def _write_index(path: epath.Path, rows: Sequence[Row]) -> None:
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_atomic(path, text.encode("utf-8", "surrogatepass"))
+
+
+def _write_tfds_metadata(
+    folder: epath.Path,
+    name: str,
+    lengths: dict[str, list[int]],
+    sizes: dict[str, int],
+    metadata: dict[str, Any],
+) -> None:
+    """Makes the folder a dataset that `tfds.builder_from_directory` reads."""
+    import numpy as np
+    import tensorflow_datasets as tfds  # seconds to import, and needed for this alone
+
+    features = {
+        "id": tfds.features.Text(),
+        "captions": tfds.features.Sequence(tfds.features.Text()),
+        "frames": tfds.features.Sequence(
+            tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg")
+        ),
+        "indices": tfds.features.Sequence(np.int32),
+        "timestamps": tfds.features.Sequence(np.float32),
+    }
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=folder, dataset_name=name, filetype_suffix="array_record"
+    )
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder,
+        features=features,
+        split_infos=[
+            tfds.core.SplitInfo(
+                name=split,
+                shard_lengths=own,
+                num_bytes=sizes[split],
+                filename_template=template.replace(split=split),
+            )
+            for split, own in lengths.items()
+        ],
+        version=VERSION,
+        filename_template=template,
+        check_data=False,
+        description=f"Sampled frames of video clips with captions: {name}.",
+        metadata=tfds.core.MetadataDict(metadata),
+        disable_shuffling=True,  # record i is the i-th readable clip
+    )
+
+
+def _finish_replacement(root: epath.Path) -> None:
+    """Completes an interrupted replacement of records, and removes what it left."""
     for old in root.glob(f"*/{OLD}"):
         if (old.parent / VERSION).exists():
             old.rmtree()
         else:
             old.rename(old.parent / VERSION)
     for done in root.glob(f"*/{VERSION}.shards/{DONE}"):
-        staging = done.parent
-        if (staging.parent / VERSION).exists() and not any(staging.glob(f"dataset/*/{VERSION}")):
-            staging.rmtree()
+        if (done.parent.parent / VERSION).exists() and not (done.parent / "dataset").exists():
+            done.parent.rmtree()
 
 
-def check_local(root: str | os.PathLike) -> None:
-    """Raises UserError where no records can be made."""
-    if "://" not in os.fspath(root):
-        return
-    there = find_records(root)
-    lack = "there are no records" if there is None else "these records lack some that are asked for"
-    raise UserError(
-        f"{os.fspath(root)}: {lack}, and they are made on a disk only; use a --workdir there, or "
-        "set config.data.records to a folder there or to a copy of finished records in a bucket"
-    )
-
-
-@contextlib.contextmanager
-def locked(root: epath.Path, wait: bool) -> Iterator[None]:
-    """One process at a time makes the records of a folder."""
-    lock = filelock.FileLock(root / ".lock")
+def _link(source: str, target: epath.Path) -> None:
+    """A second name for a file where the file system has them; else a copy."""
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except (FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
-        why = f"not a folder to write records in ({error.strerror})"
-        raise UserError(f"{os.fspath(root)}: {why}") from None
-    except filelock.Timeout:
-        if not wait:
-            raise UserError(f"{root}: another process is making these records") from None
-        logging.info("%s: waiting for another process that makes these records", root)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+        os.link(source, target)
+    except OSError:
+        epath.Path(source).copy(target, overwrite=True)
