@@ -1,17 +1,17 @@
-"""Videos become sampled frames: from files, or from folders of pictures."""
+"""Sampled frames of a clip, from a video file or from a folder of its extracted frames."""
 
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
 
 import numpy as np
 
 from vop_jax.errors import VideoError
-from vop_jax.video.decode import SegmentReader, as_video_error
+from vop_jax.video.decode import SegmentReader
 from vop_jax.video.files import stat
-from vop_jax.video.images import list_pictures, read_picture
+from vop_jax.video.images import FolderReader
 from vop_jax.video.sampling import sample_indices, stored_indices
+from vop_jax.video.stream import as_video_error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Frames:
     Attributes:
         pixels: uint8 RGB [h, w, 3] each, upright.
         indices: which decoded frame of the clip each is, from 0.
-        timestamps: seconds in the file; NaN where nothing tells.
+        timestamps: seconds in the file; NaN if unknown.
         count: how many frames the clip has.
     """
 
@@ -48,36 +48,50 @@ def read_frames(
         path: a video file, or a folder of pictures numbered in their order.
         frames: F, the number of frames, unless `fps` is set.
         start, end: seconds; only frames shown in [start, end) count.
-        fps: instead take so many frames a second, as many as there are.
+        fps: take this many frames a second instead, however many those are.
         short_side: shrink larger frames to this, in pixels.
         sampling: see `sampling.sample_indices` and `sampling.stored_indices`.
-        folder_fps: pictures a second in a folder; 0: not known.
+        folder_fps: pictures a second in a folder; 0: unknown.
 
     Raises:
         VideoError: the file cannot be opened, has no video, is damaged or truncated, or shows
             nothing between `start` and `end`.
     """
-    if stat(path).is_directory:
+    first, last = start or 0.0, math.inf if end is None else end
+
+    def choose(times: list[float]) -> list[int]:
+        if fps:
+            return stored_indices(times, first, fps, sampling)
+        return sample_indices(len(times), frames, sampling).tolist() if times else []
+
+    reader: SegmentReader | FolderReader
+    is_folder = stat(path).is_directory
+    if is_folder:
+        if not folder_fps and (fps or start is not None or end is not None):
+            raise VideoError("a folder of frames; seconds need config.data.folder_fps")
         with as_video_error():
-            return _read_folder(path, frames, start, end, fps, short_side, sampling, folder_fps)
-    clip = SegmentReader(path, start or 0.0, math.inf if end is None else end, short_side)
-    # Sequential decoding beats seeking, but which frames to keep depends on how many there are, and
-    # when they are shown. Packets tell cheaply and nearly always rightly; if not, again.
-    indices = _chosen(clip.packet_times(), start or 0.0, frames, fps, sampling)
-    kept = clip.decode(indices)
-    decoded = _chosen(clip.times, start or 0.0, frames, fps, sampling)
-    if decoded != indices:
-        indices, kept = decoded, clip.decode(decoded)
+            reader = FolderReader(path, folder_fps, first, last, short_side)
+    else:
+        reader = SegmentReader(path, first, last, short_side)
+    # Sequential decoding beats seeking, but which frames to keep depends on when they are shown.
+    # Packets say that cheaply and nearly always rightly; if not, decode again.
+    indices = choose(reader.packet_times())
+    pixels = reader.decode(indices)
+    if (decoded := choose(reader.times)) != indices:
+        indices, pixels = decoded, reader.decode(decoded)
     if not indices:
-        raise VideoError(f"no frame decodes{_between(start, end)}")
-    times = [clip.times[i] for i in indices]
-    return Frames([kept[i] for i in indices], indices, times, len(clip.times))
+        between = ""
+        if start is not None or end is not None:
+            between = f" between {first:g} and {'the end' if end is None else f'{end:g} s'}"
+        raise VideoError(f"no frame{'' if is_folder else ' decodes'}{between}")
+    times = [reader.times[i] for i in indices]
+    return Frames([pixels[i] for i in indices], indices, times, len(reader.times))
 
 
 def read_frame_at(
     path: str | os.PathLike, seconds: float, *, short_side: int | None = None
 ) -> np.ndarray:
-    """The frame shown at a time, the last one of a file that ends before: uint8 RGB [h, w, 3].
+    """The frame on display at a time, or a file's last frame: uint8 RGB [h, w, 3].
 
     Raises:
         VideoError: the file cannot be opened, has no video, or no frame decodes.
@@ -86,46 +100,3 @@ def read_frame_at(
     if frame is None:
         raise VideoError("no frame decodes")
     return frame
-
-
-def _read_folder(
-    path: str | os.PathLike,
-    frames: int,
-    start: float | None,
-    end: float | None,
-    fps: float,
-    short_side: int | None,
-    sampling: str,
-    folder_fps: float,
-) -> Frames:
-    """The same of a folder of extracted frames."""
-    pictures = list_pictures(path)
-    if not folder_fps and (fps or start is not None or end is not None):
-        raise VideoError("a folder of frames; seconds need config.data.folder_fps")
-    times = [i / folder_fps if folder_fps else math.nan for i in range(len(pictures))]
-    first, last = start or 0.0, math.inf if end is None else end
-    shown = [i for i, time in enumerate(times) if math.isnan(time) or first <= time < last]
-    if not shown:
-        raise VideoError(f"no frame{_between(start, end)}")
-    if fps:
-        indices = stored_indices([times[i] for i in shown], first, fps, sampling)
-    else:
-        indices = sample_indices(len(shown), frames, sampling).tolist()
-    pixels = {k: read_picture(pictures[shown[k]], short_side) for k in dict.fromkeys(indices)}
-    return Frames(
-        [pixels[k] for k in indices], indices, [times[shown[k]] for k in indices], len(shown)
-    )
-
-
-def _between(start: float | None, end: float | None) -> str:
-    if start is None and end is None:
-        return ""
-    return f" between {start or 0:g} and {'the end' if end is None else f'{end:g} s'}"
-
-
-def _chosen(
-    times: Sequence[float], start: float, frames: int, fps: float, sampling: str
-) -> list[int]:
-    if fps:
-        return stored_indices(times, start, fps, sampling)
-    return sample_indices(len(times), frames, sampling).tolist() if times else []

@@ -14,8 +14,9 @@ import numpy as np
 
 from vop_jax.errors import VideoError
 from vop_jax.video.crops import eval_crop
-from vop_jax.video.decode import SegmentReader, as_video_error
+from vop_jax.video.decode import SegmentReader
 from vop_jax.video.sampling import sample_indices, stored_indices
+from vop_jax.video.stream import as_video_error
 
 Segment = tuple[float, float]  # seconds [start, end)
 WHOLE_FILE: Segment = (0.0, math.inf)
