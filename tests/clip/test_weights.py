@@ -1,3 +1,5 @@
+"""A converted CLIP on disk: written, read, and refused when it is not one."""
+
 import dataclasses
 import json
 
@@ -12,177 +14,127 @@ from vop_jax.errors import UserError
 from vop_jax.storage import tensors
 
 
-def random_clip(seed=0):
-    rng = np.random.default_rng(seed)
+@pytest.fixture(scope="module")
+def clip():
+    rng = np.random.default_rng(0)
     shapes = parameter_shapes(tiny.CLIP)
-    return tensors.unflatten(
-        {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-    )
+    return tensors.unflatten({k: rng.normal(size=s).astype(np.float16) for k, s in shapes.items()})
 
 
-def save(path, params, config=tiny.CLIP):
-    return save_clip(path, params, config, source="ViT.pt", source_sha256="ab" * 32)
+@pytest.fixture
+def path(tmp_path, clip):
+    """A converted CLIP."""
+    save_clip(tmp_path / "x", clip, tiny.CLIP, source="ViT.pt", source_sha256="ab" * 32)
+    return tmp_path / "x"
 
 
-def edited(path, change=lambda flat: None, **metadata):
-    """Saves a good file with its tensors changed in place and its metadata overridden."""
-    save(path, random_clip())
-    tree, described = tensors.load(path)
+def edit(path, change=lambda flat: None, **metadata):
+    """Changes the tensors of a file in place and overrides metadata; the checksum is right."""
+    tree, stated = tensors.load(path)
     flat = tensors.flatten(tree)
     change(flat)
-    tensors.save(path, tensors.unflatten(flat), described | metadata)
-    return path
+    tensors.save(path, tensors.unflatten(flat), stated | metadata)
 
 
-def test_round_trip(tmp_path):
-    path, params = tmp_path / "clip.safetensors", random_clip()
-    fingerprint = save(path, params)
-    clip = load_clip(path)
-    assert clip.config == tiny.CLIP and clip.source == "ViT.pt"
-    assert clip.fingerprint == fingerprint == tensors.fingerprint(clip.params)
-    saved, loaded = tensors.flatten(params), tensors.flatten(clip.params)
-    assert saved.keys() == loaded.keys()
-    for name in saved:
-        np.testing.assert_array_equal(saved[name], loaded[name])
-    assert fingerprint[:12] in clip.name and "ViT.pt" in clip.name
-
-
-def test_weights_are_held_in_float32(tmp_path):
-    half = {k: v.astype(np.float16) for k, v in tensors.flatten(random_clip()).items()}
-    save(tmp_path / "x", tensors.unflatten(half))
-    loaded = tensors.flatten(load_clip(tmp_path / "x").params)
-    assert {leaf.dtype for leaf in loaded.values()} == {np.dtype(np.float32)}
-
-
-def test_the_file_says_what_it_is(tmp_path):
-    fingerprint = save(tmp_path / "x", random_clip())
-    metadata = tensors.read_metadata(tmp_path / "x")
-    assert metadata.pop("config") and metadata.pop(tensors.CHECKSUM)
+def test_round_trip_in_float32(path, clip):
+    loaded = load_clip(path)
+    assert loaded.config == tiny.CLIP and loaded.source == "ViT.pt"
+    assert loaded.fingerprint == tensors.fingerprint(clip) == tensors.fingerprint(loaded.params)
+    for name, leaf in tensors.flatten(loaded.params).items():
+        assert leaf.dtype == np.float32
+        np.testing.assert_array_equal(leaf, tensors.flatten(clip)[name])
+    assert loaded.fingerprint[:12] in loaded.name and "ViT.pt" in loaded.name
+    metadata = tensors.read_metadata(path)
+    assert json.loads(metadata.pop("config")) == tiny.CLIP.to_dict()
+    assert metadata.pop(tensors.CHECKSUM)
     assert metadata == {
         "format": FORMAT,
         "arch": "ViT-3x32/8@16px",
         "activation": "quick_gelu",
         "source": "ViT.pt",
         "source_sha256": "ab" * 32,
-        "fingerprint": fingerprint,
+        "fingerprint": loaded.fingerprint,
     }
 
 
-def test_the_fingerprint_is_that_of_the_tensors(tmp_path):
+def test_the_fingerprint_is_verified(path):
+    assert load_clip(path, verify=True)
+
     def change(flat):
         flat["visual/proj/kernel"][0, 0] += 1e-6
 
-    path = edited(tmp_path / "x", change)  # with a checksum of its own
+    edit(path, change)
     assert load_clip(path).params
-    with pytest.raises(UserError, match=r"x: its tensors have the fingerprint .*, but"):
+    wrong = r"x: its tensors have the fingerprint .*, but its metadata states"
+    with pytest.raises(UserError, match=wrong):
         load_clip(path, verify=True)
     tree, metadata = tensors.load(path)
-    del metadata[tensors.CHECKSUM]  # as in files that older versions wrote
+    del metadata[tensors.CHECKSUM]  # as in files of older versions
     safetensors_numpy.save_file(tensors.flatten(tree), path, metadata)
-    with pytest.raises(UserError, match=r"x: its tensors have the fingerprint"):
-        load_clip(path)
-    save(path, random_clip())
-    assert load_clip(path, verify=True).fingerprint == tensors.fingerprint(random_clip())
-
-
-def test_a_missing_tensor_is_named(tmp_path):
-    path = edited(tmp_path / "x", lambda flat: flat.pop("visual/proj/kernel"))
-    with pytest.raises(UserError, match=r"x: tensor visual/proj/kernel is missing"):
+    with pytest.raises(UserError, match=wrong):
         load_clip(path)
 
 
-def test_an_unknown_tensor_is_named(tmp_path):
-    path = edited(tmp_path / "x", lambda flat: flat.update(zzz=np.zeros(1, np.float32)))
-    with pytest.raises(UserError, match=r"x: unknown tensor zzz \(1 in all\)"):
-        load_clip(path)
+def shorten(flat):
+    flat["text/positional_embedding"] = flat["text/positional_embedding"][:7]
 
 
-def test_a_misshapen_tensor_is_named_with_both_shapes(tmp_path):
-    def shorten(flat):
-        flat["text/positional_embedding"] = flat["text/positional_embedding"][:7]
-
-    path = edited(tmp_path / "x", shorten)
-    message = r"text/positional_embedding has shape \(7, 16\), expected \(20, 16\)"
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda flat: flat.pop("visual/proj/kernel"), "x: tensor visual/proj/kernel is missing"),
+        (lambda flat: flat.update(z=np.ones(1)), r"x: unknown tensor z \(1 in all\)"),
+        (shorten, r"text/positional_embedding has shape \(7, 16\), expected \(20, 16\)"),
+    ],
+)
+def test_a_wrong_tensor_is_named(path, change, message):
+    edit(path, change)
     with pytest.raises(UserError, match=message):
         load_clip(path)
-
-
-def test_an_unknown_activation_is_refused(tmp_path):
-    sizes = tiny.CLIP.to_dict() | {"activation": "relu"}
-    path = edited(tmp_path / "x", activation="relu", config=json.dumps(sizes))
-    with pytest.raises(UserError, match="activation 'relu' is not one of quick_gelu, gelu"):
-        load_clip(path)
-
-
-@pytest.mark.parametrize("metadata", [{}, {"format": "vop_jax.prompts"}])
-def test_another_safetensors_file_is_refused(tmp_path, metadata):
-    tensors.save(tmp_path / "x", {"a": np.zeros(2)}, metadata)
-    with pytest.raises(UserError, match=r"x: not a converted CLIP; .*convert_clip_weights.py"):
-        load_clip(tmp_path / "x")
 
 
 def sizes(**changes):
     return {"config": json.dumps(tiny.CLIP.to_dict() | changes)}
 
 
+DAMAGED = "x: its metadata is not a converted CLIP's"
+
+
 @pytest.mark.parametrize(
-    "damage",
+    ("metadata", "message"),
     [
-        {"config": "{"},
-        {"config": '{"image_size": 16}'},
-        sizes(vision_width=[32]),
-        sizes(vision_width=32.0),
-        sizes(patch_size=0),
-        sizes(vision_heads=0),
+        (sizes(activation="relu"), "activation 'relu' is not one of quick_gelu, gelu"),
+        ({"format": "vop_jax.prompts"}, r"x: not a converted CLIP; .*convert_clip_weights.py"),
+        ({"config": "{"}, DAMAGED),
+        ({"config": '{"image_size": 16}'}, DAMAGED),
+        *((sizes(vision_width=wrong), DAMAGED) for wrong in ([32], 32.0, 0)),
     ],
 )
-def test_damaged_metadata_is_refused(tmp_path, damage):
-    with pytest.raises(UserError, match="x: its metadata is not a converted CLIP's"):
-        load_clip(edited(tmp_path / "x", **damage))
+def test_wrong_metadata_is_refused(path, metadata, message):
+    edit(path, **metadata)
+    with pytest.raises(UserError, match=message):
+        load_clip(path)
 
 
-def test_a_tensor_below_another_is_refused(tmp_path):
-    safetensors_numpy.save_file(
-        {"logit_scale": np.zeros(()), "logit_scale/x": np.zeros(2)},
-        tmp_path / "x",
-        {"format": "vop_jax.clip"},
-    )
+def test_another_file_is_refused(path):
+    whole = path.read_bytes()
+    for wrong in (whole[:-100], b"PK\x03\x04" + bytes(200)):
+        path.write_bytes(wrong)
+        with pytest.raises(UserError, match="x: not a readable safetensors file"):
+            load_clip(path)
+    nested = {"logit_scale": np.zeros(()), "logit_scale/x": np.zeros(2)}
+    safetensors_numpy.save_file(nested, path, {"format": FORMAT})
     with pytest.raises(UserError, match="x: a tensor lies below the name of another"):
-        load_clip(tmp_path / "x")
+        load_clip(path)
 
 
-def test_a_truncated_file_is_refused(tmp_path):
-    save(tmp_path / "x", random_clip())
-    whole = (tmp_path / "x").read_bytes()
-    (tmp_path / "x").write_bytes(whole[:-100])
-    with pytest.raises(UserError, match="x: not a readable safetensors file"):
-        load_clip(tmp_path / "x")
-
-
-def test_a_released_pytorch_file_is_refused(tmp_path):
-    (tmp_path / "ViT-B-32.pt").write_bytes(b"PK\x03\x04" + bytes(200))
-    with pytest.raises(UserError, match=r"ViT-B-32.pt: not a"):
-        load_clip(tmp_path / "ViT-B-32.pt")
-
-
-@pytest.mark.parametrize("arch", PRESETS)
-def test_presets_have_names(arch):
-    config = PRESETS[arch]
-    assert arch_name(config) == arch
-    assert arch_name(dataclasses.replace(config, activation="gelu")) == arch
-
-
-def test_other_sizes_have_a_descriptive_name():
+def test_architectures_have_names_and_openais_sizes():
+    for arch, config in PRESETS.items():
+        assert (
+            arch_name(config) == arch_name(dataclasses.replace(config, activation="gelu")) == arch
+        )
     other = dataclasses.replace(PRESETS["ViT-B/32"], vision_layers=13)
     assert arch_name(other) == "ViT-13x768/32@224px"
-
-
-@pytest.mark.parametrize(
-    ("arch", "parameters"), [("ViT-B/32", 151_277_313), ("ViT-L/14", 427_616_513)]
-)
-def test_sizes_are_openais(arch, parameters):
-    assert sum(int(np.prod(s)) for s in parameter_shapes(PRESETS[arch]).values()) == parameters
-
-
-def test_patches():
     assert [c.patches for c in PRESETS.values()] == [49, 196, 256, 576, 16, 16]
+    shapes = parameter_shapes(PRESETS["ViT-B/32"])
+    assert sum(int(np.prod(shape)) for shape in shapes.values()) == 151_277_313

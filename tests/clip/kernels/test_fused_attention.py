@@ -1,7 +1,4 @@
-"""The kernel for short sequences, interpreted on a CPU, against attention in plain JAX.
-
-On a GPU itself it was compared by hand, in bfloat16; see docs/benchmarks/speed.md.
-"""
+"""The kernel for short sequences, interpreted on a CPU, against attention in plain JAX."""
 
 import dataclasses
 
@@ -12,6 +9,7 @@ import pytest
 
 from tests import tiny
 from tests.clip.kernels import kernels
+from tests.clip.kernels.kernels import normal
 from vop_jax.clip.kernels import fused_attention
 from vop_jax.clip.kernels.attention import KeyValues, attention
 from vop_jax.tuning.methods import MethodConfig
@@ -19,58 +17,48 @@ from vop_jax.tuning.methods import MethodConfig
 N, T, H, K, P = 4, 10, 2, 16, 3
 
 
-def drawn(*shape):
-    return jnp.asarray(np.random.default_rng(0).normal(0, 1, shape), jnp.float32)
+@pytest.mark.parametrize(
+    ("masked", "shared"), [(False, None), (True, None), (False, 1), (True, 2), (True, 4)]
+)
+def test_values_and_gradients_equal_plain_attention(masked, shared):
+    """With `shared` sets of extra keys, or without."""
+    packed, bias = normal(N, T, 3, H, K), normal(3, H, K, seed=1)
+    extra = () if shared is None else tuple(normal(shared, P, H, K, seed=i) for i in (2, 3))
+    masks = jnp.tril(jnp.ones((1, 1, T, T), bool)), normal(N, 1, T, P) < 0
+    own_mask, extra_mask = masks if masked else (None, None)
 
-
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("shared", [None, 1, 2, 4])  # by how many, no tokens beside
-def test_values_and_gradients_are_those_of_plain_attention(masked, shared):
-    packed, bias, weight = drawn(N, T, 3, H, K), drawn(3, H, K), drawn(N, T, H, K)
-    beside = () if shared is None else (drawn(shared, P, H, K), 2 * drawn(shared, P, H, K))
-    seen = np.random.default_rng(0).random((N, 1, T, P)) < 0.5
-    masks = jnp.tril(jnp.ones((1, 1, T, T), bool)), jnp.asarray(seen)
-    own_mask, other_mask = masks if masked else (None, None)
-
-    def plainly(packed, bias, beside):
+    def plain(packed, bias, extra):
         query, *own = (packed[:, :, i] + bias[None, None, i] for i in range(3))
-        others = [KeyValues(*beside, other_mask)] if beside else []
+        others = [KeyValues(*extra, extra_mask)] if extra else []
         return attention(query, KeyValues(*own, own_mask), *others)
 
-    def by_kernel(packed, bias, beside):
-        others = KeyValues(*beside, other_mask) if beside else None
+    def kernel(packed, bias, extra):
+        others = KeyValues(*extra, extra_mask) if extra else None
         return fused_attention.attention(packed, bias, own_mask, others, interpret=True)
 
-    def result(attend):
-        value = lambda *x: (attend(*x) * weight).sum()  # noqa: E731
-        return jax.value_and_grad(value, argnums=(0, 1, 2))(packed, bias, beside)
-
-    ours, theirs = result(by_kernel), result(plainly)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), ours, theirs)
+    kernels.assert_same(kernel, plain, packed, bias, extra)
 
 
 @pytest.mark.parametrize(
-    ("lengths", "width", "fits"),
+    ("lengths", "width", "supported"),
     [((50, 8), 64, True), ((128,), 64, True), ((129,), 64, False), ((50, 8), 48, False)],
 )
-def test_it_takes_short_sequences_and_heads_of_a_power_of_two(lengths, width, fits):
-    assert fused_attention.supports(lengths, width) is fits
+def test_short_sequences_and_heads_of_a_power_of_two_are_supported(lengths, width, supported):
+    assert fused_attention.supports(lengths, width) is supported
 
 
-QUICK = ("vop_f+p",)
 OTHERS = ("vop", "vop_p", "vop_c", "zero_shot", "adapter_attn")
 
 
 @pytest.mark.parametrize(
-    "name", [*QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in OTHERS)]
+    "name", ["vop_f+p", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
 )
-def test_a_model_with_it_is_the_same_model(monkeypatch, name):
+def test_a_model_with_the_kernels_is_the_same_model(monkeypatch, name):
     """In all layers but the last of each tower; so few tokens are short across frames, too."""
-    clip = dataclasses.replace(tiny.CLIP, text_heads=1)  # heads of 16, as the kernel takes them
-    calls, norms = kernels.interpret(monkeypatch)
+    clip = dataclasses.replace(tiny.CLIP, text_heads=1)  # heads of 16 fit the kernel
+    attentions, norms = kernels.interpret(monkeypatch)
     method = MethodConfig(name, visual_prompts=2, specific_prompts=1, frames=tiny.FRAMES)
     model, params = tiny.model_and_params(method, clip=clip)
-    fused = model.clone(kernel="fused")
     frames, ids = tiny.frames(2), tiny.captions(2, method.text_slots(clip))
 
     def gradient(model):
@@ -78,9 +66,9 @@ def test_a_model_with_it_is_the_same_model(monkeypatch, name):
             video, text = model.apply({"params": params}, frames, ids)
             return (video * text).sum(), (video, text)
 
-        return jax.jit(jax.grad(value, has_aux=True))(params)
+        return jax.tree.leaves(jax.jit(jax.grad(value, has_aux=True))(params))
 
-    for ours, theirs in zip(*map(jax.tree.leaves, map(gradient, (fused, model))), strict=True):
+    for ours, theirs in zip(gradient(model.clone(kernel="fused")), gradient(model), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
-    assert len(calls) == clip.vision_layers + clip.text_layers - 2
+    assert len(attentions) == clip.vision_layers + clip.text_layers - 2
     assert norms.count("kernel") == 2 * (clip.vision_layers + clip.text_layers)
