@@ -1,63 +1,66 @@
 """Random CLIP checkpoints as others publish them; written without the rules under test."""
 
 import pathlib
+import re
 import warnings
 
 import numpy as np
 
 from vop_jax.config.clip import ClipConfig
 
-# Odd on purpose, with two heads and one by the rule width // 64.
+# Odd on purpose; the rule width // 64 gives two heads and one.
 SIZES = ClipConfig(24, 8, 128, 3, 2, 10, 2, 1, 20, context_length=19)
+TOWERS = (("visual.transformer", "vision_model"), ("transformer", "text_model"))
+
+
+def _shapes(sizes: ClipConfig) -> dict[str, tuple[int, ...]]:
+    """The tensors of OpenAI's model, by its names."""
+    v, t, patch = sizes.vision_width, sizes.text_width, sizes.patch_size
+    shapes: dict[str, tuple[int, ...]] = {
+        "positional_embedding": (sizes.context_length, t),
+        "text_projection": (t, sizes.embed_dim),
+        "logit_scale": (),
+        "visual.class_embedding": (v,),
+        "visual.positional_embedding": (sizes.patches + 1, v),
+        "visual.proj": (v, sizes.embed_dim),
+        "visual.conv1.weight": (v, 3, patch, patch),
+        "token_embedding.weight": (sizes.vocab_size, t),
+    }
+    norms = [("visual.ln_pre", v), ("visual.ln_post", v), ("ln_final", t)]
+    widths = ((v, sizes.vision_layers), (t, sizes.text_layers))
+    for (prefix, _), (width, layers) in zip(TOWERS, widths, strict=True):
+        for i in range(layers):
+            block = f"{prefix}.resblocks.{i}"
+            norms += [(f"{block}.ln_1", width), (f"{block}.ln_2", width)]
+            shapes |= {
+                f"{block}.attn.in_proj_weight": (3 * width, width),
+                f"{block}.attn.in_proj_bias": (3 * width,),
+                f"{block}.attn.out_proj.weight": (width, width),
+                f"{block}.attn.out_proj.bias": (width,),
+                f"{block}.mlp.c_fc.weight": (4 * width, width),
+                f"{block}.mlp.c_fc.bias": (4 * width,),
+                f"{block}.mlp.c_proj.weight": (width, 4 * width),
+                f"{block}.mlp.c_proj.bias": (width,),
+            }
+    return shapes | {f"{norm}.{k}": (width,) for norm, width in norms for k in ("weight", "bias")}
 
 
 def openai_state(sizes: ClipConfig, seed: int = 0) -> dict[str, np.ndarray]:
     """OpenAI's names and shapes; float32 values that float16 holds exactly."""
     rng = np.random.default_rng(seed)
-    state: dict[str, np.ndarray] = {}
-
-    def add(name, *shape, std=0.02, mean=0.0):
-        values = rng.standard_normal(shape, np.float32) * std + mean
+    state = {}
+    for name, shape in _shapes(sizes).items():
+        std = 0.1 if len(shape) < 2 or "embedding" in name else np.prod(shape[1:]) ** -0.5
+        centre = 1.0 if ".ln_" in f".{name}" and name.endswith("weight") else 0.0
+        centre = 2.66 if name == "logit_scale" else centre
+        values = rng.standard_normal(shape, np.float32) * std + centre
         state[name] = np.asarray(values, np.float16).astype(np.float32)
-
-    def add_norm(name, width):
-        add(f"{name}.weight", width, std=0.1, mean=1.0)
-        add(f"{name}.bias", width, std=0.1)
-
-    def add_blocks(prefix, layers, width):
-        for i in range(layers):
-            block = f"{prefix}.resblocks.{i}"
-            add_norm(f"{block}.ln_1", width)
-            add(f"{block}.attn.in_proj_weight", 3 * width, width, std=width**-0.5)
-            add(f"{block}.attn.in_proj_bias", 3 * width, std=0.1)
-            add(f"{block}.attn.out_proj.weight", width, width, std=0.5 * width**-0.5)
-            add(f"{block}.attn.out_proj.bias", width, std=0.1)
-            add_norm(f"{block}.ln_2", width)
-            add(f"{block}.mlp.c_fc.weight", 4 * width, width, std=width**-0.5)
-            add(f"{block}.mlp.c_fc.bias", 4 * width, std=0.1)
-            add(f"{block}.mlp.c_proj.weight", width, 4 * width, std=0.5 * width**-0.5)
-            add(f"{block}.mlp.c_proj.bias", width, std=0.1)
-
-    v, t, patch = sizes.vision_width, sizes.text_width, sizes.patch_size
-    add("positional_embedding", sizes.context_length, t, std=0.1)
-    add("text_projection", t, sizes.embed_dim, std=t**-0.5)
-    add("logit_scale", mean=2.66)
-    add("visual.class_embedding", v, std=0.1)
-    add("visual.positional_embedding", sizes.patches + 1, v, std=0.1)
-    add("visual.proj", v, sizes.embed_dim, std=v**-0.5)
-    add("visual.conv1.weight", v, 3, patch, patch, std=1 / patch)
-    add_norm("visual.ln_pre", v)
-    add_blocks("visual.transformer", sizes.vision_layers, v)
-    add_norm("visual.ln_post", v)
-    add_blocks("transformer", sizes.text_layers, t)
-    add("token_embedding.weight", sizes.vocab_size, t, std=0.1)
-    add_norm("ln_final", t)
     return state
 
 
 def count_blocks(state: dict[str, np.ndarray], tower: str) -> int:
     """Blocks of `visual.transformer` or `transformer` in OpenAI's names."""
-    return sum(f"{tower}.resblocks.{i}.ln_1.weight" in state for i in range(100))
+    return sum(name.startswith(tower) and name.endswith("ln_1.bias") for name in state)
 
 
 def custom_text_state(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -66,39 +69,38 @@ def custom_text_state(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {k if k.startswith(outside) else f"text.{k}": v for k, v in state.items()}
 
 
+HUGGING_FACE_NAMES = (
+    (r"^visual\.transformer\.resblocks", "vision_model.encoder.layers"),
+    (r"^transformer\.resblocks", "text_model.encoder.layers"),
+    (r"\.ln_(\d)", r".layer_norm\1"),
+    (r"\.attn\.", ".self_attn."),
+    (r"\.c_fc\.", ".fc1."),
+    (r"\.c_proj\.", ".fc2."),
+    (r"^visual\.ln_pre", "vision_model.pre_layrnorm"),
+    (r"^visual\.ln_post", "vision_model.post_layernorm"),
+    (r"^ln_final", "text_model.final_layer_norm"),
+    (r"^visual\.proj$", "visual_projection.weight"),
+    (r"^text_projection$", "text_projection.weight"),
+    (r"^visual\.conv1", "vision_model.embeddings.patch_embedding"),
+    (r"^visual\.class_embedding", "vision_model.embeddings.class_embedding"),
+    (r"^visual\.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
+    (r"^token_embedding", "text_model.embeddings.token_embedding"),
+    (r"^positional_embedding", "text_model.embeddings.position_embedding.weight"),
+)
+
+
 def hugging_face_state(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The same weights with transformers' names: query, key, value apart, linear projections."""
-    towers = (("visual.transformer", "vision_model"), ("transformer", "text_model"))
-    modules = {
-        "ln_1": "layer_norm1",
-        "ln_2": "layer_norm2",
-        "attn.out_proj": "self_attn.out_proj",
-        "mlp.c_fc": "mlp.fc1",
-        "mlp.c_proj": "mlp.fc2",
-    }
-    renamed = {
-        "logit_scale": state["logit_scale"],
-        "visual_projection.weight": state["visual.proj"].T,
-        "text_projection.weight": state["text_projection"].T,
-        "vision_model.embeddings.class_embedding": state["visual.class_embedding"],
-        "vision_model.embeddings.patch_embedding.weight": state["visual.conv1.weight"],
-        "vision_model.embeddings.position_embedding.weight": state["visual.positional_embedding"],
-        "text_model.embeddings.token_embedding.weight": state["token_embedding.weight"],
-        "text_model.embeddings.position_embedding.weight": state["positional_embedding"],
-        "text_model.embeddings.position_ids": np.arange(len(state["positional_embedding"]))[None],
-    }
-    for kind in ("weight", "bias"):
-        renamed[f"vision_model.pre_layrnorm.{kind}"] = state[f"visual.ln_pre.{kind}"]
-        renamed[f"vision_model.post_layernorm.{kind}"] = state[f"visual.ln_post.{kind}"]
-        renamed[f"text_model.final_layer_norm.{kind}"] = state[f"ln_final.{kind}"]
-        for ours, theirs in towers:
-            for i in range(count_blocks(state, ours)):
-                block, layer = f"{ours}.resblocks.{i}", f"{theirs}.encoder.layers.{i}"
-                for source, target in modules.items():
-                    renamed[f"{layer}.{target}.{kind}"] = state[f"{block}.{source}.{kind}"]
-                packed = np.split(state[f"{block}.attn.in_proj_{kind}"], 3)
-                for letter, part in zip("qkv", packed, strict=True):
-                    renamed[f"{layer}.self_attn.{letter}_proj.{kind}"] = part
+    length = len(state["positional_embedding"])
+    renamed = {"text_model.embeddings.position_ids": np.arange(length)[None]}
+    for name, value in state.items():
+        for pattern, replacement in HUGGING_FACE_NAMES:
+            name = re.sub(pattern, replacement, name)
+        if "in_proj" in name:
+            for letter, part in zip("qkv", np.split(value, 3), strict=True):
+                renamed[name.replace("in_proj_", f"{letter}_proj.")] = part
+        else:
+            renamed[name] = value.T if name.endswith("projection.weight") else value
     return {k: np.array(v, order="C") for k, v in renamed.items()}
 
 
@@ -155,23 +157,19 @@ def released_state(
 ) -> dict[str, np.ndarray]:
     """`VoP_msrvtt9k.pth`: CLIP twice and `visual` and `text` prompt tokens per layer."""
     rng = np.random.default_rng(seed)
-
-    def prompts(tower, *shape):
-        layers = count_blocks(state, tower)
-        return std * rng.standard_normal((layers, *shape), np.float32)
-
     released = {f"module.clip.{k}": v for k, v in state.items()}
     for name, value in state.items():
         if name.startswith("visual."):
             released[f"module.image_encoder.{name.removeprefix('visual.')}"] = value
         elif name != "logit_scale":
             released[f"module.text_encoder.{name}"] = value
-    released["module.visual_prompt_learner.visual_prompts"] = prompts(
-        "visual.transformer", 1, visual, state["visual.proj"].shape[0]
-    )
-    released["module.text_prompt_learner.text_prompts"] = prompts(
-        "transformer", text, state["text_projection"].shape[0]
-    )
+    layers = count_blocks(state, "visual"), count_blocks(state, "transformer")
+    shape = layers[0], 1, visual, len(state["visual.proj"])
+    prompts = std * rng.standard_normal(shape, np.float32)
+    released["module.visual_prompt_learner.visual_prompts"] = prompts
+    shape = layers[1], text, len(state["text_projection"])
+    prompts = std * rng.standard_normal(shape, np.float32)
+    released["module.text_prompt_learner.text_prompts"] = prompts
     return released
 
 
