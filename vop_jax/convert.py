@@ -31,22 +31,23 @@ from vop_jax.tuning.prompt_set import released_method, save_prompts
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line.
+    """Parses the command line.
 
     Raises:
-        UserError: an unknown flag, a missing one, or a value that is not allowed.
+        UserError: a flag is unknown or missing, or its value is not allowed.
     """
     parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
+    unstated = "use it if no file beside the source states it"
     add("--source", metavar="FILE_OR_NAME", help="what to convert")
     add("--output", metavar="FILE", help="the converted CLIP, safetensors")
     add("--prompts-output", metavar="FILE", help="the prompts of a released VoP checkpoint")
-    add("--activation", choices=ACTIVATIONS, help="where nothing beside the file states it")
-    add("--vision-heads", type=int, metavar="N", help="where nothing beside the file states them")
-    add("--text-heads", type=int, metavar="N", help="likewise")
+    add("--activation", choices=ACTIVATIONS, help=unstated)
+    add("--vision-heads", type=cli.whole(1), metavar="N", help=unstated)
+    add("--text-heads", type=cli.whole(1), metavar="N", help=unstated)
     add("--ema", action="store_true", help="take the running average in the file")
-    add("--verify", metavar="FILE", help="check all of a converted CLIP against its fingerprint")
-    add("--cache", default=download.CACHE, metavar="DIR", help="of downloads; %(default)s")
+    add("--verify", metavar="FILE", help="check a converted CLIP against its fingerprint")
+    add("--cache", default=download.CACHE, metavar="DIR", help="for downloads; %(default)s")
     add("--base-url", default=download.BASE_URL, metavar="URL", help="a mirror of OpenAI's server")
     args = parser.parse_args(argv)
     others = ("source", "output", "prompts_output", "activation", "vision_heads", "text_heads")
@@ -54,20 +55,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UserError("--verify takes no other option")
     if not args.verify and not (args.source and args.output):
         raise UserError("--source and --output are required, or --verify")
-    for flag, heads in (("vision", args.vision_heads), ("text", args.text_heads)):
-        if heads is not None and heads < 1:
-            raise UserError(f"--{flag}-heads={heads}: must be 1 or more")
     for flag, path in (("output", args.output), ("prompts-output", args.prompts_output)):
         if path is not None and (not path or os.path.isdir(path)):
             raise UserError(f"--{flag}={path}: is a directory, not a file to write")
     paths = [os.path.abspath(p) for p in (args.source, args.output, args.prompts_output) if p]
     if len(set(paths)) < len(paths):
-        raise UserError("--source, --output and --prompts-output are different files")
+        raise UserError("--source, --output and --prompts-output must be different files")
     return args
 
 
 def run(args: argparse.Namespace) -> None:
-    """Converts, writes and says what was written."""
+    """Converts a checkpoint, writes its CLIP and prompts, and prints what it wrote."""
     if args.verify:
         print(f"{args.verify}: {load_clip(args.verify, verify=True).name}, as it was converted")
         return
@@ -77,44 +75,37 @@ def run(args: argparse.Namespace) -> None:
     elif not os.path.exists(args.source) and "://" not in args.source:
         names = ", ".join(download.PUBLISHED)
         raise UserError(f"{args.source}: no such file; names that can be downloaded are {names}")
-    converted = convert(
-        source,
-        activation=args.activation,
-        vision_heads=args.vision_heads,
-        text_heads=args.text_heads,
-        ema=args.ema,
-    )
+    heads = {"vision_heads": args.vision_heads, "text_heads": args.text_heads}
+    converted = convert(source, activation=args.activation, **heads, ema=args.ema)
     if args.prompts_output and converted.prompts is None:
         raise UserError(f"--prompts-output={args.prompts_output}: {source} holds no prompts")
-    for sentence in converted.notes:
-        print(f"note: {sentence}")
-    params, config = converted.params, converted.config
-    name = Path(source).name
-    fingerprint = save_clip(
-        args.output, params, config, source=name, source_sha256=converted.sha256
-    )
+    for note in converted.notes:
+        print(f"note: {note}")
+    params, config, name = converted.params, converted.config, Path(source).name
+    digest = converted.sha256
+    fingerprint = save_clip(args.output, params, config, source=name, source_sha256=digest)
     clip = ClipWeights(params, config, fingerprint, name)
     count = sum(leaf.size for leaf in tensors.flatten(params).values())
     print(f"{args.output}: {clip.name}, {config.activation}, {count:,} parameters")
     if converted.prompts is not None:
-        write_prompts(args.prompts_output, converted, clip)
+        _write_prompts(args.prompts_output, converted, clip)
 
 
-def write_prompts(path: str | None, converted: ConvertedClip, clip: ClipWeights) -> None:
-    """The prompts of a released checkpoint, and the method that they are of."""
+def _write_prompts(path: str | None, converted: ConvertedClip, clip: ClipWeights) -> None:
+    """Writes the prompts of a released checkpoint with their method, or notes that they exist."""
     assert converted.prompts is not None
     visual, text = converted.prompts["visual"].shape[1], converted.prompts["text"].shape[1]
-    stated = converted.released
-    method = released_method(visual, text, stated.text_prefix if stated else None)
-    if stated is None:
+    released = converted.released
+    method = released_method(visual, text, released.text_prefix if released else None)
+    if released is None:
         print(
             f"note: no configuration.json beside {clip.source} states the lengths of its text "
-            "prompts: half of them are prefix"
+            "prompts; half of them are taken as prefix"
         )
     method.check_fits(clip.config)
-    found = f"{visual} visual, {method.text_prefix} + {method.text_suffix} text prompts a layer"
+    lengths = f"{visual} visual, {method.text_prefix} + {method.text_suffix} text prompts per layer"
     if not path:
-        print(f"note: {clip.source} also holds {found}; --prompts-output=FILE writes them")
+        print(f"note: {clip.source} also holds {lengths}; --prompts-output=FILE writes them")
         return
     save_prompts(
         path,
@@ -123,9 +114,9 @@ def write_prompts(path: str | None, converted: ConvertedClip, clip: ClipWeights)
         clip_fingerprint=clip.fingerprint,
         clip_name=clip.name,
         clip_config=clip.config,
-        video={"frames": stated.frames} if stated and stated.frames else None,
+        video={"frames": released.frames} if released and released.frames else None,
     )
-    print(f"{path}: {found}")
+    print(f"{path}: {lengths}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""The command line of the converter: what it writes, what it says, how it ends."""
+"""The converter's command line: its files, its messages, its exit statuses."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from vop_jax.clip.weights import load_clip
 from vop_jax.storage import tensors
 from vop_jax.tuning.prompt_set import check_same_clip, load_prompts
 
-SCRIPT = Path(__file__).parents[2] / "tools" / "convert_clip_weights.py"
+SCRIPT = Path(__file__).parents[1] / "tools" / "convert_clip_weights.py"
 STATE = checkpoints.openai_state(SIZES)
 HEADS = ["--vision-heads=2", "--text-heads=1"]
 
@@ -31,13 +31,6 @@ def source(tmp_path):
     return path
 
 
-@pytest.fixture
-def released(tmp_path):
-    pytest.importorskip("torch", reason="writes a PyTorch file")
-    state = checkpoints.released_state(STATE, 3, 5)
-    return checkpoints.save_torch(tmp_path / "VoP.pth", state, "state_dict")
-
-
 def refused(capsys, *argv):
     """The one line of a call that ends with status 2."""
     assert convert.main(list(argv)) == 2
@@ -46,50 +39,53 @@ def refused(capsys, *argv):
     return err
 
 
-def test_runs_from_any_folder_without_the_package_installed(source, tmp_path):
+def test_the_script_runs_from_any_folder_without_the_package_installed(source, tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     command = [sys.executable, str(SCRIPT), f"--source={source.name}", "--output=new/clip.st"]
     done = processes.run([*command, *HEADS], cwd=tmp_path, env=environment)
     assert (done.returncode, done.stderr) == (0, "")
     assert "note: nothing states the activation" in done.stdout
     weights = load_clip(tmp_path / "new" / "clip.st")
-    assert weights.config == SIZES
+    assert weights.config == SIZES and weights.source == source.name
     assert weights.name in done.stdout
-    assert weights.source == source.name
     metadata = tensors.read_metadata(tmp_path / "new" / "clip.st")
     assert metadata["source_sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
     assert metadata["fingerprint"] == tensors.fingerprint(weights.params)
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["clip.st"], "nothing else is left"
 
 
-def test_writes_clip_and_prompts_of_a_released_checkpoint(released, tmp_path, capsys):
+def test_a_released_checkpoint_gives_clip_and_prompts(tmp_path, capsys):
+    pytest.importorskip("torch", reason="writes a PyTorch file")
+    state = checkpoints.released_state(STATE, 3, 5)
+    released = checkpoints.save_torch(tmp_path / "VoP.pth", state, "state_dict")
     clip, prompts = tmp_path / "clip.safetensors", tmp_path / "prompts.safetensors"
-    argv = [f"--source={released}", f"--output={clip}", f"--prompts-output={prompts}"]
+    argv = [f"--source={released}", f"--output={clip}"]
     assert convert.main(argv) == 0
-    assert "3 visual, 2 + 3 text prompts a layer" in capsys.readouterr().out
-    weights, found = load_clip(clip), load_prompts(prompts)
-    check_same_clip(prompts, found, weights.fingerprint, weights.name, weights.config)
-    assert found.clip_name == weights.name
-    assert found.clip_config == weights.config == SIZES
-    assert found.method.suffix == "released"
-    assert (found.method.text_prefix, found.method.text_suffix) == (2, 3)
-
-
-def test_prompts_have_the_lengths_that_are_stated(released, tmp_path, capsys):
+    assert "--prompts-output=FILE writes them" in capsys.readouterr().out
+    assert convert.main([*argv, f"--prompts-output={prompts}"]) == 0
+    assert "3 visual, 2 + 3 text prompts" in capsys.readouterr().out
+    weights, saved = load_clip(clip), load_prompts(prompts)
+    check_same_clip(prompts, saved, weights.fingerprint, weights.name, weights.config)
+    assert saved.clip_name == weights.name
+    assert saved.clip_config == weights.config == SIZES
+    lengths = saved.method.suffix, saved.method.text_prefix, saved.method.text_suffix
+    assert lengths == ("released", 2, 3)
     stated = {"tp_prefix_token_num": 4, "tp_suffix_token_num": 1, "num_frames": 8}
     (tmp_path / "configuration.json").write_text(json.dumps({"hyperparam": stated}))
-    prompts = tmp_path / "prompts.safetensors"
-    flags = [f"--output={tmp_path / 'clip'}", f"--prompts-output={prompts}"]
-    assert convert.main([f"--source={released}", *flags]) == 0
-    assert "3 visual, 4 + 1 text prompts a layer" in capsys.readouterr().out
-    found = load_prompts(prompts)
-    assert (found.method.text_prefix, found.method.text_suffix) == (4, 1)
-    assert found.video == {"frames": 8}
+    assert convert.main([*argv, f"--prompts-output={prompts}"]) == 0
+    assert "3 visual, 4 + 1 text prompts" in capsys.readouterr().out
+    saved = load_prompts(prompts)
+    assert (saved.method.text_prefix, saved.method.text_suffix) == (4, 1)
+    assert saved.video == {"frames": 8}
 
 
-def test_verifies_a_converted_clip(source, tmp_path, capsys):
-    clip = tmp_path / "clip.safetensors"
-    assert convert.main([f"--source={source}", f"--output={clip}", *HEADS]) == 0
+def test_a_converted_clip_is_verified(source, tmp_path, capsys):
+    """With flags for what nothing states."""
+    clip = tmp_path / "clip"
+    flags = ["--activation=gelu", "--vision-heads=4", "--text-heads=5"]
+    assert convert.main([f"--source={source}", f"--output={clip}", *flags]) == 0
+    config = load_clip(clip).config
+    assert (config.activation, config.vision_heads, config.text_heads) == ("gelu", 4, 5)
     assert convert.main([f"--verify={clip}"]) == 0
     assert load_clip(clip).name in capsys.readouterr().out.splitlines()[-1]
     clip.write_bytes(clip.read_bytes()[:-1] + b"\1")
@@ -98,25 +94,12 @@ def test_verifies_a_converted_clip(source, tmp_path, capsys):
         assert "no other option" in refused(capsys, f"--verify={clip}", other)
 
 
-def test_says_that_prompts_were_left(released, tmp_path, capsys):
-    assert convert.main([f"--source={released}", f"--output={tmp_path / 'clip'}"]) == 0
-    assert "--prompts-output=FILE writes them" in capsys.readouterr().out
-
-
-def test_flags_reach_the_config(source, tmp_path):
-    flags = ["--activation=gelu", "--vision-heads=4", "--text-heads=5"]
-    assert convert.main([f"--source={source}", f"--output={tmp_path / 'clip'}", *flags]) == 0
-    config = load_clip(tmp_path / "clip").config
-    assert (config.activation, config.vision_heads, config.text_heads) == ("gelu", 4, 5)
-
-
 def test_a_name_is_downloaded(tmp_path, monkeypatch):
     pytest.importorskip("torch", reason="writes a PyTorch file")
     archive = checkpoints.save_torchscript(tmp_path / "served.pt", STATE, SIZES)
     body = archive.read_bytes()
-    monkeypatch.setitem(
-        download.PUBLISHED, "ViT-B/32", (hashlib.sha256(body).hexdigest(), "ViT-B-32.pt")
-    )
+    published = hashlib.sha256(body).hexdigest(), "ViT-B-32.pt"
+    monkeypatch.setitem(download.PUBLISHED, "ViT-B/32", published)
     with serving(body) as (url, _):
         flags = [f"--cache={tmp_path / 'cache'}", f"--base-url={url}"]
         assert convert.main(["--source=ViT-B/32", f"--output={tmp_path / 'clip'}", *flags]) == 0
@@ -125,12 +108,12 @@ def test_a_name_is_downloaded(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("argv", "named"),
+    ("argv", "message"),
     [
         (["--source=a"], "--output"),
         (["--source=a", "--output=b", "--sauce=c"], "--sauce"),
         (["--source=a", "--output=b", "--activation=relu"], "quick_gelu"),
-        (["--source=a", "--output=b", "--text-heads=0"], "--text-heads=0"),
+        (["--source=a", "--output=b", "--text-heads=0"], "--text-heads"),
         (["--source=a", "--output=b", "--vision-heads=x"], "--vision-heads"),
         (["--source=a", "--output=a"], "different files"),
         (["--source=a", "--output=b", "--prompts-output=b"], "different files"),
@@ -138,30 +121,23 @@ def test_a_name_is_downloaded(tmp_path, monkeypatch):
         (["--source=ViT-B/33", "--output=b"], "ViT-B/33: no such file; names"),
     ],
 )
-def test_a_wrong_call_is_one_line(argv, named, capsys):
-    assert named in refused(capsys, *argv)
+def test_a_wrong_call_is_one_line(argv, message, capsys):
+    assert message in refused(capsys, *argv)
 
 
-def test_a_place_that_cannot_be_written_is_one_line(source, capsys):
-    error = refused(capsys, f"--source={source}", f"--output={source}/clip")
-    assert str(source) in error
+def test_a_failure_is_one_line_and_leaves_no_output(source, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "clip"
+    argv = [f"--source={source}", f"--output={output}", *HEADS]
+    error = refused(capsys, *argv, f"--prompts-output={tmp_path / 'prompts'}")
+    assert "holds no prompts" in error
+    assert str(source) in refused(capsys, f"--source={source}", f"--output={source}/clip", *HEADS)
 
-
-def test_a_full_disk_is_one_line(source, tmp_path, capsys, monkeypatch):
-    def full(*args, **kwargs):
+    def fail(*args, **kwargs):
         raise SafetensorError("Error while serializing: I/O error: No space left on device")
 
-    monkeypatch.setattr(convert, "save_clip", full)
-    message = refused(capsys, f"--source={source}", f"--output={tmp_path / 'x'}", *HEADS)
-    assert "No space left on device" in message
-
-
-def test_a_refused_source_leaves_no_output(source, tmp_path, capsys):
-    output = tmp_path / "clip"
-    with_prompts = [f"--prompts-output={tmp_path / 'prompts'}", *HEADS]
-    error = refused(capsys, f"--source={source}", f"--output={output}", *with_prompts)
-    assert "holds no prompts" in error
+    with monkeypatch.context() as full_disk:
+        full_disk.setattr(convert, "save_clip", fail)
+        assert "No space left on device" in refused(capsys, *argv)
     source.write_bytes(source.read_bytes()[:-5])
-    error = refused(capsys, f"--source={source}", f"--output={output}")
-    assert str(source) in error
+    assert str(source) in refused(capsys, *argv)
     assert not output.exists()
