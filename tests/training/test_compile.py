@@ -9,18 +9,15 @@ import pytest
 from absl import logging
 
 from benchmarks.step_cost import Programs
-from tests import tiny
-from vop_jax.config.base import base_config
+from tests.training import rows
 from vop_jax.config.clip import PRESETS, ClipConfig
 from vop_jax.errors import UserError
 from vop_jax.training import compile, sharding
 from vop_jax.training.compile import CompiledStep, MemoryEstimate, matmul_flops
-from vop_jax.training.step import TrainState, batch_loss, make_optimizer, make_train_step
+from vop_jax.training.step import batch_loss
 from vop_jax.tuning.methods import MethodConfig
-from vop_jax.tuning.partition import merge, partition
+from vop_jax.tuning.partition import merge
 
-METHOD = MethodConfig("vop", frames=tiny.FRAMES, visual_prompts=2)
-SLOTS = METHOD.text_slots(tiny.CLIP)
 GB = 10**9
 # Few layers, but widths at which matrix products outweigh the rest as in a real CLIP.
 SMALL = ClipConfig(96, 16, 256, 2, 4, 128, 2, 2, 128)
@@ -40,32 +37,15 @@ def compilations():
     active.clear()  # jax keeps its listeners
 
 
-def prepare(shape):
-    """(mesh, step, state, frozen)."""
-    mesh = sharding.make_mesh(*shape)
-    model, params = tiny.model_and_params(METHOD)
-    trainable, frozen = partition(params, METHOD.trainable_patterns(tiny.CLIP))
-    optimizer = make_optimizer(base_config().train)
-    state = sharding.place(mesh, TrainState.create(trainable, optimizer))
-    return mesh, make_train_step(model, optimizer, mesh), state, sharding.place(mesh, frozen)
-
-
-def batch_of(mesh, size, width=SLOTS, seed=0):
-    rows = {"frames": tiny.frames(size, seed), "ids": tiny.captions(size, SLOTS, seed)[:, :width]}
-    return sharding.to_global(mesh, rows)
-
-
-@pytest.mark.parametrize(
-    "shape", [(2, 1, 1), pytest.param((2, 2, 2), marks=pytest.mark.slow)], ids=str
-)
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)], ids=str)
 def test_each_shape_of_a_batch_is_compiled_once_and_all_widths_before_the_first_step(
     shape, compilations, caplog
 ):
     logging.set_verbosity(logging.INFO)
-    mesh, step, state, frozen = prepare(shape)
-    run = CompiledStep(step, mesh, (SLOTS - 2, SLOTS))
-    whole, narrow = batch_of(mesh, 8), batch_of(mesh, 8, SLOTS - 2, seed=1)
-    larger = batch_of(mesh, 12)
+    mesh, _, step, state, frozen = rows.prepare(*shape)
+    run = CompiledStep(step, mesh, (3, 5))
+    narrow, whole = (sharding.to_global(mesh, rows.batch(0, width=width)) for width in (3, 5))
+    larger = sharding.to_global(mesh, rows.batch(0, size=16))
     places = jax.tree.map(lambda x: x.sharding, state)
     compilations.clear()
     seen = []
@@ -74,30 +54,31 @@ def test_each_shape_of_a_batch_is_compiled_once_and_all_widths_before_the_first_
             state, metrics = run(state, frozen, batch)
             seen.append((len(run.programs), len(compilations)))
     assert seen == [(2, 2)] * 3 + [(3, 3)] * 3
-    assert f"step for captions of {SLOTS - 2} and {SLOTS} slots compiled in" in caplog.text
+    assert "step for captions of 3 and 5 slots compiled in" in caplog.text
     assert int(state.step) == 6 and np.isfinite(float(metrics["loss"]))
     assert jax.tree.map(lambda x: x.sharding, state) == places
 
 
 def test_memory_and_duration_are_logged(caplog, monkeypatch):
     logging.set_verbosity(logging.INFO)
-    mesh, step, state, frozen = prepare((1, 1, 1))
-    size = sum(x.nbytes for x in jax.tree.leaves((state, frozen)))
-    monkeypatch.setattr(compile, "available_memory", lambda: 1000)  # bytes
-    monkeypatch.setattr(compile, "matmul_flops_per_second", lambda dtype, platform: 1e6)
-    flops = matmul_flops(jax.make_jaxpr(step)(state, frozen, batch_of(mesh, 8)).jaxpr)
+    mesh, _, step, state, frozen = rows.prepare(1)
+    batch = sharding.to_global(mesh, rows.batch(0))
+    size = sum(x.nbytes for x in jax.tree.leaves((state, frozen, batch)))
+    monkeypatch.setattr(compile, "available_memory", lambda: 10)  # bytes
+    monkeypatch.setattr(compile, "matmul_flops_per_second", lambda dtype, platform: 100.0)
+    flops = matmul_flops(jax.make_jaxpr(step)(state, frozen, batch).jaxpr)
     run = CompiledStep(step, mesh, steps=100)
     with caplog.at_level("INFO", logger="absl"):
-        run(state, frozen, batch_of(mesh, 8))
+        run(state, frozen, batch)
     (line,) = [m for m in caplog.messages if m.startswith("step compiled in")]
     (warning,) = [m for m in caplog.messages if "this machine has 0.000 free" in m]
     assert warning.startswith("a step takes 0.0") and "config.compute.remat" in warning
     (time,) = [m for m in caplog.messages if m.startswith("100 steps take ")]
-    assert f"take {timedelta(seconds=round(flops / 1e4))} or more: {flops / 1e9:.3g} GFLOP" in time
+    assert f"take {timedelta(seconds=round(flops))} or more: {flops / 1e9:.3g} GFLOP" in time
     (program,) = run.programs.values()
     estimate = MemoryEstimate.of(program)
     assert estimate.limit is None and estimate.activations > 0 and str(estimate) in line
-    assert size < estimate.arguments < 1.5 * size + 1e5  # also the batch and metrics
+    assert size <= estimate.arguments < 1.5 * size + 1000  # also metrics
 
 
 class Device:
@@ -126,10 +107,10 @@ def test_a_step_that_does_not_fit_is_refused_before_it_runs(monkeypatch):
         "a step needs 17.0 GB of a device: 4.0 parameters, state and batch, 10.0 activations, 3.0 "
         "other arrays; it has 16.0, 1.0 GB are missing: set config.compute.remat='full', "
     )
-    mesh, step, state, frozen = prepare((1, 1, 1))
+    mesh, _, step, state, frozen = rows.prepare(1)
     monkeypatch.setattr(compile.MemoryEstimate, "of", lambda *_: estimate)
     with pytest.raises(UserError) as caught:
-        CompiledStep(step, mesh)(state, frozen, batch_of(mesh, 8))
+        CompiledStep(step, mesh)(state, frozen, sharding.to_global(mesh, rows.batch(0)))
     assert str(caught.value).startswith(message)
     for key in ("frame_chunk", "train.microbatches", "compute.dtype", "mesh.fsdp", "memory.md"):
         assert key in str(caught.value)
@@ -150,8 +131,8 @@ def test_a_compiler_that_lacks_memory_is_an_error_of_the_user_and_others_are_not
         def step(state, frozen, batch):
             raise jax.errors.JaxRuntimeError(message)
 
-        mesh, _, state, frozen = prepare((1, 1, 1))
-        CompiledStep(step, mesh)(state, frozen, batch_of(mesh, 8))
+        mesh, _, _, state, frozen = rows.prepare(1)
+        CompiledStep(step, mesh)(state, frozen, sharding.to_global(mesh, rows.batch(0)))
 
     with pytest.raises(UserError, match=r"does not fit a device .*Used 20G of 16G.*remat='full'"):
         compile_with("RESOURCE_EXHAUSTED: Ran out of memory.\nUsed 20G of 16G hbm.")
@@ -159,21 +140,21 @@ def test_a_compiler_that_lacks_memory_is_an_error_of_the_user_and_others_are_not
         compile_with("INTERNAL: something else")
 
 
-def flops_of(clip, method, frames):
-    """FLOPs of (the loss alone, a whole step) of two clips; traced only."""
+def flops_of(clip, method, frames, what="forward"):
+    """FLOPs of "forward", the loss of two clips, or of a whole "step"; traced only."""
     programs = Programs(clip, method, frames, batch=2)
 
     def loss(state, frozen, rows):
         return batch_loss(programs.model, merge(state.trainable, frozen), rows)
 
-    functions = loss, programs.train_step
-    return [matmul_flops(jax.make_jaxpr(f)(*programs.shapes).jaxpr) for f in functions]
+    function = {"forward": loss, "step": programs.train_step}[what]
+    return matmul_flops(jax.make_jaxpr(function)(*programs.shapes).jaxpr)
 
 
 def cost_ratio(clip, name, frames):
     """FLOPs of a step by those of its forward pass."""
-    forward, step = flops_of(clip, MethodConfig(name), frames)
-    return step / forward
+    method = MethodConfig(name)
+    return flops_of(clip, method, frames, "step") / flops_of(clip, method, frames)
 
 
 def test_a_prompt_tuning_step_costs_two_forward_passes():
@@ -182,6 +163,7 @@ def test_a_prompt_tuning_step_costs_two_forward_passes():
     assert 1.8 <= cost_ratio(deeper, "vop", frames=4) <= 2.1
 
 
+@pytest.mark.slow
 def test_full_tuning_costs_three_and_vit_b32_two():
     assert 2.7 <= cost_ratio(SMALL, "full", frames=4) <= 3.3
     assert 1.8 <= cost_ratio(PRESETS["ViT-B/32"], "vop", frames=12) <= 2.1
@@ -202,7 +184,7 @@ def test_prompts_are_no_part_of_the_sequence_and_plain_clip_costs_its_matrix_pro
     patches = 2 * c.patches * 3 * c.patch_size**2 * c.vision_width
     frame = patches + blocks(c.vision_layers, c.vision_width, 1 + c.patches)
     caption = blocks(c.text_layers, c.text_width, c.context_length)
-    plain, _ = flops_of(c, MethodConfig("proj"), frames)
+    plain = flops_of(c, MethodConfig("proj"), frames)
     assert 1 <= plain / (batch * (frames * frame + caption)) <= 1.01
-    prompts, _ = flops_of(c, MethodConfig("vop", visual_prompts=64), frames)
+    prompts = flops_of(c, MethodConfig("vop", visual_prompts=64), frames)
     assert prompts / plain < 1.15  # as part of it they would make 2.4 times as many tokens
