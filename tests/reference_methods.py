@@ -23,18 +23,23 @@ class Reference:
 
     Args:
         params: flat {name: array}.
-        name: of the method.
+        method: the values of the config's section `method`, as attributes.
         depth: {"visual", "text"}: layers of each tower.
-        split: layers before frames meet, of the F methods.
-        prefix: text prompts after SOS.
-        role: of the context, "prompts" or "cls".
+        patch: side of a patch in pixels.
     """
 
-    def __init__(self, params, name, depth, patch, split, prefix, cmm="bilstm", role="prompts"):
+    def __init__(self, params, method, depth, patch):
         self.p = {key: np.asarray(value, np.float64) for key, value in params.items()}
-        self.name, self.depth, self.patch = name, depth, patch
-        self.prefix, self.cmm, self.role = prefix, cmm, role
-        self.split = split if name.startswith("vop_f") else depth["visual"]
+        self.m, self.name, self.depth, self.patch = method, method.name, depth, patch
+        self.split = method.split_layer if "vop_f" in method.name else depth["visual"]
+        last = method.last_layer or max(depth.values())
+        self.prompted = [layer for layer in range(method.first_layer - 1, last)]
+
+    def prompts(self, name, layer, default, start=0):
+        """The rows of a layer in the table `prompts/name`, whose first is of layer `start`."""
+        if layer not in self.prompted or f"prompts/{name}" not in self.p:
+            return default
+        return self.p[f"prompts/{name}"][layer - max(start, self.prompted[0])]
 
     def dense(self, name, x):
         kernel = self.p[f"{name}/kernel"]
@@ -93,18 +98,18 @@ class Reference:
 
     def context(self, cls):
         """[F, D] -> [F, P, D]."""
-        if self.cmm == "transformer":
+        if self.m.cmm == "transformer":
             x = cls + self.p["prompts/context/transformer/frame_position"]
             for layer in range(4):
                 x = self.block(f"prompts/context/transformer/blocks_{layer}", x)
         else:
             x = self.lstm(cls, 0)
-            if self.cmm == "bilstm":
+            if self.m.cmm == "bilstm":
                 x = np.concatenate([x, self.lstm(cls[::-1], 1)[::-1]], axis=1)
         return self.dense("prompts/context/stretch", x).reshape(len(cls), -1, cls.shape[1])
 
-    def video(self, frames):
-        """uint8 [F, S, S, 3] -> unit [E]."""
+    def frames(self, frames):
+        """uint8 [F, S, S, 3] -> unit rows [F, E]."""
         kernel = self.p["clip/visual/conv1/kernel"]  # [patch, patch, 3, D]
         rows = []
         for frame in (frames / 255 - PIXEL_MEAN) / PIXEL_STD:
@@ -129,7 +134,7 @@ class Reference:
             else:
                 cls, patches = self.across_frames(layer, cls, patches)
         features = self.norm("clip/visual/ln_post", cls) @ self.p["clip/visual/proj/kernel"]
-        return unit(unit(features).mean(axis=0))
+        return unit(features)
 
     def visual_block(self, layer, x):
         if layer == 0:
@@ -138,16 +143,14 @@ class Reference:
         return self.block(name, x, tower="visual", layer=layer)
 
     def within_frames(self, layer, cls, patches):
-        own = [np.zeros((0, cls.shape[1]))] * len(cls)
-        if self.name.endswith("c") and self.role == "prompts":
-            own = self.context(cls)
-        elif self.name.endswith("c"):
-            cls = cls + self.context(cls)[:, 0]
-        elif "prompts/position" in self.p:
-            own = self.p["prompts/position"][layer]
-        generic = own[0][:0]
-        if "prompts/visual" in self.p:
-            generic = self.p["prompts/visual"][layer]
+        nothing = np.zeros((0, cls.shape[1]))
+        generic = self.prompts("visual", layer, nothing)
+        own = self.prompts("position", layer, [nothing] * len(cls))
+        if self.name.endswith("c") and layer in self.prompted:
+            if self.m.cmm_role == "prompts":
+                own = self.context(cls)
+            else:
+                cls = cls + self.context(cls)[:, 0]
         out_cls, out_patches = [], []
         for j in range(len(cls)):
             x = np.concatenate([cls[j][None], generic, own[j], patches[j]])
@@ -157,25 +160,26 @@ class Reference:
         return np.array(out_cls), np.array(out_patches)
 
     def across_frames(self, layer, cls, patches):
-        prompts = self.p["prompts/video"][layer - self.split]
+        prompts = self.prompts("video", layer, cls[:0], self.split)
         x = self.visual_block(layer, np.concatenate([cls, prompts, *patches]))
         return x[: len(cls)], x[len(cls) + len(prompts) :].reshape(patches.shape)
 
     def text(self, ids):
-        """int [T] -> unit [E]; the suffix stands before EOT."""
+        """int [T] -> unit [E], read at EOT or, by the released code, at EOT's slot plus P."""
         x = self.p["clip/text/token_embedding/embedding"][ids]
         eot = int(np.argmax(ids))
-        start, words, rest = x[:1], x[1:eot], x[eot:]
-        prompts = self.p.get("prompts/text", np.zeros((self.depth["text"], 0, x.shape[1])))
+        end = eot if self.m.suffix == "eot" else len(ids) - 1
+        start, words, rest = x[:1], x[1:end], x[end:]
         for layer in range(self.depth["text"]):
-            before, after = prompts[layer][: self.prefix], prompts[layer][self.prefix :]
+            prompts = self.prompts("text", layer, x[:0])
+            before, after = prompts[: self.m.text_prefix], prompts[self.m.text_prefix :]
             x = np.concatenate([start, before, words, after, rest])
             if layer == 0:
                 x = x + self.p["clip/text/positional_embedding"][: len(x)]
             name = f"clip/text/transformer/resblocks.{layer}"
             x = self.block(name, x, causal=True, tower="text", layer=layer)
+            feature = x[eot + len(prompts)]
             start, x = x[:1], x[1 + len(before) :]
             words, rest = x[: len(words)], x[len(words) + len(after) :]
-        return unit(
-            self.norm("clip/text/ln_final", rest[0]) @ self.p["clip/text/text_projection/kernel"]
-        )
+        feature = self.norm("clip/text/ln_final", feature)
+        return unit(feature @ self.p["clip/text/text_projection/kernel"])

@@ -1,8 +1,7 @@
-"""What must hold of the prompted encoders whatever the weights are."""
+"""Every method against a reference in float64, and what must hold of the encoders."""
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,17 +9,59 @@ import numpy as np
 import pytest
 
 from tests import tiny
+from tests.reference_methods import Reference
+from vop_jax.clip.kernels.attention import KeyValues, attention
 from vop_jax.clip.model import Clip
 from vop_jax.clip.weights import parameter_shapes
-from vop_jax.data import tokenizer
+from vop_jax.errors import UserError
 from vop_jax.model import TextVideoModel
-from vop_jax.storage.tensors import flatten
-from vop_jax.tuning.methods import MethodConfig
+from vop_jax.storage.tensors import flatten, unflatten
+from vop_jax.tuning.adapters import Adapter
+from vop_jax.tuning.methods import METHODS, MethodConfig
 
-SIZES: dict[str, Any] = {"visual_prompts": 3, "text_prefix": 2, "text_suffix": 2, "init_std": 0.5}
-BATCH = 3  # one size, so that each encoder compiles once
-VOP = MethodConfig(**SIZES)
-PLAIN = MethodConfig("zero_shot", **SIZES)
+BATCH = 2  # one size, so that each encoder compiles once
+DEPTH = {"visual": tiny.CLIP.vision_layers, "text": tiny.CLIP.text_layers}  # 3 and 2
+BASE = MethodConfig(
+    visual_prompts=3,
+    text_prefix=2,
+    text_suffix=1,
+    specific_prompts=2,
+    split_layer=2,
+    adapter_width=5,
+    frames=tiny.FRAMES,
+)
+VIDEO_METHODS = ("vop_p", "vop_c", "vop_f", "vop_f+p", "vop_f+c")
+PLAIN = [name for name, row in METHODS.items() if not row.prompts and not row.adapter]
+ABLATIONS = {
+    "vop_c lstm": {"name": "vop_c", "cmm": "lstm"},
+    "vop_c transformer": {"name": "vop_c", "cmm": "transformer"},
+    "vop_c updating CLS": {"name": "vop_c", "cmm_role": "cls"},
+    "vop_f+c updating CLS": {"name": "vop_f+c", "cmm_role": "cls", "cmm": "lstm"},
+    "vop_p all specific": {"name": "vop_p", "specific_prompts": 3},
+    "vop_f from the first layer": {"name": "vop_f", "split_layer": 0},
+    "vop_f+p to the last layer": {"name": "vop_f+p", "split_layer": 3},
+}
+DEPTHS = {
+    "vop layer 1": {"name": "vop", "last_layer": 1},
+    "vop layer 2": {"name": "vop", "first_layer": 2, "last_layer": 2},
+    "vop_f+p from layer 2": {"name": "vop_f+p", "first_layer": 2},
+    "vop released suffix": {"name": "vop", "suffix": "released"},
+    "vop released suffix, layer 1": {"name": "vop", "suffix": "released", "last_layer": 1},
+}
+CONFIGS = {
+    label: dataclasses.replace(BASE, **changes)
+    for label, changes in (
+        *((name, {"name": name}) for name in METHODS),
+        *ABLATIONS.items(),
+        *DEPTHS.items(),
+    )
+}
+VOP, CLIP = CONFIGS["vop"], CONFIGS["zero_shot"]
+
+
+@functools.cache
+def model_of(method):
+    return tiny.model_and_params(method)
 
 
 @functools.cache
@@ -28,167 +69,263 @@ def jitted(model, what):
     return jax.jit(lambda params, rows: model.apply({"params": params}, rows, method=what))
 
 
-def encode(model, params, what, rows):
-    return np.asarray(jitted(model, f"encode_{what}")(params, rows))
+def frames_of(method, frames, params=None):
+    """The features of all frames [B, F, E]."""
+    model, own = model_of(method)
+    return np.asarray(jitted(model, "encode_frames")(params or own, frames))
 
 
-def ids_of(method, count=BATCH, seed=0):
+def text_of(method, ids):
+    model, params = model_of(method)
+    return np.asarray(jitted(model, "encode_text")(params, ids))
+
+
+def captions(method, count=3, seed=1):
     return tiny.captions(count, method.text_slots(tiny.CLIP), seed)
 
 
-def plain_video(clip_params, frames):
-    """CLIP's own image encoder, frame by frame, and the mean of what it says."""
-    flat = frames.reshape(-1, *frames.shape[2:])
-    rows = encode(Clip(tiny.CLIP), clip_params, "image", flat)
-    mean = rows.reshape(*frames.shape[:2], -1).mean(axis=1)
-    return mean / np.linalg.norm(mean, axis=-1, keepdims=True)
+def reference(method):
+    _, params = model_of(method)
+    return Reference(flatten(params), method, DEPTH, tiny.CLIP.patch_size)
 
 
-def plain_text(clip_params, ids):
-    return encode(Clip(tiny.CLIP), clip_params, "text", ids)
+@pytest.mark.parametrize(
+    "label", [label for label in CONFIGS if label not in PLAIN[1:] and "suffix" not in label]
+)
+def test_video_features_equal_the_reference(label):
+    frames, method = tiny.frames(BATCH, seed=1), CONFIGS[label]
+    expected = np.array([reference(method).frames(clip) for clip in frames])
+    assert np.abs(frames_of(method, frames) - expected).max() <= 1e-5
 
 
-def test_without_prompts_it_is_clip():
-    model, params = tiny.model_and_params(PLAIN)
+@pytest.mark.parametrize("label", ["zero_shot", "adapter_attn", "adapter_ffn", "vop", *DEPTHS])
+def test_text_features_equal_the_reference(label):
+    ids, method = captions(CONFIGS[label]), CONFIGS[label]
+    expected = np.array([reference(method).text(row) for row in ids])
+    assert np.abs(text_of(method, ids) - expected).max() <= 1e-5
+
+
+def test_a_video_is_the_mean_of_its_frames():
+    model, params = model_of(VOP)
+    mean = frames_of(VOP, tiny.frames(BATCH)).mean(axis=1)
+    video = jitted(model, "encode_video")(params, tiny.frames(BATCH))
+    expected = mean / np.linalg.norm(mean, axis=-1, keepdims=True)
+    np.testing.assert_allclose(video, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_without_added_parts_the_model_is_clip(name):
+    _, params = model_of(CONFIGS[name])
     assert set(params) == {"clip"}
-    frames, ids = tiny.frames(BATCH), ids_of(PLAIN)
-    video = encode(model, params, "video", frames)
-    np.testing.assert_allclose(video, plain_video(params["clip"], frames), atol=2e-7)
-    np.testing.assert_array_equal(
-        encode(model, params, "text", ids), plain_text(params["clip"], ids)
-    )
+    assert {k: v.shape for k, v in flatten(params["clip"]).items()} == parameter_shapes(tiny.CLIP)
+    if name == "zero_shot":
+        frames, ids = tiny.frames(BATCH), captions(CLIP)
+        flat = frames.reshape(-1, *frames.shape[2:])
+        image = jitted(Clip(tiny.CLIP), "encode_image")(params["clip"], flat)
+        np.testing.assert_allclose(frames_of(CLIP, frames).reshape(len(flat), -1), image, atol=2e-7)
+        text = jitted(Clip(tiny.CLIP), "encode_text")(params["clip"], ids)
+        np.testing.assert_array_equal(text_of(CLIP, ids), text)
 
 
-def test_one_frame_without_prompts_is_clips_image_encoder():
-    model, params = tiny.model_and_params(PLAIN)
-    frame = tiny.frames(BATCH)[:, :1]
-    image = encode(Clip(tiny.CLIP), params["clip"], "image", frame[:, 0])
-    np.testing.assert_allclose(encode(model, params, "video", frame), image, atol=2e-7)
+@pytest.mark.parametrize("name", ["vop", "vop_c", "vop_f"])
+def test_a_tower_without_prompts_is_plain_clip(name):
+    frames, ids = tiny.frames(BATCH), captions(CLIP)
+    text_only = dataclasses.replace(CONFIGS[name], branches="text")
+    assert set(model_of(text_only)[1]["prompts"]) == {"text"}
+    params = {**model_of(CLIP)[1], "prompts": model_of(text_only)[1]["prompts"]}
+    np.testing.assert_array_equal(frames_of(text_only, frames, params), frames_of(CLIP, frames))
+    visual_only = dataclasses.replace(CONFIGS[name], branches="visual")
+    model, own = model_of(visual_only)
+    assert "text" not in own["prompts"]
+    params = {**model_of(CLIP)[1], "prompts": own["prompts"]}
+    np.testing.assert_array_equal(jitted(model, "encode_text")(params, ids), text_of(CLIP, ids))
 
 
-def test_embeddings_are_float32_unit_rows():
-    for dtype in (jnp.float32, jnp.bfloat16):
-        _, params = tiny.model_and_params(VOP)
-        model = TextVideoModel(tiny.CLIP, VOP, dtype)
-        for what, rows in (("video", tiny.frames(BATCH)), ("text", ids_of(VOP))):
-            out = encode(model, params, what, rows)
-            assert out.dtype == np.float32 and out.shape == (len(rows), tiny.CLIP.embed_dim)
-            np.testing.assert_allclose(np.linalg.norm(out, axis=-1), 1, atol=1e-6)
+@pytest.mark.parametrize("name", ["vop_f", "vop_f+p"])
+def test_a_split_behind_the_last_layer_is_the_method_without_function(name):
+    function = dataclasses.replace(CONFIGS[name], split_layer=DEPTH["visual"])
+    plain = CONFIGS[{"vop_f": "vop", "vop_f+p": "vop_p"}[name]]
+    params, frames = model_of(plain)[1], tiny.frames(BATCH)
+    assert flatten(model_of(function)[1]).keys() == flatten(params).keys()
+    np.testing.assert_array_equal(frames_of(function, frames, params), frames_of(plain, frames))
 
 
-@pytest.mark.parametrize(
-    ("branches", "plain_video_tower", "plain_text_tower"),
-    [("both", False, False), ("visual", False, True), ("text", True, False)],
-)
-def test_branches_leave_the_other_tower_plain(branches, plain_video_tower, plain_text_tower):
-    method = dataclasses.replace(VOP, branches=branches)
-    model, params = tiny.model_and_params(method)
-    frames, ids = tiny.frames(BATCH), ids_of(method)
-    video = abs(encode(model, params, "video", frames) - plain_video(params["clip"], frames)).max()
-    text = abs(encode(model, params, "text", ids) - plain_text(params["clip"], ids)).max()
-    assert (video < 1e-6) == plain_video_tower and (text < 1e-6) == plain_text_tower
-    wanted = {
-        name
-        for name, on in (("visual", not plain_video_tower), ("text", not plain_text_tower))
-        if on
-    }
-    assert set(params["prompts"]) == wanted
-
-
-def test_a_frames_feature_depends_on_that_frame_alone():
-    model, params = tiny.model_and_params(VOP)
-    frames = tiny.frames(1)
-    alone = encode(model, params, "video", frames[0][:, None])  # each frame a clip of its own
-    mean = alone.mean(axis=0)
-    together = encode(model, params, "video", frames)[0]
-    np.testing.assert_allclose(together, mean / np.linalg.norm(mean), atol=1e-6)
-
-
-def test_the_order_of_frames_does_not_matter():
-    model, params = tiny.model_and_params(VOP)
+def change_by_order(method, params=None):
+    """The largest change of a video's feature when its frames are permuted."""
     frames = tiny.frames(BATCH)
-    shuffled = frames[:, [2, 0, 1]]
-    np.testing.assert_allclose(
-        encode(model, params, "video", frames), encode(model, params, "video", shuffled), atol=1e-5
-    )
+    permuted = frames_of(method, frames[:, [2, 0, 1]], params).mean(axis=1)
+    return np.abs(permuted - frames_of(method, frames, params).mean(axis=1)).max()
 
 
-def test_videos_of_a_batch_do_not_mix():
-    model, params = tiny.model_and_params(VOP)
-    frames, ids = tiny.frames(BATCH), ids_of(VOP)
-    for what, rows in (("video", frames), ("text", ids)):
-        one_by_one = [encode(model, params, what, rows[i : i + 1])[0] for i in range(BATCH)]
-        np.testing.assert_allclose(encode(model, params, what, rows), one_by_one, atol=1e-6)
+@pytest.mark.parametrize("label", ["zero_shot", "adapter_attn", "adapter_ffn", "vop"])
+def test_methods_without_video_parts_ignore_the_order_of_frames(label):
+    assert change_by_order(CONFIGS[label]) <= 1e-5
 
 
-@pytest.mark.parametrize("method", [VOP, PLAIN], ids=["vop", "zero_shot"])
-def test_tokens_after_eot_do_not_matter(method):
-    model, params = tiny.model_and_params(method)
-    ids = ids_of(method)
-    eot = ids.argmax(axis=1)
-    noise = np.random.default_rng(1).integers(0, tiny.EOT - 1, ids.shape)
-    other = np.where(np.arange(ids.shape[1]) > eot[:, None], noise, ids).astype(np.int32)
-    assert (other != ids).any()
-    np.testing.assert_array_equal(
-        encode(model, params, "text", ids), encode(model, params, "text", other)
-    )
+@pytest.mark.parametrize("label", [*VIDEO_METHODS, *ABLATIONS])
+def test_video_prompts_know_the_order_of_frames(label):
+    assert change_by_order(CONFIGS[label]) > 1e-3
+
+
+@pytest.mark.parametrize("label", ["vop_f", "vop_f from the first layer"])
+def test_function_prompts_know_the_order_by_the_frame_position_embedding_only(label):
+    method = CONFIGS[label]
+    _, params = model_of(method)
+    zeroed = {**params["prompts"], "frame_position": 0 * params["prompts"]["frame_position"]}
+    assert change_by_order(method, {**params, "prompts": zeroed}) <= 1e-5
+    without = dataclasses.replace(method, frame_position=False)
+    assert "frame_position" not in model_of(without)[1]["prompts"]
+    assert change_by_order(without) <= 1e-5
 
 
 @pytest.mark.parametrize(
-    "method",
+    ("label", "joins_frames"),
     [
-        VOP,
-        PLAIN,
-        dataclasses.replace(VOP, first_layer=2),
-        dataclasses.replace(VOP, last_layer=1),
-        dataclasses.replace(VOP, suffix="released", branches="visual"),
-        MethodConfig("adapter_attn", adapter_width=4),
-        MethodConfig("adapter_ffn", adapter_width=4),
+        *((label, False) for label in ("zero_shot", "adapter_attn", "vop", "vop_p")),
+        *((label, True) for label in ("vop_c", "vop_f", "vop_f+p", "vop_f+c")),
+        ("vop_c updating CLS", True),
     ],
-    ids=lambda method: f"{method.name}-{method.suffix}-{method.first_layer}-{method.last_layer}",
 )
-def test_fewer_slots_give_the_same_features(method):
-    model, params = tiny.model_and_params(method)
-    ids = tiny.captions(BATCH, 10)
-    whole = np.pad(ids, ((0, 0), (0, method.text_slots(tiny.CLIP) - 10)))
-    held = tokenizer.longest_length(ids)
-    assert held <= 10 < whole.shape[1]
-    expected = encode(model, params, "text", whole)
-    for fewer in {held, 10}:
-        found = encode(model, params, "text", whole[:, :fewer])
-        np.testing.assert_allclose(found, expected, atol=1e-6)
-    # One slot less cuts the EOT of the longest caption off.
-    assert abs(encode(model, params, "text", whole[:, : held - 1]) - expected).max() > 1e-3
+def test_a_frame_reacts_to_others_of_its_own_video_where_a_part_joins_them(label, joins_frames):
+    frames = tiny.frames(BATCH)
+    other = frames.copy()
+    other[1, 1] = tiny.frames(1, seed=9)[0, 1]
+    change = np.abs(frames_of(CONFIGS[label], frames) - frames_of(CONFIGS[label], other))
+    change = change.max(axis=2)  # [B, F]
+    assert change[1, 1] > 1e-2
+    assert (change[1, [0, 2]] > 1e-4).all() if joins_frames else (change[1, [0, 2]] < 1e-6).all()
+    assert (change[0] < 1e-6).all()  # videos of a batch do not mix
+
+
+@pytest.mark.parametrize(
+    "label", ["vop_f+p", "vop_f+c", "adapter_attn", "vop_c transformer", "vop_c updating CLS"]
+)
+def test_shapes_are_those_of_a_whole_initialisation(label):
+    partly = {"first_layer": 2, "last_layer": 2, "branches": "visual"}
+    for changes in ({}, partly):
+        model = TextVideoModel(tiny.CLIP, dataclasses.replace(CONFIGS[label], **changes))
+        whole = flatten(jax.eval_shape(model.init, jax.random.key(0), *model.example())["params"])
+        assert model.shapes() == whole and list(model.shapes()) == list(whole)
+
+
+@pytest.mark.parametrize("label", ["vop_f+c", "full"])
+def test_initial_parameters_are_those_of_a_whole_initialisation(label):
+    model, key = TextVideoModel(tiny.CLIP, CONFIGS[label]), jax.random.key(3)
+
+    def without_clip(key):
+        params = model.init(key, *model.example())["params"]
+        return {part: values for part, values in params.items() if part != "clip"}
+
+    whole, added = flatten(jax.jit(without_clip)(key)), flatten(jax.jit(model.init_added)(key))
+    assert added.keys() == whole.keys() and bool(added) == (label != "full")
+    for leaf, value in added.items():
+        np.testing.assert_array_equal(value, whole[leaf], err_msg=leaf)
+
+
+def test_only_prompted_layers_have_prompts():
+    for first, last in ((1, 1), (2, 2), (1, 2), (2, 0), (3, 3)):
+        branches = "both" if first <= DEPTH["text"] else "visual"
+        changes = {"first_layer": first, "last_layer": last, "branches": branches}
+        shapes = TextVideoModel(tiny.CLIP, dataclasses.replace(VOP, **changes)).shapes()
+        for tower in ("visual", "text")[: 1 + (branches == "both")]:
+            layers = min(last or DEPTH[tower], DEPTH[tower]) - first + 1
+            assert shapes[f"prompts/{tower}"].shape[0] == layers
+
+
+def test_adapters_start_as_the_identity():
+    x = np.ones((2, 3, 8), np.float32)
+    out, fresh = Adapter(8, 5).init_with_output(jax.random.key(1), x)
+    assert not np.any(out) and np.any(fresh["params"]["down"]["kernel"])
+    method = CONFIGS["adapter_attn"]
+    _, params = model_of(method)
+    silent = {k: 0 * v if "/up/" in k else v for k, v in flatten(params["adapters"]).items()}
+    features = frames_of(method, tiny.frames(BATCH), {**params, "adapters": unflatten(silent)})
+    plain = frames_of(CLIP, tiny.frames(BATCH), {"clip": params["clip"]})
+    np.testing.assert_allclose(features, plain, atol=1e-7)
+
+
+def test_frame_tables_refuse_other_frame_counts_and_one_frame_is_enough():
+    for name in VIDEO_METHODS:
+        model, params = model_of(CONFIGS[name])
+        encode = functools.partial(model.apply, method="encode_video")
+        two = tiny.frames(BATCH)[:, :2]
+        if name == "vop_c":  # has no table
+            shape = jax.eval_shape(encode, {"params": params}, two).shape
+            assert shape == (BATCH, tiny.CLIP.embed_dim)
+        else:
+            with pytest.raises(UserError, match="clips of 2 frames, but the prompts know 3 frame"):
+                jax.eval_shape(encode, {"params": params}, two)
+    one = dataclasses.replace(CONFIGS["vop_f+c"], frames=1)
+    assert np.isfinite(frames_of(one, tiny.frames(BATCH)[:, :1])).all()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["vop_f+c", *(pytest.param(n, marks=pytest.mark.slow) for n in ("adapter_ffn", "vop_p"))],
+)
+def test_bfloat16_stays_close_and_features_are_float32_unit_rows(name):
+    method = CONFIGS[name]
+    _, params = model_of(method)
+    half = TextVideoModel(tiny.CLIP, method, jnp.bfloat16)
+    ids, frames = captions(method), tiny.frames(BATCH)
+    for what, rows, exact in (
+        ("encode_frames", frames, frames_of(method, frames)),
+        ("encode_text", ids, text_of(method, ids)),
+    ):
+        rounded = np.asarray(jitted(half, what)(params, rows))
+        assert rounded.dtype == exact.dtype == np.float32
+        np.testing.assert_allclose(np.linalg.norm(rounded, axis=-1), 1, atol=1e-6)
+        assert abs(exact - rounded).max() > 0
+        assert ((exact * rounded).sum(axis=-1) > 0.98).all()
+
+
+@pytest.mark.parametrize("name", ["vop_f", "zero_shot"])
+def test_all_vision_layers_but_the_last_get_the_configured_kernel(monkeypatch, name):
+    """Traced only: cuDNN's runs on a GPU."""
+    implementations = []
+
+    def spy(query, key, value, implementation):
+        implementations.append(implementation)
+        return attention(query, KeyValues(key, value))
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", spy)
+    model = TextVideoModel(tiny.CLIP, MethodConfig(name, frames=3), kernel="cudnn")
+    jax.eval_shape(lambda key: model.init(key, *model.example()), jax.random.key(0))
+    assert implementations == ["cudnn"] * (DEPTH["visual"] - 1)  # the last has few queries
+
+
+@pytest.mark.parametrize("method", [VOP, CLIP], ids=["vop", "zero_shot"])
+def test_tokens_before_eot_matter_and_those_after_do_not(method):
+    ids = captions(method, 1, seed=3)
+    eot, slots = int(ids[0].argmax()), ids.shape[1]
+    noise = np.random.default_rng(1).integers(0, tiny.EOT - 1, slots)
+    rows = np.repeat(ids, eot + 2, axis=0)
+    rows[-1, eot + 1 :] = noise[eot + 1 :]
+    for slot in range(eot):
+        rows[slot, slot] = (ids[0, slot] + 1) % (tiny.EOT - 1)
+    assert 1 < eot < slots - 1 and (rows[-1] != ids[0]).any()
+    *changed, same, noisy = text_of(method, rows)
+    np.testing.assert_array_equal(same, noisy)
+    assert all(abs(feature - same).max() > 1e-6 for feature in changed)
+
+
+@pytest.mark.parametrize("label", ["vop", "zero_shot", "adapter_attn", "vop layer 2"])
+def test_fewer_slots_give_the_same_features(label):
+    method = CONFIGS[label]
+    ids = np.pad(tiny.captions(3, 10), ((0, 0), (0, method.text_slots(tiny.CLIP) - 10)))
+    longest = int(ids.argmax(axis=1).max()) + 1
+    expected = text_of(method, ids)
+    np.testing.assert_allclose(text_of(method, ids[:, :longest]), expected, atol=1e-6)
+    # One slot less truncates the EOT of the longest caption.
+    assert abs(text_of(method, ids[:, : longest - 1]) - expected).max() > 1e-3
 
 
 def test_slots_that_the_method_does_not_take_are_an_error():
-    for suffix, change in (("eot", 1), ("released", 1), ("released", -1)):
-        method = dataclasses.replace(VOP, suffix=suffix)
-        model, params = tiny.model_and_params(method)
-        ids = tiny.captions(BATCH, method.text_slots(tiny.CLIP) + change)
+    for label, change in (("vop", 1), ("vop released suffix", 1), ("vop released suffix", -1)):
+        method = CONFIGS[label]
+        ids = tiny.captions(3, method.text_slots(tiny.CLIP) + change)
         with pytest.raises(ValueError, match="slot"):
-            model.apply({"params": params}, ids, method="encode_text")
-
-
-def test_every_token_before_eot_matters():
-    model, params = tiny.model_and_params(VOP)
-    ids = ids_of(VOP, 1, seed=3)
-    reference = encode(model, params, "text", ids)
-    for slot in range(ids.argmax()):
-        other = ids.copy()
-        other[0, slot] = (ids[0, slot] + 1) % (tiny.EOT - 1)
-        assert abs(encode(model, params, "text", other) - reference).max() > 1e-6, slot
-
-
-def text_prompt_gradient(suffix, lengths):
-    """The gradient of the text prompts, [L, P, D], for captions with EOT at these slots."""
-    method = dataclasses.replace(VOP, suffix=suffix)
-    model, params = tiny.model_and_params(method)
-    ids = np.zeros((len(lengths), method.text_slots(tiny.CLIP)), np.int32)
-    rng = np.random.default_rng(0)
-    for row, length in zip(ids, lengths, strict=True):
-        row[:length], row[length] = rng.integers(1, tiny.EOT, length), tiny.EOT
-    return np.asarray(gradient_of_text(model)(params, ids)["prompts"]["text"])
+            text_of(method, ids)
 
 
 @functools.cache
@@ -200,130 +337,33 @@ def gradient_of_text(model):
     return jax.jit(jax.grad(some_number))
 
 
-def test_the_released_suffix_is_dead_for_short_captions():
-    prefix = VOP.text_prefix
-    gradient = text_prompt_gradient("released", lengths=[3, 5, 7])
-    assert (gradient[:, prefix:] == 0).all()
-    assert (abs(gradient[:, :prefix]).max(axis=-1) > 0).all()
-
-
-def test_the_released_suffix_lives_in_a_caption_that_fills_all_slots():
-    last = VOP.text_slots(tiny.CLIP) - 1
-    gradient = text_prompt_gradient("released", lengths=[3, 5, last])
-    assert (abs(gradient).max(axis=-1) > 0).all()
-
-
-def test_the_suffix_before_eot_lives_in_every_caption():
-    gradient = text_prompt_gradient("eot", lengths=[3, 5, 7])
-    assert (abs(gradient).max(axis=-1) > 0).all()
+@pytest.mark.parametrize(
+    ("label", "fills_all_slots", "suffix_lives"),
+    [
+        ("vop", False, True),
+        ("vop released suffix", False, False),
+        ("vop released suffix", True, True),
+    ],
+)
+def test_the_released_suffix_has_no_gradient_in_short_captions(
+    label, fills_all_slots, suffix_lives
+):
+    model, params = model_of(CONFIGS[label])
+    slots = model.method.text_slots(tiny.CLIP)
+    ids, rng = np.zeros((3, slots), np.int32), np.random.default_rng(0)
+    for row, length in zip(ids, (3, 5, slots - 1 if fills_all_slots else 7), strict=True):
+        row[:length], row[length] = rng.integers(1, tiny.EOT, length), tiny.EOT
+    gradient = np.asarray(gradient_of_text(model)(params, ids)["prompts"]["text"])  # [L, P, D]
+    lives = abs(gradient).max(axis=-1) > 0
+    assert lives[:, : BASE.text_prefix].all()
+    suffix = lives[:, BASE.text_prefix :]
+    assert suffix.all() if suffix_lives else not suffix.any()
 
 
 def test_both_suffixes_agree_where_eot_is_the_last_slot():
-    rows = ids_of(VOP)
+    rows = captions(VOP)
     rows[:] = np.random.default_rng(0).integers(1, tiny.EOT, rows.shape)
     rows[:, -1] = tiny.EOT
-    model, params = tiny.model_and_params(VOP)
-    released = TextVideoModel(tiny.CLIP, dataclasses.replace(VOP, suffix="released"))
-    np.testing.assert_allclose(
-        encode(model, params, "text", rows), encode(released, params, "text", rows), atol=1e-6
-    )
-
-
-@pytest.mark.parametrize("first_last", [(1, 1), (2, 2), (1, 2), (2, 0), (3, 3)])
-def test_only_prompted_layers_have_prompts(first_last):
-    first, last = first_last
-    branches = "both" if first <= tiny.CLIP.text_layers else "visual"
-    method = dataclasses.replace(VOP, first_layer=first, last_layer=last, branches=branches)
-    _, params = tiny.model_and_params(method)
-    depth = {"visual": tiny.CLIP.vision_layers, "text": tiny.CLIP.text_layers}
-    for tower, prompts in params["prompts"].items():
-        assert len(prompts) == min(last or depth[tower], depth[tower]) - first + 1
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def video_by_hand(params, method, frames):
-    """Vision layer by layer as in the paper's equations, one frame at a time."""
-    clip = Clip(tiny.CLIP).bind({"params": params["clip"]})
-    layers = method.layers(tiny.CLIP.vision_layers)
-    features = []
-    for frame in frames:
-        tokens = clip.visual.embed(frame[None])[0]
-        cls, patches = tokens[:1], tokens[1:]
-        for layer, block in enumerate(clip.visual.blocks):
-            here = params["prompts"]["visual"][layers.index(layer)] if layer in layers else cls[:0]
-            sequence = jnp.concatenate([cls, here, patches])[None]
-            if layer == 0:
-                sequence = clip.visual.ln_pre(sequence)
-            out = block(sequence)[0]
-            cls, patches = out[:1], out[1 + len(here) :]
-        feature = clip.visual.project(cls[0])
-        features.append(feature / jnp.linalg.norm(feature))
-    mean = sum(features) / len(features)
-    return mean / jnp.linalg.norm(mean)
-
-
-@pytest.mark.parametrize("first_last", [(1, 0), (1, 1), (2, 3)])
-def test_vision_equals_the_equations(first_last):
-    first, last = first_last
-    method = dataclasses.replace(VOP, first_layer=first, last_layer=last, branches="visual")
-    model, params = tiny.model_and_params(method)
-    frames = tiny.frames(1)
-    by_hand = video_by_hand(params, method, frames[0, :1])
-    np.testing.assert_allclose(encode(model, params, "video", frames[:, :1])[0], by_hand, atol=1e-6)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 3))
-def text_by_hand(params, method, caption, eot):
-    """Text layer by layer for one caption, prompts put in and taken out of Python lists."""
-    clip = Clip(tiny.CLIP).bind({"params": params["clip"]})
-    layers = method.layers(tiny.CLIP.text_layers)
-    end = eot if method.suffix == "eot" else len(caption) - 1
-    words = list(clip.text.embed(caption[None])[0])
-    for layer, block in enumerate(clip.text.blocks):
-        prefix, suffix = [], []
-        if layer in layers:
-            prompts = list(params["prompts"]["text"][layers.index(layer)])
-            prefix, suffix = prompts[: method.text_prefix], prompts[method.text_prefix :]
-        x = jnp.stack([words[0], *prefix, *words[1:end], *suffix, *words[end:]])[None]
-        if layer == 0:
-            x = x + clip.text.positions(jnp.arange(x.shape[1])[None])
-        out = list(block(x)[0])
-        read = out[eot + len(prefix) + len(suffix)]
-        start, stop = 1 + len(prefix), end + len(prefix)
-        words = [out[0], *out[start:stop], *out[stop + len(suffix) :]]
-    feature = clip.text.project(read)
-    return feature / jnp.linalg.norm(feature)
-
-
-@pytest.mark.parametrize("suffix", ["eot", "released"])
-@pytest.mark.parametrize("first_last", [(1, 0), (1, 1), (2, 2)])
-def test_text_equals_the_equations(first_last, suffix):
-    first, last = first_last
-    method = dataclasses.replace(VOP, first_layer=first, last_layer=last, suffix=suffix)
-    model, params = tiny.model_and_params(method)
-    caption = ids_of(method, 1)[0]
-    assert 1 < caption.argmax() < len(caption) - 1
-    by_hand = text_by_hand(params, method, caption, int(caption.argmax()))
-    np.testing.assert_allclose(encode(model, params, "text", caption[None])[0], by_hand, atol=1e-6)
-
-
-def test_bfloat16_is_close_to_float32():
-    model, params = tiny.model_and_params(VOP)
-    half = TextVideoModel(tiny.CLIP, VOP, jnp.bfloat16)
-    for what, rows in (("video", tiny.frames(BATCH)), ("text", ids_of(VOP))):
-        exact, rounded = encode(model, params, what, rows), encode(half, params, what, rows)
-        assert abs(exact - rounded).max() > 0
-        assert ((exact * rounded).sum(axis=-1) > 0.999).all()
-
-
-def test_the_clip_subtree_is_exactly_a_converted_file():
-    for method in (VOP, PLAIN):
-        _, params = tiny.model_and_params(method)
-        shapes = {name: leaf.shape for name, leaf in flatten(params["clip"]).items()}
-        assert shapes == parameter_shapes(tiny.CLIP)
-
-
-def test_captions_of_another_length_are_refused():
-    model, params = tiny.model_and_params(VOP)
-    with pytest.raises(ValueError, match="captions have 20 token slots, the method 16"):
-        encode(model, params, "text", tiny.captions(1, 20))
+    released, _ = model_of(CONFIGS["vop released suffix"])
+    features = jitted(released, "encode_text")(model_of(VOP)[1], rows)
+    np.testing.assert_allclose(text_of(VOP, rows), features, atol=1e-6)

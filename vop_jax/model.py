@@ -1,4 +1,20 @@
-"""Text and video into one space: CLIP's parts with the tuning parts. This is the paper."""
+"""The paper: captions and videos become embeddings in one space, by CLIP and a method's parts.
+
+Both encoders read embed -> prompts -> blocks -> project. With c the CLS token of a frame, E its
+patches, W the words of a caption, and `layer` a frozen block of CLIP, layer i computes
+
+    text              [SOS, _, W, _, EOT] = layer([SOS, prefix_i, W, suffix_i, EOT])
+    vision            [c, _, E] = layer([c, P_i, E])                   P_i is shared by all frames
+    position (P)      [c_j, _, E_j] = layer([c_j, P_i, P_ij, E_j])     P_ij belongs to position j
+    context (C)       as P, but P_ij = FC(CMM(c_1 … c_F))_j            is made from the CLS tokens
+    function (F)      [c_1 … c_F, _, E_1 … E_F] = layer([c_1 … c_F, P_i, E_1 … E_F])
+
+where F holds after the split layer only. The outputs "_" at prompt positions are dropped, and the
+next layer's prompts take their place (the paper's equations 3 to 6). So prompts are extra keys and
+values of the attention, and never part of the sequence. `tuning/prompts.py` has P_i, P_ij and
+where they stand; `tuning/context.py` has FC and the context modelling module CMM;
+`training/step.py` has the loss.
+"""
 
 from typing import Any
 
@@ -18,12 +34,12 @@ from vop_jax.tuning.prompts import Prompts, TextLayout
 
 
 class TextVideoModel(nn.Module):
-    """CLIP under `clip`, what a method adds to it under `prompts` or `adapters`.
+    """CLIP's parameters under `clip`; what a method adds to them under `prompts` or `adapters`.
 
     Attributes:
-        dtype: of matmuls.
-        kernel: of attention; some across frames alone, where sequences are F times as long.
-            Only "xla" ever holds their [F * G, F * G] weights.
+        dtype: of matrix products.
+        kernel: of attention. "blocks" and "splash" are used only across frames, where sequences
+            are F times as long.
         remat: what the backward pass computes again.
     """
 
@@ -40,23 +56,117 @@ class TextVideoModel(nn.Module):
         if self.method.parts.adapter:
             self.adapters = Adapters(self.method, self.clip_config, self.dtype)
 
+    def __call__(self, frames: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """uint8 [B, F, S, S, 3] and int32 [N, T] -> unit rows [B, E] and [N, E], float32."""
+        return self.encode_video(frames), self.encode_text(ids)
+
+    def encode_video(self, frames: jax.Array) -> jax.Array:
+        """uint8 [B, F, S, S, 3] -> unit rows [B, E], float32: the mean of the frames' features."""
+        return unit(self.encode_frames(frames).mean(axis=1))
+
+    def encode_frames(self, frames: jax.Array) -> jax.Array:
+        """uint8 [B, F, S, S, 3] -> unit rows [B, F, E], float32: each frame as part of its clip."""
+        tower, (batch, count) = self.clip.visual, frames.shape[:2]
+        split_layer = self.method.resolved_split_layer(self.clip_config.vision_layers)
+        x = tower.embed(frames.reshape(-1, *frames.shape[2:]))  # [B * F, 1 + G, D]
+        for layer, block in enumerate(tower.blocks):
+            across_frames = layer >= split_layer
+            if layer == split_layer:  # from here on all frames of a clip are one sequence
+                x = self.prompts.join_frames(x.reshape(batch, count, *x.shape[1:]))
+            cls_count = count if across_frames else 1  # CLS tokens at the start of a sequence
+            prompts = None
+            if self.method.parts.prompts:
+                cls = x[:, :cls_count].reshape(batch, count, -1)  # [B, F, D]
+                prompts, cls = self.prompts.visual_at(layer, cls)
+                if self.method.updates_cls:
+                    cls = cls.reshape(-1, cls_count, cls.shape[-1])
+                    x = jnp.concatenate([cls, x[:, cls_count:]], axis=1)
+            if layer == 0:  # the first prompts pass ln_pre too, as in the released code
+                x = tower.ln_pre(x)
+                prompts = None if prompts is None else tower.ln_pre(prompts)
+            any_length = across_frames or self.kernel not in ACROSS_FRAMES
+            x = self.remat.apply(
+                block,
+                x,
+                self._adapters_at("visual", layer),
+                None if prompts is None else PromptTokens(prompts),
+                self.kernel if any_length else "xla",
+                frames=not across_frames,
+                query_positions=cls_count if block is tower.blocks[-1] else None,
+            )
+        return unit(tower.project(x.reshape(batch, count, -1)))
+
+    def encode_text(self, ids: jax.Array) -> jax.Array:
+        """int32 [N, T] -> unit rows [N, E], float32; T is at most `method.text_slots`.
+
+        Fewer slots give the same rows as long as they contain each caption's EOT.
+        """
+        self._check_slots(ids.shape[1])
+        tower, layout = self.clip.text, TextLayout.of(ids, self.method)
+        eot = ids.argmax(axis=-1)  # EOT is the largest id
+        x = tower.embed(ids)  # [N, T, D]
+        for layer, block in enumerate(tower.blocks):
+            prompts = self._text_prompts_at(layer, layout)
+            if layer == 0:  # the first prompts alone have positions, and shift those of the words
+                words = jnp.arange(ids.shape[1])[None] if prompts is None else layout.words
+                x = x + tower.positions(words)
+            query_positions = eot if block is tower.blocks[-1] else None
+            released = self.method.suffix == "released"
+            if query_positions is not None and prompts is not None and released:
+                # The released code reads at EOT + P, also where a short caption has prompts behind
+                # EOT. What it reads there may be a prompt, so here prompts join the sequence.
+                x = layout.insert(x, prompts.tokens)
+                query_positions, prompts = eot + prompts.tokens.shape[1], None
+            x = self.remat.apply(
+                block,
+                x,
+                self._adapters_at("text", layer),
+                prompts,
+                "fused" if self.kernel == "fused" else "xla",  # no other kernel has masks
+                query_positions=query_positions,
+            )
+        return unit(tower.project(x[:, 0]))
+
+    def temperature(self) -> jax.Array:
+        """The factor on similarities, see `Clip.temperature`."""
+        return self.clip.temperature()
+
+    def _text_prompts_at(self, layer: int, layout: TextLayout) -> PromptTokens | None:
+        prompts = self.prompts.text_at(layer) if self.method.parts.prompts else None
+        if prompts is None:
+            return None
+        tokens = prompts.astype(self.dtype)[None]  # [1, P, D]
+        if layer == 0:
+            tokens = tokens + self.clip.text.positions(layout.prompts)  # [N, P, D]
+        return PromptTokens(tokens, layout.mask)
+
+    def _adapters_at(self, tower: str, layer: int) -> dict[str, Any]:
+        return self.adapters.at(tower, layer) if self.method.parts.adapter else {}
+
+    def _check_slots(self, slots: int) -> None:
+        allowed = self.method.text_slots(self.clip_config)
+        if slots > allowed:
+            raise ValueError(f"captions have {slots} token slots, the method {allowed}")
+        if slots < allowed and not self.method.takes_fewer_slots:
+            raise ValueError(f"suffix='released' stands before slot {allowed}, not {slots}")
+
     def example(self) -> tuple[jax.Array, jax.Array]:
-        """The smallest (frames, ids) the model takes, zeros, to initialise it with."""
+        """The smallest (frames, ids) that the model takes, zeros, to initialise it with."""
         size = self.clip_config.image_size
         frames = jnp.zeros((1, self.method.frames, size, size, 3), jnp.uint8)
         return frames, jnp.zeros((1, self.method.text_slots(self.clip_config)), jnp.int32)
 
     def init_added(self, key: jax.Array) -> dict[str, Any]:
-        """What the method adds to CLIP: {"prompts": ...}, {"adapters": ...} or {}.
+        """Initial values of what the method adds: {"prompts": …}, {"adapters": …} or {}.
 
-        The values are those of `init` with the same key, without the time to trace CLIP.
+        They are those of `init` with the same key, but CLIP is not traced.
         """
         return self.init(key, method="_touch_added").get("params", {})
 
     def _touch_added(self) -> None:
-        if self.method.parts.prompts:  # a context is made by the first layer that asks for it
-            frames, width = self.method.frames, self.clip_config.vision_width
-            cls = jnp.zeros((1, frames, width), self.dtype)
+        # flax creates the parameters of a module when something uses it first.
+        if self.method.parts.prompts:
+            cls = jnp.zeros((1, self.method.frames, self.clip_config.vision_width), self.dtype)
             self.prompts.visual_at(self.method.first_layer - 1, cls)
         if self.method.parts.adapter:
             for adapter in (*self.adapters.visual, *self.adapters.text):
@@ -68,95 +178,4 @@ class TextVideoModel(nn.Module):
         clip = parameter_shapes(self.clip_config)
         shapes = {f"clip/{name}": jax.ShapeDtypeStruct(s, jnp.float32) for name, s in clip.items()}
         shapes |= flatten(jax.eval_shape(self.init_added, jax.random.key(0)))
-        return {name: shapes[name] for name in sorted(shapes)}
-
-    def encode_video(self, frames: jax.Array) -> jax.Array:
-        """uint8 [B, F, S, S, 3] -> unit rows [B, E], float32."""
-        return unit(self.encode_frames(frames).mean(axis=1))
-
-    def encode_frames(self, frames: jax.Array) -> jax.Array:
-        """uint8 [B, F, S, S, 3] -> each frame within its clip, unit rows [B, F, E], float32."""
-        tower = self.clip.visual
-        batch, count = frames.shape[:2]
-        split_layer = self.method.resolved_split_layer(self.clip_config.vision_layers)
-        x = tower.embed(frames.reshape(batch * count, *frames.shape[2:]))  # [B * F, 1 + G, D]
-        cls_count = 1  # CLS tokens at the start of each sequence
-        for layer, block in enumerate(tower.blocks):
-            if layer == split_layer:  # from here on all frames of a clip are one sequence
-                x = self.prompts.join_frames(x.reshape(batch, count, *x.shape[1:]))
-                cls_count = count  # [B, F + F * G, D]
-            prompts = None
-            if self.method.parts.prompts:
-                cls = x[:, :cls_count].reshape(batch, count, -1)  # [B, F, D]
-                prompts, updated = self.prompts.visual_at(layer, cls)
-                if updated is not cls:
-                    updated = updated.reshape(-1, cls_count, cls.shape[-1])
-                    x = jnp.concatenate([updated, x[:, cls_count:]], axis=1)
-            if layer == 0:  # the first prompts pass through it, too, as in the released code
-                x = tower.ln_pre(x)
-                prompts = None if prompts is None else tower.ln_pre(prompts)
-            across = layer >= split_layer
-            kernel: Kernel = self.kernel if across or self.kernel not in ACROSS_FRAMES else "xla"
-            x = self.remat.apply(
-                block,
-                x,
-                self._branches("visual", layer),
-                None if prompts is None else PromptTokens(prompts),
-                kernel,
-                frames=not across,
-                query_positions=cls_count if block is tower.blocks[-1] else None,
-            )
-        return unit(tower.project(x.reshape(batch, count, -1)))
-
-    def _branches(self, tower: str, layer: int) -> dict[str, Any]:
-        return self.adapters.at(tower, layer) if self.method.parts.adapter else {}
-
-    def encode_text(self, ids: jax.Array) -> jax.Array:
-        """int32 [N, T] -> unit rows [N, E], float32; T is at most `method.text_slots`.
-
-        Fewer slots give the same rows if they hold each caption's EOT.
-        """
-        tower = self.clip.text
-        slots = self.method.text_slots(self.clip_config)
-        if ids.shape[1] > slots:
-            raise ValueError(f"captions have {ids.shape[1]} token slots, the method {slots}")
-        if ids.shape[1] < slots and not self.method.takes_fewer_slots:
-            raise ValueError(f"suffix='released' stands before slot {slots}, not {ids.shape[1]}")
-        layout = TextLayout.of(ids, self.method)
-        eot = ids.argmax(axis=-1)  # EOT is the largest id
-        x = tower.embed(ids)  # [N, T, D]
-        for layer, block in enumerate(tower.blocks):
-            prompts = self._text_prompts(layer, layout)
-            if layer == 0:  # only the first prompts receive positions, and move those of words
-                alone = jnp.arange(ids.shape[1])[None]
-                x = x + tower.positions(alone if prompts is None else layout.words)
-            query_positions = eot if block is tower.blocks[-1] else None
-            released = self.method.suffix == "released"
-            if query_positions is not None and prompts is not None and released:
-                # The published code looks for EOT behind all prompts, also where a short caption
-                # has them behind EOT: what it reads may be a prompt.
-                x = layout.placed(x, prompts.tokens)
-                query_positions = eot + prompts.tokens.shape[1]
-                prompts = None
-            kernel: Kernel = "fused" if self.kernel == "fused" else "xla"  # no other has masks
-            branches = self._branches("text", layer)
-            x = self.remat.apply(
-                block, x, branches, prompts, kernel, query_positions=query_positions
-            )
-        return unit(tower.project(x[:, 0]))
-
-    def _text_prompts(self, layer: int, layout: TextLayout) -> PromptTokens | None:
-        prompts = self.prompts.text_at(layer) if self.method.parts.prompts else None
-        if prompts is None:
-            return None
-        tokens = prompts.astype(self.dtype)[None]  # [1, P, D]
-        if layer == 0:
-            tokens = tokens + self.clip.text.positions(layout.prompts)  # [N, P, D]
-        return PromptTokens(tokens, layout.seen)
-
-    def temperature(self) -> jax.Array:
-        """The factor on similarities, see `Clip.temperature`."""
-        return self.clip.temperature()
-
-    def __call__(self, frames: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return self.encode_video(frames), self.encode_text(ids)
+        return dict(sorted(shapes.items()))

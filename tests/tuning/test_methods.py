@@ -1,15 +1,23 @@
+"""The table of methods, the paper's parameter counts, and a method that is not in the paper."""
+
 import dataclasses
 
+import flax.linen as nn
+import jax
 import pytest
 
+from tests import tiny
 from vop_jax.config.base import base_config
 from vop_jax.config.clip import PRESETS
 from vop_jax.errors import UserError
 from vop_jax.experiment.results import count_parameters
 from vop_jax.model import TextVideoModel
 from vop_jax.storage import tensors
-from vop_jax.tuning.methods import METHODS, MethodConfig
+from vop_jax.training.step import TrainState, make_optimizer, make_train_step
+from vop_jax.tuning.methods import METHODS, Method, MethodConfig
 from vop_jax.tuning.partition import parameter_count, partition
+from vop_jax.tuning.prompt_set import load_prompts, save_prompts
+from vop_jax.tuning.prompts import GENERATORS
 
 B32 = PRESETS["ViT-B/32"]
 TINY = PRESETS["tiny"]  # 4 vision layers, 3 text layers, 32 positions
@@ -33,126 +41,12 @@ PAPER = {
 }
 
 
-@pytest.fixture(scope="module")
-def counts():
-    return count_parameters(base_config())
-
-
-@pytest.mark.parametrize("name", PAPER)
-def test_parameter_counts_are_the_papers(counts, name):
-    row = counts[name]
-    assert (row["trainable"], row["paper"], f"{row['percent']:.3f}") == PAPER[name]
-
-
-def test_every_method_is_counted(counts):
+def test_parameter_counts_are_the_papers():
+    counts = count_parameters(base_config())
     assert counts.keys() == METHODS.keys()
-
-
-def test_every_pattern_matches_something_and_zero_shot_trains_nothing():
-    for name in METHODS:
-        method = MethodConfig(name)
-        model = TextVideoModel(TINY, method)
-        params = tensors.unflatten(model.shapes())
-        trainable, _ = partition(params, method.trainable_patterns(TINY))
-        assert bool(parameter_count(trainable)) == (name != "zero_shot")
-
-
-def test_partial_trains_the_last_layer_of_each_tower():
-    patterns = MethodConfig("partial").trainable_patterns(TINY)
-    assert patterns == (
-        r"clip/visual/transformer/resblocks\.3/.*",
-        r"clip/text/transformer/resblocks\.2/.*",
-    )
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"name": "vopp"}, "method.name='vopp': allowed are zero_shot, .*vop"),
-        ({"branches": "audio"}, "method.branches='audio': allowed are both, visual, text"),
-        ({"suffix": "sos"}, "method.suffix='sos': allowed are eot, released"),
-        ({"visual_prompts": -1}, "method.visual_prompts=-1: must be 0 or more"),
-        ({"text_prefix": -2}, "method.text_prefix=-2: must be 0 or more"),
-        ({"text_suffix": -3}, "method.text_suffix=-3: must be 0 or more"),
-        ({"last_layer": -1}, "method.last_layer=-1: must be 0 or more"),
-        ({"first_layer": 0}, "first_layer=0, last_layer=0: layers count from 1"),
-        ({"first_layer": 3, "last_layer": 2}, "the last .* is not before the first"),
-        (
-            {"visual_prompts": 0, "text_prefix": 0, "text_suffix": 0},
-            "method.name=vop: no prompt token in branches=both",
-        ),
-        ({"branches": "visual", "visual_prompts": 0}, "no prompt token in branches=visual"),
-        ({"cmm": "gru"}, "method.cmm='gru': allowed are bilstm, lstm, transformer"),
-        ({"cmm_role": "patches"}, "method.cmm_role='patches': allowed are prompts, cls"),
-        ({"split_layer": -2}, "method.split_layer=-2: must be -1 or more"),
-        ({"adapter_width": 0}, "method.adapter_width=0: must be 1 or more"),
-        (
-            {"name": "vop_p", "specific_prompts": 9},
-            "method.specific_prompts=9: at most all method.visual_prompts=8",
-        ),
-        ({"prompts": 8}, "method.prompts: unknown; known are adapter_width, .*visual_prompts"),
-    ],
-)
-def test_values_that_cannot_be(values, message):
-    with pytest.raises(UserError, match=message) as caught:
-        MethodConfig.from_mapping(values)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"last_layer": 5}, "last_layer=5: this CLIP has layers 1 to 4"),
-        ({"first_layer": 5}, "first_layer=5, .*: this CLIP has layers 1 to 4"),
-        ({"first_layer": 4}, "the text tower has only 3 layers; .* branches without text"),
-        (
-            {"name": "vop_f", "split_layer": 5},
-            "split_layer=5: this CLIP has 4 vision layers; allowed are 0 to 4, or -1",
-        ),
-        ({"text_prefix": 28, "text_suffix": 2}, "= 30: at most 29 of 32 positions can be prompts"),
-    ],
-)
-def test_values_that_do_not_fit_a_clip(values, message):
-    method = MethodConfig.from_mapping(values)
-    with pytest.raises(UserError, match=message):
-        method.check_fits(TINY)
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"first_layer": 4, "branches": "visual"},
-        {"last_layer": 4},
-        {"text_prefix": 27, "text_suffix": 2},
-        {"text_prefix": 99, "branches": "visual"},
-        {"name": "proj", "text_prefix": 99},
-        {"name": "vop_f", "split_layer": 4},
-        {"name": "vop_f+c", "split_layer": 0},
-        {"name": "vop", "specific_prompts": 99, "split_layer": 99},
-    ],
-)
-def test_values_that_just_fit(values):
-    MethodConfig.from_mapping(values).check_fits(TINY)
-
-
-def test_depth():
-    method = MethodConfig(first_layer=2)
-    assert list(method.layers(4)) == [1, 2, 3]
-    assert list(dataclasses.replace(method, last_layer=3).layers(4)) == [1, 2]
-    assert list(dataclasses.replace(method, last_layer=9).layers(4)) == [1, 2, 3]
-
-
-def test_only_prompts_in_the_text_take_slots():
-    assert MethodConfig().text_slots(B32) == 69
-    assert MethodConfig(branches="visual").text_slots(B32) == 77
-    assert MethodConfig("full").text_slots(B32) == 77
-
-
-@pytest.mark.parametrize(("depth", "split"), [(12, 8), (24, 16), (6, 4), (4, 2), (1, 0)])
-def test_frames_meet_after_two_thirds_of_the_layers_by_default(depth, split):
-    assert MethodConfig("vop_f").resolved_split_layer(depth) == split
-    assert MethodConfig("vop_p").resolved_split_layer(depth) == depth
-    assert MethodConfig("vop_f", branches="text").resolved_split_layer(depth) == depth
+    for name, row in counts.items():
+        expected = PAPER[name]
+        assert (row["trainable"], row["paper"], f"{row['percent']:.3f}") == expected, name
 
 
 def formula(name, clip, frames, specific, split):
@@ -172,16 +66,150 @@ def formula(name, clip, frames, specific, split):
 @pytest.mark.parametrize("arch", ["tiny", pytest.param("ViT-L/14", marks=pytest.mark.slow)])
 def test_parameter_counts_follow_the_formula_at_other_sizes(arch):
     config = base_config()
-    config.clip.arch, config.data.frames = arch, 5
-    config.method.specific_prompts = 3
+    config.clip.arch, config.data.frames, config.method.specific_prompts = arch, 5, 3
     clip, counts = PRESETS[arch], count_parameters(config)
     split = clip.vision_layers * 2 // 3
     for name in ("vop_p", "vop_c", "vop_f", "vop_f+p", "vop_f+c"):
         assert counts[name]["trainable"] == formula(name, clip, 5, 3, split), name
 
 
-def test_a_split_that_cannot_be_is_named_by_the_parameter_table_too():
-    config = base_config()
-    config.clip.arch, config.method.split_layer = "tiny", 8
-    with pytest.raises(UserError, match="split_layer=8: this CLIP has 4 vision layers"):
-        count_parameters(config)
+class Deviation(nn.Module):
+    """A frame's own prompts, made from how its CLS token differs from the mean of its clip."""
+
+    method: MethodConfig
+    width: int
+    tokens: int
+    activation: str
+    dtype: jax.typing.DTypeLike
+
+    @nn.compact
+    def __call__(self, cls):
+        deviation = cls - cls.mean(axis=1, keepdims=True)  # [B, F, D]
+        out = nn.Dense(self.tokens * self.width, dtype=self.dtype)(deviation)
+        return out.reshape(*cls.shape[:2], self.tokens, self.width)
+
+
+def test_a_new_method_is_one_row_and_its_parts(monkeypatch, tmp_path):
+    row = Method((r"prompts/.*", r"clip/.*/ln_post/.*"), prompts=True, specific="deviation")
+    monkeypatch.setitem(METHODS, "vop_d", row)
+    monkeypatch.setitem(GENERATORS, "deviation", Deviation)
+    values = {"name": "vop_d", "visual_prompts": 3, "specific_prompts": 2, "frames": tiny.FRAMES}
+    method = MethodConfig.from_mapping(values)
+    clip = dataclasses.replace(tiny.CLIP, vision_layers=1, text_layers=1)  # compiles fast
+    model, params = tiny.model_and_params(method, clip=clip)
+    trainable, frozen = partition(params, method.trainable_patterns(clip))
+    config = base_config().train
+    config.update(warmup=0.0, learning_rate=1e-2)
+    optimizer = make_optimizer(config)
+    step = jax.jit(make_train_step(model, optimizer))
+    state, ids = TrainState.create(trainable, optimizer), tiny.captions(4, 12)
+    losses = []
+    for _ in range(3):
+        state, metrics = step(state, frozen, {"frames": tiny.frames(4), "ids": ids})
+        losses.append(float(metrics["loss"]))
+    assert losses[2] < losses[0]
+    before, after = tensors.flatten(trainable), tensors.flatten(state.trainable)
+    assert {name.split("/")[1] for name in after if name.startswith("prompts/")} == {
+        *("text", "visual", "deviation")
+    }
+    assert all((before[name] != after[name]).any() for name in after)
+    about = {"clip_fingerprint": "f", "clip_name": "tiny", "clip_config": clip}
+    save_prompts(tmp_path / "p", state.trainable, method=method, **about)
+    assert load_prompts(tmp_path / "p").method == method
+
+
+def test_every_pattern_matches_something_and_zero_shot_trains_nothing():
+    for name in METHODS:
+        method = MethodConfig(name)
+        params = tensors.unflatten(TextVideoModel(TINY, method).shapes())
+        trainable, _ = partition(params, method.trainable_patterns(TINY))
+        assert bool(parameter_count(trainable)) == (name != "zero_shot")
+    assert MethodConfig("partial").trainable_patterns(TINY) == (
+        r"clip/visual/transformer/resblocks\.3/.*",
+        r"clip/text/transformer/resblocks\.2/.*",
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"name": "vopp"}, "method.name='vopp': allowed are zero_shot, .*vop"),
+        ({"branches": "audio"}, "method.branches='audio': allowed are .*both.*visual.*text"),
+        ({"suffix": "sos"}, "method.suffix='sos': allowed are .*eot.*released"),
+        ({"cmm": "gru"}, "method.cmm='gru': allowed are .*bilstm.*lstm.*transformer"),
+        ({"cmm_role": "patches"}, "method.cmm_role='patches': allowed are .*prompts.*cls"),
+        ({"visual_prompts": -1}, "method.visual_prompts=-1: must be 0 or more"),
+        ({"last_layer": -1}, "method.last_layer=-1: must be 0 or more"),
+        ({"split_layer": -2}, "method.split_layer=-2: must be -1 or more"),
+        ({"adapter_width": 0}, "method.adapter_width=0: must be 1 or more"),
+        ({"first_layer": 0}, "first_layer=0, last_layer=0: layers count from 1"),
+        ({"first_layer": 3, "last_layer": 2}, "the last .* is not before the first"),
+        (
+            {"visual_prompts": 0, "text_prefix": 0, "text_suffix": 0},
+            "method.name=vop: no prompt token in branches=both",
+        ),
+        ({"branches": "visual", "visual_prompts": 0}, "no prompt token in branches=visual"),
+        (
+            {"name": "vop_p", "specific_prompts": 9},
+            "method.specific_prompts=9: at most all method.visual_prompts=8",
+        ),
+        ({"prompts": 8}, "method.prompts: unknown; known are adapter_width, .*visual_prompts"),
+    ],
+)
+def test_wrong_values_are_refused(values, message):
+    with pytest.raises(UserError, match=message) as caught:
+        MethodConfig.from_mapping(values)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"last_layer": 5}, "last_layer=5: this CLIP has layers 1 to 4"),
+        ({"first_layer": 5}, "first_layer=5, .*: this CLIP has layers 1 to 4"),
+        ({"first_layer": 4}, "the text tower has only 3 layers; .* branches without text"),
+        (
+            {"name": "vop_f", "split_layer": 5},
+            "split_layer=5: this CLIP has 4 vision layers; allowed are 0 to 4, or -1",
+        ),
+        ({"text_prefix": 28, "text_suffix": 2}, "= 30: at most 29 of 32 positions can be prompts"),
+        # The largest that fit:
+        ({"first_layer": 4, "branches": "visual"}, None),
+        ({"last_layer": 4}, None),
+        ({"text_prefix": 27, "text_suffix": 2}, None),
+        ({"text_prefix": 99, "branches": "visual"}, None),
+        ({"name": "proj", "text_prefix": 99}, None),
+        ({"name": "vop_f", "split_layer": 4}, None),
+        ({"name": "vop", "specific_prompts": 99, "split_layer": 99}, None),
+    ],
+)
+def test_values_that_do_not_fit_a_clip_are_refused(values, message):
+    method = MethodConfig.from_mapping(values)
+    if message is None:
+        return method.check_fits(TINY)
+    with pytest.raises(UserError, match=message):
+        method.check_fits(TINY)
+    if "split_layer" in values:  # the table of parameters says so too
+        config = base_config()
+        config.clip.arch, config.method.split_layer = "tiny", 5
+        with pytest.raises(UserError, match=message):
+            count_parameters(config)
+
+
+def test_prompted_layers_text_slots_and_the_split_layer():
+    method = MethodConfig(first_layer=2)
+    for last, layers in ((0, [1, 2, 3]), (3, [1, 2]), (9, [1, 2, 3])):
+        assert list(dataclasses.replace(method, last_layer=last).layers(4)) == layers
+    assert MethodConfig().text_slots(B32) == 69
+    assert MethodConfig(branches="visual").text_slots(B32) == 77
+    assert MethodConfig("full").text_slots(B32) == 77
+    for depth, split in ((12, 8), (24, 16), (6, 4), (4, 2), (1, 0)):
+        assert MethodConfig("vop_f").resolved_split_layer(depth) == split
+        assert MethodConfig("vop_p").resolved_split_layer(depth) == depth
+        assert MethodConfig("vop_f", branches="text").resolved_split_layer(depth) == depth
+
+
+def test_another_number_of_frames_is_refused():
+    MethodConfig(frames=3).check_frames(3)
+    with pytest.raises(UserError, match="clips of 8 frames, but the prompts know 12"):
+        MethodConfig().check_frames(8)

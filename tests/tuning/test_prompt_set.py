@@ -1,8 +1,12 @@
+"""A prompt set on disk, the CLIP it belongs to, and its frame tables."""
+
 import dataclasses
 
 import jax
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests import tiny
 from vop_jax.config.clip import PRESETS
@@ -11,7 +15,14 @@ from vop_jax.model import TextVideoModel
 from vop_jax.storage import tensors
 from vop_jax.tuning.methods import METHODS, MethodConfig
 from vop_jax.tuning.partition import partition
-from vop_jax.tuning.prompt_set import FORMAT, check_same_clip, load_prompts, save_prompts
+from vop_jax.tuning.prompt_set import (
+    FORMAT,
+    check_same_clip,
+    has_frame_tables,
+    interpolate_frames,
+    load_prompts,
+    save_prompts,
+)
 
 METHOD = MethodConfig(
     visual_prompts=2, text_prefix=1, text_suffix=2, specific_prompts=1, suffix="released"
@@ -19,17 +30,11 @@ METHOD = MethodConfig(
 VIDEO = {"frames": 7, "short_side": 128, "stored_fps": 2.0}
 
 
-def trained_shapes(method, clip):
-    """The trainable subtree as shapes."""
-    model = TextVideoModel(clip, method)
-    params = tensors.unflatten(model.shapes())
-    return partition(params, method.trainable_patterns(clip))[0]
-
-
 def random_params(method=METHOD, clip=tiny.CLIP):
     rng = np.random.default_rng(0)
-    shapes = trained_shapes(method, clip)
-    return jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32), shapes)
+    shapes = tensors.unflatten(TextVideoModel(clip, method).shapes())
+    trainable, _ = partition(shapes, method.trainable_patterns(clip))
+    return jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32), trainable)
 
 
 def save(path, params, method=METHOD, clip=tiny.CLIP, **changes):
@@ -37,85 +42,103 @@ def save(path, params, method=METHOD, clip=tiny.CLIP, **changes):
     save_prompts(path, params, method=method, clip_config=clip, **(about | changes))
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_round_trip_of_every_method(tmp_path, name):
-    method = dataclasses.replace(METHOD, name=name)
-    params = random_params(method)
-    save(tmp_path / "p.safetensors", params, method)
-    given = load_prompts(tmp_path / "p.safetensors")
-    assert (given.method, given.clip_config, given.video) == (method, tiny.CLIP, VIDEO)
-    assert (given.clip_fingerprint, given.clip_name) == ("f" * 64, "tiny from x.pt (ffff)")
-    saved, loaded = tensors.flatten(params), tensors.flatten(given.params)
-    assert saved.keys() == loaded.keys()
-    for key in saved:
-        np.testing.assert_array_equal(saved[key], loaded[key])
+def test_round_trip_of_every_method(tmp_path):
+    for name in METHODS:
+        method = dataclasses.replace(METHOD, name=name)
+        params = random_params(method)
+        save(tmp_path / "p.safetensors", params, method)
+        prompts = load_prompts(tmp_path / "p.safetensors")
+        assert (prompts.method, prompts.clip_config, prompts.video) == (method, tiny.CLIP, VIDEO)
+        assert (prompts.clip_fingerprint, prompts.clip_name) == ("f" * 64, "tiny from x.pt (ffff)")
+        saved, loaded = tensors.flatten(params), tensors.flatten(prompts.params)
+        assert saved.keys() == loaded.keys()
+        assert all((saved[key] == loaded[key]).all() for key in saved)
 
 
-def test_video_is_optional(tmp_path):
-    save(tmp_path / "p", random_params(), video=None)
-    assert load_prompts(tmp_path / "p").video == {}
-
-
-def test_the_file_says_what_it_is(tmp_path):
-    save(tmp_path / "p", random_params())
-    metadata = tensors.read_metadata(tmp_path / "p")
+def test_the_metadata_and_size_of_the_file(tmp_path):
+    clip, path = PRESETS["ViT-B/32"], tmp_path / "p"
+    save(path, random_params(MethodConfig(), clip), MethodConfig(), clip, video=None)
+    metadata = tensors.read_metadata(path)
     assert metadata["format"] == FORMAT and metadata["method"] == "vop"
     assert metadata["activation"] == "quick_gelu" and metadata["clip_fingerprint"] == "f" * 64
-
-
-def test_base_vop_over_vit_b32_is_half_a_megabyte(tmp_path):
-    clip = PRESETS["ViT-B/32"]
-    save(tmp_path / "p", random_params(MethodConfig(), clip), MethodConfig(), clip)
-    size = (tmp_path / "p").stat().st_size
+    assert load_prompts(path).video == {}
     # 122,880 float32 are 491,520 bytes; the rest is the header.
-    assert 480_000 <= size <= 520_000
+    assert 480_000 <= path.stat().st_size <= 520_000
 
 
-@pytest.mark.parametrize("metadata", [{}, {"format": "vop_jax.clip"}])
-def test_another_safetensors_file_is_refused(tmp_path, metadata):
-    tensors.save(tmp_path / "p", {"a": np.zeros(2)}, metadata)
-    with pytest.raises(UserError, match="p: not a prompts file; --mode=export writes one"):
-        load_prompts(tmp_path / "p")
-
-
-@pytest.mark.parametrize("changes", [None, {"video": "3"}, {"video": "[" * 100_000}])
-def test_wrong_metadata_is_refused(changes, tmp_path):
-    save(tmp_path / "p", random_params())
-    tree, metadata = tensors.load(tmp_path / "p")
-    stated = {k: v for k, v in metadata.items() if k != tensors.CHECKSUM} | (changes or {})
-    tensors.save(tmp_path / "p", tree, stated if changes else {"format": FORMAT})
-    with pytest.raises(UserError, match="p: its metadata is not a prompts file's"):
-        load_prompts(tmp_path / "p")
-
-
-def test_no_file(tmp_path):
-    with pytest.raises(UserError, match="nowhere: no such file"):
-        load_prompts(tmp_path / "nowhere")
-
-
-def test_a_truncated_file_is_refused(tmp_path):
-    save(tmp_path / "p", random_params())
-    (tmp_path / "p").write_bytes((tmp_path / "p").read_bytes()[:-8])
-    with pytest.raises(UserError, match="p: not a readable safetensors file"):
-        load_prompts(tmp_path / "p")
-
-
-def test_a_method_this_version_does_not_know_is_refused(tmp_path):
-    save(tmp_path / "p", random_params(), dataclasses.replace(METHOD, name="vop_2"))
-    with pytest.raises(UserError, match=r"method.name='vop_2': allowed are"):
-        load_prompts(tmp_path / "p")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": "vop_jax.clip"}, "p: not a prompts file; --mode=export writes one"),
+        ({"video": "3"}, "p: its metadata is not a prompts file's"),
+        ({"video": "[" * 100_000}, "p: its metadata is not a prompts file's"),
+        ({"clip_name": None}, "p: its metadata is not a prompts file's"),
+        ({"method_config": '{"name": "vop_2"}'}, r"method.name='vop_2': allowed are"),
+        ("truncated", "p: not a readable safetensors file"),
+        ("missing", "p: no such file"),
+    ],
+)
+def test_a_file_that_is_no_prompt_set_is_refused(changes, message, tmp_path):
+    path = tmp_path / "p"
+    save(path, random_params())
+    if isinstance(changes, dict):
+        tree, metadata = tensors.load(path)
+        metadata = {k: v for k, v in (metadata | changes).items() if v is not None}
+        metadata.pop(tensors.CHECKSUM)
+        tensors.save(path, tree, metadata)
+    elif changes == "truncated":
+        path.write_bytes(path.read_bytes()[:-8])
+    else:
+        path.unlink()
+    with pytest.raises(UserError, match=message):
+        load_prompts(path)
 
 
 def test_prompts_over_another_clip_are_refused_naming_both(tmp_path):
     save(tmp_path / "p", random_params())
-    given = load_prompts(tmp_path / "p")
-    check_same_clip(tmp_path / "p", given, "f" * 64, "the same, renamed", tiny.CLIP)
-    with pytest.raises(UserError) as caught:
-        check_same_clip(tmp_path / "p", given, "0" * 64, "ViT-B/32 from y.pt (0000)", tiny.CLIP)
-    message = str(caught.value)
-    for part in (str(tmp_path / "p"), "tiny from x.pt (ffff)", "ViT-B/32 from y.pt (0000)"):
-        assert part in message
-    assert "\n" not in message
+    prompts = load_prompts(tmp_path / "p")
+    check_same_clip("p", prompts, "f" * 64, "the same, renamed", tiny.CLIP)
+    with pytest.raises(UserError, match=r"p: .*tiny from x.pt \(ffff\), not .*ViT-B/32 from y.pt"):
+        check_same_clip("p", prompts, "0" * 64, "ViT-B/32 from y.pt (0000)", tiny.CLIP)
     other = dataclasses.replace(tiny.CLIP, activation="gelu")  # of the same parameters
     with pytest.raises(UserError, match=r"over a CLIP with activation='quick_gelu'; .* 'gelu'"):
-        check_same_clip(tmp_path / "p", given, "f" * 64, "the same, renamed", other)
+        check_same_clip("p", prompts, "f" * 64, "the same, renamed", other)
+
+
+def tables(frames, width=2):
+    rows = np.random.default_rng(0).normal(size=(frames, width)).astype(np.float32)
+    return {
+        "prompts": {
+            "visual": np.ones((3, 4, width), np.float32),
+            "position": np.stack([rows[:, None], 2 * rows[:, None]]),  # [L, F, P, D]
+            "frame_position": rows,
+            "context": {"transformer": {"frame_position": 3 * rows}},
+        }
+    }
+
+
+def test_every_frame_table_and_nothing_else_is_resampled():
+    after = interpolate_frames(tables(4), 7)["prompts"]
+    assert after["position"].shape == (2, 7, 1, 2)
+    assert after["frame_position"].shape == (7, 2)
+    assert after["context"]["transformer"]["frame_position"].shape == (7, 2)
+    np.testing.assert_array_equal(after["visual"], tables(4)["prompts"]["visual"])
+    np.testing.assert_allclose(after["position"][1, :, 0], 2 * after["frame_position"], rtol=1e-6)
+    same = tensors.flatten(interpolate_frames(tables(4), 4))
+    assert all((same[name] == leaf).all() for name, leaf in tensors.flatten(tables(4)).items())
+
+
+@settings(max_examples=30, deadline=None)
+@given(old=st.integers(1, 20), new=st.integers(1, 40))
+def test_resampling_keeps_a_straight_line_and_its_range(old, new):
+    line = ((np.arange(old) + 0.5) / old).astype(np.float32)[:, None]
+    out = interpolate_frames({"prompts": {"frame_position": line}}, new)["prompts"]
+    middles = (np.arange(new) + 0.5) / new  # of segments, as in uniform sampling
+    expected = np.clip(middles, line[0], line[-1])
+    np.testing.assert_allclose(out["frame_position"][:, 0], expected, atol=1e-6)
+
+
+def test_parameters_that_are_bound_to_a_number_of_frames():
+    assert has_frame_tables(tables(3))
+    assert not has_frame_tables({"prompts": {"visual": 1, "context": {"lstm": {"bias": 2}}}})
+    assert not has_frame_tables({"clip": {"visual": {"positional_embedding": 1}}})

@@ -1,4 +1,4 @@
-"""Where prompts stand, against lists put together in plain Python."""
+"""Where text prompts stand, against lists put together in plain Python."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +10,6 @@ from vop_jax.tuning.methods import MethodConfig
 from vop_jax.tuning.prompts import TextLayout
 
 SLOTS, EOT, WIDTH = 9, 99, 2  # one shape of captions, so that operations compile once
-PROMPTS = [(2, 3), (0, 2), (3, 0), (0, 0), (1, 1)]
 
 
 @st.composite
@@ -23,21 +22,9 @@ def captions(draw):
     return np.array(rows, np.int32)
 
 
-def tokens_of(ids):
-    """[N, T, D], each token another vector, none of them zero."""
-    count = ids.size * WIDTH
-    return jnp.arange(1.0, count + 1).reshape(*ids.shape, WIDTH)
-
-
-def prompts_of(prefix, suffix):
-    """[P, D], unlike any token."""
-    count = (prefix + suffix) * WIDTH
-    return -jnp.arange(1.0, count + 1).reshape(-1, WIDTH)
-
-
 def by_hand(ids, x, prompts, prefix, suffix):
     """[SOS, prefix, words, suffix, rest] of each caption."""
-    rows, x, prompts = [], np.asarray(x), np.asarray(prompts)
+    rows = []
     for caption, tokens in zip(ids.tolist(), x, strict=True):
         end = caption.index(EOT) if suffix == "eot" else len(caption) - 1
         before, after = prompts[:prefix], prompts[prefix:]
@@ -46,25 +33,25 @@ def by_hand(ids, x, prompts, prefix, suffix):
 
 
 @pytest.mark.parametrize("suffix", ["eot", "released"])
-@pytest.mark.parametrize("lengths", PROMPTS)
+@pytest.mark.parametrize("lengths", [(2, 3), (0, 2), (3, 0), (0, 0)])
 @settings(max_examples=8, deadline=None)
 @given(ids=captions())
 def test_text_prompts_stand_where_a_list_would_put_them(ids, lengths, suffix):
     method = MethodConfig(text_prefix=lengths[0], text_suffix=lengths[1], suffix=suffix)
     layout = TextLayout.of(jnp.asarray(ids), method)
-    x, prompts = np.asarray(tokens_of(ids)), np.asarray(prompts_of(*lengths))
+    x = np.arange(1.0, ids.size * WIDTH + 1, dtype=np.float32).reshape(*ids.shape, WIDTH)
+    prompts = -np.arange(1.0, sum(lengths) * WIDTH + 1, dtype=np.float32).reshape(-1, WIDTH)
     expected = by_hand(ids, x, prompts, lengths[0], suffix)
-    placed = np.zeros_like(expected)
-    rows = np.arange(len(ids))[:, None]
+    placed, rows = np.zeros_like(expected), np.arange(len(ids))[:, None]
     placed[rows, layout.words] = x
     placed[rows, layout.prompts] = prompts
     np.testing.assert_array_equal(placed, expected)
-    np.testing.assert_array_equal(layout.placed(x, prompts[None]), expected)
-    # Under the causal mask a word sees the prompts that stand before it in that list.
-    for row, sees in zip(expected[..., 0].tolist(), layout.seen.tolist(), strict=True):
+    np.testing.assert_array_equal(layout.insert(x, prompts[None]), expected)
+    # Under the causal mask a word attends to the prompts that stand before it in that list.
+    for row, mask in zip(expected[..., 0].tolist(), layout.mask.tolist(), strict=True):
         words = [i for i, token in enumerate(row) if token > 0]
-        prompts = [i for i, token in enumerate(row) if token < 0]
-        assert sees == [[p < w for p in prompts] for w in words]
+        places = [i for i, token in enumerate(row) if token < 0]
+        assert mask == [[p < w for p in places] for w in words]
 
 
 @pytest.mark.parametrize("suffix", ["eot", "released"])
@@ -73,8 +60,8 @@ def test_the_suffix_stands_before_eot_or_before_the_last_slot(suffix):
     method = MethodConfig(text_prefix=2, text_suffix=1, suffix=suffix)
     layout = TextLayout.of(jnp.asarray(ids), method)
     eot = layout.words[np.arange(2), [1, 4]].tolist()
-    # The released suffix is behind a short caption's EOT, which never sees it.
+    # The released suffix is behind a short caption's EOT, which never attends to it.
     assert eot == ([1 + 3, 7] if suffix == "eot" else [1 + 2, 7])
-    assert layout.seen[0, 1].tolist() == [True, True, suffix == "eot"]
-    assert layout.seen[1, 4].all()
-    assert not layout.seen[:, 0].any()  # SOS comes first
+    assert layout.mask[0, 1].tolist() == [True, True, suffix == "eot"]
+    assert layout.mask[1, 4].all()
+    assert not layout.mask[:, 0].any()  # SOS comes first

@@ -9,13 +9,13 @@ from vop_jax.tuning.methods import MethodConfig
 
 
 class Adapter(nn.Module):
-    """Two dense layers with a narrow middle, [..., D] -> [..., D]; zero at first."""
+    """Two dense layers with a narrow middle, [..., D] -> [..., D]; initially zero."""
 
     width: int
     bottleneck: int
     dtype: jnp.dtype = jnp.float32
 
-    def setup(self):
+    def setup(self) -> None:
         self.down = nn.Dense(self.bottleneck, dtype=self.dtype)
         self.up = nn.Dense(self.width, kernel_init=nn.initializers.zeros, dtype=self.dtype)
 
@@ -24,13 +24,13 @@ class Adapter(nn.Module):
 
 
 class Adapters(nn.Module):
-    """The adapters of both towers; `at` gives a block what to run beside its own parts."""
+    """The adapters of both towers."""
 
     method: MethodConfig
     clip_config: ClipConfig
     dtype: jnp.dtype = jnp.float32
 
-    def setup(self):
+    def setup(self) -> None:
         def tower(name: str, depth: int, width: int) -> list[Adapter]:
             layers = self.method.layers(depth) if self.method.has_branch(name) else ()
             return [Adapter(width, self.method.adapter_width, self.dtype) for _ in layers]
@@ -40,7 +40,7 @@ class Adapters(nn.Module):
         self.text = tower("text", c.text_layers, c.text_width)
 
     def at(self, tower: str, layer: int) -> dict[str, Adapter]:
-        """{"attn_branch" or "mlp_branch": adapter} of a layer, from 0; {} without one."""
+        """{"attn_branch" or "mlp_branch": adapter} of a layer, from 0; {} where it has none."""
         adapters = {"visual": self.visual, "text": self.text}[tower]
         index = layer - (self.method.first_layer - 1)
         if not 0 <= index < len(adapters):

@@ -1,7 +1,7 @@
-"""Context: what the frames of a clip tell one frame.
+"""Context-specific prompts: each frame's own prompts, generated from all frames of its clip.
 
-The context modelling module (CMM) runs over the F CLS tokens that enter a layer; a dense layer
-then makes from each modulated token the frame's own prompts. Both are shared by all layers.
+The context modelling module (CMM) runs over the F CLS tokens that enter a layer; a dense layer (FC)
+makes the frame's own prompts from each modulated token. All layers share both.
 """
 
 import flax.linen as nn
@@ -13,13 +13,17 @@ from vop_jax.tuning.methods import MethodConfig
 
 TRANSFORMER_LAYERS = 4
 HEAD_WIDTH = 64
-# Frames of the recurrence in one turn of its loop. An accelerator is busy with each so briefly that
-# starting its operations counts, and there are fewer of them; more take long to compile.
+# Frames per turn of the recurrence's loop. An accelerator computes a frame faster than it starts
+# the operations of a turn, so fewer turns are faster; longer ones take long to compile.
 UNROLL = 4
+
+States = tuple[jax.Array, ...]
+Carry = tuple[jax.Array, jax.Array]
+Frame = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 
 class Context(nn.Module):
-    """CLS tokens of a clip's frames [B, F, D] -> `tokens` tokens for each [B, F, tokens, D]."""
+    """CMM and FC: the CLS tokens of a clip [B, F, D] -> `tokens` prompts per frame [B, F, P, D]."""
 
     method: MethodConfig
     width: int
@@ -27,32 +31,35 @@ class Context(nn.Module):
     activation: str
     dtype: jnp.dtype = jnp.float32
 
-    def setup(self):
-        if self.method.cmm == "transformer":
+    def setup(self) -> None:
+        m = self.method
+        if m.cmm == "transformer":
             self.transformer = FrameTransformer(
-                self.width, self.method.frames, self.method.init_std, self.activation, self.dtype
+                self.width, m.frames, m.init_std, self.activation, self.dtype
             )
         else:
-            directions = {"lstm": 1, "bilstm": 2}[self.method.cmm]
+            directions = {"lstm": 1, "bilstm": 2}[m.cmm]
             self.lstm = Lstm(self.width, directions, self.dtype)
-        # Small at first, so that what it makes is about the size of the generic prompts.
-        init = nn.initializers.normal(self.method.init_std)
+        # Small, so that generated prompts start about as large as generic ones.
+        init = nn.initializers.normal(m.init_std)
         self.stretch = nn.Dense(self.tokens * self.width, kernel_init=init, dtype=self.dtype)
 
     def __call__(self, cls: jax.Array) -> jax.Array:
         if self.method.cmm == "transformer":
             self.method.check_frames(cls.shape[1])
-        modulate = self.transformer if self.method.cmm == "transformer" else self.lstm
-        out = self.stretch(modulate(cls))  # [B, F, P * D]
+            modulated = self.transformer(cls)
+        else:
+            modulated = self.lstm(cls)
+        out = self.stretch(modulated)  # [B, F, P * D]
         return out.reshape(*cls.shape[:2], self.tokens, self.width)
 
 
 class Lstm(nn.Module):
     """LSTM over frames [B, F, D] -> [B, F, directions * D], the equations of torch.nn.LSTM.
 
-    Own code for speed: flax's cell projects its input anew at each frame and runs the two
-    directions one after the other; here all frames are projected in one product and both
-    directions advance in one scan. Gates are in PyTorch's order: input, forget, cell, output.
+    Flax's cell projects its input at each frame and runs the two directions one after the other;
+    here, for speed, all frames are projected in one product and both directions advance in one
+    scan. Gates are in PyTorch's order: input, forget, cell, output.
     """
 
     width: int
@@ -83,13 +90,13 @@ class Lstm(nn.Module):
 
 @jax.custom_vjp
 def recurrence(from_input: jax.Array, hidden_kernel: jax.Array) -> jax.Array:
-    """What an LSTM that starts at zero puts out.
+    """The outputs of an LSTM that starts at zero.
 
     The derivative is written out so that the kernel's gradient is one product over all frames;
-    left to `scan` it is a sum of products, read and written anew at each frame.
+    that of `scan` is a sum of products, read and written again at each frame.
 
     Args:
-        from_input: float32 [F, K, B, 4 D], the gates' part that is not recurrent.
+        from_input: float32 [F, K, B, 4 D], the part of the gates that is not recurrent.
         hidden_kernel: [K, D, 4 D], in the dtype of products.
 
     Returns:
@@ -101,7 +108,7 @@ def recurrence(from_input: jax.Array, hidden_kernel: jax.Array) -> jax.Array:
 def _advance(from_input: jax.Array, kernel: jax.Array) -> tuple[jax.Array, ...]:
     """(hidden, cell, gates after their activations) of each frame."""
 
-    def step(state, gates):
+    def step(state: Carry, gates: jax.Array) -> tuple[Carry, States]:
         hidden, cell = state  # [K, B, D], float32
         gates = gates + jnp.einsum("kbd,kdg->kbg", hidden.astype(kernel.dtype), kernel)
         i, f, g, o = jnp.split(gates, 4, axis=-1)
@@ -114,40 +121,41 @@ def _advance(from_input: jax.Array, kernel: jax.Array) -> tuple[jax.Array, ...]:
     return jax.lax.scan(step, (zero, zero), from_input, unroll=UNROLL)[1]
 
 
-def _recurrence(from_input: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple]:
+def _recurrence_forward(from_input: jax.Array, kernel: jax.Array) -> tuple[jax.Array, States]:
     hidden, cell, gates = _advance(from_input, kernel)
     return hidden, (hidden, cell, gates, kernel)
 
 
-def _recurrence_transposed(kept: tuple, given: jax.Array) -> tuple[jax.Array, jax.Array]:
-    hidden, cell, gates, kernel = kept
+def _recurrence_backward(saved: States, d_output: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Backpropagation through time; `d_x` is the gradient of the loss with respect to x."""
+    hidden, cell, gates, kernel = saved
 
-    def before(states: jax.Array) -> jax.Array:  # those that enter each frame
+    def before(states: jax.Array) -> jax.Array:  # the state that enters each frame
         return jnp.concatenate([jnp.zeros_like(states[:1]), states[:-1]])
 
-    def step(state, frame):
-        to_hidden, to_cell = state
-        given, cell, entering, (i, f, g, o) = frame
-        to_hidden, bent = to_hidden + given, jnp.tanh(cell)
-        to_cell = to_cell + to_hidden * o * (1 - bent**2)
+    def step(carry: Carry, frame: Frame) -> tuple[Carry, jax.Array]:
+        d_hidden, d_cell = carry
+        d_output, cell, cell_before, (i, f, g, o) = frame
+        d_hidden, tanh_cell = d_hidden + d_output, jnp.tanh(cell)
+        d_cell = d_cell + d_hidden * o * (1 - tanh_cell**2)
         parts = [
-            to_cell * g * i * (1 - i),
-            to_cell * entering * f * (1 - f),
-            to_cell * i * (1 - g**2),
-            to_hidden * bent * o * (1 - o),
+            d_cell * g * i * (1 - i),
+            d_cell * cell_before * f * (1 - f),
+            d_cell * i * (1 - g**2),
+            d_hidden * tanh_cell * o * (1 - o),
         ]
-        to_gates = jnp.concatenate(parts, axis=-1)
-        back = jnp.einsum("kbg,kdg->kbd", to_gates.astype(kernel.dtype), kernel)
-        return (back.astype(jnp.float32), to_cell * f), to_gates
+        d_gates = jnp.concatenate(parts, axis=-1)
+        d_before = jnp.einsum("kbg,kdg->kbd", d_gates.astype(kernel.dtype), kernel)
+        return (d_before.astype(jnp.float32), d_cell * f), d_gates
 
-    zero = jnp.zeros_like(given[0])
-    frames = given, cell, before(cell), gates
-    _, to_gates = jax.lax.scan(step, (zero, zero), frames, reverse=True, unroll=UNROLL)
-    left, right = (x.astype(kernel.dtype) for x in (before(hidden), to_gates))
-    return to_gates, jnp.einsum("fkbd,fkbg->kdg", left, right)
+    zero = jnp.zeros_like(d_output[0])
+    frames = d_output, cell, before(cell), gates
+    _, d_gates = jax.lax.scan(step, (zero, zero), frames, reverse=True, unroll=UNROLL)
+    left, right = (x.astype(kernel.dtype) for x in (before(hidden), d_gates))
+    return d_gates, jnp.einsum("fkbd,fkbg->kdg", left, right)
 
 
-recurrence.defvjp(_recurrence, _recurrence_transposed)
+recurrence.defvjp(_recurrence_forward, _recurrence_backward)
 
 
 class FrameTransformer(nn.Module):
@@ -159,7 +167,7 @@ class FrameTransformer(nn.Module):
     activation: str
     dtype: jnp.dtype = jnp.float32
 
-    def setup(self):
+    def setup(self) -> None:
         init = nn.initializers.normal(self.init_std)
         self.frame_position = self.param("frame_position", init, (self.frames, self.width))
         heads = max(1, self.width // HEAD_WIDTH)

@@ -1,7 +1,9 @@
-"""Methods by name: what each adds to CLIP and which parameters it trains.
+"""The methods by name: what each adds to CLIP and which parameters it trains.
 
-A video prompt method is a composition of orthogonal parts: generic prompts, prompts specific
-to a frame (of its position, or made from its context), and attention across frames (function).
+A method is a row of METHODS, a composition of orthogonal parts: generic prompts, prompts specific
+to a frame (by its position, or generated from its context), attention across frames (function),
+adapters, and a choice of CLIP's own parameters. A new part of prompts is a module in
+`tuning.prompts.GENERATORS`; nothing else in the package names a method.
 """
 
 import dataclasses
@@ -14,18 +16,18 @@ from vop_jax.config.clip import ClipConfig
 from vop_jax.config.keys import KEYS, DataSection, MethodSection
 from vop_jax.errors import UserError
 
-# The paper counts tensors named *.weight or *.bias of OpenAI's CLIP. It thereby misses what
-# PyTorch holds as bare parameters: packed query/key/value, embeddings and projections.
-# Pairs of (pattern, how often the paper counts a parameter of that name); all others count once.
-_BARE = (
+# How often the paper counts a parameter whose name matches; all others count once. The paper counts
+# tensors named *.weight or *.bias of OpenAI's CLIP and so misses what PyTorch has as bare
+# parameters: packed query/key/value, embeddings and projections.
+_CLIP_FACTORS = (
     (r"clip/.*/attn/(query|key|value)/.*", 0),
     (r"clip/.*/(class_embedding|positional_embedding)", 0),
     (r"clip/(visual/proj|text/text_projection)/kernel", 0),
     (r"clip/logit_scale", 0),
 )
-# It leaves the frame position embedding out; PyTorch's LSTM holds two bias vectors of which
-# only the sum matters.
-_VIDEO = ((r"prompts/frame_position", 0), (r"prompts/context/lstm/bias", 2))
+# It leaves the frame position embedding out; PyTorch's LSTM has two bias vectors, of which only the
+# sum matters.
+_PROMPT_FACTORS = ((r"prompts/frame_position", 0), (r"prompts/context/lstm/bias", 2))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +38,11 @@ class Method:
         trainable: patterns over parameter names; `{visual}` and `{text}` stand for the index
             of the last layer of each tower.
         prompts: whether prompts are added to CLIP.
-        specific: what a frame's own visual prompts come from: its "position", its "context".
-        function: whether the deepest vision layers attend across frames.
-        adapter: beside what an adapter runs in every block: "attn" or "mlp".
-        paper_factors: the paper's way of counting.
+        specific: the source of a frame's own visual prompts: "position" is a table, others are
+            modules in `tuning.prompts.GENERATORS`, such as "context"; "" means no such prompts.
+        function: whether vision layers after the split layer attend across frames.
+        adapter: the part of a block that an adapter is parallel to: "attn", "mlp" or "".
+        paper_factors: the paper's way of counting, for `partition.parameter_count`.
     """
 
     trainable: tuple[str, ...]
@@ -47,18 +50,18 @@ class Method:
     specific: str = ""
     function: bool = False
     adapter: str = ""
-    paper_factors: tuple[tuple[str, int], ...] = _BARE
+    paper_factors: tuple[tuple[str, int], ...] = _CLIP_FACTORS
 
 
 def _vop(specific: str = "", function: bool = False) -> Method:
-    return Method((r"prompts/.*",), True, specific, function, paper_factors=_VIDEO)
+    return Method((r"prompts/.*",), True, specific, function, paper_factors=_PROMPT_FACTORS)
 
 
 METHODS: dict[str, Method] = {
     "zero_shot": Method(trainable=()),
     "full": Method(trainable=(r"clip/.*",)),
     "bias": Method(trainable=(r"clip/.*/bias",)),
-    # Nothing else is trained here, so the paper counts the bare projections after all.
+    # Here the paper does count the bare projections.
     "proj": Method(
         trainable=(r"clip/visual/proj/kernel", r"clip/text/text_projection/kernel"),
         paper_factors=(),
@@ -146,13 +149,15 @@ class MethodConfig(MethodSection):
     @property
     def specific_tokens(self) -> int:
         """How many of a frame's P prompts are its own; the others are generic."""
-        generates = self.parts.specific == "position" or self.makes_context("prompts")
-        return min(self.specific_prompts, self.visual_tokens) if generates else 0
+        if not self.parts.specific or self.updates_cls:
+            return 0
+        return min(self.specific_prompts, self.visual_tokens)
 
-    def makes_context(self, role: str) -> bool:
-        """Whether a context modelling module makes `prompts`, or updates `cls`."""
-        on = self.parts.specific == "context" and self.has_branch("visual")
-        return on and self.cmm_role == role
+    @property
+    def updates_cls(self) -> bool:
+        """Whether the context updates CLS tokens instead of generating prompts (an ablation)."""
+        generated = self.parts.specific not in ("", "position") and self.has_branch("visual")
+        return generated and self.cmm_role == "cls"
 
     @property
     def text_tokens(self) -> int:
@@ -161,7 +166,7 @@ class MethodConfig(MethodSection):
         return self.text_prefix + self.text_suffix if on else 0
 
     def layers(self, depth: int) -> range:
-        """The layers, from 0, of a tower with `depth` layers to which something is added."""
+        """The layers, from 0, of a tower of `depth` layers that get prompts or adapters."""
         last = min(self.last_layer or depth, depth)
         return range(self.first_layer - 1, last)
 
@@ -172,12 +177,12 @@ class MethodConfig(MethodSection):
         return depth * 2 // 3 if self.split_layer == -1 else self.split_layer
 
     def text_slots(self, clip: ClipConfig) -> int:
-        """T, the token slots a caption has: the context less the prompts."""
+        """T, the token slots of a caption: CLIP's context length without the prompts."""
         return clip.context_length - self.text_tokens
 
     @property
     def takes_fewer_slots(self) -> bool:
-        """Whether captions may come without slots that are empty in all of them."""
+        """Whether captions may come without the slots that are empty in all of them."""
         return self.suffix == "eot" or not self.text_tokens
 
     def check_fits(self, clip: ClipConfig) -> None:
@@ -224,5 +229,5 @@ class MethodConfig(MethodSection):
 
 
 def method_of(config: ConfigDict) -> MethodConfig:
-    """The config's method, with the frames of a clip that its tables have rows for."""
+    """The config's method, with F of the config's `data.frames`."""
     return MethodConfig.from_mapping({**config.method.to_dict(), "frames": config.data.frames})

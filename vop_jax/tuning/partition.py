@@ -1,7 +1,7 @@
-"""Frozen and trainable are two trees: `partition` and `merge` are inverses.
+"""Frozen and trainable parameters are two trees: `partition` and `merge` are inverses.
 
-Gradients, optimizer state and checkpoints are made of the trainable tree alone; the frozen
-tree enters the step as a constant and leaves it untouched.
+Gradients, optimizer state and checkpoints have the structure of the trainable tree alone; the
+frozen tree enters the step as a constant.
 """
 
 import re
@@ -12,12 +12,12 @@ from vop_jax.storage.tensors import Tree, flatten, unflatten
 
 
 def partition(params: Tree, patterns: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Parts a parameter tree into (trainable, frozen).
+    """Divides a parameter tree into (trainable, frozen).
 
     A leaf is trainable when its "/"-joined name fully matches one of `patterns`.
 
     Raises:
-        ValueError: a pattern that matches no parameter, which is always a mistake.
+        ValueError: a pattern matches no parameter, which is always a mistake.
     """
     flat = flatten(params)
     regexes = [re.compile(pattern) for pattern in patterns]
@@ -30,10 +30,10 @@ def partition(params: Tree, patterns: Sequence[str]) -> tuple[dict[str, Any], di
 
 
 def merge(trainable: Tree, frozen: Tree) -> dict[str, Any]:
-    """The whole tree again.
+    """The whole tree, the inverse of `partition`.
 
     Raises:
-        ValueError: a parameter that is in both trees.
+        ValueError: a parameter is in both trees.
     """
     left, right = flatten(trainable), flatten(frozen)
     if both := left.keys() & right.keys():
@@ -45,8 +45,8 @@ def parameter_count(tree: Tree, factors: Sequence[tuple[str, int]] = ()) -> int:
     """The number of scalars in a tree.
 
     Args:
-        factors: (pattern, factor) pairs; a leaf whose name the pattern matches counts that
-            often. The first that matches wins, others count once.
+        factors: (pattern, factor) pairs; a leaf counts `factor` times if its name matches. The
+            first match wins, a leaf without one counts once.
     """
 
     def factor(name: str) -> int:

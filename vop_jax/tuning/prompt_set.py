@@ -165,7 +165,7 @@ def _resample(table: np.ndarray, frames: int, axis: int) -> np.ndarray:
     high = np.minimum(low + 1, old - 1)
     weight = (position - low).reshape(-1, *[1] * (table.ndim - axis - 1))
     rows = table.take(low, axis) * (1 - weight) + table.take(high, axis) * weight
-    return rows.astype(table.dtype)
+    return np.asarray(rows, table.dtype)
 
 
 def released_method(visual: int, text: int, prefix: int | None = None) -> MethodConfig:
