@@ -44,6 +44,14 @@ def test_what_a_page_names_exists(page):
     assert missing == []
 
 
+def test_the_paper_page_names_code_that_exists():
+    code = " ".join(file.read_text() for file in (ROOT / "vop_jax").rglob("*.py"))
+    names = re.findall(r"`([A-Za-z_]\w*(?:\.\w+)*)`", (ROOT / "docs" / "paper.md").read_text())
+    words = {word for name in names for word in name.split(".")}
+    words -= {"weight", "P_i", "G_i", "c", "E"}  # PyTorch's, and letters of equations
+    assert [word for word in sorted(words) if not re.search(rf"\b{word}\b", code)] == []
+
+
 def test_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 100
 
