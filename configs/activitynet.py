@@ -1,10 +1,10 @@
 """ActivityNet Captions: paragraphs, whole videos; tested on val_1, 4,917 x 4,917.
 
-    python -m vop_jax.data.prepare --dataset=activitynet --videos=VIDEOS \
+    vop prepare --dataset=activitynet --videos=VIDEOS \
         --annotations=ANNOTATIONS --output=records/activitynet
-    python -m vop_jax.data.check --config=configs/activitynet.py:vop_f+c \
+    vop check --config=activitynet:vop_f+c \
         --config.data.records=records/activitynet
-    python -m vop_jax.main --config=configs/activitynet.py:vop_f+c \
+    vop train --config=activitynet:vop_f+c \
         --workdir=runs/activitynet/vop_f+c --config.init.clip=clip.safetensors \
         --config.data.records=records/activitynet
 

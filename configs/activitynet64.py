@@ -1,10 +1,10 @@
 """ActivityNet Captions with 64 frames of each video; the paper takes 12.
 
-    python -m vop_jax.data.prepare --dataset=activitynet --frames=64 --videos=VIDEOS \
+    vop prepare --dataset=activitynet --frames=64 --videos=VIDEOS \
         --annotations=ANNOTATIONS --output=records/activitynet64
-    python -m vop_jax.data.check --config=configs/activitynet64.py:vop_f+c \
+    vop check --config=activitynet64:vop_f+c \
         --config.data.records=records/activitynet64
-    python -m vop_jax.main --config=configs/activitynet64.py:vop_f+c \
+    vop train --config=activitynet64:vop_f+c \
         --workdir=runs/activitynet64/vop_f+c --config.init.clip=clip.safetensors \
         --config.data.records=records/activitynet64
 

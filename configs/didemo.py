@@ -1,10 +1,10 @@
 """DiDeMo: paragraphs, the first 30 seconds; tested on 1,004 paragraphs x 1,004 videos.
 
-    python -m vop_jax.data.prepare --dataset=didemo --videos=VIDEOS \
+    vop prepare --dataset=didemo --videos=VIDEOS \
         --annotations=ANNOTATIONS --output=records/didemo
-    python -m vop_jax.data.check --config=configs/didemo.py:vop_f+c \
+    vop check --config=didemo:vop_f+c \
         --config.data.records=records/didemo
-    python -m vop_jax.main --config=configs/didemo.py:vop_f+c \
+    vop train --config=didemo:vop_f+c \
         --workdir=runs/didemo/vop_f+c --config.init.clip=clip.safetensors \
         --config.data.records=records/didemo
 

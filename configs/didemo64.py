@@ -1,10 +1,10 @@
 """DiDeMo with 64 frames of each video; the paper takes 12.
 
-    python -m vop_jax.data.prepare --dataset=didemo --frames=64 --videos=VIDEOS \
+    vop prepare --dataset=didemo --frames=64 --videos=VIDEOS \
         --annotations=ANNOTATIONS --output=records/didemo64
-    python -m vop_jax.data.check --config=configs/didemo64.py:vop_f+c \
+    vop check --config=didemo64:vop_f+c \
         --config.data.records=records/didemo64
-    python -m vop_jax.main --config=configs/didemo64.py:vop_f+c \
+    vop train --config=didemo64:vop_f+c \
         --workdir=runs/didemo64/vop_f+c --config.init.clip=clip.safetensors \
         --config.data.records=records/didemo64
 

@@ -1,6 +1,6 @@
 """Your own videos: a folder of files and a CSV or JSON Lines file of captions.
 
-    python -m vop_jax.main --config=configs/folder.py --workdir=DIR \
+    vop train --config=folder --workdir=DIR \
         --config.init.clip=clip.safetensors \
         --config.data.annotations=captions.csv --config.data.videos=videos/
 """

@@ -1,10 +1,10 @@
 """LSMDC: clips of films; tested on 1,000 captions x 1,000 clips.
 
-    python -m vop_jax.data.prepare --dataset=lsmdc --videos=VIDEOS \
+    vop prepare --dataset=lsmdc --videos=VIDEOS \
         --annotations=ANNOTATIONS --output=records/lsmdc
-    python -m vop_jax.data.check --config=configs/lsmdc.py:vop_f+c \
+    vop check --config=lsmdc:vop_f+c \
         --config.data.records=records/lsmdc
-    python -m vop_jax.main --config=configs/lsmdc.py:vop_f+c \
+    vop train --config=lsmdc:vop_f+c \
         --workdir=runs/lsmdc/vop_f+c --config.init.clip=clip.safetensors \
         --config.data.records=records/lsmdc
 

@@ -1,10 +1,10 @@
 """MSR-VTT, 7,010 videos to train on, tested on 1k-A: 1,000 captions x 1,000 videos.
 
-    python -m vop_jax.data.prepare --dataset=msrvtt7k --videos=VIDEOS \
+    vop prepare --dataset=msrvtt7k --videos=VIDEOS \
         --annotations=ANNOTATIONS --output=records/msrvtt7k
-    python -m vop_jax.data.check --config=configs/msrvtt7k.py:vop_f+c \
+    vop check --config=msrvtt7k:vop_f+c \
         --config.data.records=records/msrvtt7k
-    python -m vop_jax.main --config=configs/msrvtt7k.py:vop_f+c \
+    vop train --config=msrvtt7k:vop_f+c \
         --workdir=runs/msrvtt7k/vop_f+c --config.init.clip=clip.safetensors \
         --config.data.records=records/msrvtt7k
 

@@ -1,10 +1,10 @@
 """MSR-VTT, 9,000 videos to train on, tested on 1k-A: 1,000 captions x 1,000 videos.
 
-    python -m vop_jax.data.prepare --dataset=msrvtt9k --videos=VIDEOS \
+    vop prepare --dataset=msrvtt9k --videos=VIDEOS \
         --annotations=ANNOTATIONS --output=records/msrvtt9k
-    python -m vop_jax.data.check --config=configs/msrvtt9k.py:vop_f+c \
+    vop check --config=msrvtt9k:vop_f+c \
         --config.data.records=records/msrvtt9k
-    python -m vop_jax.main --config=configs/msrvtt9k.py:vop_f+c \
+    vop train --config=msrvtt9k:vop_f+c \
         --workdir=runs/msrvtt9k/vop_f+c --config.init.clip=clip.safetensors \
         --config.data.records=records/msrvtt9k
 

@@ -1,10 +1,10 @@
 """MSVD: 1,200 videos to train on; tested on 27,763 captions x 670 videos. Not in the paper.
 
-    python -m vop_jax.data.prepare --dataset=msvd --videos=VIDEOS \
+    vop prepare --dataset=msvd --videos=VIDEOS \
         --annotations=ANNOTATIONS --output=records/msvd
-    python -m vop_jax.data.check --config=configs/msvd.py:vop_f+c \
+    vop check --config=msvd:vop_f+c \
         --config.data.records=records/msvd
-    python -m vop_jax.main --config=configs/msvd.py:vop_f+c \
+    vop train --config=msvd:vop_f+c \
         --workdir=runs/msvd/vop_f+c --config.init.clip=clip.safetensors \
         --config.data.records=records/msvd
 

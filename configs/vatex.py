@@ -1,10 +1,10 @@
 """VATEX, English captions, ten a video. Not in the paper.
 
-    python -m vop_jax.data.prepare --dataset=vatex --videos=VIDEOS \
+    vop prepare --dataset=vatex --videos=VIDEOS \
         --annotations=ANNOTATIONS --output=records/vatex
-    python -m vop_jax.data.check --config=configs/vatex.py:vop_f+c \
+    vop check --config=vatex:vop_f+c \
         --config.data.records=records/vatex
-    python -m vop_jax.main --config=configs/vatex.py:vop_f+c \
+    vop train --config=vatex:vop_f+c \
         --workdir=runs/vatex/vop_f+c --config.init.clip=clip.safetensors \
         --config.data.records=records/vatex
 

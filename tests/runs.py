@@ -8,7 +8,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from absl import flags
 
 from tests import xla
 from tests.video import videos
@@ -20,8 +19,6 @@ from vop_jax.config.clip import ClipConfig
 ROOT = Path(__file__).parents[1]
 CLIP = ClipConfig(16, 8, 32, 2, 2, 16, 2, 2, 24, context_length=24)
 TRAIN, TEST = 16, 8
-FLAGS = ("config", "workdir", "mode", "format", "json")
-FLAGS += ("coordinator", "processes", "process", "timeout")
 
 
 def write_clip(path: Path, seed: int = 0, config: ClipConfig = CLIP) -> Path:
@@ -71,27 +68,13 @@ def arguments(folder: Path, clip: Path, workdir: Path, *overrides: str) -> list[
 
 
 def call(*argv: str, program: Callable[[list[str]], int] = main.main) -> int:
-    """The command line of `main`, or of another program of its flags, in this process.
+    """Runs the command line of `main`, or of another program, in this process.
 
     Returns:
         The exit status.
     """
-    flag_values = flags.FLAGS
-    if "workdir" not in flag_values:
-        main.define_flags()
-    kept_argv, sys.argv = sys.argv, ["main", *argv]  # overrides are looked up there
-    sys.modules.pop("config_config", None)  # the config file of an earlier call
     with kept_signals():
-        try:
-            return program(sys.argv)
-        finally:
-            sys.argv = kept_argv
-            for name in list(flag_values):
-                if name.startswith("config."):
-                    delattr(flag_values, name)
-            flag_values.unparse_flags()
-            for name in FLAGS:
-                flag_values[name].unparse()
+        return program([*argv])
 
 
 @contextlib.contextmanager

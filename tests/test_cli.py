@@ -1,46 +1,59 @@
-"""What all programs share: help, how errors and signals become an exit status, broken pipes."""
+"""What all programs share: one command, help, how errors and signals become an exit status."""
 
 import errno
-import importlib
 import os
-import re
 import signal
 import sys
 
 import pytest
-from absl import flags
 
 from tests import processes, runs
-from vop_jax import cli, main
+from vop_jax import __main__ as vop
+from vop_jax import cli
 from vop_jax.errors import UserError
 
-PROGRAMS = {
-    "vop_jax.main": "--workdir",
-    "vop_jax.data.check": "--json",
-    "vop_jax.data.prepare": "--annotations",
-    "vop_jax.search.__main__": "query",
-    "vop_jax.serve.__main__": "--port",
-    "vop_jax.report.__main__": "--compare",
-    "vop_jax.convert": "--prompts-output",
+OPTIONS = {
+    **dict.fromkeys(("train", "eval", "export", "params"), "--workdir"),
+    "prepare": "--annotations",
+    "check": "--json",
+    "convert": "--prompts-output",
+    "search": "query",
+    "serve": "--port",
+    "report": "--compare",
 }
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_help_is_no_mistake(program, capsys, monkeypatch):
-    module = importlib.import_module(program)
-    monkeypatch.setattr(sys, "argv", [program, "--help"])
-    if "workdir" not in flags.FLAGS:
-        main.define_flags()
+def test_the_list_of_programs(capsys):
+    assert vop.main([]) == vop.main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert list(vop.PROGRAMS) == list(OPTIONS)
+    assert all(f"  vop {name} " in printed for name in OPTIONS)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_help_is_printed_and_no_mistake(name, capsys):
     with runs.kept_signals():
-        if program == "vop_jax.data.check":
-            status = cli.run(lambda: module.run(sys.argv))
-        elif program == "vop_jax.report.__main__":
-            status = module.main()
-        else:
-            status = module.main(sys.argv if program == "vop_jax.main" else ["--help"])
+        assert vop.main([name, "--help"]) == 0
     printed = capsys.readouterr()
-    assert (status, printed.err) == (0, "")
-    assert PROGRAMS[program] in printed.out and re.search("python |vop ", printed.out)
+    assert printed.err == ""
+    assert OPTIONS[name] in printed.out and f"vop {name} " in printed.out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["trian"], "error: vop trian: no such program; did you mean vop train?"),
+        (["x"], "error: vop x: no such program; there are train, eval, "),
+        (["eval", "--mode=train"], "error: vop eval: takes no --mode"),
+        (["search", "find"], "error: argument COMMAND: invalid choice: 'find'"),
+        (["params", "--config=dmeo"], "error: --config=dmeo: no such file; did you mean demo?"),
+    ],
+)
+def test_a_wrong_program_or_call_is_one_line(argv, message, capsys):
+    with runs.kept_signals():
+        assert vop.main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(message) and error.count("\n") == 1
 
 
 def raises(error):
@@ -81,32 +94,25 @@ def test_signals_are_handled_inside_alone():
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError(), BrokenPipeError(errno.EPIPE, "a server")])
-def test_what_nobody_expected_is_raised(error):
+def test_a_defect_of_the_program_is_raised(error):
     with runs.kept_signals(), pytest.raises(type(error)):
         cli.run(lambda: raises(error))
 
 
 PRINTS = "from vop_jax import cli; import sys; sys.exit(cli.run(lambda: print({})))"
-PARAMS = ["-m", "vop_jax.main", f"--config={runs.ROOT}/configs/demo.py", "--mode=params"]
 
 
 @pytest.mark.parametrize(
-    ("argv", "merged"),
-    [
-        (["-c", PRINTS.format("'short'")], False),
-        (["-c", PRINTS.format("'long' * 10**6")], False),
-        (["-c", PRINTS.format("'short', file=sys.stderr")], True),
-        (PARAMS, False),
-    ],
-    ids=["short", "long", "stderr", "params"],
+    ("printed", "merged"),
+    [("'short'", False), ("'long' * 10**6", False), ("'short', file=sys.stderr", True)],
 )
-def test_a_reader_that_left(argv, merged):
+def test_a_reader_that_left(printed, merged):
     """As in `… | true`; with warnings as errors, as in `python -W error`."""
     read, write = os.pipe()
     os.close(read)
     try:
         done = processes.run(
-            [sys.executable, "-W", "error", *argv],
+            [sys.executable, "-W", "error", "-c", PRINTS.format(printed)],
             env=runs.environment(),
             stdout=write,
             stderr=write if merged else processes.PIPE,

@@ -24,6 +24,7 @@ LEVELS = {
             ("report", "experiment", "convert"),
             ("search", "main", "__init__"),
             ("serve", "interop"),
+            ("__main__",),
         )
     )
     for name in names

@@ -1,9 +1,14 @@
 """What is installed is what is declared."""
 
+import importlib
 import re
+import shutil
+import sys
 import tomllib
 
-from tests import runs
+from tests import processes, runs
+
+PROJECT = tomllib.loads((runs.ROOT / "pyproject.toml").read_text())
 
 
 def names(lines):
@@ -13,7 +18,7 @@ def names(lines):
 
 
 def test_requirements_agree():
-    project = tomllib.loads((runs.ROOT / "pyproject.toml").read_text())["project"]
+    project = PROJECT["project"]
     given = names((runs.ROOT / "requirements.txt").read_text().splitlines())
     extras = project["optional-dependencies"]
     assert given == names([*project["dependencies"], *extras["test"]])
@@ -32,3 +37,20 @@ def test_the_licence_of_what_is_bundled_is_named():
     assert bundled
     for path in bundled:
         assert str(path.relative_to(runs.ROOT)) in notice
+
+
+def test_an_installed_package_has_the_shipped_configs(tmp_path):
+    """The files of the wheel in a folder, without the clone."""
+    wheel = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]
+    contents = {name: name for name in wheel["packages"]} | wheel["force-include"]
+    for source, target in contents.items():
+        shutil.copytree(runs.ROOT / source, tmp_path / target, dirs_exist_ok=True)
+    assert (tmp_path / "vop_jax/py.typed").exists()
+    # `motion` is made of `demo`, the file beside it.
+    command = [sys.executable, "-m", "vop_jax", "params", "--config=motion:vop_c"]
+    environment = runs.environment() | {"PYTHONPATH": str(tmp_path)}
+    done = processes.run(command, cwd=tmp_path, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "vop_f+c" in done.stdout
+    name, _, function = PROJECT["project"]["scripts"]["vop"].partition(":")
+    assert callable(getattr(importlib.import_module(name), function))

@@ -1,6 +1,8 @@
-"""What all programs share: arguments, logging, signals, and how errors become an exit status."""
+"""What all programs share: exit statuses, signals, logging, options, and flags of a config."""
 
 import argparse
+import difflib
+import errno
 import io
 import math
 import os
@@ -8,23 +10,30 @@ import re
 import select
 import signal
 import sys
-import traceback
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from logging import WARNING, Formatter, LogRecord
 from typing import Any, NoReturn, TextIO
 
 from absl import flags, logging
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
 
-from vop_jax.config import base as config_defaults
-from vop_jax.config.base import check_keys, workdir_config
-from vop_jax.errors import UserError, as_user_error
+from vop_jax.config.base import check_keys
+from vop_jax.errors import UserError
+
+BROKEN_PIPE = 128 + signal.SIGPIPE
+_PACKAGE = os.path.dirname(__file__)
+_HELP = {"--help", "-help", "-h", "--helpfull", "--helpshort"}
+# Control characters, line separators, changes of the writing direction, surrogates: a terminal
+# obeys them instead of showing them.
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+# ---------------------------------------------------------------- signals
 
 
 class Interrupted(BaseException):
-    """A signal asked the process to stop; its exit status is 128 + the signal's number."""
+    """A signal stops the process; its exit status is 128 + the signal's number."""
 
     def __init__(self, signum: int):
         super().__init__(signal.Signals(signum).name)
@@ -36,7 +45,7 @@ _deferring = False
 
 
 @contextmanager
-def raised() -> Iterator[None]:
+def raise_on_signals() -> Iterator[None]:
     """Inside, SIGINT and SIGTERM raise `Interrupted`."""
     before = {s: signal.signal(s, _handle) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -50,13 +59,13 @@ def raised() -> Iterator[None]:
 def _handle(signum: int, frame: object) -> None:
     if _deferring and not _pending:
         _pending.append(signum)
-    else:  # nothing to finish first, or asked a second time
+    else:  # nothing has to be finished first, or this is the second signal
         raise Interrupted(signum)
 
 
 @contextmanager
-def deferred() -> Iterator[None]:
-    """Inside, a first signal waits until `requested` is asked; leaving raises it."""
+def defer_signals() -> Iterator[None]:
+    """Inside, a first signal only makes `stop_requested` true; leaving raises `Interrupted`."""
     global _deferring
     _deferring = True
     try:
@@ -67,16 +76,12 @@ def deferred() -> Iterator[None]:
         raise Interrupted(_pending.pop())
 
 
-def requested() -> bool:
-    """Whether a signal is waiting."""
+def stop_requested() -> bool:
+    """Whether a deferred signal has arrived."""
     return bool(_pending)
 
 
-BROKEN_PIPE = 128 + signal.SIGPIPE
-_PACKAGE = os.path.dirname(__file__)
-# What a terminal obeys instead of showing it, and what is no character: control characters, line
-# separators, changes of the writing direction, surrogates.
-_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+# ---------------------------------------------------------------- running a program
 
 
 def run(program: Callable[[], int | None], *, resumes: bool = False) -> int:
@@ -86,41 +91,42 @@ def run(program: Callable[[], int | None], *, resumes: bool = False) -> int:
     143: stopped by SIGINT or SIGTERM. 141: the reader of the output left, as in `… | head`.
 
     Args:
-        program: returns another status, or None.
-        resumes: the same command continues what a signal stopped, and a line says so.
+        program: returns another status, or None for 0.
+        resumes: whether the same command continues after a signal; stderr then says so.
 
-    Raises: what nobody expected.
+    Raises:
+        Exception: any other error of the program.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # file names are any bytes
+            stream.reconfigure(errors="backslashreplace")  # a file name can be any bytes
     try:
-        with raised():
-            return _status_of(program, resumes)
+        with raise_on_signals():
+            return _status(program, resumes)
     except BrokenPipeError:
-        if not any(map(_reader_left, (1, 2))):
+        if not any(map(_is_broken_pipe, (1, 2))):
             raise
         return BROKEN_PIPE
     finally:
         for descriptor, stream in ((1, sys.stdout), (2, sys.stderr)):
             try:
                 _flush(stream)
-            except OSError:  # Python would try again at its end, and complain
+            except OSError:  # Python would try again when it ends, and print a traceback
                 os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
-def _status_of(program: Callable[[], int | None], resumes: bool) -> int:
+def _status(program: Callable[[], int | None], resumes: bool) -> int:
     try:
         try:
             status = program() or 0
-        except SystemExit as end:  # of --help
+        except SystemExit as end:  # after --help
             status = int(end.code or 0)
         _flush(sys.stdout)
         return status
-    except Interrupted as stopped:
+    except Interrupted as stop:
         if resumes:
-            print(f"stopped by {stopped}; the same command continues", file=sys.stderr)
-        return stopped.exit_status
+            print(f"stopped by {stop}; the same command continues", file=sys.stderr)
+        return stop.exit_status
     except Exception as error:
         if (wrong := as_user_error(error)) is None:
             raise
@@ -129,186 +135,203 @@ def _status_of(program: Callable[[], int | None], resumes: bool) -> int:
 
 
 def _flush(stream: TextIO | None) -> None:
-    if stream is not None:  # None: it was closed before the start
+    if stream is not None:  # it is None if it was closed before the start
         stream.flush()
 
 
-def _reader_left(descriptor: int) -> bool:
-    """Whether nobody reads a pipe any more."""
+def _is_broken_pipe(descriptor: int) -> bool:
     poll = select.poll()
     poll.register(descriptor, 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
+def as_user_error(error: BaseException) -> UserError | None:
+    """The error that a user can correct, as one line; None for a defect of the program."""
+    if isinstance(error, UserError):
+        return error
+    # etils raises these for a path in an unknown store, or in one whose package is missing.
+    if isinstance(error, KeyError) and error.args and str(error.args[0]).endswith("://"):
+        return UserError(f"{error.args[0]}… is no folder or file; give a path of this machine")
+    if isinstance(error, ImportError) and " to access " in str(error):
+        return UserError(str(error))
+    if (path := _full_disk(error)) is not None:
+        return UserError(
+            f"{path}: no space left on the disk; free some, the same command continues"
+        )
+    if isinstance(error, OSError) and error.filename is not None:
+        return UserError(f"{error.filename}: {error.strerror}")
+    return None
+
+
+def _full_disk(error: BaseException | None) -> str | None:
+    """The path on a full disk if that is the cause of an exception, else None."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return str(error.filename or "workdir")
+        if "No space left on device" in str(error):
+            return "workdir"
+        error = error.__cause__ or error.__context__
+    return None
+
+
+# ---------------------------------------------------------------- logging
+
+
 def set_up_logging(level: int = logging.INFO) -> None:
-    """Logs our own progress, and the warnings of other packages, on stderr."""
+    """Logs the package's progress, and warnings of other packages, on stderr."""
     if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # absl would warn that it logs before that
+        flags.FLAGS.mark_as_parsed()  # else absl warns that it logs before that
     logging.use_absl_handler()
     handler = logging.get_absl_handler()
-    if _is_of_interest not in handler.filters:
-        handler.addFilter(_is_of_interest)
-    handler.setFormatter(_Lines("%(asctime)s %(message)s", "%H:%M:%S"))
+    if _is_relevant not in handler.filters:
+        handler.addFilter(_is_relevant)
+    handler.setFormatter(_PrintableFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logging.set_verbosity(level)
-    if not sys.stderr.isatty():  # tqdm's bars are lines of a log then; it reads this when imported
+    if not sys.stderr.isatty():  # tqdm's bars become lines; it reads this when it is imported
         os.environ.setdefault("TQDM_MININTERVAL", "10")  # seconds
 
 
-class _Lines(Formatter):
-    """Lines that a terminal shows as they are, whatever a file is named."""
-
+class _PrintableFormatter(Formatter):
     def format(self, record: LogRecord) -> str:
         return "\n".join(map(printable, super().format(record).split("\n")))
 
 
-def printable(text: str) -> str:
-    """A file's name, or an error about one, as one line for a terminal; the rest is escaped."""
-    return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
-
-
-def _is_of_interest(record: LogRecord) -> bool:
+def _is_relevant(record: LogRecord) -> bool:
     if record.pathname.startswith(_PACKAGE):
         return True
-    # What other packages log with its traceback (orbax, of a full disk) they raise as well.
+    # What other packages log with a traceback (orbax: a full disk) they raise as well.
     return record.levelno >= WARNING and not record.exc_info
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line; abbreviated options are wrong."""
+def printable(text: str) -> str:
+    """One line for a terminal: escapes what a file's name can hold and a terminal would obey."""
+    return _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
 
-    def __init__(self, *args: Any, **options: Any):
-        super().__init__(*args, **{"allow_abbrev": False} | options)
+
+# ---------------------------------------------------------------- options
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong call in one line, and accepts no abbreviated options."""
+
+    def __init__(self, **options: Any):
+        options.setdefault("allow_abbrev", False)
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(**options)
 
     def error(self, message: str) -> NoReturn:
-        """One line, not the whole usage."""
+        """Raises UserError instead of printing the usage."""
         raise UserError(f"{message}; --help lists the options")
 
 
 def whole(low: int, high: int | None = None) -> Callable[[str], int]:
-    """The type of an option: a whole number of so much or more, and of so much or less."""
+    """The type of an option: a whole number from `low` to `high`."""
 
-    def read(text: str) -> int:
+    def parse(text: str) -> int:
         if not text.isdecimal() or not low <= int(text) <= (int(text) if high is None else high):
             allowed = f"a number, {low} or more" if high is None else f"{low} to {high}"
             raise argparse.ArgumentTypeError(f"{text!r}: {allowed}")
         return int(text)
 
-    return read
+    return parse
 
 
 def number(low: float) -> Callable[[str], float]:
-    """The type of an option: a finite number of so much or more."""
+    """The type of an option: a finite number, `low` or more."""
 
-    def read(text: str) -> float:
+    def parse(text: str) -> float:
         try:
-            given = float(text)
+            value = float(text)
         except ValueError:
-            given = math.nan
-        if not low <= given < math.inf:
+            value = math.nan
+        if not low <= value < math.inf:
             raise argparse.ArgumentTypeError(f"{text!r}: a number, {low:g} or more")
-        return given
+        return value
 
-    return read
+    return parse
 
 
-def parse_flags(argv: Sequence[str], usage: str) -> None:
-    """Parses the command line into `flags.FLAGS`; `--help` prints `usage` and every flag.
+# ---------------------------------------------------------------- flags of a config
+
+
+def parse_flags(
+    argv: Sequence[str], usage: str, define: Callable[[flags.FlagValues], object]
+) -> tuple[flags.FlagValues, list[str]]:
+    """Parses a command line with --config=FILE; `--help` prints `usage` and every flag.
+
+    Args:
+        argv: the arguments, without the program's name.
+        define: defines the program's other flags.
+
+    Returns:
+        The flags, whose `config` is "" without one, and the arguments --config.KEY=VALUE, which
+        `override` takes.
 
     Raises:
-        UserError: it is wrong, or the config file is.
+        UserError: an unknown flag, a value that is not allowed, or an unknown key.
     """
-    if {"--help", "-help", "-h", "--helpfull", "--helpshort"} & {*argv}:
-        module = flags.FLAGS.find_module_defining_flag("config")
-        print(f"{usage.strip()}\n\n{flags.FLAGS.module_help(module)}")
+    values = flags.FlagValues()
+    values.set_gnu_getopt()
+    flags.DEFINE_multi_string(
+        "config", [], "FILE:METHOD, or a shipped config, such as demo:vop_c", flag_values=values
+    )
+    define(values)
+    if _HELP & {*argv}:
+        lines = [f"  --{name}: {values[name].help.splitlines()[0]}" for name in [*values]]
+        print(usage.strip(), "", *lines, "  --config.KEY=VALUE: changes a key", sep="\n")
         sys.exit(0)
     try:
-        argv = _with_config_file(argv)
-        overrides = (a.lstrip("-") for a in argv if re.match("--?config[.]", a))
-        check_keys(o.split("=")[0].removeprefix("config.") for o in overrides)
-        with warnings.catch_warnings():
-            # ml_collections' way to load the file, under `python -W error`.
-            warnings.filterwarnings("ignore", "the load_module", DeprecationWarning)
-            rest = flags.FLAGS(argv)
-        if len(rest) > 1:
-            raise UserError(f"{rest[1]}: not a flag; flags look like --config=FILE")
-        _check_flags(flags.FLAGS.config)
-    except OSError as error:  # the config file could not be loaded, and is overridden
-        where = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        raise UserError(f"--config: {where}") from None
-    except flags.IllegalFlagValueError as error:
-        raise UserError(_wrong_value(str(error))) from None
+        rest = values(["vop", *argv], known_only=True)[1:]
+    except flags.Error as error:
+        raise UserError(_wrong_value(error)) from None
+    if len(values.config) > 1:
+        raise UserError("--config: give one file; --config.KEY=VALUE changes its keys")
+    values.config = (values.config or [""])[0]
+    for argument in rest:
+        name = argument.lstrip("-").partition("=")[0]
+        if argument.startswith("-") and not _is_override(argument):
+            near = difflib.get_close_matches(name, [*values], n=1)
+            hint = f"did you mean --{near[0]}?" if near else "--help lists the flags"
+            raise UserError(f"--{name}: no such flag; {hint}")
+    check_keys(overridden_keys(rest))
+    return values, rest
+
+
+def _is_override(argument: str) -> bool:
+    return re.match("--?(no)?config[.]", argument) is not None
+
+
+def overridden_keys(overrides: Sequence[str]) -> list[str]:
+    """The keys, such as "train.steps", that --config.KEY=VALUE arguments set."""
+    names = (a.lstrip("-").partition("=")[0] for a in overrides if _is_override(a))
+    return [name.removeprefix("no").removeprefix("config.") for name in names]
+
+
+def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
+    """The config with the values of --config.KEY=VALUE arguments.
+
+    Raises:
+        UserError: a value of another type, or an argument that is not a flag.
+    """
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_dict(
+        "config", config, flag_values=values, sys_argv=["vop", *overrides]
+    )
+    try:
+        rest = values(["vop", *overrides])
     except (flags.Error, TypeError, ValueError) as error:
-        raise UserError(str(error)) from None
-    except UserError:
-        raise
-    except Exception as error:  # the config file's own
-        if "has no attribute 'get_config'" in str(error):
-            raise UserError("--config: the file defines no get_config()") from None
-        why = f"{_where(error)}{type(error).__name__}: {_last_line(error)}"
-        raise UserError(f"--config: {why}") from None
+        raise UserError(_wrong_value(error)) from None
+    if len(rest) > 1:
+        raise UserError(f"{rest[1]}: not a flag; flags look like --config=FILE")
+    changed: ConfigDict = values.config
+    return changed
 
 
-def _wrong_value(message: str) -> str:
-    """What absl says of a value, with the kind that is allowed instead of what Python says."""
+def _wrong_value(error: Exception) -> str:
+    """The message of absl, with the allowed kind of value instead of Python's message."""
+    message = str(error).removeprefix("flag ")
     kinds = {"int()": "a whole number", "to float": "a number", "boolean": "True or False"}
     for words, kind in kinds.items():
         if words in message:
-            return f"{message.split(': ')[0].removeprefix('flag ')}: must be {kind}"
-    return message.removeprefix("flag ")
-
-
-def _with_config_file(argv: Sequence[str]) -> list[str]:
-    """The command line with a --config that exists; ml_collections says it in many words.
-
-    A workdir that has a config needs no other; what the flags change is then counted from it, see
-    `_config`.
-    """
-    if (value := _value(argv, "config")) is not None:
-        path = value.partition(":")[0]
-        if not os.path.isfile(path):
-            raise UserError(f"--config={path}: no such file; configs/ has some")
-        if sum(bool(re.fullmatch("--?config(=.*)?", flag)) for flag in argv) > 1:
-            raise UserError("--config: give one file; --config.KEY=VALUE changes its keys")
-        return list(argv)
-    workdir = _value(argv, "workdir") if "mode" in flags.FLAGS else None
-    if not workdir or workdir_config(workdir) is None:
-        return list(argv)
-    return [argv[0], f"--config={config_defaults.__file__}", *argv[1:]]
-
-
-def _value(argv: Sequence[str], name: str) -> str | None:
-    """Of --NAME=VALUE or --NAME VALUE, the last one; None without."""
-    found = None
-    for flag, following in zip(argv, [*argv[1:], ""], strict=True):
-        if given := re.fullmatch(f"--?{name}(?:=(.*))?", flag):
-            found = following if given[1] is None else given[1]
-    return found
-
-
-def _check_flags(config: Any) -> None:
-    if config is None:
-        given = flags.FLAGS.workdir if "workdir" in flags.FLAGS else None
-        why = f", and --workdir={given} holds no run" if given else ""
-        raise UserError(f"--config=FILE is missing{why}; take one of configs/, as configs/demo.py")
-    if not isinstance(config, ConfigDict):
-        try:
-            config.seed  # noqa: B018  what went wrong in the file is raised on first use
-        except Exception as error:
-            raise UserError(f"--config: {_last_line(error)}") from None
-    if "workdir" in flags.FLAGS and not flags.FLAGS.workdir and flags.FLAGS.mode != "params":
-        raise UserError("--workdir=DIR is missing")
-    # Other programs parse their flags here, and have none of this name.
-    if "format" in flags.FLAGS and flags.FLAGS["format"].present and flags.FLAGS.mode != "export":
-        raise UserError(f"--format goes with --mode=export, not with --mode={flags.FLAGS.mode}")
-
-
-def _last_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [""])[-1].strip()
-
-
-def _where(error: Exception) -> str:
-    """FILE:LINE where it was raised."""
-    if isinstance(error, SyntaxError):
-        return f"{error.filename}:{error.lineno}: "
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{frame.filename}:{frame.lineno}: "
+            return f"{message.split(': ')[0]}: must be {kind}"
+    return message

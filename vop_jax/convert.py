@@ -36,7 +36,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     Raises:
         UserError: a flag is unknown or missing, or its value is not allowed.
     """
-    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(prog="vop convert", description=__doc__)
     add = parser.add_argument
     unstated = "use it if no file beside the source states it"
     add("--source", metavar="FILE_OR_NAME", help="what to convert")

@@ -1,7 +1,12 @@
-"""Trains, evaluates or exports a model: flags, distributed start-up, mode; nothing else.
+"""Trains, evaluates or exports a model, or counts its parameters.
 
-python -m vop_jax.main --config=configs/demo.py --workdir=DIR
-python -m vop_jax.main --config=configs/msrvtt9k.py:vop_f+c --workdir=DIR --config.KEY=VALUE …
+vop train --config=demo --workdir=DIR
+vop train --config=msrvtt9k:vop_f+c --workdir=DIR --config.KEY=VALUE …
+vop eval --workdir=DIR
+vop export --workdir=DIR --format=pytorch
+vop params --config=demo
+
+`vop eval` is `python -m vop_jax.main --mode=eval`; likewise the others.
 """
 
 import sys
@@ -9,12 +14,11 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from absl import flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from vop_jax import cli
-from vop_jax.cli import parse_flags
-from vop_jax.config import base as config_defaults
-from vop_jax.config.base import flatten_config, workdir_config
+from vop_jax.config.base import load_config, shipped_configs, workdir_config
+from vop_jax.errors import UserError
 
 if TYPE_CHECKING:
     from vop_jax.training.writer import Writer
@@ -23,78 +27,76 @@ MODES = ("train", "eval", "export", "params")
 FORMATS = ("safetensors", "orbax", "pytorch", "stablehlo")  # see vop_jax/experiment/export.py
 
 
-def define_flags() -> None:
-    config_flags.DEFINE_config_file("config", None, "FILE or FILE:METHOD, see configs/")
-    flags.DEFINE_string("workdir", None, "folder of the run; taken up where it stands")
-    flags.DEFINE_enum("mode", "train", MODES, "what to do")
-    flags.DEFINE_enum("format", "safetensors", FORMATS, "with --mode=export: what to write")
-    # Of runs of several processes where no TPU slice, Slurm or Open MPI says it, docs/tpu.md.
-    flags.DEFINE_string("coordinator", None, "HOST:PORT of the first process, the same for all")
-    flags.DEFINE_integer("processes", None, "how many processes the run has")
-    flags.DEFINE_integer("process", None, "which of them this is, from 0")
-    flags.DEFINE_integer("timeout", 100, "seconds without an answer: a process is given up")
-    flags.DEFINE_string("json", None, "with --mode=params: also write the table to this file")
+def define_flags(values: flags.FlagValues) -> None:
+    """Defines the flags beside --config."""
+
+    def text(name: str, meaning: str) -> None:
+        flags.DEFINE_string(name, None, meaning, flag_values=values)
+
+    text("workdir", "folder of the run; a run that it holds continues")
+    flags.DEFINE_enum("mode", "train", MODES, "what to do", flag_values=values)
+    form = "with --mode=export: what to write"
+    flags.DEFINE_enum("format", FORMATS[0], FORMATS, form, flag_values=values)
+    text("json", "with --mode=params: a file for the table")
+    # For runs of several processes; a TPU slice, Slurm or Open MPI sets these itself.
+    text("coordinator", "HOST:PORT of the first process, the same for all")
+    for name, default, meaning in (
+        ("processes", None, "number of processes in the run"),
+        ("process", None, "number of this process, from 0"),
+        ("timeout", 100, "seconds after which a process that does not answer counts as dead"),
+    ):
+        flags.DEFINE_integer(name, default, meaning, flag_values=values)
 
 
-def _config(workdir: str, mode: str) -> ConfigDict:
-    """The config that this call runs.
-
-    Without --config, and with --mode=eval or export, it is that of the workdir, if it has one, with
-    the changes that are said on the command line. A config file is only a start for new runs, but
-    where it says the method or the dataset they are meant.
-    """
-    given, flag = flags.FLAGS.config, flags.FLAGS["config"]
-    file, _, method = (config_flags.get_config_filename(flag) or "").partition(":")
-    no_file = file == config_defaults.__file__
-    if mode not in ("eval", "export") and not no_file:
-        return given
-    own = workdir_config(workdir) if workdir else None
-    if own is None:
-        return given
-    said = _said() + ([] if no_file else ["data.kind"])
-    said += ["method.name"] if method else []
-    for key in said:
-        own.update_from_flattened_dict({key: flatten_config(given)[key]})
-    return own
-
-
-def _said() -> list[str]:
-    """The keys, as "train.steps", that the command line sets."""
-    return list(config_flags.get_override_values(flags.FLAGS["config"]))
-
-
-def main(argv: Sequence[str]) -> int:
-    """The command line; returns the exit status."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit status."""
 
     def program() -> int:
-        parse_flags(argv, __doc__)
-        given = flags.FLAGS
+        arguments = sys.argv[1:] if argv is None else argv
+        values, overrides = cli.parse_flags(arguments, __doc__, define_flags)
+        config = pick_config(values, overrides)
         cli.set_up_logging()
-        join(given.coordinator, given.processes, given.process, given.timeout, given.mode)
-        workdir, extend = given.workdir or "", "train.steps" in _said()
-        config = _config(workdir, given.mode)
-        return run(config, workdir, given.mode, given.json, given.format, extend=extend)
+        join(values)
+        extend = "train.steps" in cli.overridden_keys(overrides)
+        workdir = values.workdir or ""
+        return run(config, workdir, values.mode, values.json, values.format, extend=extend)
 
     return finish(program)
 
 
-def finish(program: Callable[[], int]) -> int:
-    """`cli.run`, after which this process has said how it ended."""
-    status = cli.run(program, resumes=True)
-    if (hosts := sys.modules.get("vop_jax.training.hosts")) is not None:
-        hosts.finish()
-    return status
+def pick_config(values: flags.FlagValues, overrides: Sequence[str]) -> ConfigDict:
+    """The config of a command line.
+
+    It starts from --config, or from the config of the workdir. With --mode=eval and export the
+    workdir's config has precedence over a file, which then only states dataset and method: they
+    must be the workdir's.
+    """
+    if not values.workdir and values.mode != "params":
+        raise UserError("--workdir=DIR is missing")
+    if values["format"].present and values.mode != "export":
+        raise UserError(f"--format goes with --mode=export, not with --mode={values.mode}")
+    config = load_config(values.config) if values.config else None
+    saved = None
+    if values.workdir and (config is None or values.mode in ("eval", "export")):
+        saved = workdir_config(values.workdir)
+    if config is None and saved is None:
+        why = f", and --workdir={values.workdir} holds no run" if values.workdir else ""
+        names = ", ".join(shipped_configs())
+        raise UserError(f"--config=FILE is missing{why}; shipped configs are {names}")
+    if config is not None and saved is not None:
+        saved.data.kind = config.data.kind
+        if ":" in values.config:
+            saved.method.name = config.method.name
+    return cli.override(saved or config, overrides)
 
 
-def join(
-    coordinator: str | None, processes: int | None, process: int | None, timeout: int, mode: str
-) -> None:
-    """Finds the run's other processes, if it has any; only the first reports progress."""
-    if mode == "params":
+def join(values: flags.FlagValues) -> None:
+    """Joins the run's other processes, if it has any; only the first reports progress."""
+    if values.mode == "params":
         return
     from vop_jax.training import hosts
 
-    hosts.start(coordinator, processes, process, timeout)
+    hosts.start(values.coordinator, values.processes, values.process, values.timeout)
     if not hosts.is_first():
         logging.set_verbosity(logging.WARNING)
 
@@ -108,7 +110,7 @@ def run(
     writer: "Writer | None" = None,
     extend: bool = False,
 ) -> int:
-    """Runs one mode and prints its result; `writer` and `extend` as of `train.train`."""
+    """Runs one mode and prints its result; `writer` and `extend` are those of `train.train`."""
     # Imported here so that a wrong call is answered at once.
     from vop_jax.experiment import export, results, train
     from vop_jax.storage import files
@@ -139,6 +141,13 @@ def run(
     return 0
 
 
+def finish(program: Callable[[], int]) -> int:
+    """Runs a program that may have joined other processes, and returns its exit status."""
+    status = cli.run(program, resumes=True)
+    if (hosts := sys.modules.get("vop_jax.training.hosts")) is not None:
+        hosts.finish()  # the other processes need no message about this one
+    return status
+
+
 if __name__ == "__main__":
-    define_flags()
-    sys.exit(main(sys.argv))
+    sys.exit(main())

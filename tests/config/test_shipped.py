@@ -54,12 +54,12 @@ def test_the_commands_of_a_docstring_are_its_own(name):
     docstring = ast.get_docstring(ast.parse(SHIPPED[name].read_text())) or ""
     text = " ".join(docstring.split()).replace("\\ ", "")
     sized = f" --frames={frames}" if frames != 12 else ""
-    config, records = f"--config=configs/{name}.py:vop_f+c", f"--config.data.records=records/{name}"
+    config, records = f"--config={name}:vop_f+c", f"--config.data.records=records/{name}"
     for command in (
-        f"vop_jax.data.prepare --dataset={kind}{sized} --videos=VIDEOS "
-        f"--annotations=ANNOTATIONS --output=records/{name}",
-        f"vop_jax.data.check {config} {records}",
-        f"vop_jax.main {config} --workdir=runs/{name}/vop_f+c "
-        f"--config.init.clip=clip.safetensors {records}",
+        f"vop prepare --dataset={kind}{sized} --videos=VIDEOS --annotations=ANNOTATIONS "
+        f"--output=records/{name}",
+        f"vop check {config} {records}",
+        f"vop train {config} --workdir=runs/{name}/vop_f+c --config.init.clip=clip.safetensors "
+        f"{records}",
     ):
-        assert f"python -m {command} " in f"{text} "
+        assert f" {command} " in f"{text} "

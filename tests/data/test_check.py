@@ -11,7 +11,6 @@ import pytest
 from tests import processes, runs
 from tests.data.datasets.official import write_official
 from tests.video import videos
-from vop_jax import cli
 from vop_jax.config.base import base_config
 from vop_jax.data import check as program
 from vop_jax.data import load, prepare
@@ -61,10 +60,10 @@ def check(root, *overrides, **options):
     """(exit status, stdout, stderr, the JSON)."""
     written = root / "check.json"
     written.unlink(missing_ok=True)
-    argv = [*arguments(root, *overrides, **options), "--workdir=of other programs"]
+    argv = arguments(root, *overrides, **options)
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = runs.call(*argv, program=lambda argv: cli.run(lambda: program.run(argv)))
+        status = runs.call(*argv, program=program.main)
     found = json.loads(written.read_text()) if written.exists() else None
     return status, out.getvalue(), err.getvalue(), found
 

@@ -88,7 +88,7 @@ def test_a_run_that_is_killed_and_signalled_ends_with_the_same_bits(whole, tmp_p
         return step(*arguments)
 
     run.step = signalled
-    with pytest.raises(cli.Interrupted) as caught, cli.raised():
+    with pytest.raises(cli.Interrupted) as caught, cli.raise_on_signals():
         run.fit()
     assert caught.value.exit_status == 143
     assert Checkpoints(str(tmp_path), keep=2).latest_step() == 3  # the step under way is saved

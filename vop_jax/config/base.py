@@ -7,6 +7,10 @@ key that `keys.py` does not declare cannot be set.
 import dataclasses
 import difflib
 import json
+import os
+import pathlib
+import runpy
+import traceback
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -30,9 +34,51 @@ def base_config() -> ConfigDict:
     return ConfigDict(dataclasses.asdict(RunConfig())).lock()
 
 
-def get_config() -> ConfigDict:
-    """Makes this file a config file, for command lines without --config."""
-    return base_config()
+def shipped_configs() -> dict[str, pathlib.Path]:
+    """The config files that come with the package, by name: {"demo": …/demo.py, …}."""
+    package = pathlib.Path(__file__).parents[1]
+    folder = package / "configs"  # of an installed package; a clone has it beside the package
+    folder = folder if folder.is_dir() else package.parent / "configs"
+    paths = sorted(folder.rglob("*.py"))
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in paths}
+
+
+def load_config(name: str) -> ConfigDict:
+    """The config of FILE or FILE:METHOD, where FILE may be the name of a shipped config.
+
+    Raises:
+        UserError: there is no such file, or its `get_config` does not return a config.
+    """
+    file, colon, method = name.partition(":")
+    shipped = shipped_configs()
+    path = file if os.path.isfile(file) else os.fspath(shipped.get(file, ""))
+    if not path:
+        near = difflib.get_close_matches(file, shipped, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"shipped configs are {', '.join(shipped)}"
+        raise UserError(f"--config={file}: no such file; {hint}")
+    try:
+        get_config = runpy.run_path(path).get("get_config")
+        if get_config is None:
+            raise UserError(f"--config={file}: the file defines no get_config()")
+        config = get_config(method) if colon else get_config()
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"--config: {_location(error, path)}{_last_line(error)}") from None
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"--config={file}: get_config() must return base_config() with changes")
+    return config
+
+
+def _location(error: Exception, path: str) -> str:
+    """FILE:LINE where a config file raised an exception, and its type."""
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+    line = error.lineno if isinstance(error, SyntaxError) else (lines or [None])[-1]
+    return f"{path}:{line}: {type(error).__name__}: " if line else f"{path}: "
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[-1].strip()
 
 
 def flatten_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

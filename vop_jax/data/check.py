@@ -1,6 +1,6 @@
 """Checks that a dataset is complete and fits a config, and describes it.
 
-    python -m vop_jax.data.check --config=configs/msrvtt9k.py:vop_f+c --config.data.records=DIR
+    vop check --config=msrvtt9k:vop_f+c --config.data.records=DIR
 
 Reads the packed records; where there are none, decodes all videos. The exit status is 1 if a
 split is incomplete or the records do not fit the config.
@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from absl import flags
 from etils import epath
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from vop_jax import cli
-from vop_jax.config.base import validate
+from vop_jax.config.base import load_config, validate
 from vop_jax.config.clip import preset
 from vop_jax.data.datasets import registry
 from vop_jax.data.datasets.source import Source
@@ -239,25 +239,30 @@ def _share(part: int, total: int) -> str:
     return f"{part:,} ({100 * part / total:.1f} %)" if total else "-"
 
 
-def define_flags() -> None:
-    """Declares the flags of the command line."""
-    config_flags.DEFINE_config_file("config", None, "FILE or FILE:METHOD, see configs/")
-    flags.DEFINE_string("json", None, "also write the result to this file")
+def define_flags(values: flags.FlagValues) -> None:
+    """Defines the flags beside --config."""
+    flags.DEFINE_string("json", None, "also write the result to this file", flag_values=values)
 
 
-def run(argv: Sequence[str]) -> int:
-    """The program; returns its exit status."""
-    cli.parse_flags(argv, __doc__)
-    cli.set_up_logging()
-    config = flags.FLAGS.config
-    validate(config)
-    checked = check(config)
-    if flags.FLAGS.json:
-        files.write_json(flags.FLAGS.json, checked)
-    print(table(checked))
-    return 1 if checked["problems"] else 0
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit status."""
+
+    def program() -> int:
+        arguments = sys.argv[1:] if argv is None else argv
+        values, overrides = cli.parse_flags(arguments, __doc__, define_flags)
+        if not values.config:
+            raise UserError("--config=FILE is missing")
+        config = cli.override(load_config(values.config), overrides)
+        cli.set_up_logging()
+        validate(config)
+        checked = check(config)
+        if values.json:
+            files.write_json(values.json, checked)
+        print(table(checked))
+        return 1 if checked["problems"] else 0
+
+    return cli.run(program)
 
 
 if __name__ == "__main__":
-    define_flags()
-    sys.exit(cli.run(lambda: run(sys.argv)))
+    sys.exit(main())

@@ -1,10 +1,10 @@
 """Videos and official annotation files become packed records.
 
-    python -m vop_jax.data.prepare --dataset=msrvtt9k --videos=VIDEOS \\
+    vop prepare --dataset=msrvtt9k --videos=VIDEOS \\
         --annotations=ANNOTATIONS --output=records/msrvtt9k
 
 Stop it at any time: the same command continues. A clip whose decoder crashes or hangs is
-skipped and reported. `python -m vop_jax.data.check` describes the result.
+skipped and reported. `vop check` describes the result.
 """
 
 import argparse
@@ -121,11 +121,7 @@ def report(records: read.Records) -> str:
 
 def _parser(kinds: list[str]) -> argparse.ArgumentParser:
     stored, options, path = Preprocessing(), WriteOptions(), os.path.expanduser
-    parser = Parser(
-        "python -m vop_jax.data.prepare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="vop prepare", description=__doc__)
     add = parser.add_argument
     kind = functools.partial(_kind, kinds)
     add("--dataset", required=True, type=kind, help=", ".join(kinds))

@@ -1,11 +1,12 @@
 """Compares finished runs on one page, or fills the tables of the paper's results with them.
 
-python -m vop_jax.report RUN_DIR… [--output=report.html] [--compare=vop,vop_p]
-python -m vop_jax.report [RUN_DIR…] --fill=docs/benchmarks/paper.md
+vop report RUN_DIR… [--output=report.html] [--compare=vop,vop_p]
+vop report [RUN_DIR…] --fill=docs/benchmarks/paper.md
 """
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 from vop_jax.cli import Parser, run
 from vop_jax.errors import UserError
@@ -14,11 +15,7 @@ from vop_jax.storage.files import write_atomic
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        "python -m vop_jax.report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="vop report", description=__doc__)
     parser.add_argument("runs", nargs="*", metavar="RUN_DIR", help="workdirs, or folders of them")
     parser.add_argument("--output", help="the page; default report.html, or none with --fill")
     parser.add_argument("--compare", default="", help="labels of two rows to show side by side")
@@ -26,8 +23,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _report() -> None:
-    args = _parser().parse_args()
+def _report(argv: Sequence[str] | None) -> None:
+    args = _parser().parse_args(argv)
     output = args.output or ("" if args.fill else "report.html")
     pair = args.compare.split(",") if args.compare else []
     if len(pair) not in (0, 2):
@@ -53,9 +50,9 @@ def _report() -> None:
         print(path)
 
 
-def main() -> int:
-    """The command line; returns the exit status."""
-    return run(_report)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit status."""
+    return run(lambda: _report(argv))
 
 
 if __name__ == "__main__":

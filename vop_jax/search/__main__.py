@@ -1,8 +1,8 @@
 """Searches videos, and moments of them, by what they show.
 
-python -m vop_jax.search index FOLDER --clip clip.safetensors --prompts FILE --index DIR
-python -m vop_jax.search query "a dog catches a frisbee" --index DIR -k 10
-python -m vop_jax.search info --index DIR
+vop search index FOLDER --clip clip.safetensors --prompts FILE --index DIR
+vop search query "a dog catches a frisbee" --index DIR -k 10
+vop search info --index DIR
 
 You may kill `index` at any time: the same command continues.
 """
@@ -34,11 +34,7 @@ LISTED = 20  # unreadable files that `info` lists as text
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        "python -m vop_jax.search",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="vop search", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     shared = Parser(add_help=False)
     shared.add_argument("--index", required=True, metavar="DIR", help="folder of the index")

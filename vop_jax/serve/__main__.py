@@ -1,7 +1,7 @@
 """Serves a web page and a JSON API that search indexes made by vop_jax.search.
 
-python -m vop_jax.serve --index DIR
-python -m vop_jax.serve --index DIR --index DIR2 --host 0.0.0.0 --token SECRET
+vop serve --index DIR
+vop serve --index DIR --index DIR2 --host 0.0.0.0 --token SECRET
 """
 
 import argparse
@@ -24,11 +24,7 @@ PACKAGES = ("fastapi", "uvicorn", "python_multipart", "pebble")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        "python -m vop_jax.serve",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="vop serve", description=__doc__)
     add = parser.add_argument
     add("--index", action="append", required=True, metavar="DIR", help="may be repeated")
     add("--clip", metavar="FILE", help="the converted CLIP weights, if they have moved")

@@ -20,7 +20,8 @@ from absl import logging
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
-from vop_jax.errors import UserError, as_user_error
+from vop_jax.cli import as_user_error
+from vop_jax.errors import UserError
 
 T = TypeVar("T")
 

@@ -113,7 +113,7 @@ def fit(
     log = MetricLog(writer, learning_rate(config), config.batch_size)
     batches = itertools.islice(batches, config.steps - first)  # reads no batch it does not need
     with (
-        cli.deferred(),
+        cli.defer_signals(),
         contextlib.closing(prefetch.placed(mesh, batches)) as placed,
         prefetch.Idle() as idle,
         Progress("step", config.steps, first, "compiling, then the first step") as progress,
@@ -128,7 +128,7 @@ def fit(
                 jax.block_until_ready(log.metrics[-MAX_PENDING_STEPS][1])
                 progress.advance(step - MAX_PENDING_STEPS + 1)
             preempted = hosts.preempted()
-            stop = preempted or cli.requested()
+            stop = preempted or cli.stop_requested()
             compiling, last = step == first + 1, step == config.steps
             if compiling or step % config.log_every == 0 or last:
                 progress.advance(step, log.write(step, compiling=compiling))
