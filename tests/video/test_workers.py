@@ -12,7 +12,7 @@ import pytest
 from tests import processes
 from tests.data import calls
 from vop_jax.errors import VideoError
-from vop_jax.video.workers import in_processes, in_threads, starting
+from vop_jax.video.workers import block_interrupts, in_processes, in_threads
 
 
 def outcomes(tasks, workers=2, seconds=processes.HANG):
@@ -125,7 +125,7 @@ def test_a_signal_waits_for_the_end_of_a_start():
 
     thread = threading.Thread(target=take)
     thread.start()
-    with pytest.raises(KeyboardInterrupt), starting():
+    with pytest.raises(KeyboardInterrupt), block_interrupts():
         started.set()
         thread.join()
         done = True

@@ -14,7 +14,7 @@ from absl import logging
 from vop_jax.data import tokenizer
 from vop_jax.data.records.read import Split, decode_frames, draws_frames
 from vop_jax.video.crops import apply_crop, centre_crop, draw_crop, eval_crop
-from vop_jax.video.workers import stand_apart, starting
+from vop_jax.video.workers import block_interrupts, leave_process_group
 
 Batch = dict[str, np.ndarray]
 Tokenize = Callable[[Sequence[str]], np.ndarray]  # N captions -> int32 [N, T]
@@ -218,7 +218,7 @@ def _read_ahead(
 
 
 def _start_workers(batches: Iterable[Batch]) -> Iterator[Batch]:
-    with starting():
+    with block_interrupts():
         iterator = iter(batches)
         first = next(iterator)  # grain starts its processes here
     yield first
@@ -226,4 +226,4 @@ def _start_workers(batches: Iterable[Batch]) -> Iterator[Batch]:
 
 
 def _init_worker(worker: int, workers: int) -> None:
-    stand_apart()
+    leave_process_group()

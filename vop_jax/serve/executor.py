@@ -18,7 +18,7 @@ from absl import logging
 
 from vop_jax.errors import VideoError
 from vop_jax.search.searcher import Searcher
-from vop_jax.video.workers import stand_apart
+from vop_jax.video.workers import leave_process_group
 
 VECTORS, THUMBNAILS = 2048, 512  # entries of the caches
 WAITING = 256  # requests that may wait for the model, or for a decoder; more are refused
@@ -141,7 +141,9 @@ class Executor:
         """Starts the decoding processes, which takes a moment, unless they run."""
         if self._pool is None:
             context = multiprocessing.get_context("spawn")  # a fork would copy locks held by JAX
-            self._pool = pebble.ProcessPool(self._workers, initializer=stand_apart, context=context)
+            self._pool = pebble.ProcessPool(
+                self._workers, initializer=leave_process_group, context=context
+            )
         with contextlib.suppress(RuntimeError):  # `schedule` raises it again
             _ = self._pool.active  # starts a new pool
 
