@@ -161,3 +161,9 @@ def test_importing_light_parts_loads_nothing_heavy():
 
 def test_a_heavy_import_is_seen():
     assert "jax" in loaded_by("vop_jax.model")
+
+
+def test_load_needs_no_package_of_datasets():
+    code = "import sys, vop_jax; vop_jax.load; print(*sys.modules)"
+    done = processes.run([sys.executable, "-c", code], cwd=PACKAGE.parent, check=True)
+    assert not {"tensorflow_datasets", "array_record", "tensorflow"} & {*done.stdout.split()}

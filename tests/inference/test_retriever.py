@@ -1,4 +1,4 @@
-"""What a user calls, and what a user calls wrongly."""
+"""Texts, pictures and videos become vectors; wrong calls are refused."""
 
 import concurrent.futures
 import dataclasses
@@ -46,24 +46,27 @@ def test_rows_are_unit_and_float32(retriever, places):
         np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-6)
 
 
-@pytest.mark.parametrize("sampling", ["uniform", "linspace"])
-def test_videos_are_read_as_in_training(places, monkeypatch, sampling):
-    """With stored_fps the F frames are taken of the stored ones, not of all."""
-    retriever = vop_jax.load(places[1], frames=3)
+def test_videos_are_read_as_in_training(retriever, places, monkeypatch):
+    """With stored_fps the F frames are sampled from the stored ones, not from all."""
     clip = videos.write(places[0] / "long.mp4", 53, rate=25, width=40, height=24)
-    given = {"frames": 3, "short_side": 32, "stored_fps": 5.0, "sampling": sampling}
-    monkeypatch.setattr(retriever, "_video", {**retriever._video, **given})
-    stored = read_frames(clip, 3, fps=5.0, short_side=32).pixels
-    taken = np.stack([stored[i] for i in sample_indices(len(stored), 3, sampling)])
-    np.testing.assert_array_equal(
-        retriever.embed_videos([clip]), retriever.embed_frames(taken[None])
-    )
-    of_all = np.stack(read_frames(clip, 3, short_side=32, sampling=sampling).pixels)
-    assert (retriever.embed_videos([clip]) != retriever.embed_frames(of_all[None])).any()
+    for sampling in ("uniform", "linspace"):
+        video = {"frames": 3, "short_side": 32, "stored_fps": 5.0, "sampling": sampling}
+        monkeypatch.setattr(retriever, "_video", {**retriever._video, **video})
+        stored = read_frames(clip, 3, fps=5.0, short_side=32).pixels
+        sampled = np.stack([stored[i] for i in sample_indices(len(stored), 3, sampling)])
+        vectors = retriever.embed_videos([clip])
+        np.testing.assert_array_equal(vectors, retriever.embed_frames(sampled[None]))
+        of_all = np.stack(read_frames(clip, 3, short_side=32, sampling=sampling).pixels)
+        assert (vectors != retriever.embed_frames(of_all[None])).any()
+    segment = retriever.sample(clip, 0.8, 1.6)
+    assert len(segment.pixels) == len(segment.timestamps) == 3
+    assert 0.8 <= min(segment.timestamps) < max(segment.timestamps) < 1.6
+    assert segment.timestamps == sorted(segment.timestamps)
 
 
-def test_nothing_in_nothing_out(retriever):
+def test_no_rows_give_no_vectors(retriever):
     empty = (0, runs.CLIP.embed_dim)
+    assert retriever.embed_images([]).shape == empty
     assert retriever.embed_text([]).shape == empty
     assert retriever.embed_videos([]).shape == empty
     assert retriever.embed_frames(frames(0, 3, 16, 16, 3)).shape == empty
@@ -102,17 +105,27 @@ def test_misuse(retriever, method, argument, error, message):
         getattr(retriever, method)(argument)
 
 
-def test_dtypes(places):
-    with pytest.raises(vop_jax.UserError, match="dtype='float8': allowed are float32, bfloat16"):
-        vop_jax.load(places[1], dtype="float8")
+def test_bfloat16_gives_nearly_the_vectors_of_float32(retriever, places):
     text = ["a squid is talking"]
-    rounded = vop_jax.load(places[1], dtype="bfloat16").embed_text(text)
-    exact = vop_jax.load(places[1]).embed_text(text)
-    assert rounded.dtype == np.float32 and (rounded * exact).sum() > 0.99
+    rounded = vop_jax.load(places[1], dtype="bfloat16", devices=1).embed_text(text)
+    assert rounded.dtype == np.float32 and (rounded * retriever.embed_text(text)).sum() > 0.99
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"dtype": "float8"}, "dtype='float8': allowed are float32, bfloat16"),
+        ({"frames": 0}, "frames=0: must be 1 or more"),
+        ({"devices": 9}, "devices=9: must be 1 to 8"),
+    ],
+)
+def test_wrong_arguments_of_load(places, argument, message):
+    with pytest.raises(vop_jax.UserError, match=message):
+        vop_jax.load(places[1], **argument)
 
 
 def write_prompts(path, clip, seed, name="vop"):
-    """Random trained parameters of a method over the CLIP."""
+    """Prompts of random trained parameters over the CLIP."""
     weights = load_clip(clip)
     method = MethodConfig(name, visual_prompts=2, specific_prompts=1, text_prefix=1, text_suffix=1)
     method = dataclasses.replace(method, frames=3)
@@ -138,22 +151,21 @@ def leaves(retriever):
 
 @pytest.fixture(scope="module")
 def prompts(places):
-    return [write_prompts(places[0] / f"{i}.safetensors", places[1], i) for i in range(3)]
+    return [write_prompts(places[0] / f"{i}.safetensors", places[1], i) for i in range(2)]
 
 
 def test_prompt_sets_share_the_clip_and_the_programs(retriever, places, prompts):
     text, clips = ["a squid is talking"], frames(2, 3, 16, 16, 3)
     sets = [retriever.with_prompts(path) for path in prompts]
-    found = [(r.embed_text(text), r.embed_frames(clips)) for r in sets]
+    vectors = [(r.embed_text(text), r.embed_frames(clips)) for r in sets]
     programs = len(retriever._backbone._programs)
-    for path, (texts, videos_) in zip(prompts, found, strict=True):
-        alone = vop_jax.load(places[1], path, devices=1)
-        np.testing.assert_allclose(alone.embed_text(text), texts, atol=1e-6)
-        np.testing.assert_allclose(alone.embed_frames(clips), videos_, atol=1e-6)
-    assert np.abs(found[0][0] - found[1][0]).max() > 0.01
-    assert len({r.prompts_fingerprint for r in (retriever, *sets)}) == 4
+    alone = vop_jax.load(places[1], prompts[1], devices=1)
+    np.testing.assert_allclose(alone.embed_text(text), vectors[1][0], atol=1e-6)
+    np.testing.assert_allclose(alone.embed_frames(clips), vectors[1][1], atol=1e-6)
+    assert np.abs(vectors[0][0] - vectors[1][0]).max() > 0.01
+    assert len({r.prompts_fingerprint for r in (retriever, *sets)}) == 3
     again = sets[1].with_prompts(prompts[0])
-    np.testing.assert_array_equal(again.embed_text(text), found[0][0])
+    np.testing.assert_array_equal(again.embed_text(text), vectors[0][0])
     assert again.prompts_fingerprint == sets[0].prompts_fingerprint
     assert len(retriever._backbone._programs) == programs
     own = {name for name, leaf in leaves(sets[0]).items() if leaf is not leaves(sets[1])[name]}
@@ -194,9 +206,9 @@ def test_few_programs_for_all_sizes_of_batch(places):
     retriever = vop_jax.load(places[1], devices=1)
     texts = [f"text number {i}" for i in range(300)]
     whole = retriever.embed_text(texts)
-    for count in (1, 2, 3, 4, 5, 17, 255, 256, 257, 300):
+    for count in (1, 2, 3, 4, 255, 256, 257):
         np.testing.assert_allclose(retriever.embed_text(texts[:count]), whole[:count], atol=1e-6)
-    assert len(retriever._backbone._programs) <= 5
+    assert len(retriever._backbone._programs) <= 3
 
 
 def test_all_devices_give_the_vectors_of_one(retriever, places):
@@ -205,20 +217,16 @@ def test_all_devices_give_the_vectors_of_one(retriever, places):
     texts, clips = [f"text number {i}" for i in range(11)], frames(11, 3, 16, 16, 3)
     np.testing.assert_allclose(many.embed_text(texts), retriever.embed_text(texts), atol=1e-6)
     np.testing.assert_allclose(many.embed_frames(clips), retriever.embed_frames(clips), atol=1e-6)
-    with pytest.raises(vop_jax.UserError, match="frames=0: must be 1 or more"):
-        vop_jax.load(places[1], frames=0)
-    with pytest.raises(vop_jax.UserError, match="available: 8"):
-        vop_jax.load(places[1], devices=9)
 
 
 def test_threads_share_it(retriever, prompts):
-    """Each its own texts and prompts, as many at once as a server has."""
+    """Each thread has its own texts and prompts, as in a server."""
     sets = [retriever.with_prompts(path) for path in prompts]
-    asked = [(i % 3, [f"query {i} {j}" for j in range(1 + i % 5)]) for i in range(60)]
-    alone = [sets[which].embed_text(texts) for which, texts in asked]
+    calls = [(sets[i % 2], [f"query {i} {j}" for j in range(1 + i % 4)]) for i in range(60)]
+    alone = [prompts.embed_text(texts) for prompts, texts in calls]
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        found = list(pool.map(lambda ask: sets[ask[0]].embed_text(ask[1]), asked))
-    for a, b in zip(alone, found, strict=True):
+        together = list(pool.map(lambda call: call[0].embed_text(call[1]), calls))
+    for a, b in zip(alone, together, strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -231,20 +239,11 @@ def test_a_clip_is_the_mean_of_its_frames(retriever):
     np.testing.assert_allclose(mean, retriever.embed_frames(clips), atol=1e-6)
 
 
-def test_a_picture_is_a_clip_that_stands_still(places, prompts):
-    retriever = vop_jax.load(places[1], prompts[0], devices=1)
+def test_a_picture_is_a_video_that_stands_still(retriever, prompts):
+    retriever = retriever.with_prompts(prompts[0])
     images = [frames(20, 30, 3), frames(16, 40, 3)[:, ::-1]]
     still = [retriever.embed_frames(image[None, None].repeat(3, axis=1)) for image in images]
     np.testing.assert_allclose(retriever.embed_images(images), np.concatenate(still), atol=1e-6)
-    assert retriever.embed_images([]).shape == (0, runs.CLIP.embed_dim)
-
-
-def test_a_stretch_is_sampled_as_a_clip(retriever, places):
-    path = videos.write(places[0] / "stretch.mp4", 50, rate=25, width=40, height=24)
-    found = retriever.sample(path, 0.8, 1.6)
-    assert len(found.pixels) == len(found.timestamps) == retriever.frames
-    assert min(found.timestamps) >= 0.8 and max(found.timestamps) < 1.6
-    assert found.timestamps == sorted(found.timestamps)
 
 
 def test_texts_that_are_cut_are_counted(retriever):

@@ -1,4 +1,4 @@
-"""What a user holds after training: text and video in, unit vectors out."""
+"""Trained prompts over a CLIP: texts, pictures and videos become unit vectors."""
 
 import dataclasses
 import os
@@ -25,9 +25,9 @@ from vop_jax.video.moments import FrameSpec
 from vop_jax.video.sampling import sample_indices
 from vop_jax.video.workers import in_threads
 
-# Rows of a batch are filled up to one of these, or to its next multiple of the devices: a program
-# is compiled for each that comes up. Larger batches are cut.
-SIZES = {
+# A batch is padded to one of these numbers of rows, rounded up to a multiple of the devices; larger
+# batches are split. So few programs serve all sizes: one is compiled for each size that occurs.
+BATCH_SIZES = {
     "encode_text": (1, 4, 16, 64, 256),
     "encode_video": (1, 4, 16),
     "encode_frames": (1, 4, 16),
@@ -35,11 +35,11 @@ SIZES = {
 
 
 class Backbone:
-    """A CLIP whose weights are on the devices once; thread-safe.
+    """A CLIP on the devices and its compiled programs, shared by all prompts over it; thread-safe.
 
     Attributes:
         name, fingerprint, config: of the CLIP.
-        dtype: of matmuls; the weights are cast to it.
+        dtype: of the weights and of matmuls.
     """
 
     def __init__(self, weights: ClipWeights, dtype: str = "float32", devices: int | None = None):
@@ -47,7 +47,7 @@ class Backbone:
         self.dtype = jnp.dtype(dtype)
         local = jax.local_devices()
         if devices is not None and not 0 < devices <= len(local):
-            raise UserError(f"devices={devices}: available: {len(local)}")
+            raise UserError(f"devices={devices}: must be 1 to {len(local)}")
         self._mesh = sharding.make_mesh(devices=local[:devices])
         params = cast_frozen({"clip": weights.params}, self.dtype)
         self._flat = tensors.flatten(sharding.place(self._mesh, params))
@@ -61,7 +61,7 @@ class Backbone:
         return TextVideoModel(self.config, method, self.dtype)
 
     def shapes(self, method: MethodConfig) -> dict[str, tuple[int, ...]]:
-        """{name: shape} of all parameters of the method's model."""
+        """{name: shape} of all parameters of a method's model."""
         with self._lock:
             if method not in self._shapes:
                 shapes = self.model(method).shapes()
@@ -69,7 +69,7 @@ class Backbone:
             return self._shapes[method]
 
     def tokenizer(self, method: MethodConfig) -> CaptionTokenizer:
-        """Of the method's token slots."""
+        """The tokenizer for a method's number of text slots."""
         slots = method.text_slots(self.config)
         with self._lock:
             if slots not in self._tokenizers:
@@ -77,52 +77,53 @@ class Backbone:
             return self._tokenizers[slots]
 
     def with_trained(self, trained: tensors.Tree) -> dict[str, Any]:
-        """All parameters, on the devices: these, and what they leave of the shared CLIP."""
+        """All parameters of a model, on the devices: trained ones and the rest of the CLIP."""
         placed = sharding.place(self._mesh, dict(trained))
         return tensors.unflatten({**self._flat, **tensors.flatten(placed)})
 
-    def run(self, what: str, method: MethodConfig, params: Any, rows: np.ndarray) -> np.ndarray:
-        """What a method of the model makes of rows [N, ...], float32 [N, ...].
+    def run(self, encoder: str, method: MethodConfig, params: Any, rows: np.ndarray) -> np.ndarray:
+        """Encodes rows [N, ...] to float32 [N, ...].
 
         Args:
-            what: one of `SIZES`.
+            encoder: a function of the model, one of `BATCH_SIZES`.
             method, params: of the model, see `with_trained`.
             rows: at least one.
         """
-        limit = self._whole(SIZES[what][-1])
+        limit = self._round_up(BATCH_SIZES[encoder][-1])
         parts = [rows[i : i + limit] for i in range(0, len(rows), limit)]
-        # All are started before the first is waited for.
-        started = [self._start(what, method, params, part) for part in parts]
-        done = [np.asarray(out)[: len(part)] for out, part in zip(started, parts, strict=True)]
-        return np.concatenate(done)
+        # All parts are started before the first is copied back.
+        outputs = [self._start(encoder, method, params, part) for part in parts]
+        vectors = [np.asarray(out)[: len(part)] for out, part in zip(outputs, parts, strict=True)]
+        return np.concatenate(vectors)
 
-    def _start(self, what: str, method: MethodConfig, params: Any, rows: np.ndarray) -> jax.Array:
-        size = next(n for n in map(self._whole, SIZES[what]) if n >= len(rows))
+    def _start(self, encoder: str, method: MethodConfig, params: Any, rows: np.ndarray) -> Any:
+        size = next(n for n in map(self._round_up, BATCH_SIZES[encoder]) if n >= len(rows))
         rows = np.concatenate([rows, np.repeat(rows[-1:], size - len(rows), axis=0)])
         placed = jax.device_put(rows, sharding.batch_sharding(self._mesh))
-        return self._program(what, method, params, placed)(params, placed)
+        return self._program(encoder, method, params, placed)(params, placed)
 
-    def _whole(self, size: int) -> int:
+    def _round_up(self, size: int) -> int:
+        """To a multiple of the devices."""
         devices = self._mesh.size
         return -(-size // devices) * devices
 
-    def _program(self, what: str, method: MethodConfig, params: Any, rows: jax.Array) -> Callable:
-        """Compiled once for each method and number of rows, whoever asks first."""
-        key = what, method, rows.shape
-        with self._lock:
+    def _program(self, encoder: str, method: MethodConfig, params: Any, rows: jax.Array) -> Any:
+        """The compiled program of a method for a number of rows."""
+        key = encoder, method, rows.shape
+        with self._lock:  # threads that need one program compile it once
             if key not in self._programs:
                 model = self.model(method)
 
                 def encode(params, rows):
-                    return model.apply({"params": params}, rows, method=what)
+                    return model.apply({"params": params}, rows, method=encoder)
 
-                whole = sharding.replicated(self._mesh)
-                lowered = jax.jit(encode, out_shardings=whole).lower(params, rows)
+                replicated = sharding.replicated(self._mesh)
+                lowered = jax.jit(encode, out_shardings=replicated).lower(params, rows)
                 self._programs[key] = lowered.compile()
             return self._programs[key]
 
 
-# How clips are read when no prompts say how they were read in training.
+# How video files are read without prompts; prompts say how training read them.
 DEFAULT_VIDEO: dict[str, Any] = {
     "frames": 12,
     "short_side": 256,
@@ -139,11 +140,11 @@ class Retriever:
     """A CLIP with one set of prompts; made by `load`. Threads may share it.
 
     Attributes:
-        clip_name: the CLIP, for people to read.
-        clip_fingerprint: of its parameters.
-        prompts_fingerprint: equal exactly when the vectors over one CLIP are; "" without prompts.
-        method: what the prompts are.
-        frames: F, frames sampled of a video file.
+        clip_name: of the CLIP, to show to people.
+        clip_fingerprint: hash of its parameters.
+        prompts_fingerprint: hash of the prompts; "" without prompts.
+        method: of the prompts.
+        frames: F, the number of frames that represent a video.
         embed_dim: E.
     """
 
@@ -163,14 +164,15 @@ class Retriever:
         self._tokenize = backbone.tokenizer(method)
 
     def with_prompts(self, prompts: Path | None, *, frames: int | None = None) -> "Retriever":
-        """Another set of prompts over the same CLIP: only the prompts take memory of their own.
+        """A retriever with other prompts over the same CLIP, which stays in memory once.
 
-        Programs are shared too by sets of one method and size. Arguments and errors as `load`.
+        Prompts of one method and size also share the compiled programs. Arguments and errors are
+        those of `load`.
         """
-        return _over(self._backbone, prompts, frames)
+        return _with_prompts(self._backbone, prompts, frames)
 
     def compile(self) -> None:
-        """Compiles now what the first single text, clip and clip of frames would wait for."""
+        """Compiles the programs for one text, one video and the frames of one video."""
         size = self._backbone.config.image_size
         clip = np.zeros((1, self.frames, size, size, 3), np.uint8)
         self.embed_text([""])
@@ -180,7 +182,7 @@ class Retriever:
     def embed_text(self, texts: Sequence[str]) -> np.ndarray:
         """Captions or queries -> float32 [N, E], unit rows.
 
-        A text longer than the slots is truncated, keeps its EOT, and a warning is logged.
+        A text longer than the text slots is truncated before its EOT, which logs a warning.
         """
         ids, truncated = self._ids(texts)
         if truncated.any():
@@ -190,7 +192,7 @@ class Retriever:
         return self._run("encode_text", ids)
 
     def count_truncated(self, texts: Sequence[str]) -> int:
-        """How many of the texts are longer than the slots."""
+        """The number of texts that are longer than the text slots."""
         return int(self._ids(texts)[1].sum())
 
     def _ids(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -201,18 +203,18 @@ class Retriever:
     def embed_frames(self, frames: np.ndarray) -> np.ndarray:
         """Sampled frames uint8 [B, F, H, W, 3] RGB -> float32 [B, E], unit rows.
 
-        Each frame is resized (bicubic, short side) and centre-cropped as CLIP does.
+        Each frame is resized (bicubic, short side) and centre-cropped as for CLIP.
         """
-        return self._run("encode_video", self._cropped(frames))
+        return self._run("encode_video", self._crop(frames))
 
     def embed_each_frame(self, frames: np.ndarray) -> np.ndarray:
-        """uint8 [B, F, H, W, 3] -> each frame within its clip, float32 [B, F, E], unit rows."""
-        cropped = self._cropped(frames)
+        """uint8 [B, F, H, W, 3] -> each frame in the context of its video, float32 [B, F, E]."""
+        cropped = self._crop(frames)
         if not len(cropped):
             return np.zeros((*cropped.shape[:2], self.embed_dim), np.float32)
         return self._run("encode_frames", cropped)
 
-    def _cropped(self, frames: np.ndarray) -> np.ndarray:
+    def _crop(self, frames: np.ndarray) -> np.ndarray:
         """[B, F, H, W, 3] -> [B, F, S, S, 3]."""
         frames = np.asarray(frames)
         if frames.ndim != 5 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
@@ -226,23 +228,23 @@ class Retriever:
         return np.stack(clips) if clips else np.zeros((0, frames.shape[1], size, size, 3), np.uint8)
 
     def embed_images(self, images: Sequence[np.ndarray]) -> np.ndarray:
-        """Pictures uint8 [H, W, 3] RGB, of any sizes -> float32 [N, E]; as still clips."""
-        clips = [self._cropped(np.asarray(image)[None, None]) for image in images]
+        """Pictures uint8 [H, W, 3] RGB, any sizes -> float32 [N, E], as videos that stand still."""
+        clips = [self._crop(np.asarray(image)[None, None]) for image in images]
         if not clips:
             return self._run("encode_video", np.zeros(0))
         return self._run("encode_video", np.concatenate(clips).repeat(self.frames, axis=1))
 
     def embed_videos(self, paths: Sequence[Path]) -> np.ndarray:
-        """Video files -> float32 [B, E], unit rows; sampled as in training.
+        """Video files -> float32 [B, E], unit rows; frames are sampled as in training.
 
         Raises:
-            UserError: a file that cannot be read, with the reason.
+            UserError: a file cannot be read.
         """
         if isinstance(paths, str | os.PathLike):
             raise TypeError("paths is a list of files, not one file")
 
         def read(path: Path) -> np.ndarray:
-            return self._cropped(np.stack(self.sample(path).pixels)[None])
+            return self._crop(np.stack(self.sample(path).pixels)[None])
 
         rows, clips = [self._run("encode_video", np.zeros(0))], []
         read_ahead = in_threads(read, paths, os.cpu_count() or 1)
@@ -250,7 +252,7 @@ class Retriever:
             if isinstance(clip, VideoError):
                 raise UserError(f"{os.fspath(path)}: {clip}") from None
             clips.append(clip)
-            if len(clips) == 16:  # so that memory does not grow with the number of files
+            if len(clips) == 16:  # bounds the memory
                 rows.append(self._run("encode_video", np.concatenate(clips)))
                 clips = []
         if clips:
@@ -258,7 +260,7 @@ class Retriever:
         return np.concatenate(rows)
 
     def sample(self, path: Path, start: float | None = None, end: float | None = None) -> Frames:
-        """The F frames of a file, or of a stretch of it in seconds, as in training.
+        """The F frames of a file, or of a segment of it in seconds, sampled as in training.
 
         Raises:
             VideoError: the file cannot be read.
@@ -276,15 +278,15 @@ class Retriever:
         )
         if len(clip.pixels) == self.frames:
             return clip
-        # With stored_fps these are more, of which training takes F.
-        taken = sample_indices(len(clip.pixels), self.frames, sampling)
+        # With stored_fps the stored frames are more than F, and training samples F of them.
+        rows = sample_indices(len(clip.pixels), self.frames, sampling)
         parts = (clip.pixels, clip.indices, clip.timestamps)
-        pixels, indices, timestamps = ([part[i] for i in taken] for part in parts)
+        pixels, indices, timestamps = ([part[i] for i in rows] for part in parts)
         return Frames(pixels, indices, timestamps, clip.count)
 
     @property
     def frame_spec(self) -> FrameSpec:
-        """How `sample` reads and `embed_frames` crops, for processes that have no jax."""
+        """How `sample` and `embed_frames` read and crop, for decoding processes without jax."""
         return FrameSpec(
             self.frames,
             self._backbone.config.image_size,
@@ -293,10 +295,10 @@ class Retriever:
             self._video["stored_fps"],
         )
 
-    def _run(self, what: str, rows: np.ndarray) -> np.ndarray:
+    def _run(self, encoder: str, rows: np.ndarray) -> np.ndarray:
         if not len(rows):
             return np.zeros((0, self.embed_dim), np.float32)
-        return self._backbone.run(what, self.method, self._params, rows)
+        return self._backbone.run(encoder, self.method, self._params, rows)
 
 
 def load(
@@ -307,36 +309,34 @@ def load(
     dtype: str = "float32",
     devices: int | None = None,
 ) -> Retriever:
-    """Opens a converted CLIP and, over it, a set of prompts.
+    """Opens a converted CLIP and prompts over it.
 
     Args:
-        clip: file written by tools/convert_clip_weights.py.
-        prompts: prompts.safetensors of a run; None is plain CLIP.
-        frames: F, where it shall not be the prompts' own: what they know of frame positions is
-            resampled to as many, and videos are sampled so.
+        clip: file of the converter, `python -m vop_jax.convert`.
+        prompts: prompts.safetensors of a run; None: plain CLIP.
+        frames: F, if other than in training; parameters of frame positions are interpolated to it.
         dtype: of matmuls, float32 or bfloat16; the vectors are float32.
-        devices: how many the rows of a batch are spread over; all if not said.
+        devices: number of devices that share a batch; by default all local ones.
 
     Raises:
-        UserError: a file is missing or not what it should be, or the prompts were trained over
-            another CLIP (the message names both).
+        UserError: a file is missing or damaged, or the prompts were trained over another CLIP.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r}: allowed are {', '.join(DTYPES)}")
-    return _over(Backbone(load_clip(clip), dtype, devices), prompts, frames)
+    return _with_prompts(Backbone(load_clip(clip), dtype, devices), prompts, frames)
 
 
-def _over(backbone: Backbone, prompts: Path | None, frames: int | None) -> Retriever:
+def _with_prompts(backbone: Backbone, prompts: Path | None, frames: int | None) -> Retriever:
     if frames is not None and frames < 1:
         raise UserError(f"frames={frames}: must be 1 or more")
     method, video, fingerprint = MethodConfig("zero_shot"), DEFAULT_VIDEO, ""
     trained: dict[str, Any] = {}
     if prompts is not None:
-        given = load_prompts(prompts)
-        check_same_clip(prompts, given, backbone.fingerprint, backbone.name, backbone.config)
-        given.method.check_fits(backbone.config)
-        method, video = given.method, {**DEFAULT_VIDEO, **given.video}
-        trained, fingerprint = given.params, given.fingerprint
+        loaded = load_prompts(prompts)
+        check_same_clip(prompts, loaded, backbone.fingerprint, backbone.name, backbone.config)
+        loaded.method.check_fits(backbone.config)
+        method, video = loaded.method, {**DEFAULT_VIDEO, **loaded.video}
+        trained, fingerprint = loaded.params, loaded.fingerprint
         if frames is not None:
             trained = interpolate_frames(trained, frames)
     if frames is not None:

@@ -1,7 +1,7 @@
-"""Both encoders as StableHLO programs, which need neither this project nor flax to run.
+"""Exports both encoders as StableHLO programs, which run without this project and without flax.
 
-The weights are an argument of a program and lie beside it: as constants they would be compiled
-again for each batch size, and a program of more than 2 GB could not be written.
+The weights are an argument of a program, in a file of their own: as constants they would be
+compiled again for each batch size, and a program of more than 2 GB cannot be written.
 """
 
 import json
@@ -28,7 +28,7 @@ Encode = Callable[[Flat, Any], jax.Array]  # (flat parameters, rows) -> unit row
 
 
 def check_installed() -> None:
-    """Raises UserError without what jax needs to write programs."""
+    """Raises UserError if the package is missing with which jax writes programs."""
     try:
         import flatbuffers  # noqa: F401
     except ImportError:
@@ -40,13 +40,13 @@ def check_installed() -> None:
 def save_encoders(
     path: str | os.PathLike, model: TextVideoModel, params: Tree, about: Mapping[str, Any]
 ) -> None:
-    """Writes a folder with both programs, their weights, and how to call them.
+    """Writes a folder with both programs, their weights, and a README that calls them.
 
     Args:
-        path: the folder; one that is there is replaced.
-        model: its parameters are in one piece on one device when it runs.
-        params: all of its parameters, as they are to be held.
-        about: what else meta.json says.
+        path: the folder; an existing one is replaced.
+        model: for one device.
+        params: all its parameters, in the dtypes to write.
+        about: further entries of meta.json.
 
     Raises:
         UserError: flatbuffers is not installed.
@@ -82,54 +82,54 @@ def save_encoders(
 def make_program(
     model: TextVideoModel, method: str, params: Tree, rows: jax.ShapeDtypeStruct
 ) -> tuple[bytearray, dict[str, np.ndarray]]:
-    """A serialized program (weights, rows) -> unit rows, and the weights that it reads.
+    """A serialized program (weights, rows) -> unit rows, and the weights that it uses.
 
     Args:
-        method: of the model, that takes `rows`.
+        method: name of the model's function of `rows`.
     """
     flat = {name: np.asarray(leaf) for name, leaf in flatten(params).items()}
-    # The other tower's shall not travel; flax still asks for them.
-    rest = {name: np.broadcast_to(np.zeros((), x.dtype), x.shape) for name, x in flat.items()}
+    # flax wants all parameters of the model; the file leaves out those of the other tower.
+    zeros = {name: np.broadcast_to(np.zeros((), x.dtype), x.shape) for name, x in flat.items()}
 
-    def encode(given: Flat, rows: Any) -> jax.Array:
-        params = unflatten({**rest, **given})
+    def encode(used: Flat, rows: Any) -> jax.Array:
+        params = unflatten({**zeros, **used})
         return jnp.asarray(model.apply({"params": params}, rows, method=method))
 
     def program(weights: Flat, rows: Any) -> jax.Array:
-        return encode({name: _unpacked(leaf) for name, leaf in weights.items()}, rows)
+        return encode({name: _from_bits(leaf) for name, leaf in weights.items()}, rows)
 
-    weights = {name: _packed(flat[name]) for name in names_read(encode, flat, rows)}
+    weights = {name: _to_bits(flat[name]) for name in used_names(encode, flat, rows)}
     exported = export.export(jax.jit(program), platforms=PLATFORMS)(_shapes(weights), rows)
     return exported.serialize(), weights
 
 
-def names_read(encode: Encode, flat: Flat, rows: jax.ShapeDtypeStruct) -> list[str]:
-    """The parameters that have a part in the result."""
-    # Of one row: where their number is a symbol all parameters are kept.
+def used_names(encode: Encode, flat: Flat, rows: jax.ShapeDtypeStruct) -> list[str]:
+    """The parameters that the result depends on."""
+    # With a symbolic number of rows jax keeps all arguments: one row it is.
     one = jax.ShapeDtypeStruct((1, *rows.shape[1:]), rows.dtype)
-    kept = export.export(jax.jit(encode))(_shapes(flat), one).module_kept_var_idx
-    # Names are sorted, as are the leaves of a dict.
-    return [name for i, name in enumerate(flat) if i in kept]
+    used = export.export(jax.jit(encode))(_shapes(flat), one).module_kept_var_idx
+    # The names are sorted, as jax sorts the leaves of a dict.
+    return [name for i, name in enumerate(flat) if i in used]
 
 
 def _shapes(flat: Flat) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in flat.items()}
 
 
-def _packed(leaf: np.ndarray) -> np.ndarray:
-    """numpy alone knows no bfloat16: its bits travel as uint16."""
+def _to_bits(leaf: np.ndarray) -> np.ndarray:
+    """bfloat16, which .npz files cannot hold, as uint16."""
     return leaf.view(np.uint16) if leaf.dtype == jnp.bfloat16 else leaf
 
 
-def _unpacked(leaf: Any) -> Any:
+def _from_bits(leaf: Any) -> Any:
     return jax.lax.bitcast_convert_type(leaf, jnp.bfloat16) if leaf.dtype == jnp.uint16 else leaf
 
 
 README = string.Template("""# Text and video encoders
 
 $method over $clip. They need jax, and flatbuffers, with which jax reads programs:
-`pip install jax flatbuffers`. Exported by jax $jax for cpu, cuda and tpu; a program can be read by
-the versions of jax that follow within at least six months.
+`pip install jax flatbuffers`. Exported by jax $jax for cpu, cuda and tpu; later versions of jax
+read the programs for at least six months.
 
 ```python
 import jax
@@ -155,17 +155,17 @@ encode_video, encode_text = load("video"), load("text")
 ```
 
 - `encode_video` takes uint8 [B, $frames, $image_size, $image_size, 3]: $frames frames of each
-  video in their order, as `cropped` makes them; `meta.json` says how they were chosen in training.
-- `encode_text` takes int32 [N, $text_slots]: ids of CLIP's tokenizer, start, words, end, zeros; of
-  a longer text the first ids, the last of them the end. The package `tokenizers` makes them with
+  video in order of time, each from `cropped`; `meta.json` says how training sampled them.
+- `encode_text` takes int32 [N, $text_slots]: ids of CLIP's tokenizer (start, words, end, zeros); a
+  longer text is truncated before its end. The package `tokenizers` makes them with
   `tokenizers.Tokenizer.from_file("tokenizer.json")`:
-  `ids = np.array([text.ids for text in tokenizer.encode_batch(texts)], np.int32)`. Encodings that
-  were mixed up and HTML entities but the commonest, which vop_jax repairs first, stay as they are.
+  `ids = np.array([text.ids for text in tokenizer.encode_batch(texts)], np.int32)`. Unlike vop_jax
+  it does not repair wrong encodings and rare HTML entities in texts.
 
-Both give float32 rows of length 1 and $embed_dim values, so that
-`encode_text(ids) @ encode_video(frames).T` are the similarities. There may be any number of rows;
-each is compiled once.
+Both return float32 unit vectors of $embed_dim values, so that
+`encode_text(ids) @ encode_video(frames).T` are the similarities. Any number of rows is allowed;
+each number is compiled once.
 
-`video.npz` and `text.npz` hold the weights by name, those in bfloat16 as their bits (uint16);
-`meta.json` the sizes and the fingerprints of CLIP and prompts.
+`video.npz` and `text.npz` hold the weights by name, bfloat16 ones as their bits (uint16);
+`meta.json` holds the sizes and the fingerprints of CLIP and prompts.
 """)
