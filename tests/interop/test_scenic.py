@@ -1,7 +1,6 @@
-"""Exchange of CLIP's parameters with scenic, and our run as a project of scenic's."""
+"""Exchange of CLIP's parameters with scenic, and our training as a project of scenic."""
 
 import dataclasses
-import importlib.util
 import json
 import os
 import sys
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 
 from tests import processes, runs, tiny
-from tests.interop.scenic_there import lenient, needs_scenic  # noqa: F401
 from vop_jax.clip.model import PIXEL_MEAN, PIXEL_STD, Clip
 from vop_jax.clip.weights import parameter_shapes
 from vop_jax.config.clip import PRESETS
@@ -29,7 +27,7 @@ def random_clip(config=tiny.CLIP):
 
 
 @pytest.mark.parametrize("underscores", [False, True])
-def test_both_directions_are_inverses_and_move_no_number(underscores):
+def test_both_directions_are_inverses_and_copy_no_array(underscores):
     params = random_clip()
     theirs = scenic.to_scenic(params, underscores=underscores)
     ours = flatten(scenic.from_scenic(theirs))
@@ -41,12 +39,12 @@ def test_both_directions_are_inverses_and_move_no_number(underscores):
     assert set(theirs["visual"]["transformer"]) >= {name}
 
 
-def test_sizes_are_read_off_the_parameters():
+def test_sizes_are_inferred_from_shapes():
     assert scenic.sizes_of(random_clip()) == tiny.CLIP
-    for name in ("ViT-B/32", "ViT-L/14@336px"):
-        shapes = parameter_shapes(PRESETS[name])
-        leaves = {n: np.broadcast_to(np.float32(0), s) for n, s in shapes.items()}
-        assert scenic.sizes_of(unflatten(leaves)) == PRESETS[name]
+    preset = PRESETS["ViT-L/14@336px"]
+    shapes = parameter_shapes(preset)
+    leaves = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
+    assert scenic.sizes_of(unflatten(leaves)) == preset
 
 
 @pytest.mark.parametrize(
@@ -58,12 +56,12 @@ def test_sizes_are_read_off_the_parameters():
         (lambda flat: flat.update({"text/ln_final/bias": np.ones(3)}), r"shape \(3,\), expected"),
     ],
 )
-@pytest.mark.parametrize("rename", [scenic.from_scenic, scenic.to_scenic])
-def test_what_is_no_clip_with_a_vit_is_refused(rename, change, message):
+def test_parameters_of_no_complete_vit_are_refused(change, message):
     flat = flatten(random_clip())
     change(flat)
-    with pytest.raises(UserError, match=message):
-        rename(unflatten(flat))
+    for rename in (scenic.from_scenic, scenic.to_scenic):
+        with pytest.raises(UserError, match=message):
+            rename(unflatten(flat))
 
 
 def test_scenic_has_one_activation():
@@ -71,50 +69,39 @@ def test_scenic_has_one_activation():
         scenic.clip_of(dataclasses.replace(tiny.CLIP, activation="gelu"))
 
 
-@pytest.mark.parametrize("use", [scenic.register_dataset, lambda: scenic.clip_of(tiny.CLIP)])
-def test_without_scenic_one_line_says_how_to_get_it(monkeypatch, use):
+def test_without_scenic_one_line_says_how_to_install_it(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "scenic", None)
-    for name in ("scenic.dataset_lib.datasets", "scenic.projects.baselines.clip.layers"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    with pytest.raises(UserError, match=r"^scenic\.\S+: .*requirements-scenic\.txt .*PyPI") as info:
-        use()
-    assert "\n" not in str(info.value)
+    for name in ("app", "dataset_lib.datasets", "projects.baselines.clip.layers"):
+        monkeypatch.delitem(sys.modules, f"scenic.{name}", raising=False)
+    for use in (scenic.register_dataset, lambda: scenic.clip_of(tiny.CLIP)):
+        with pytest.raises(
+            UserError, match=r"^scenic\.\S+: .*requirements-scenic\.txt .*PyPI"
+        ) as e:
+            use()
+        assert "\n" not in str(e.value)
+    with pytest.raises(SystemExit) as end:
+        scenic._run()
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.startswith("error: scenic.app: ") and err.count("\n") == 1
 
 
-@pytest.mark.skipif(importlib.util.find_spec("scenic") is not None, reason="scenic is there")
-def test_the_program_without_scenic():
-    command = [sys.executable, "-m", "vop_jax.interop.scenic", "--config=x.py", "--workdir=x"]
-    done = processes.run(command, cwd=runs.ROOT)
-    assert done.returncode == 2 and done.stderr.startswith("error: scenic.app: ")
-    assert "requirements-scenic.txt" in done.stderr and len(done.stderr.splitlines()) == 1
+class FirstScalars(Exception):
+    """What we use of clu's writers: it ends a run at its first scalars."""
+
+    def write_scalars(self, step, scalars):
+        self.scalars = {"step": step, **scalars}
+        raise self
+
+    def flush(self):
+        pass
 
 
-def given_to(monkeypatch):
-    """What `main` gives to `train.train`."""
-    calls = []
-    monkeypatch.setattr(
-        "vop_jax.experiment.train.train", lambda *a: calls.append(a) or {"steps": 3}
-    )
-    return calls
-
-
-def test_main_has_the_signature_of_scenics_projects(monkeypatch):
-    calls, writer = given_to(monkeypatch), object()
-    config = {"rng_seed": 7, "num_training_steps": 3}
-    summary = scenic.main(rng=jax.random.key(7), config=config, workdir="DIR", writer=writer)
-    ((ours, workdir, given),) = calls
-    assert summary == {"steps": 3} and (workdir, given) == ("DIR", writer)
-    assert (ours.seed, ours.train.steps) == (7, 3)
-
-
-def test_a_run_by_main_leaves_our_files_and_logs_through_the_given_writer(tmp_path):
-    folder = runs.write_folder(tmp_path)
-    notes = Notes()
+def test_main_trains_by_scenic_s_names_and_logs_through_the_given_writer(tmp_path):
+    folder, writer = runs.write_folder(tmp_path), FirstScalars()
     config = {
-        "rng_seed": 0,
+        "rng_seed": 7,
         "batch_size": 8,
         "num_training_steps": 2,
-        "log_summary_steps": 1,
         "init": {"clip": str(runs.write_clip(tmp_path / "clip.safetensors"))},
         "dataset_configs": {
             "annotations": str(folder / "captions.csv"),
@@ -123,31 +110,16 @@ def test_a_run_by_main_leaves_our_files_and_logs_through_the_given_writer(tmp_pa
             "min_resize": 32,
         },
     }
-    summary = scenic.main(rng=None, config=config, workdir=str(tmp_path / "run"), writer=notes)
-    assert json.loads((tmp_path / "run/summary.json").read_text()) == summary
-    assert (tmp_path / "run/prompts.safetensors").exists()
-    lines = read_metrics(tmp_path / "run")
-    assert notes.scalars == [
-        {key: value for key, value in line.items() if key != "measured_on"} for line in lines
-    ]
-    assert [line["step"] for line in notes.scalars] == [0, 1, 2, 2]
-    assert not list(tmp_path.glob("run/events*"))
+    workdir = tmp_path / "run"
+    with pytest.raises(FirstScalars):
+        scenic.main(rng=jax.random.key(7), config=config, workdir=str(workdir), writer=writer)
+    assert writer.scalars["step"] == 0
+    ours = json.loads((workdir / "config.json").read_text())
+    assert (ours["seed"], ours["train"]["steps"], ours["data"]["frames"]) == (7, 2, 3)
+    assert not list(workdir.glob("events*"))
 
 
-class Notes:
-    """What we use of a writer of clu's."""
-
-    def __init__(self):
-        self.scalars = []
-
-    def write_scalars(self, step, scalars):
-        self.scalars.append({"step": step, **scalars})
-
-    def flush(self):
-        pass
-
-
-def test_the_requirements_name_one_commit_that_the_docs_speak_of():
+def test_the_requirements_name_the_commit_of_the_docs():
     lines = (runs.ROOT / "requirements-scenic.txt").read_text().splitlines()
     (line,) = [line for line in lines if line.startswith("scenic")]
     source, _, commit = line.rpartition("@")
@@ -155,13 +127,12 @@ def test_the_requirements_name_one_commit_that_the_docs_speak_of():
     assert len(commit) == 40 and commit in (runs.ROOT / "docs/guides/scenic.md").read_text()
 
 
-@needs_scenic
 @pytest.mark.parametrize("underscores", [False, True])
-def test_scenics_clip_gives_the_same_features(lenient, underscores):  # noqa: F811
+def test_scenic_s_clip_gives_the_same_features(real_scenic, underscores):
     _, params = tiny.model_and_params(MethodConfig(frames=tiny.FRAMES))
     params = params["clip"]
     frames = tiny.frames(2).reshape(-1, *tiny.frames(1).shape[2:])
-    # Where an id is 0 scenic masks the token, as if it were padding.
+    # scenic masks tokens of id 0 as padding.
     ids = np.where(np.arange(20) <= (tiny.captions(5, 20)).argmax(-1)[:, None], 1, 0)
     ids = np.maximum(tiny.captions(5, 20), ids)
     image = (frames.astype(np.float32) / 255 - np.float32(PIXEL_MEAN)) / np.float32(PIXEL_STD)
@@ -174,9 +145,7 @@ def test_scenics_clip_gives_the_same_features(lenient, underscores):  # noqa: F8
         np.testing.assert_allclose(mine, other, atol=1e-5)
 
 
-@needs_scenic
-def test_a_run_under_scenics_app(tmp_path):
-    """The program, with our usual files and scenic's events in the workdir; taken up again."""
+def test_a_run_under_scenic_s_app_leaves_our_files_and_its_events(real_scenic, tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
     runs.write_folder(folder)
@@ -200,8 +169,7 @@ def get_config():
         argv = [f"--config={config}", f"--workdir={workdir}", *more]
         command = [sys.executable, "-m", "vop_jax.interop.scenic", *argv]
         paths = os.pathsep.join([str(runs.ROOT), *filter(None, sys.path)])
-        env = runs.environment() | {"PYTHONPATH": paths}
-        return processes.run(command, env=env)
+        return processes.run(command, env=runs.environment() | {"PYTHONPATH": paths})
 
     done = call()
     assert done.returncode == 0, done.stderr
@@ -209,15 +177,15 @@ def get_config():
     assert summary["steps"] == 4 and "t2v after" in done.stdout
     assert [line["step"] for line in read_metrics(workdir)] == [0, 1, 2, 4, 4]
     assert (workdir / "prompts.safetensors").exists() and (workdir / "checkpoints/4").is_dir()
-    assert logged(workdir) == {0, 1, 2, 4}
+    assert logged_steps(workdir) == {0, 1, 2, 4}
     assert call().returncode == 0  # nothing is left to do
     wrong = call("--config.batch_size=-1")
     lines = [line for line in wrong.stderr.splitlines() if line.startswith("error: ")]
     assert wrong.returncode == 2 and len(lines) == 1 and "batch_size=-1" in lines[0]
 
 
-def logged(workdir):
-    """The steps that scenic's writer wrote of the loss or of R@1."""
+def logged_steps(workdir):
+    """The steps of the loss and of R@1 in scenic's events."""
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
     files = list(workdir.glob("events.out.tfevents*"))

@@ -1,4 +1,4 @@
-"""scenic's config fields: what becomes of each, and what is refused."""
+"""scenic's config fields: what each becomes, and which are refused."""
 
 import importlib.util
 
@@ -6,12 +6,10 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from tests.interop.scenic_there import lenient, needs_scenic  # noqa: F401
 from tests.runs import ROOT
 from vop_jax.config.base import base_config, flatten_config, validate
 from vop_jax.errors import UserError
-from vop_jax.interop import scenic_config
-from vop_jax.interop.scenic_config import GIVEN, LAST_STEP, NAMES, translate
+from vop_jax.interop.scenic_config import FIXED, LAST_STEP, NAMES, dataset_keys, translate
 from vop_jax.training.step import learning_rate
 
 
@@ -27,38 +25,32 @@ def nested(**fields):
 
 
 def differences(config):
+    """The keys that translation sets to other values than their defaults."""
     declared = flatten_config(base_config())
-    return {k: v for k, v in flatten_config(config).items() if v != declared[k]}
+    return {k: v for k, v in flatten_config(translate(config)).items() if v != declared[k]}
 
 
-def test_nothing_given_is_our_base_config():
-    assert differences(translate(ConfigDict())) == {}
+def test_each_of_scenic_s_names_sets_ours():
+    declared = flatten_config(base_config())
+    for name, key in NAMES.items():
+        value = "bfloat16" if isinstance(declared[key], str) else declared[key] + 1
+        expected = {key: value}
+        if name == "batch_size":
+            expected["eval.batch_size"] = value
+        assert differences(nested(**{name.replace(".", "__"): value})) == expected
+    assert differences(ConfigDict()) == {}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_name_of_scenics_sets_ours(name):
-    key = NAMES[name]
-    declared = flatten_config(base_config())[key]
-    value = "bfloat16" if isinstance(declared, str) else declared + 1
-    found = differences(translate(nested(**{name.replace(".", "__"): value})))
-    assert found.pop(key) == value
-    assert found == ({"eval.batch_size": value} if name == "batch_size" else {})
-
-
-def test_every_name_is_one_of_ours():
-    assert set(NAMES.values()) <= set(flatten_config(base_config()))
-
-
-@pytest.mark.parametrize("name", GIVEN)
-def test_what_is_done_anyway_may_be_said_and_nothing_else(name):
+@pytest.mark.parametrize("name", FIXED)
+def test_a_field_with_a_fixed_value_allows_no_other(name):
     field = name.replace(".", "__")
-    for value in (*GIVEN[name], None):
-        assert differences(translate(nested(**{field: value}))) == {}
-    with pytest.raises(UserError, match=rf"config\.{name}='other': .*no other than"):
+    for value in (*FIXED[name], None):
+        assert differences(nested(**{field: value})) == {}
+    with pytest.raises(UserError, match=rf"config\.{name}='other': allowed is only"):
         translate(nested(**{field: "other"}))
 
 
-def test_our_names_and_the_dataset_s():
+def test_our_names_and_those_of_a_dataset():
     config = nested(
         method__name="vop_f",
         mesh__fsdp=2,
@@ -68,7 +60,7 @@ def test_our_names_and_the_dataset_s():
         dataset_configs__kind="msrvtt9k",
         experiment_name="mine",
     )
-    assert differences(translate(config)) == {
+    assert differences(config) == {
         "method.name": "vop_f",
         "mesh.fsdp": 2,
         "train.clip_norm": 2.0,
@@ -76,22 +68,14 @@ def test_our_names_and_the_dataset_s():
         "data.short_side": 64,
         "data.kind": "msrvtt9k",
     }
-
-
-def test_a_config_of_ours_needs_the_seed_alone():
-    ours = base_config()
+    keys = dataset_keys({"num_frames": 4, "flip": False, "videos": None})
+    assert keys == {"frames": 4, "flip": False}
+    ours = base_config()  # a config of ours needs only scenic's seed
     ours.train.steps = 7
     with ours.unlocked():
         ours.rng_seed = 0
-    assert differences(translate(ours)) == {"train.steps": 7}
-
-
-def test_given_twice():
+    assert differences(ours) == {"train.steps": 7}
     assert translate(nested(batch_size=8, train__batch_size=8)).train.batch_size == 8
-    with pytest.raises(UserError, match=r"config\.train\.batch_size is given twice.*8"):
-        translate(nested(batch_size=8, train__batch_size=16))
-    with pytest.raises(UserError, match=r"warmup_steps: config\.train\.warmup is given as well"):
-        translate(nested(lr_configs__warmup_steps=8, train__warmup=0.5))
 
 
 @pytest.mark.parametrize(
@@ -99,18 +83,20 @@ def test_given_twice():
     [
         ({"num_trainig_steps": 3}, r"num_trainig_steps: .*mean config\.num_training_steps\?"),
         ({"num_training_epochs": 3}, "num_training_epochs: .*num_training_steps"),
-        ({"mixup__alpha": 0.5}, r"mixup\.alpha: a field that vop_jax does not have"),
+        ({"mixup__alpha": 0.5}, r"mixup\.alpha: not a field of vop_jax"),
         ({"dataset_configs__num_fames": 3}, r"dataset_configs\.num_fames"),
-        ({"dataset_configs__stride": 2}, r"dataset_configs\.stride: a field"),
+        ({"dataset_configs__stride": 2}, r"dataset_configs\.stride: not a field"),
         ({"lr_configs__factors": "constant*rsqrt_decay"}, "factors='constant.*linear_warmup"),
         ({"lr_configs__total_steps": 5}, r"total_steps=5: .*num_training_steps=1000"),
         ({"num_training_steps": "many"}, r"train\.steps='many'"),
+        ({"batch_size": 8, "train__batch_size": 16}, r"train\.batch_size is set twice.*8"),
+        ({"lr_configs__warmup_steps": 8, "train__warmup": 0.5}, r"train\.warmup is set as well"),
     ],
 )
-def test_what_cannot_be_honoured_is_an_error(fields, message):
-    with pytest.raises(UserError, match=message) as info:
+def test_a_field_that_cannot_be_honoured_is_an_error(fields, message):
+    with pytest.raises(UserError, match=message) as error:
         translate(nested(**fields))
-    assert "\n" not in str(info.value)
+    assert "\n" not in str(error.value)
 
 
 SCHEDULE = {
@@ -129,8 +115,7 @@ def test_warm_up_is_counted_in_steps():
     np.testing.assert_allclose(rates, [0, 0.25, 0.5, 0.25, 0], atol=1e-6)
 
 
-@needs_scenic
-def test_the_learning_rate_is_scenics(lenient):  # noqa: F811
+def test_the_learning_rate_is_scenic_s(real_scenic):
     from scenic.train_lib import lr_schedules
 
     config = ConfigDict({"num_training_steps": 90, "lr_configs": SCHEDULE})
@@ -147,10 +132,3 @@ def test_the_shipped_config_is_the_demo():
         return module.get_config()
 
     assert flatten_config(translate(load("scenic/vop_demo.py"))) == flatten_config(load("demo.py"))
-
-
-def test_dataset_keys():
-    assert scenic_config.dataset_keys({"num_frames": 4, "flip": False, "videos": None}) == {
-        "frames": 4,
-        "flip": False,
-    }

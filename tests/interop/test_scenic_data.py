@@ -1,4 +1,4 @@
-"""Our datasets in scenic's registry: a stand-in for it, and the real one where it is."""
+"""Our datasets in scenic's registry: in a stand-in for it, and in the real one."""
 
 import dataclasses
 import sys
@@ -11,7 +11,6 @@ import pytest
 from ml_collections import ConfigDict
 
 from tests import runs
-from tests.interop.scenic_there import lenient, needs_scenic  # noqa: F401
 from vop_jax.data.tokenizer import CaptionTokenizer
 from vop_jax.errors import UserError
 from vop_jax.interop import scenic, scenic_data
@@ -27,22 +26,22 @@ class Dataset:
 
 @pytest.fixture
 def registry(monkeypatch):
-    """{name: builder} that scenic's registry holds; no name twice, as there."""
-    built = {}
+    """{name: builder} of a stand-in for scenic's registry, which refuses a second builder."""
+    builders = {}
 
     def add_dataset(name):
-        assert name not in built
-        return lambda builder: built.setdefault(name, builder)
+        assert name not in builders
+        return lambda builder: builders.setdefault(name, builder)
 
     modules = {name: types.ModuleType(name) for name in ("scenic", "scenic.dataset_lib")}
     datasets = types.ModuleType("scenic.dataset_lib.datasets")
     datasets.add_dataset = add_dataset
-    datasets.DatasetRegistry = types.SimpleNamespace(list=lambda: list(built))
+    datasets.DatasetRegistry = types.SimpleNamespace(list=lambda: list(builders))
     utils = types.ModuleType("scenic.dataset_lib.dataset_utils")
     utils.Dataset = Dataset
     for module in (*modules.values(), datasets, utils):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    return built
+    return builders
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +64,8 @@ def configs(folder, tmp_path_factory):
 
 
 def build(configs, **changed):
-    """As scenic's `train_utils.get_dataset` calls, on 8 devices."""
-    given = {
+    """Builds as scenic's `train_utils.get_dataset` does on 8 devices."""
+    arguments = {
         "batch_size": 8,
         "eval_batch_size": 16,
         "num_shards": 8,
@@ -75,16 +74,13 @@ def build(configs, **changed):
         "shuffle_seed": None,
         "dataset_service_address": None,
     }
-    return scenic_data.build(**{**given, **changed}, dataset_configs=ConfigDict(configs))
+    return scenic_data.build(**{**arguments, **changed}, dataset_configs=ConfigDict(configs))
 
 
-def test_registered_once_under_our_name(registry):
+def test_batches_have_scenic_s_axes_and_mask(registry, configs):
     scenic.register_dataset()
     scenic.register_dataset()
     assert registry == {"vop_jax": scenic_data.build}
-
-
-def test_batches_have_scenics_axes_and_mask(registry, configs):
     data = build(configs)
     batch = next(data.train_iter)
     assert batch["frames"].shape == (8, 1, 3, 16, 16, 3) and batch["frames"].dtype == np.uint8
@@ -102,9 +98,10 @@ def test_batches_have_scenics_axes_and_mask(registry, configs):
     }
 
 
-def test_evaluation_goes_round_and_says_which_rows_fill_up(registry, configs):
-    expected = CaptionTokenizer(24)([f"clip number {runs.TRAIN + i}" for i in range(runs.TEST)])
-    data = build(configs)
+def test_evaluation_repeats_and_masks_padded_rows(registry, configs):
+    captions = [f"clip number {runs.TRAIN + i}" for i in range(runs.TEST)]
+    expected = CaptionTokenizer(24)(captions)
+    data = build(configs | {"val_share": 0.3})
     for _ in range(2):  # passes of one batch
         batch = next(data.test_iter)
         mask = batch["batch_mask"].reshape(-1)
@@ -112,29 +109,22 @@ def test_evaluation_goes_round_and_says_which_rows_fill_up(registry, configs):
         ids = batch["ids"].reshape(16, 24)
         np.testing.assert_array_equal(ids[: runs.TEST], expected)
         assert not ids[runs.TEST :].any() and not batch["frames"].reshape(16, -1)[-1].any()
-
-
-def test_validation_where_the_config_has_it(registry, configs):
-    data = build(configs | {"val_share": 0.3})
     counts = [data.meta_data[f"num_{s}_examples"] for s in ("train", "eval")]
     assert sum(counts) == runs.TRAIN and min(counts) > 0
     assert next(data.valid_iter)["batch_mask"].sum() == counts[1]
 
 
-def test_the_seed_makes_the_order(registry, configs):
-    def ids(**changed):
-        return next(build(configs, **changed).train_iter)["ids"]
+def test_seed_shards_and_dtype(registry, configs):
+    def batch(**changed):
+        return next(build(configs, **changed).train_iter)
 
-    np.testing.assert_array_equal(ids(shuffle_seed=3), ids(shuffle_seed=3, rng=None))
-    assert (ids(shuffle_seed=3) != ids(shuffle_seed=4)).any()
-    assert (ids() != ids(rng=jax.random.PRNGKey(1))).any()
-
-
-def test_float_frames_and_no_leading_axis(registry, configs):
-    whole = next(build(configs, num_shards=None, shuffle_seed=1).train_iter)["frames"]
-    unit = next(build(configs, num_shards=None, shuffle_seed=1, dtype_str="float32").train_iter)
-    assert whole.shape == (8, 3, 16, 16, 3) and unit["frames"].dtype == np.float32
-    np.testing.assert_allclose(unit["frames"], whole / 255, atol=1e-7)
+    one = batch(shuffle_seed=3, num_shards=None)
+    unit = batch(shuffle_seed=3, num_shards=None, rng=None, dtype_str="float32")
+    np.testing.assert_array_equal(one["ids"], unit["ids"])
+    assert (one["ids"] != batch(shuffle_seed=4, num_shards=None)["ids"]).any()
+    assert (batch()["ids"] != batch(rng=jax.random.PRNGKey(1))["ids"]).any()
+    assert one["frames"].shape == (8, 3, 16, 16, 3) and unit["frames"].dtype == np.float32
+    np.testing.assert_allclose(unit["frames"], one["frames"] / 255, atol=1e-7)
 
 
 def test_processes_share_a_batch_in_their_order(registry, configs, monkeypatch):
@@ -149,30 +139,24 @@ def test_processes_share_a_batch_in_their_order(registry, configs, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("changed", "message"),
+    ("fields", "arguments", "message"),
     [
-        ({"records": None}, r"dataset_configs\.records is not set"),
-        ({"stride": 2}, r"dataset_configs\.stride: a field that vop_jax does not have"),
-        ({"text_buckets": (8,)}, r"dataset_configs\.text_buckets: only runs"),
-        ({"num_frames": 0}, r"data\.frames=0"),
-        ({"num_frames": "3"}, r"data\.frames='3'"),
-        ({"train_split": "nowhere"}, "train_split='nowhere': no such split"),
+        ({"records": None}, {}, r"dataset_configs\.records: must be the folder"),
+        ({"stride": 2}, {}, r"dataset_configs\.stride: not a field of vop_jax"),
+        ({"text_buckets": (8,)}, {}, r"dataset_configs\.text_buckets: only runs"),
+        ({"num_frames": 0}, {}, r"data\.frames=0"),
+        ({"num_frames": "3"}, {}, r"data\.frames='3'"),
+        ({"train_split": "nowhere"}, {}, "train_split='nowhere': no such split"),
+        ({}, {"dtype_str": "bfloat16"}, "data_dtype_str='bfloat16': allowed"),
+        ({}, {"dataset_service_address": "grpc://x"}, "dataset_service_address"),
     ],
 )
-def test_wrong_dataset_configs(registry, configs, changed, message):
+def test_wrong_fields_are_refused(registry, configs, fields, arguments, message):
     with pytest.raises(UserError, match=message):
-        build(configs | changed)
+        build(configs | fields, **arguments)
 
 
-def test_wrong_fields_beside_them(registry, configs):
-    with pytest.raises(UserError, match="data_dtype_str='bfloat16': allowed"):
-        build(configs, dtype_str="bfloat16")
-    with pytest.raises(UserError, match="dataset_service_address"):
-        build(configs, dataset_service_address="grpc://x")
-
-
-@needs_scenic
-def test_by_scenics_own_calls(lenient, configs):  # noqa: F811
+def test_scenic_s_own_calls(real_scenic, configs):
     from scenic.dataset_lib import dataset_utils
     from scenic.train_lib import train_utils
 

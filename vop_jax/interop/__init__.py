@@ -1,1 +1,1 @@
-"""Bridges to other code bases; each asks for its packages when it is used."""
+"""Bridges to other code bases; each imports their packages only when it is used."""

@@ -1,8 +1,8 @@
-"""scenic (github.com/google-research/scenic): its CLIP, its dataset registry, its projects.
+"""Use of vop_jax with scenic (github.com/google-research/scenic): CLIP weights, datasets, runs.
 
 python -m vop_jax.interop.scenic --config=configs/scenic/vop_demo.py --workdir=DIR
 
-Nothing of scenic is imported before it is needed; requirements-scenic.txt brings it.
+requirements-scenic.txt installs scenic; it is imported only where it is used.
 """
 
 import importlib
@@ -20,14 +20,14 @@ from vop_jax.interop import scenic_config, scenic_data
 from vop_jax.storage.tensors import Tree, flatten, unflatten
 from vop_jax.training.writer import Writer
 
-WHERE = "scenic's CLIP"
+SOURCE = "scenic's CLIP"  # in messages
 
 
-def imported(module: str) -> Any:
+def import_scenic(module: str) -> Any:
     """A module of scenic.
 
     Raises:
-        UserError: it is not there; tells how to get it.
+        UserError: scenic is not installed; the message says how to install it.
     """
     try:
         return importlib.import_module(module)
@@ -39,44 +39,45 @@ def imported(module: str) -> Any:
 
 
 def to_scenic(params: Tree, *, underscores: bool = False) -> dict[str, Any]:
-    """The parameters of `clip.model.Clip` -> those of scenic's `layers.CLIP`, the same arrays.
+    """Renames the parameters of `clip.model.Clip` to those of scenic's `layers.CLIP`; no copies.
 
     Args:
         underscores: for a model with use_underscore_module_name=True.
 
     Raises:
-        UserError: they are not a whole CLIP's.
+        UserError: they are not the parameters of a complete CLIP.
     """
     params = from_scenic(params)
-    return _renamed(params, r"resblocks\.(\d+)", r"resblocks_\1") if underscores else params
+    return _rename(params, r"resblocks\.(\d+)", r"resblocks_\1") if underscores else params
 
 
 def from_scenic(params: Tree) -> dict[str, Any]:
-    """The parameters of scenic's `layers.CLIP` -> those of `clip.model.Clip`; the inverse.
+    """Renames the parameters of scenic's `layers.CLIP` to those of `clip.model.Clip`; no copies.
 
-    Both namings of its blocks are known; of `load_model_vars` it is the entry "params".
+    Args:
+        params: with either naming of the blocks; of `load_model_vars`, the entry "params".
 
     Raises:
-        UserError: they are not those of a whole CLIP with a ViT.
+        UserError: they are not the parameters of a complete CLIP with a ViT.
     """
-    renamed = _renamed(params, r"resblocks_(\d+)", r"resblocks.\1")
-    check_shapes(WHERE, renamed, parameter_shapes(sizes_of(renamed)))
+    renamed = _rename(params, r"resblocks_(\d+)", r"resblocks.\1")
+    check_shapes(SOURCE, renamed, parameter_shapes(sizes_of(renamed)))
     return renamed
 
 
-def _renamed(params: Tree, pattern: str, name: str) -> dict[str, Any]:
+def _rename(params: Tree, pattern: str, name: str) -> dict[str, Any]:
     return unflatten({re.sub(pattern, name, key): leaf for key, leaf in flatten(params).items()})
 
 
 def sizes_of(params: Tree) -> ClipConfig:
-    """What the shapes of a CLIP tell: all but the activation, which is quick_gelu in scenic.
+    """The config of a CLIP, inferred from shapes; its activation is scenic's, quick_gelu.
 
     Raises:
-        UserError: a parameter that tells a size is missing.
+        UserError: a parameter is missing whose shape is needed.
     """
     shapes = {name: np.shape(leaf) for name, leaf in flatten(params).items()}
 
-    def blocks(tower: str) -> int:
+    def count_blocks(tower: str) -> int:
         pattern = rf"{tower}/transformer/resblocks\.(\d+)/"
         return len({match[1] for name in shapes if (match := re.match(pattern, name))})
 
@@ -89,10 +90,10 @@ def sizes_of(params: Tree) -> ClipConfig:
             image_size=round((positions - 1) ** 0.5) * patch,
             patch_size=patch,
             vision_width=vision_width,
-            vision_layers=blocks("visual"),
+            vision_layers=count_blocks("visual"),
             vision_heads=shapes[f"visual/{query}"][0],
             text_width=text_width,
-            text_layers=blocks("text"),
+            text_layers=count_blocks("text"),
             text_heads=shapes[f"text/{query}"][0],
             embed_dim=shapes["visual/proj/kernel"][1],
             context_length=shapes["text/positional_embedding"][0],
@@ -100,21 +101,21 @@ def sizes_of(params: Tree) -> ClipConfig:
         )
     except KeyError as error:
         raise UserError(
-            f"{WHERE}: tensor {error.args[0]} is missing; allowed are its ViTs, not its ResNets"
+            f"{SOURCE}: tensor {error.args[0]} is missing; allowed are its ViTs, not its ResNets"
         ) from None
 
 
 def clip_of(config: ClipConfig, *, underscores: bool = False) -> Any:
-    """scenic's `layers.CLIP` of these sizes.
+    """scenic's `layers.CLIP` with the sizes of a config.
 
     Raises:
-        UserError: scenic is not there, or has no such CLIP.
+        UserError: scenic is not installed, or has no such CLIP.
     """
     if config.vision_mlp or config.text_mlp:
-        raise UserError(f"{WHERE}: its MLPs are four times as wide as the tower")
+        raise UserError(f"{SOURCE}: its MLPs are always four times as wide as the tower")
     if config.activation != "quick_gelu":
-        raise UserError(f"{WHERE}: its activation is quick_gelu, not {config.activation}")
-    return imported("scenic.projects.baselines.clip.layers").CLIP(
+        raise UserError(f"{SOURCE}: its activation is quick_gelu, not {config.activation}")
+    return import_scenic("scenic.projects.baselines.clip.layers").CLIP(
         vocab_size=config.vocab_size,
         embed_dim=config.embed_dim,
         text_features=config.text_width,
@@ -129,22 +130,22 @@ def clip_of(config: ClipConfig, *, underscores: bool = False) -> Any:
 
 
 def register_dataset() -> None:
-    """Puts our datasets into scenic's registry, as "vop_jax"; again does nothing.
+    """Adds our datasets to scenic's registry as "vop_jax", unless they are there.
 
     Raises:
-        UserError: scenic is not there.
+        UserError: scenic is not installed.
     """
-    registry = imported("scenic.dataset_lib.datasets")
+    registry = import_scenic("scenic.dataset_lib.datasets")
     if scenic_config.DATASET not in registry.DatasetRegistry.list():
         registry.add_dataset(scenic_config.DATASET)(scenic_data.build)
 
 
 def main(rng: Any, config: ConfigDict, workdir: str, writer: Writer) -> dict[str, Any]:
-    """Our training run as scenic's projects have it: `scenic.app.run(main)`; the summary.
+    """Trains as a project of scenic, for `scenic.app.run(main)`; returns the summary.
 
     Args:
-        rng: not used; everything is drawn from config.rng_seed, which it is made of.
-        config: scenic's names and ours, see `scenic_config.translate`.
+        rng: not used; all random numbers follow from config.rng_seed.
+        config: with scenic's names and ours, see `scenic_config.translate`.
 
     Raises: as `train.train`.
     """
@@ -154,7 +155,7 @@ def main(rng: Any, config: ConfigDict, workdir: str, writer: Writer) -> dict[str
 
 
 def _run() -> None:
-    """The program: `scenic.app.run`, with our exit statuses."""
+    """The program: `scenic.app.run` with our exit statuses."""
     from vop_jax import cli
     from vop_jax import main as command_line
     from vop_jax.training import hosts
@@ -168,8 +169,8 @@ def _run() -> None:
         sys.exit(command_line.finish(work))
 
     def program() -> None:
-        app = imported("scenic.app")  # defines the flags config and workdir
-        hosts.start()  # scenic looks at the devices before it calls us
+        app = import_scenic("scenic.app")  # defines the flags config and workdir
+        hosts.start()  # before scenic looks at the devices
         app.run(project)
 
     sys.exit(cli.run(program))

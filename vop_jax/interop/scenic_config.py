@@ -1,7 +1,7 @@
-"""scenic's config fields become ours.
+"""Translates scenic's config fields into ours.
 
-A config may mix scenic's names, where both have one, and ours; None means not given, as in
-scenic. What neither has, and what can't be had here, is an error: nothing is quietly left out.
+A config may mix scenic's names and ours; None means not set, as in scenic. A field that neither
+has, or a value that vop_jax cannot honour, is an error, so that nothing is silently ignored.
 """
 
 import difflib
@@ -14,10 +14,10 @@ from vop_jax.config.base import base_config, flatten_config
 from vop_jax.errors import UserError
 
 DATASET = "vop_jax"  # our name in scenic's registry
-IN_DATASET = "dataset_configs."  # these have our names of section `data`, or:
+SECTION = "dataset_configs."  # its fields have the names of our section `data`, or these:
 DATA = {"num_frames": "frames", "min_resize": "short_side"}
 
-# scenic's name: ours.
+# {scenic's name: ours}
 NAMES = {
     "rng_seed": "seed",
     "batch_size": "train.batch_size",
@@ -33,8 +33,8 @@ NAMES = {
     "max_checkpoint_keep": "train.keep_checkpoints",
     "model_dtype_str": "compute.dtype",
 }
-# What is done here in any case: scenic's name: the values that say so.
-GIVEN: dict[str, tuple[Any, ...]] = {
+# {scenic's name: allowed values}: vop_jax always does what these fields may choose.
+FIXED: dict[str, tuple[Any, ...]] = {
     "dataset_name": (DATASET,),
     "trainer_name": (DATASET,),
     "model_name": (DATASET,),
@@ -58,37 +58,39 @@ GIVEN: dict[str, tuple[Any, ...]] = {
     "debug_train": (False,),
     "debug_eval": (False,),
 }
-# Of the schedule: linear warm-up from 0, then one cosine to 0 at the last step.
-FACTORS = {"constant", "linear_warmup", "cosine_decay"}
-SCHEDULE = ("lr_configs.factors", "lr_configs.warmup_steps")
+# The learning rate rises linearly from 0, then falls by one cosine to 0 at the last step.
+FACTORS, WARMUP = "lr_configs.factors", "lr_configs.warmup_steps"
+OUR_FACTORS = "constant*linear_warmup*cosine_decay"
 LAST_STEP = ("lr_configs.total_steps", "lr_configs.steps_per_cycle")
-LABELS = ("experiment_name", "workdir_suffix")  # for people, and for scenic.app
+IGNORED = ("experiment_name", "workdir_suffix")  # labels for people and for scenic.app
+OTHER = (FACTORS, WARMUP, *LAST_STEP, *IGNORED)
 
 
 def translate(config: Mapping[str, Any] | ConfigDict) -> ConfigDict:
-    """A scenic config -> ours, locked; evaluation takes the training's batch size if none is given.
+    """A config of scenic as a config of ours, locked.
+
+    Evaluation has the batch size of training unless the config sets another.
 
     Raises:
-        UserError: the first field that neither has, that can't be honoured, or that is given in
-            both names with different values.
+        UserError: a field is unknown, cannot be honoured, or is set under both names with
+            different values.
     """
     fields = {name: value for name, value in flatten_config(config).items() if value is not None}
     values: dict[str, Any] = {}
     for name, value in fields.items():
-        if name in GIVEN and value not in GIVEN[name]:
-            allowed = " or ".join(map(repr, GIVEN[name]))
-            raise UserError(f"config.{name}={value!r}: vop_jax has no other than {allowed}")
-        if name in GIVEN or name in (*SCHEDULE, *LAST_STEP, *LABELS):
+        if name in FIXED and value not in FIXED[name]:
+            allowed = " or ".join(map(repr, FIXED[name]))
+            raise UserError(f"config.{name}={value!r}: allowed is only {allowed}")
+        if name in FIXED or name in OTHER:
             continue
         key = _our_name(name)
         if values.setdefault(key, value) != value:
-            raise UserError(
-                f"config.{name}={value!r}: config.{key} is given twice, also as {values[key]!r}"
-            )
+            other = f"config.{key} is set twice, also to {values[key]!r}"
+            raise UserError(f"config.{name}={value!r}: {other}")
     if "train.batch_size" in values:
         values.setdefault("eval.batch_size", values["train.batch_size"])
     ours = with_values(values)
-    _schedule(ours, fields)
+    _translate_schedule(ours, fields)
     return ours
 
 
@@ -96,7 +98,7 @@ def with_values(values: Mapping[str, Any]) -> ConfigDict:
     """Our base config with {"train.steps": 100, …} set.
 
     Raises:
-        UserError: a value of another type than the key's.
+        UserError: a value has another type than its key.
     """
     ours = base_config()
     for key, value in values.items():
@@ -108,48 +110,45 @@ def with_values(values: Mapping[str, Any]) -> ConfigDict:
 
 
 def dataset_keys(dataset_configs: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
-    """scenic's section of that name -> keys of our section `data`.
+    """scenic's section of that name as keys of our section `data`.
 
     Raises:
-        UserError: a field that neither has.
+        UserError: a field is unknown.
     """
-    given = {IN_DATASET + name: value for name, value in flatten_config(dataset_configs).items()}
-    keys = {_our_name(name): value for name, value in given.items() if value is not None}
+    fields = {SECTION + name: value for name, value in flatten_config(dataset_configs).items()}
+    keys = {_our_name(name): value for name, value in fields.items() if value is not None}
     return {key.removeprefix("data."): value for key, value in keys.items()}
 
 
 def _our_name(name: str) -> str:
     declared = flatten_config(base_config())
     key = NAMES.get(name, name)
-    if name.startswith(IN_DATASET):
-        field = name.removeprefix(IN_DATASET)
+    if name.startswith(SECTION):
+        field = name.removeprefix(SECTION)
         key = "data." + DATA.get(field, field)
     if key in declared:
         return key
     if name == "num_training_epochs":
-        raise UserError(f"config.{name}: vop_jax counts steps; give config.num_training_steps")
-    ours_in_dataset = [IN_DATASET + k.removeprefix("data.") for k in declared if "data." in k]
-    known = [*NAMES, *GIVEN, *SCHEDULE, *LAST_STEP, *declared, *ours_in_dataset]
+        raise UserError(f"config.{name}: vop_jax counts steps; set config.num_training_steps")
+    ours_in_section = [SECTION + k.removeprefix("data.") for k in declared if "data." in k]
+    known = [*NAMES, *FIXED, *OTHER, *declared, *ours_in_section]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
-    hint = f"did you mean config.{near[0]}?" if near else "docs/scenic.md lists those there are"
-    raise UserError(f"config.{name}: a field that vop_jax does not have; {hint}")
+    hint = f"did you mean config.{near[0]}?" if near else "docs/guides/scenic.md lists all fields"
+    raise UserError(f"config.{name}: not a field of vop_jax; {hint}")
 
 
-def _schedule(ours: ConfigDict, fields: Mapping[str, Any]) -> None:
+def _translate_schedule(ours: ConfigDict, fields: Mapping[str, Any]) -> None:
     steps = ours.train.steps
     for name in LAST_STEP:
         if fields.get(name, steps) != steps:
             raise UserError(
-                f"config.{name}={fields[name]!r}: the learning rate decays over all "
+                f"config.{name}={fields[name]!r}: the learning rate always decays over all "
                 f"config.num_training_steps={steps}"
             )
-    factors = {factor.strip() for factor in fields.get(SCHEDULE[0], "*".join(FACTORS)).split("*")}
-    if factors != FACTORS:
-        raise UserError(
-            f"config.{SCHEDULE[0]}={fields[SCHEDULE[0]]!r}: vop_jax has no other than "
-            "'constant*linear_warmup*cosine_decay'"
-        )
-    if SCHEDULE[1] in fields:
+    factors = fields.get(FACTORS, OUR_FACTORS)
+    if {factor.strip() for factor in factors.split("*")} != {*OUR_FACTORS.split("*")}:
+        raise UserError(f"config.{FACTORS}={factors!r}: allowed is only {OUR_FACTORS!r}")
+    if WARMUP in fields:
         if "train.warmup" in fields:
-            raise UserError(f"config.{SCHEDULE[1]}: config.train.warmup is given as well")
-        ours.train.warmup = fields[SCHEDULE[1]] / max(1, steps)
+            raise UserError(f"config.{WARMUP}: config.train.warmup is set as well")
+        ours.train.warmup = fields[WARMUP] / max(1, steps)

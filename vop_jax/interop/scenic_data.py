@@ -1,7 +1,7 @@
-"""Our datasets as scenic's trainers want them: endless iterators of batches, cut for devices."""
+"""Our datasets for scenic's trainers: endless iterators of batches with an axis for the devices."""
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -10,16 +10,17 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from vop_jax.config.base import validate
-from vop_jax.data import load, tokenizer
+from vop_jax.data import load
 from vop_jax.data.pipeline import Augmentation, Batch, BatchSpec, eval_videos, train_batches
 from vop_jax.data.records.read import Split
+from vop_jax.data.tokenizer import CaptionTokenizer
 from vop_jax.errors import UserError
 from vop_jax.experiment.inputs import packed_once
 from vop_jax.interop import scenic_config
 
-# Of scenic's text-video projects; in a run of ours the CLIP tells these two.
+# Fields of scenic's text-video projects; our own runs take both from the CLIP.
 CROP_SIZE, WORDS = "crop_size", "max_num_words"
-NOT_HERE = ("text_buckets", "device_cache_gb")  # a batch has one shape, and lies in memory
+UNSUPPORTED = ("text_buckets", "device_cache_gb")  # batches have one shape and are in host memory
 
 
 def build(
@@ -33,65 +34,53 @@ def build(
     dataset_configs: Mapping[str, Any] | ConfigDict,
     dataset_service_address: str | None = None,
 ) -> Any:
-    """What scenic calls for the dataset "vop_jax"; a `dataset_utils.Dataset`.
+    """The `dataset_utils.Dataset` "vop_jax"; scenic calls this.
 
     Batches are {"frames": [n, b, F, S, S, 3], "ids": int32 [n, b, T], "batch_mask": float32
-    [n, b]}, n the shards, 0 in the mask where a row only fills up. `valid_iter` is there where
-    the config has validation: val_split or val_share. In evaluation `ids` is a video's first
-    caption; all of them are evaluated by a run of ours.
+    [n, b]}, n the shards; the mask is 0 in rows that pad a batch. `valid_iter` is None unless the
+    config has val_split or val_share. In evaluation `ids` is the first caption of a video; our own
+    runs evaluate all captions.
 
     Args:
         batch_size, eval_batch_size: of this process.
-        num_shards: the leading axis of each array; None: without.
-        dtype_str: of the frames. "uint8" as stored, as our models take them; "float32" in
-            [0, 1], to be normalised.
-        shuffle_seed: of order, crops and captions drawn; None: drawn from `rng`.
-        dataset_configs: our section `data`, and crop_size (S, 224), max_num_words (T, 77).
+        num_shards: n, the leading axis of each array; None: no such axis.
+        dtype_str: of the frames: "uint8", as our models take them, or "float32" in [0, 1].
+        shuffle_seed: of the order, the crops and the choice of captions; None: drawn from `rng`.
+        dataset_configs: keys of our section `data`, crop_size (S, 224), max_num_words (T, 77).
 
     Raises:
-        UserError: a field that is not known or not possible here, or the data are not as said.
+        UserError: a field is unknown or not supported here, or the data do not fit it.
     """
     if dataset_service_address:
         raise UserError("dataset_service_address: vop_jax reads its records without tf.data")
     if dtype_str not in ("uint8", "float32"):
         raise UserError(f"config.data_dtype_str={dtype_str!r}: allowed are 'uint8', 'float32'")
-    given = dict(dataset_configs)
-    size, slots = given.pop(CROP_SIZE, None) or 224, given.pop(WORDS, None) or 77
-    data = _data_config(given)
+    fields = dict(dataset_configs)
+    size, slots = fields.pop(CROP_SIZE, None) or 224, fields.pop(WORDS, None) or 77
+    data = _data_config(fields)
     if shuffle_seed is None:
         shuffle_seed = 0 if rng is None else int(jax.random.randint(rng, (), 0, 2**31 - 1))
-    select = "best" if data.val_share or given.get("val_split") else "last"
-    packed = packed_once(lambda: load.load(data, "", select=select))
-    splits = packed.splits
-    train, test = splits[data.train_split], splits[data.eval_split]
-    valid = splits[data.val_split] if select == "best" else None
-    if warning := load.flip_warning(data, train.captions):
-        logging.warning("%s", warning)
-    tokenize = tokenizer.CaptionTokenizer(slots)
-
-    def spec(local: int) -> BatchSpec:
-        """Batches with `local` rows of each process, in scenic's order: one after the other."""
-        first = local * jax.process_index()
-        batch_size, rows = local * jax.process_count(), range(first, first + local)
-        return BatchSpec(batch_size, size, data.frames, data.sampling, rows, data.threads)
-
-    def shaped(batches: Iterator[Batch]) -> Iterator[Batch]:
-        return (_shaped(batch, num_shards, dtype_str) for batch in batches)
-
-    def evaluation(split: Split) -> Iterator[Batch]:
-        return shaped(_endless(split, tokenize, spec(eval_batch_size)))
-
+    validates = bool(data.val_share or fields.get("val_split"))
+    train, valid, test = _splits(data, validates)
+    tokenize = CaptionTokenizer(slots)
     training = train_batches(
         train,
         tokenize,
-        spec(batch_size),
+        _batch_spec(data, batch_size, size),
         augmentation=Augmentation(tuple(data.crop_scale), data.flip) if data.augment else None,
         seed=shuffle_seed,
         workers=data.workers,
         cache_gb=data.cache_gb,
     )
+
+    def as_scenic(batches: Iterator[Batch]) -> Iterator[Batch]:
+        return (_as_scenic(batch, num_shards, dtype_str) for batch in batches)
+
+    def evaluation(split: Split) -> Iterator[Batch]:
+        return as_scenic(_repeat(split, tokenize, _batch_spec(data, eval_batch_size, size)))
+
     return importlib.import_module("scenic.dataset_lib.dataset_utils").Dataset(
-        train_iter=shaped(training),
+        train_iter=as_scenic(training),
         valid_iter=evaluation(valid) if valid else None,
         test_iter=evaluation(test),
         meta_data={
@@ -106,33 +95,49 @@ def build(
     )
 
 
-def _data_config(given: Mapping[str, Any]) -> ConfigDict:
+def _data_config(fields: Mapping[str, Any]) -> ConfigDict:
     """Our section `data`."""
-    keys = scenic_config.dataset_keys(given)
-    for key in NOT_HERE:
+    keys = scenic_config.dataset_keys(fields)
+    for key in UNSUPPORTED:
         if key in keys:
             raise UserError(f"config.dataset_configs.{key}: only runs of vop_jax itself have it")
     if not keys.get("records"):
-        raise UserError("config.dataset_configs.records is not set: where packed frames are, or go")
+        raise UserError("config.dataset_configs.records: must be the folder of packed frames")
     config = scenic_config.with_values({f"data.{key}": value for key, value in keys.items()})
     validate(config)
     return config.data
 
 
-def _endless(
-    split: Split, tokenize: Callable[[list[str]], np.ndarray], spec: BatchSpec
-) -> Iterator[Batch]:
-    """`eval_videos` over and over, each with its first caption."""
+def _splits(data: ConfigDict, validates: bool) -> tuple[Split, Split | None, Split]:
+    """The splits for training, validation (None without it) and test."""
+    select = "best" if validates else "last"
+    splits = packed_once(lambda: load.load(data, "", select=select)).splits
+    train = splits[data.train_split]
+    if warning := load.flip_warning(data, train.captions):
+        logging.warning("%s", warning)
+    return train, splits[data.val_split] if validates else None, splits[data.eval_split]
+
+
+def _batch_spec(data: ConfigDict, rows: int, size: int) -> BatchSpec:
+    """Batches with `rows` rows of each process, in scenic's order: one process after the other."""
+    first = rows * jax.process_index()
+    own = range(first, first + rows)
+    batch_size = rows * jax.process_count()
+    return BatchSpec(batch_size, size, data.frames, data.sampling, own, data.threads)
+
+
+def _repeat(split: Split, tokenize: CaptionTokenizer, spec: BatchSpec) -> Iterator[Batch]:
+    """Endless passes of `eval_videos`, each video with its first caption."""
     first = tokenize([captions[0] for captions in split.captions])
-    fill = -len(split) % spec.batch_size
-    ids = np.pad(first, ((0, fill), (0, 0))).reshape(-1, spec.batch_size, first.shape[1])
+    padding = -len(split) % spec.batch_size
+    ids = np.pad(first, ((0, padding), (0, 0))).reshape(-1, spec.batch_size, first.shape[1])
     while True:
         for batch, captions in zip(eval_videos(split, spec), ids, strict=True):
             yield batch | {"ids": captions[list(spec.rows)]}
 
 
-def _shaped(batch: Batch, shards: int | None, dtype: str) -> Batch:
-    """scenic's name for the mask, its dtype and its leading axis."""
+def _as_scenic(batch: Batch, shards: int | None, dtype: str) -> Batch:
+    """A batch with scenic's mask, dtype and leading axis."""
     frames, ids = batch["frames"], batch["ids"]
     if dtype == "float32":
         frames = frames.astype(np.float32) / 255
