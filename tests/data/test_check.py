@@ -14,10 +14,13 @@ from tests.video import videos
 from vop_jax.config.base import base_config
 from vop_jax.data import check as program
 from vop_jax.data import load, prepare
+from vop_jax.data.records.encode import Preprocessing
+from vop_jax.data.records.write import WriteOptions
 
 pytestmark = pytest.mark.usefixtures("quiet")
 
 SIZES = {"train": 6, "test": 4}
+HERE = WriteOptions(2, isolated=False, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -32,19 +35,15 @@ def msrvtt(tmp_path_factory):
     for i, path in enumerate(p for split in paths.values() for p in split):
         videos.write(films / path, 12 + i)
     (films / paths["train"][2]).write_bytes(b"")
-    status = prepare.main(
-        [
-            "--dataset=msrvtt9k",
-            f"--annotations={root / 'annotations'}",
-            f"--videos={films}",
-            f"--output={root / 'records'}",
-            "--other_sizes",
-            "--frames=4",
-            "--short_side=32",
-            "--workers=1",
-        ]
+    prepare.prepare(
+        "msrvtt9k",
+        str(films),
+        str(root / "annotations"),
+        str(root / "records"),
+        Preprocessing(4, short_side=32),
+        HERE,
+        official_sizes=False,
     )
-    assert status == 0
     return root
 
 
@@ -119,7 +118,8 @@ def test_records_that_do_not_fit_the_config(msrvtt):
     assert official[0] == 1 and "msrvtt9k train has 6 videos, 9,000 are expected" in official[1]
 
 
-def test_without_records_the_videos_are_decoded(msrvtt):
+def test_without_records_the_videos_are_decoded(msrvtt, monkeypatch):
+    monkeypatch.setattr(program, "OPTIONS", HERE)
     sources = (
         f"--config.data.annotations={msrvtt / 'annotations'}",
         f"--config.data.videos={msrvtt / 'videos'}",

@@ -8,7 +8,6 @@ split is incomplete or the records do not fit the config.
 
 import collections
 import contextlib
-import functools
 import os
 import sys
 from collections.abc import Collection, Sequence
@@ -27,13 +26,14 @@ from vop_jax.data.datasets import registry
 from vop_jax.data.datasets.source import Source
 from vop_jax.data.load import count_sides, flip_warning
 from vop_jax.data.records import layout, read
-from vop_jax.data.records.encode import Preprocessing, encode_clip
-from vop_jax.data.records.write import WriteOptions
+from vop_jax.data.records.encode import Preprocessing
+from vop_jax.data.records.write import WriteOptions, encode_clips
 from vop_jax.data.tokenizer import CaptionTokenizer
 from vop_jax.errors import UserError
 from vop_jax.storage import files
 from vop_jax.tuning.methods import method_of
-from vop_jax.video.workers import in_processes
+
+OPTIONS = WriteOptions()  # of decoding
 
 
 class Checker:
@@ -93,14 +93,8 @@ class Checker:
         )
         self.notes += notes
         self._check_names(dataset)
-        encode = functools.partial(encode_clip, preprocessing=self.preprocessing)
         clips = [(split, clip) for split, own in dataset.items() for clip in own]
-        results = in_processes(
-            encode,
-            (clip for _, clip in clips),
-            os.cpu_count() or 1,
-            seconds=WriteOptions().seconds,
-        )
+        results = encode_clips([clip for _, clip in clips], self.preprocessing, OPTIONS)
         self.rows = {split: [] for split in dataset}
         bar = tqdm(results, "decoding", len(clips), unit="clip")
         with contextlib.closing(results), bar:

@@ -9,6 +9,7 @@ skipped and reported. `vop check` describes the result.
 
 import argparse
 import contextlib
+import dataclasses
 import difflib
 import functools
 import io
@@ -27,13 +28,12 @@ from vop_jax.cli import Parser, number, whole
 from vop_jax.data.clips import VideoClip
 from vop_jax.data.datasets import registry
 from vop_jax.data.records import read
-from vop_jax.data.records.encode import Encoded, Preprocessing, encode_clip
+from vop_jax.data.records.encode import Encoded, Preprocessing
 from vop_jax.data.records.layout import find_records, label_of
-from vop_jax.data.records.write import WriteOptions, pack
+from vop_jax.data.records.write import WriteOptions, encode_clips, pack
 from vop_jax.errors import UserError
 from vop_jax.storage.files import is_remote
 from vop_jax.video.sampling import SAMPLINGS
-from vop_jax.video.workers import in_processes
 
 PROBED = 8  # clips encoded to estimate the size
 
@@ -86,9 +86,9 @@ def _log_size(
 ) -> None:
     """Logs how much disk all clips will take, estimated from a few of them."""
     probed = clips[:: max(1, len(clips) // PROBED)][:PROBED]
-    encode = functools.partial(encode_clip, preprocessing=preprocessing)
     workers = min(options.workers or os.cpu_count() or 1, len(probed))
-    results = list(in_processes(encode, probed, workers, seconds=options.seconds))
+    probing = dataclasses.replace(options, workers=workers)
+    results = list(encode_clips(probed, preprocessing, probing))
     sizes = [sum(map(len, result.jpegs)) for result in results if isinstance(result, Encoded)]
     if not sizes:
         logging.warning("none of %d clips tried could be read: %s", len(probed), results[0])

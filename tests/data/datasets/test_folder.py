@@ -68,7 +68,7 @@ def test_without_splits_a_fixed_tenth_is_held_out(read):
     assert len(few["train"]) == len(few["test"]) == 1
 
 
-def test_stretches_of_a_video_are_held_out_together(read, caplog):
+def test_segments_of_a_video_are_held_out_together(read, caplog):
     rows = "".join(
         f"{i}.mp4,x,{start},{start + 10}\n" for i in range(60) for start in range(0, 50, 5)
     )

@@ -44,17 +44,13 @@ class Folder(Source):
         splits: Collection[str] | None = None,
         official_sizes: bool = True,
     ) -> tuple[Dataset, list[str]]:
-        """See `Source.read`; `annotations` is a file, or a folder with one such file."""
-        path = epath.Path(annotations)
-        if path.is_dir():
-            files = [p for p in sorted(path.iterdir()) if p.suffix in (*DELIMITERS, *JSON_LINES)]
-            if len(files) != 1:
-                raise UserError(f"{path}: a folder; give the CSV or JSON Lines file of captions")
-            path = files[0]
-        dataset = read_folder(path, videos or path.parent)
+        """See `Source.read` and `read_folder`."""
+        dataset = read_folder(annotations, videos or os.path.dirname(annotations) or ".")
         for split in splits or ():
             if split not in dataset:
-                raise UserError(f"{path}: no split {split!r}; there are {', '.join(dataset)}")
+                raise UserError(
+                    f"{annotations}: no split {split!r}; there are {', '.join(dataset)}"
+                )
         clips = [clip for own in dataset.values() for clip in own]
         if videos is not None and not any(_exists(clip.path) for clip in clips):
             first = f"{clips[0].where}: {clips[0].path}"

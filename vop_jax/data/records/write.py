@@ -205,7 +205,7 @@ def _write_here(
     tasks = pending(shards)
     clips = [clip for task in tasks for clip in task.to_encode]
     total = sum(len(shard.clips) for shard in shards)
-    with contextlib.closing(_encode(clips, preprocessing, options)) as results:
+    with contextlib.closing(encode_clips(clips, preprocessing, options)) as results:
         bar = tqdm(
             results,
             f"packing {name}",
@@ -221,9 +221,10 @@ def _write_here(
             next(encoded, None)  # the bar counts a clip when the next one is requested
 
 
-def _encode(
+def encode_clips(
     clips: Sequence[VideoClip], preprocessing: Preprocessing, options: WriteOptions
 ) -> Generator[Encoded | VideoError, None, None]:
+    """What is stored of each clip, in order, or why it cannot be used."""
     encode = functools.partial(encode_clip, preprocessing=preprocessing)
     workers = options.workers or os.cpu_count() or 1
     if options.isolated and clips:
@@ -252,7 +253,9 @@ def _write_with_beam(
 def _write_alone(task: PendingShard, preprocessing: Preprocessing, options: WriteOptions) -> None:
     """Writes a shard, unless an earlier try of the runner has finished it."""
     for unfinished in pending([task.shard]):
-        with contextlib.closing(_encode(unfinished.to_encode, preprocessing, options)) as results:
+        with contextlib.closing(
+            encode_clips(unfinished.to_encode, preprocessing, options)
+        ) as results:
             write_shard(unfinished, results)
 
 
