@@ -245,7 +245,7 @@ def test_every_orientation(tmp_path, transposed, signs):
     for y, x in np.ndindex(32, 64):  # as ISO 14496-12 says where a pixel goes
         right, down = a * x + c * y, b * x + d * y
         expected[down - (down < 0 or b + d < 0), right - (a + c < 0)] = stored[y, x]
-    found = read_frames(videos.turn(path, matrix), 2).pixels[1]
+    found = read_frames(videos.rotate(path, matrix), 2).pixels[1]
     np.testing.assert_array_equal(found, expected)
 
 

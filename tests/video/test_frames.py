@@ -1,21 +1,16 @@
-"""Sampling against its definition, decoding against files whose frames are known."""
+"""Sampled frames of files whose frames are known, of folders, and reasons why there are none."""
 
-import itertools
-
+import av
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 from tests.video import videos
 from vop_jax.errors import VideoError
 from vop_jax.video.decode import SegmentReader
 from vop_jax.video.frames import read_frames
-from vop_jax.video.sampling import sample_indices
 
-COUNT = 24
-F = 6
+COUNT, F = 24, 6
 
 
 def shown(frames) -> list[int]:
@@ -24,68 +19,32 @@ def shown(frames) -> list[int]:
     return [int(np.abs(known - videos.level_of(p)).argmin()) for p in frames.pixels]
 
 
-@pytest.mark.parametrize("frames", [1, 5, 12, 64])
-def test_uniform_indices_are_those_of_the_released_vop(frames):
-    """Which are X-Pool's and frozen-in-time's too: middles of ranges that include their ends."""
-    for count in range(1, 1501):
-        edges = np.linspace(start=0, stop=count, num=min(frames, count) + 1).astype(int)
-        ranges = [(first, after - 1) for first, after in itertools.pairwise(edges.tolist())]
-        expected = [(first + last) // 2 for first, last in ranges]
-        expected += expected[-1:] * (frames - len(expected))
-        assert sample_indices(count, frames).tolist() == expected, count
-
-
-@given(count=st.integers(1, 300), frames=st.integers(1, 40), seed=st.integers(0, 100))
-def test_random_indices_stay_in_their_segments(count, frames, seed):
-    indices = sample_indices(count, frames, "rand", np.random.default_rng(seed))
-    if count < frames:
-        assert indices.tolist() == sample_indices(count, frames).tolist()
-        return
-    edges = np.linspace(0, count, frames + 1).astype(int)
-    assert ((edges[:-1] <= indices) & (indices < edges[1:])).all()
-
-
-def test_random_indices_reach_every_frame():
-    rng = np.random.default_rng(0)
-    drawn = {int(i) for _ in range(200) for i in sample_indices(12, 3, "rand", rng)}
-    assert drawn == set(range(12))
-
-
-def test_short_clip_repeats_its_last_frame(tmp_path):
-    frames = read_frames(videos.write(tmp_path / "a.mp4", 4), F)
-    assert frames.indices == [0, 1, 2, 3, 3, 3]
+def test_frames_of_short_clips_and_small_sizes(tmp_path):
+    path = videos.write(tmp_path / "a.mp4", 4)
+    frames = read_frames(path, F)
+    assert frames.indices == [0, 1, 2, 3, 3, 3]  # the last one repeats
     np.testing.assert_array_equal(frames.pixels[3], frames.pixels[5])
+    assert read_frames(videos.write(tmp_path / "one.mp4", 1), F).indices == [0] * F
+    assert read_frames(path, 1, short_side=24).pixels[0].shape == (24, 32, 3)
+    assert read_frames(path, 1, short_side=99).pixels[0].shape == (48, 64, 3)  # never enlarged
 
 
-def test_one_frame(tmp_path):
-    assert read_frames(videos.write(tmp_path / "a.mp4", 1), F).indices == [0] * F
-
-
-def test_stored_fps(tmp_path):
+def test_frames_at_a_rate(tmp_path):
     path = videos.write(tmp_path / "a.mp4", COUNT)  # 2.4 s
     frames = read_frames(path, F, fps=2)
     assert shown(frames) == frames.indices == [0, 5, 10, 15, 20]
-    # More than there are: each frame once.
     assert read_frames(path, F, fps=100).indices == list(range(COUNT))
-
-
-def test_stored_fps_where_frames_are_numbered_as_stored(tmp_path):
-    """H.264 in AVI: the decoder gives frames the times of others."""
+    # H.264 in AVI: the decoder gives frames the times of others.
     path = videos.write(tmp_path / "a.avi", COUNT)
     whole, frames = read_frames(path, COUNT), read_frames(path, F, fps=3)
     assert whole.timestamps == sorted(whole.timestamps) == pytest.approx(np.arange(24) / 10)
     assert shown(frames) == frames.indices == [0, 4, 7, 10, 14, 17, 20]
     assert frames.timestamps == pytest.approx([0.0, 0.4, 0.7, 1.0, 1.4, 1.7, 2.0])
-
-
-def test_short_side_shrinks_and_never_enlarges(tmp_path):
-    path = videos.write(tmp_path / "a.mp4", 2)
-    assert read_frames(path, 1, short_side=24).pixels[0].shape == (24, 32, 3)
-    assert read_frames(path, 1, short_side=99).pixels[0].shape == (48, 64, 3)
-
-
-def zero_bytes(path):
-    path.write_bytes(b"")
+    # 29.97 frames a second: "linspace" counts frames, the others seconds.
+    milliseconds = [round(1001 / 30 * i) for i in range(100)]
+    path = videos.write(tmp_path / "b.mp4", 100, milliseconds=milliseconds)
+    assert read_frames(path, 2, fps=1, sampling="linspace").indices == [0, 29, 58, 87]
+    assert read_frames(path, 2, fps=1).indices == [0, 30, 60, 90]
 
 
 def half(path):
@@ -98,10 +57,6 @@ def no_header(path):
     videos.write(path, COUNT)  # its index is at the end
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
-
-
-def text(path):
-    path.write_text("<html>not found</html>")
 
 
 def holes(path):
@@ -117,14 +72,14 @@ def holes(path):
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (zero_bytes, "zero bytes"),
+        (lambda path: path.write_bytes(b""), "zero bytes"),
         (half, "truncated|damaged"),
         (no_header, "not readable as video"),
-        (text, "not readable as video"),
+        (lambda path: path.write_text("<html>not found</html>"), "not readable as video"),
         (holes, "truncated|damaged"),
         (videos.write_audio, "no video stream"),
-        (videos.write_music, "no video stream"),
-        (lambda path: path.mkdir(), "a folder"),
+        (lambda path: videos.write_audio(path, cover=True), "no video stream"),
+        (lambda path: path.mkdir(), "a folder without pictures"),
         (lambda path: None, "no such file"),
         (lambda path: path.symlink_to("gone.mp4"), "a link to what is not there"),
     ],
@@ -136,15 +91,15 @@ def test_unusable_files_have_a_reason(tmp_path, damage, reason):
         read_frames(path, F)
 
 
-@pytest.mark.parametrize("asked", ["a", "a.mp4"])
-def test_a_file_of_another_name_is_pointed_at(tmp_path, asked):
+def test_a_file_of_another_extension_is_suggested(tmp_path):
     videos.write(tmp_path / "a.webm", 5, codec="libvpx-vp9", width=32, height=32)
-    with pytest.raises(VideoError, match=r"^no such file, but there is a\.webm$"):
-        read_frames(tmp_path / asked, F)
+    for name in ("a", "a.mp4"):
+        with pytest.raises(VideoError, match=r"^no such file, but there is a\.webm$"):
+            read_frames(tmp_path / name, F)
 
 
 def test_a_segment_that_a_truncated_file_lacks(tmp_path):
-    """What is asked for is more than the tenth of the whole that may be missing."""
+    """The segment misses more than the tenth of the whole file that may be missing."""
     path = tmp_path / "a.mp4"
     videos.write(path, 400, width=320, height=240, options={"movflags": "faststart"})  # 40 s
     data = path.read_bytes()
@@ -155,8 +110,51 @@ def test_a_segment_that_a_truncated_file_lacks(tmp_path):
     assert read_frames(path, F, start=end - 5, end=end).count
 
 
-def test_pictures_of_sixteen_bits_are_scaled(tmp_path):
+@pytest.fixture(scope="module")
+def film(tmp_path_factory):
+    """A video of 25 frames a second, and a folder of what ffmpeg would extract of it."""
+    root = tmp_path_factory.mktemp("film")
+    path = videos.write(root / "film.mp4", 60, rate=25, width=320, height=240)
+    folder = root / "film"
+    folder.mkdir()
+    with av.open(str(path)) as container:
+        for i, frame in enumerate(container.decode(video=0)):
+            Image.fromarray(frame.to_ndarray(format="rgb24")).save(folder / f"{i + 1}.png")
+    return path, folder
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "linspace", "segments"])
+def test_a_file_and_its_extracted_frames_are_the_same(film, sampling):
+    path, folder = film
+    for segment in ({}, {"start": 0.5, "end": 2.0}, {"end": 1.0}):
+        for fps in (0.0, 5.0):
+            options = {**segment, "sampling": sampling, "fps": fps, "short_side": 96}
+            of_file = read_frames(path, 7, **options)
+            of_folder = read_frames(folder, 7, folder_fps=25.0, **options)
+            assert of_file.indices == of_folder.indices
+            assert of_file.count == of_folder.count
+            np.testing.assert_allclose(of_file.timestamps, of_folder.timestamps, atol=1e-6)
+            for one, other in zip(of_file.pixels, of_folder.pixels, strict=True):
+                np.testing.assert_array_equal(one, other)
+
+
+def test_folders_that_cannot_be_used(film, tmp_path):
+    _, folder = film
+    with pytest.raises(VideoError, match=r"seconds need config\.data\.folder_fps"):
+        read_frames(folder, 4, end=30.0)
+    with pytest.raises(VideoError, match="no frame between 9 and the end"):
+        read_frames(folder, 4, start=9.0, folder_fps=25.0)
+    assert np.isnan(read_frames(folder, 4).timestamps).all()
+    (tmp_path / "1.jpg").write_bytes(b"no picture")
+    with pytest.raises(VideoError, match=r"1\.jpg: not readable as a picture"):
+        read_frames(tmp_path, 4)
+
+
+def test_pictures_are_in_the_order_of_their_numbers_and_scaled_from_16_bits(tmp_path):
     levels = np.arange(0, 65536, 257, np.uint16).reshape(16, 16)
-    Image.fromarray(levels).save(tmp_path / "1.png")
-    (pixels,) = read_frames(tmp_path, 1).pixels
-    np.testing.assert_array_equal(pixels, np.repeat((levels // 257)[..., None], 3, axis=2))
+    for i in (1, 2, 10, 9):
+        Image.fromarray(levels // 10 * i).save(tmp_path / f"frame_{i}.png")
+        (tmp_path / f"._frame_{i}.png").write_bytes(b"what macOS adds on other disks")
+    for i, pixels in zip((1, 2, 9, 10), read_frames(tmp_path, 4).pixels, strict=True):
+        expected = (levels // 10 * i) >> 8
+        np.testing.assert_array_equal(pixels, np.repeat(expected[..., None], 3, axis=2))

@@ -1,8 +1,8 @@
-"""Which frames are taken, by each rule, and from whatever a clip is."""
+"""Which frames are taken, by each rule."""
 
 import io
+import itertools
 
-import av
 import numpy as np
 import pytest
 from hypothesis import given
@@ -12,8 +12,6 @@ from PIL import Image
 from tests.video import videos
 from vop_jax.data.clips import VideoClip
 from vop_jax.data.records.encode import Preprocessing, encode_clip
-from vop_jax.data.records.example import Example
-from vop_jax.data.records.write import WriteOptions, pack
 from vop_jax.errors import VideoError
 from vop_jax.video.frames import read_frames
 from vop_jax.video.sampling import SAMPLINGS, sample_indices, stored_indices
@@ -28,6 +26,9 @@ def test_indices_are_ascending_frames_of_the_clip(count, frames, sampling, seed)
         assert (np.diff(indices) >= 0).all()
         if count >= frames:
             assert len(set(indices.tolist())) == frames
+        if sampling == "rand" and count >= frames:  # one of each segment
+            edges = np.linspace(0, count, frames + 1).astype(int)
+            assert ((edges[:-1] <= indices) & (indices < edges[1:])).all()
 
 
 def test_the_rules():
@@ -40,6 +41,25 @@ def test_the_rules():
     assert sample_indices(2, 4, "segments").tolist() == [0, 0, 1, 1]
     with pytest.raises(ValueError, match="at least one frame"):
         sample_indices(0, 4)
+
+
+@pytest.mark.parametrize("frames", [1, 5, 12, 64])
+def test_uniform_indices_are_those_of_the_released_vop(frames):
+    """X-Pool's and frozen-in-time's too: middles of ranges that include their ends."""
+    for count in range(1, 1501):
+        edges = np.linspace(start=0, stop=count, num=min(frames, count) + 1).astype(int)
+        ranges = [(first, after - 1) for first, after in itertools.pairwise(edges.tolist())]
+        expected = [(first + last) // 2 for first, last in ranges]
+        expected += expected[-1:] * (frames - len(expected))
+        assert sample_indices(count, frames).tolist() == expected, count
+
+
+def test_random_indices_reach_every_frame_of_their_segments():
+    rng = np.random.default_rng(0)
+    indices = {int(i) for _ in range(200) for i in sample_indices(12, 3, "rand", rng)}
+    assert indices == set(range(12))
+    draws = {tuple(sample_indices(11, 3, "segments", rng)) for _ in range(2000)}
+    assert len(draws) == 27 and max(map(max, draws)) == 8  # 3 of each 3, the last 2 never
 
 
 @pytest.mark.parametrize("fps", [1, 3])
@@ -56,89 +76,21 @@ def test_linspace_stores_what_clip4clip_reads(rate, fps):
         assert stored_indices(shown.tolist(), shown[0], fps, "linspace") == expected
 
 
-def test_the_frames_of_a_file_of_29_97_frames_a_second(tmp_path):
-    milliseconds = [round(1001 / 30 * i) for i in range(100)]
-    path = videos.write(tmp_path / "a.mp4", 100, milliseconds=milliseconds)
-    assert read_frames(path, 2, fps=1, sampling="linspace").indices == [0, 29, 58, 87]
-    assert read_frames(path, 2, fps=1).indices == [0, 30, 60, 90]
-
-
-def test_segments_are_drawn_evenly():
-    rng = np.random.default_rng(0)
-    drawn = {tuple(sample_indices(11, 3, "segments", rng)) for _ in range(2000)}
-    assert len(drawn) == 27 and max(max(d) for d in drawn) == 8  # 3 of each 3, the last 2 never
-
-
-@pytest.fixture(scope="module")
-def film(tmp_path_factory):
-    """A video of 25 frames a second, and a folder of what ffmpeg would extract of it."""
-    root = tmp_path_factory.mktemp("film")
-    path = videos.write(root / "film.mp4", 60, rate=25, width=320, height=240)
-    folder = root / "film"
-    folder.mkdir()
-    with av.open(str(path)) as container:
-        for i, frame in enumerate(container.decode(video=0)):
-            Image.fromarray(frame.to_ndarray(format="rgb24")).save(folder / f"{i + 1}.png")
-    return path, folder
+def test_stored_indices_take_no_longer_for_long_gaps():
+    assert stored_indices([0.0, 0.1, 1e12, 1e12 + 0.5, 1e12 + 1], 0.0, 1.0) == [0, 2, 4]
 
 
 @pytest.mark.parametrize("sampling", ["uniform", "linspace", "segments"])
-@pytest.mark.parametrize("stretch", [{}, {"start": 0.5, "end": 2.0}, {"end": 1.0}])
-def test_a_file_and_its_extracted_frames_are_the_same(film, sampling, stretch):
-    path, folder = film
-    for fps in (0.0, 5.0):
-        options = {**stretch, "sampling": sampling, "fps": fps, "short_side": 96}
-        of_file = read_frames(path, 7, **options)
-        of_folder = read_frames(folder, 7, folder_fps=25.0, **options)
-        assert of_file.indices == of_folder.indices
-        assert of_file.count == of_folder.count
-        np.testing.assert_allclose(of_file.timestamps, of_folder.timestamps, atol=1e-6)
-        for one, other in zip(of_file.pixels, of_folder.pixels, strict=True):
-            np.testing.assert_array_equal(one, other)
-
-
-@pytest.mark.parametrize("sampling", ["uniform", "linspace", "segments"])
-def test_records_hold_these_frames_within_what_jpeg_changes(film, sampling, tmp_path):
-    path, folder = film
-    preprocessing = Preprocessing(frames=6, sampling=sampling, short_side=96)
-    options = WriteOptions(1, isolated=False, progress=False)
-    for source in (path, folder):
-        clips = {"test": [VideoClip("film", str(source), ("a film",))]}
-        split = pack(clips, tmp_path / source.name, preprocessing, options=options).splits["test"]
-        expected = read_frames(path, 6, sampling=sampling, short_side=96)
-        record = Example.FromString(split._source[0]).features.feature
-        assert list(record["indices"].integers.value) == expected.indices
-        for jpeg, pixels in zip(split[0], expected.pixels, strict=True):
-            stored = np.asarray(Image.open(io.BytesIO(jpeg)))
-            assert np.abs(stored.astype(int) - pixels).mean() < 2
-
-
-def test_folders_that_cannot_be_used(film, tmp_path):
-    _, folder = film
-    with pytest.raises(VideoError, match=r"seconds need config\.data\.folder_fps"):
-        read_frames(folder, 4, end=30.0)
-    with pytest.raises(VideoError, match="a folder without pictures"):
-        read_frames(tmp_path, 4)
-    (tmp_path / "1.jpg").write_bytes(b"no picture")
-    with pytest.raises(VideoError, match=r"1\.jpg: not readable as a picture"):
-        read_frames(tmp_path, 4)
-    with pytest.raises(VideoError, match="no frame between 9 and the end"):
-        read_frames(folder, 4, start=9.0, folder_fps=25.0)
-    assert np.isnan(read_frames(folder, 4).timestamps).all()
-
-
-def test_frames_are_in_the_order_of_their_numbers(tmp_path):
-    for i in (1, 2, 10, 9):
-        Image.new("L", (8, 8), 20 * i).save(tmp_path / f"frame_{i}.png")
-        (tmp_path / f"._frame_{i}.png").write_bytes(b"what macOS adds on other disks")
-    frames = read_frames(tmp_path, 4)
-    assert [int(p[0, 0, 0]) // 20 for p in frames.pixels] == [1, 2, 9, 10]
-
-
-def test_short_clips_are_skipped_or_repeat(tmp_path):
-    clip = VideoClip("x", str(videos.write(tmp_path / "x.mp4", 3)), ("x",))
-    for sampling in ("uniform", "linspace", "segments"):
-        with pytest.raises(VideoError, match=r"3 frames, fewer than config.data.frames=5"):
-            encode_clip(clip, Preprocessing(frames=5, sampling=sampling))
-        repeating = Preprocessing(frames=5, sampling=sampling, short_clips="repeat")
-        assert len(encode_clip(clip, repeating).jpegs) == 5
+def test_records_hold_these_frames_within_what_jpeg_changes(tmp_path, sampling):
+    path = videos.write(tmp_path / "film.mp4", 20, width=160, height=120)
+    clip = VideoClip("film", str(path), ("a film",))
+    encoded = encode_clip(clip, Preprocessing(frames=6, sampling=sampling, short_side=96))
+    expected = read_frames(path, 6, sampling=sampling, short_side=96)
+    assert list(encoded.indices) == expected.indices
+    for jpeg, pixels in zip(encoded.jpegs, expected.pixels, strict=True):
+        stored = np.asarray(Image.open(io.BytesIO(jpeg)))
+        assert np.abs(stored.astype(int) - pixels).mean() < 2
+    with pytest.raises(VideoError, match=r"20 frames, fewer than config.data.frames=25"):
+        encode_clip(clip, Preprocessing(frames=25, sampling=sampling))
+    repeating = Preprocessing(frames=25, sampling=sampling, short_clips="repeat")
+    assert len(encode_clip(clip, repeating).jpegs) == 25
