@@ -135,7 +135,7 @@ def test_errors_of_sqlite(tmp_path):
     for raised, message in (
         (error, "index: cannot be read or written .disk I/O error"),
         (sqlite3.OperationalError("Could not decode to UTF-8"), "damaged .* index the videos"),
-        (locked, "index: another process keeps it locked"),
+        (locked, "index: cannot be read or written .database is locked"),
     ):
         path = tmp_path / "index/catalog.sqlite"
         with pytest.raises(UserError, match=message), catalog.sqlite_errors(path):
@@ -163,11 +163,11 @@ def test_folders_of_any_name_and_dead_vectors(tmp_path):
 def test_filters_use_the_indexes_of_sqlite(example):
     with catalog.reading(example[2].directory) as db:
         for options in ({"folder": "cats"}, {"since": "2026-01-01"}):
-            where = query.make_filter(**options)
+            condition, values = query.make_filter(**options)
             plan = db.execute(
                 f"EXPLAIN QUERY PLAN SELECT moments.id FROM {query.SOURCES['videos']} "
-                f"WHERE 1 {where.sql}",
-                where.values,
+                f"WHERE 1 {condition}",
+                values,
             ).fetchall()
             text = " ".join(row[-1] for row in plan)
             assert "SCAN" not in text and "SEARCH files USING" in text, text

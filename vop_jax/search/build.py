@@ -71,34 +71,39 @@ def build_index(
     directory = pathlib.Path(directory)
     with locked(directory):  # also while the folder is listed, so that nobody adds files meanwhile
         stored = catalog.stored_info(directory)
-        window, stride = _check_request(directory, stored, request, retriever is not None)
-        indexed = _indexed_sizes(directory) if stored else {}
-        folder = os.path.abspath(request.folder or (stored.folder if stored else ""))
-        clip = request.clip or (stored.clip if stored else "")
-        prompts = request.prompts or (stored.prompts if stored else "")
+        request = _complete_request(directory, stored, request, retriever is not None)
+        indexed: dict[str, int] = {}
+        if stored:
+            with catalog.reading(directory) as db:
+                indexed = dict(db.execute("SELECT path, size FROM files"))
+        folder = os.path.abspath(request.folder)
         scan = find_videos(folder, indexed)
         captions = read_captions(request.captions, folder) if request.captions else None
         if retriever is None:
             frames = stored.frames if stored else None
-            retriever = retrievers.load(clip, prompts or None, frames=frames)
+            retriever = retrievers.load(request.clip, request.prompts or None, frames=frames)
         if stored:
             check_model(directory, stored, retriever)
-            sizes = {file.path: file.size for file in scan.files}
-            _check_folder(directory, stored, folder, bool(indexed.items() & sizes.items()))
+            if folder != stored.folder:  # it follows a folder that moved
+                message = f"{directory}: is of the folder {stored.folder}, not of {folder}"
+                if os.path.isdir(stored.folder):
+                    raise UserError(f"{message}; {OTHER_INDEX}")
+                if not any(indexed.get(file.path) == file.size for file in scan.files):
+                    raise UserError(f"{message}, which has none of its files; {OTHER_INDEX}")
         info = IndexInfo(
             version=catalog.VERSION,
-            clip=absolute(clip),
+            clip=absolute(request.clip),
             clip_fingerprint=retriever.clip_fingerprint,
             clip_name=retriever.clip_name,
-            prompts=absolute(prompts),
+            prompts=absolute(request.prompts),
             prompts_fingerprint=retriever.prompts_fingerprint,
             method=retriever.method.name,
             frames=retriever.frames,
             dim=retriever.embed_dim,
-            window=window,
-            stride=stride,
+            window=request.window or 0.0,
+            stride=request.stride or 0.0,
             folder=folder,
-            store=stored.store if stored else absolute(request.store),
+            store=absolute(request.store),
         )
         report = IndexReport(unlisted=scan.unlisted)
         with contextlib.closing(CatalogWriter(directory, info)) as writer:
@@ -151,61 +156,38 @@ def absolute(uri: str) -> str:
     return (scheme if uri.startswith(scheme) else "") + os.path.abspath(path)
 
 
-def _check_request(
+def _complete_request(
     directory: pathlib.Path, stored: IndexInfo | None, request: IndexRequest, has_model: bool
-) -> tuple[float, float]:
-    """(window, stride) of the index.
+) -> IndexRequest:
+    """The request with the values of the index in its empty fields, or defaults for a new one.
 
     Raises:
         UserError: a new index cannot be made of this, or the index was made of something else.
     """
+    window, stride = request.window, request.stride
     if stored is None:
         if not request.folder:
             raise UserError(f"{directory}: no index yet; name the folder of videos")
         if not request.clip and not has_model:
             raise UserError(f"{directory}: no index yet; give the model, --clip and --prompts")
-        return _window_and_stride(request)
-    for name in ("window", "stride"):
-        value, own = getattr(request, name), getattr(stored, name)
+        if stride is None:
+            return dataclasses.replace(request, stride=(window or 0.0) / 2)
+        if not window:
+            raise UserError(f"--stride={stride:g}: is of moments; give their --window too")
+        if not 0 < stride <= window:
+            raise UserError(
+                f"--stride={stride:g}: must be above 0 and at most --window={window:g}, "
+                "or parts of a video are in no moment"
+            )
+        return request
+    for name, value, own in (("window", window, stored.window), ("stride", stride, stored.stride)):
         if value is not None and value != own:
             made = f"with --{name}={own:g}" if own else f"without --{name}"
             raise UserError(f"{directory}: was made {made}, not {value:g}; {OTHER_INDEX}")
     if request.store and absolute(request.store) != stored.store:
-        own = stored.store or "its own folder"
-        raise UserError(
-            f"{directory}: has its vectors in {own}, not in {request.store}; {OTHER_INDEX}"
-        )
-    return stored.window, stored.stride
-
-
-def _window_and_stride(request: IndexRequest) -> tuple[float, float]:
-    window = request.window or 0.0
-    if request.stride is None:
-        return window, window / 2
-    if not window:
-        raise UserError(f"--stride={request.stride:g}: is of moments; give their --window too")
-    if not 0 < request.stride <= window:
-        raise UserError(
-            f"--stride={request.stride:g}: must be above 0 and at most --window={window:g}, "
-            "or parts of a video are in no moment"
-        )
-    return window, request.stride
-
-
-def _indexed_sizes(directory: pathlib.Path) -> dict[str, int]:
-    """{path: size} of the files of an index."""
-    with catalog.reading(directory) as db:
-        return dict(db.execute("SELECT path, size FROM files"))
-
-
-def _check_folder(
-    directory: pathlib.Path, stored: IndexInfo, folder: str, has_its_files: bool
-) -> None:
-    """Lets an index follow its folder, if that is gone and this one has files of it."""
-    if folder == stored.folder:
-        return
-    message = f"{directory}: is of the folder {stored.folder}, not of {folder}"
-    if os.path.isdir(stored.folder):
-        raise UserError(f"{message}; {OTHER_INDEX}")
-    if not has_its_files:
-        raise UserError(f"{message}, which has none of its files; {OTHER_INDEX}")
+        message = f"has its vectors in {stored.store or 'its own folder'}, not in {request.store}"
+        raise UserError(f"{directory}: {message}; {OTHER_INDEX}")
+    names = ("folder", "clip", "prompts", "window", "stride", "store")
+    return dataclasses.replace(
+        request, **{name: getattr(request, name) or getattr(stored, name) for name in names}
+    )

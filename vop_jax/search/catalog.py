@@ -22,6 +22,10 @@ from vop_jax.errors import UserError
 FILE = "catalog.sqlite"
 VERSION = 2
 WAIT = 60.0  # seconds for a commit, or for running searches
+PASSING = (  # errors of SQLite that are no damage
+    *(sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY),
+    *(sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED),
+)
 
 SCHEMA = """
 CREATE TABLE about (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -167,17 +171,12 @@ def sqlite_errors(path: pathlib.Path) -> Iterator[None]:
         kind = code & 0xFF
         if kind == sqlite3.SQLITE_FULL:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(path)) from None
-        message = f"{path.parent}: cannot be read or written ({error})"
-        if kind in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-            message = f"{path.parent}: another process keeps it locked"
-        elif code == sqlite3.SQLITE_READONLY_ROLLBACK:
-            advice = "search it once where it can be written"
-            message = f"{path.parent}: a writer was killed here; {advice}"
-        elif kind == sqlite3.SQLITE_READONLY:
-            message = f"{path}: may not be written"
-        elif kind not in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN):
-            raise _damaged(path, str(error)) from None
-        raise UserError(message) from None
+        if code == sqlite3.SQLITE_READONLY_ROLLBACK:
+            reason = "a writer was killed here; search it once where it can be written"
+            raise UserError(f"{path.parent}: {reason}") from None
+        if kind in PASSING:
+            raise UserError(f"{path.parent}: cannot be read or written ({error})") from None
+        raise _damaged(path, str(error)) from None
 
 
 def _damaged(path: pathlib.Path, reason: str) -> UserError:

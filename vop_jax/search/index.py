@@ -92,7 +92,7 @@ class Index:
         with catalog.reading(self.directory) as db:
             if catalog.read_info(db).model != self.info.model:  # `store` has the old vectors
                 raise UserError(f"{self.directory}: was made anew, by another model; open it again")
-            return query.search(db, store.snapshot(db), to, where, vectors, k, per_file)
+            return query.search(db, store.snapshot(db), vectors, k, to, where, per_file)
 
     def _store(self, target: str) -> VectorStore:
         """The vectors; the first use compares them with their checksums."""

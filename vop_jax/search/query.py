@@ -51,26 +51,13 @@ class Hit:
     caption: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
-class Filter:
-    """A condition on rows of `files`, as SQL.
-
-    Attributes:
-        sql: "", or begins with AND.
-        values: of its question marks.
-    """
-
-    sql: str = ""
-    values: tuple[Any, ...] = ()
-
-
 def make_filter(
     folder: str | None = None,
     since: Date = None,
     until: Date = None,
     path: str = "files.path",
-) -> Filter:
-    """The filter of a search.
+) -> tuple[str, tuple]:
+    """SQL that restricts rows of `files`: ("" or AND …, the values of its question marks).
 
     Args:
         folder: relative to the indexed folder; keeps files in it and below.
@@ -83,28 +70,24 @@ def make_filter(
     """
     conditions: list[str] = []
     values: list[Any] = []
-    if folder is not None and (prefix := _prefix(folder)):
+    if folder is not None:
+        inside = posixpath.normpath(folder)  # without ./ and trailing /
+        if inside.startswith(("/", "../")) or inside == "..":
+            raise UserError(f"folder={folder!r}: must be inside the indexed folder, relative to it")
+        # SQLite stores no lone surrogate (half a character).
+        if "\0" in folder or any("\ud800" <= c <= "\udfff" for c in folder):
+            raise UserError(f"folder={folder!r}: not a name of a folder")
+    if folder is not None and inside != ".":
         # A range uses the table's index; "0" is the character after "/".
         conditions.append(f"AND {path} >= ? AND {path} < ?")
-        values += [prefix + "/", prefix + "0"]
+        values += [inside + "/", inside + "0"]
     if since is not None:
         conditions.append("AND files.mtime >= ?")
         values.append(_nanoseconds("since", since))
     if until is not None:
         conditions.append("AND files.mtime < ?")
         values.append(_nanoseconds("until", until))
-    return Filter(" ".join(conditions), tuple(values))
-
-
-def _prefix(folder: str) -> str:
-    """Its path without ./ and trailing /; "" for the indexed folder itself."""
-    inside = posixpath.normpath(folder)
-    if inside.startswith(("/", "../")) or inside == "..":
-        raise UserError(f"folder={folder!r}: must be inside the indexed folder, relative to it")
-    # SQLite stores no lone surrogate (half a character).
-    if "\0" in folder or any("\ud800" <= c <= "\udfff" for c in folder):
-        raise UserError(f"folder={folder!r}: not a name of a folder")
-    return "" if inside == "." else inside
+    return " ".join(conditions), tuple(values)
 
 
 def _nanoseconds(name: str, date: Any) -> int:
@@ -132,73 +115,54 @@ def _nanoseconds(name: str, date: Any) -> int:
 def search(
     db: sqlite3.Connection,
     store: Snapshot,
-    to: str,
-    where: Filter,
     vectors: np.ndarray,
     k: int,
+    to: str,
+    where: tuple[str, tuple],
     per_file: bool,
 ) -> list[list[Hit]]:
     """The best k hits of each vector [N, E]; looks at more of the nearest until k of them pass."""
-    allowed = _matching_ids(db, to, where) if where.sql else None
+    condition, values = where
+    source, table = SOURCES[to], TABLES[to]
+    allowed = None
+    if condition:
+        statement = f"SELECT {table}.id FROM {source} WHERE 1 {condition} LIMIT {FEW + 1}"
+        allowed = np.fromiter((row[0] for row in db.execute(statement, values)), np.int64)
+        allowed = allowed if len(allowed) <= FEW else None
+
+    def first_hits(ids: list[int], scores: list[float]) -> list[Hit]:
+        """The first k vectors that the catalog names and the filter passes."""
+        rows = db.execute(
+            f"SELECT {HIT_COLUMNS[to]} FROM {source} "
+            f"WHERE {table}.id IN (SELECT value FROM json_each(?)) {condition}",
+            (json.dumps(ids), *values),
+        )
+        named = {row[0]: row[1:] for row in rows}
+        hits: dict[Any, Hit] = {}
+        for number, score in zip(ids, scores, strict=True):
+            if number in named:
+                file, path, start, end, caption = named[number]
+                key = (caption or file) if per_file else number
+                hits.setdefault(key, Hit(file, path, score, start, end, caption))
+                if len(hits) == k:
+                    break
+        return list(hits.values())
+
+    def are_all_files(count: int) -> bool:
+        statement = "SELECT COUNT(*) FROM files WHERE reason IS NULL"
+        return per_file and to == "videos" and db.execute(statement).fetchone()[0] == count
+
     total = len(store) if allowed is None else len(allowed)
     count = min(FIRST + (EACH if per_file else 1) * k, max(k, MOST))
-    if where.sql and allowed is None:
+    if condition and allowed is None:
         count *= WIDER  # most do not pass
     while True:
         count = min(count, total)
         if not count:
             return [[] for _ in vectors]
-        ids, scores = store.search(vectors, count, allowed)
-        hits = [
-            _hits(db, to, where, per_file, *nearest, k)
-            for nearest in zip(ids.tolist(), scores.tolist(), strict=True)
-        ]
-        fewest = min(map(len, hits))
-        if count == total or fewest == k or (per_file and fewest == _count_files(db, to)):
+        nearest = store.search(vectors, count, allowed)
+        hits = [first_hits(*row) for row in zip(*(x.tolist() for x in nearest), strict=True)]
+        fewest = min(map(len, hits), default=k)
+        if count == total or fewest == k or are_all_files(fewest):
             return hits
         count *= WIDER
-
-
-def _count_files(db: sqlite3.Connection, to: str) -> int | None:
-    """The most hits that there can be of videos."""
-    if to != "videos":
-        return None
-    return db.execute("SELECT COUNT(*) FROM files WHERE reason IS NULL").fetchone()[0]
-
-
-def _matching_ids(db: sqlite3.Connection, to: str, where: Filter) -> np.ndarray | None:
-    """int64 ids of the rows that pass a filter; None for more than `FEW`."""
-    statement = f"SELECT {TABLES[to]}.id FROM {SOURCES[to]} WHERE 1 {where.sql} LIMIT {FEW + 1}"
-    ids = np.fromiter((row[0] for row in db.execute(statement, where.values)), np.int64)
-    return None if len(ids) > FEW else ids
-
-
-def _hits(
-    db: sqlite3.Connection,
-    to: str,
-    where: Filter,
-    per_file: bool,
-    ids: list[int],
-    scores: list[float],
-    k: int,
-) -> list[Hit]:
-    """The first k vectors that the catalog names and the filter passes."""
-    rows = db.execute(
-        f"SELECT {HIT_COLUMNS[to]} FROM {SOURCES[to]} "
-        f"WHERE {TABLES[to]}.id IN (SELECT value FROM json_each(?)) {where.sql}",
-        (json.dumps(ids), *where.values),
-    )
-    named = {row[0]: row[1:] for row in rows}
-    hits: list[Hit] = []
-    seen = set()
-    for number, score in zip(ids, scores, strict=True):
-        if number not in named:
-            continue
-        file, path, start, end, caption = named[number]
-        if per_file and (caption or file) in seen:
-            continue
-        seen.add(caption or file)
-        hits.append(Hit(file, path, score, start, end, caption))
-        if len(hits) == k:
-            break
-    return hits

@@ -17,7 +17,8 @@ from vop_jax.video.moments import read_segment
 class Searcher:
     """An `Index` and its `Retriever`; made by `vop_jax.search.open`. Threads may share it.
 
-    Filters are those of `Index.search`: `to`, `folder`, `since`, `until`, `per_file`.
+    Filters are those of `Index.search`: `to`, `folder`, `since`, `until`, `per_file`. Each search
+    raises UserError for a wrong filter, and for a query that is empty or cannot be read.
     """
 
     def __init__(self, index: Index, retriever: Retriever):
@@ -25,37 +26,21 @@ class Searcher:
         self.index, self.retriever = index, retriever
 
     def text(self, query: str, k: int = 10, **filters) -> list[Hit]:
-        """The moments, or captions, nearest to a text.
-
-        Raises:
-            UserError: an empty query, or a wrong filter.
-        """
+        """The moments, or captions, nearest to a text."""
         return self.nearest(self.vector(query), k, **filters)
 
     def video(
         self, path: str | os.PathLike, k: int = 10, to: str = "videos", **filters
     ) -> list[Hit]:
-        """The moments, or captions, nearest to a video.
-
-        Raises:
-            UserError: it cannot be read, with the reason.
-        """
+        """The moments, or captions, nearest to a video."""
         return self.nearest(self.retriever.embed_videos([path])[0], k, to=to, **filters)
 
     def image(self, path: str | os.PathLike, k: int = 10, **filters) -> list[Hit]:
-        """The moments, or captions, nearest to a picture.
-
-        Raises:
-            UserError: it cannot be read, with the reason.
-        """
+        """The moments, or captions, nearest to a picture."""
         return self.nearest(self.retriever.embed_images([read_image(path)])[0], k, **filters)
 
     def vector(self, query: str) -> np.ndarray:
-        """float32 [E] of a text.
-
-        Raises:
-            UserError: it is empty.
-        """
+        """float32 [E] of a text."""
         if not query.strip():
             raise UserError("the query is empty; say what to look for")
         return self.retriever.embed_text([query])[0]

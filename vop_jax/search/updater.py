@@ -114,7 +114,12 @@ class Updater:
         """Makes the index hold the files of a scan, and no others."""
         gone = self._indexed.keys() - {file.path for file in scan.files}
         self._gone = {path for path in gone if scan.is_gone(path)}
-        new = [file for file in scan.files if self._is_new(file)]
+        new = []
+        for file in scan.files:
+            row = self._indexed.get(file.path)
+            retry = self._options.retry and row is not None and row.reason is not None
+            if retry or row is None or (row.size, row.mtime) != (file.size, file.mtime):
+                new.append(file)
         self._report.unchanged = len(scan.files) - len(new)
         if new:
             self._index(new)
@@ -123,21 +128,14 @@ class Updater:
                 self._catalog.remove(self._gone)
         self._report.removed = len(self._gone)
 
-    def _is_new(self, file: VideoFile) -> bool:
-        indexed = self._indexed.get(file.path)
-        if indexed is None or (indexed.size, indexed.mtime) != (file.size, file.mtime):
-            return True
-        return indexed.reason is not None and self._options.retry
-
     def _index(self, files: list[VideoFile]) -> None:
         total = sum(file.size for file in files)
-        bar = tqdm(
-            desc=f"{len(files)} files", total=total, unit="B", unit_scale=True, mininterval=0.5
-        )
-        with contextlib.ExitStack() as stack:
-            self._bar = stack.enter_context(bar)
-            self._device = stack.enter_context(ThreadPoolExecutor(1, "embed"))
-            for clip in stack.enter_context(contextlib.closing(self._decode(files))):
+        with (
+            tqdm(desc=f"{len(files)} files", total=total, unit="B", unit_scale=True) as self._bar,
+            ThreadPoolExecutor(1, "embed") as self._device,
+            contextlib.closing(self._decode(files)) as clips,
+        ):
+            for clip in clips:
                 self._clips.append(clip)
                 if len(self._clips) == self._options.batch:
                     self._embed()
@@ -260,23 +258,20 @@ class Updater:
 
     def _fail(self, file: VideoFile, error: VideoError) -> None:
         """Records a file as unreadable; skips it if the file itself is not the cause."""
-        if isinstance(error, decoder.FileChanged) or not self._is_present(file.path):
-            self._report.skipped[file.path] = str(error)
-        else:
+        path = os.path.join(self._info.folder, file.path)
+        try:
+            with open(path, "rb") as content:
+                content.read(1)
+            present = not isinstance(error, decoder.FileChanged)
+        except OSError:  # an indexed file was readable: its drive is the cause
+            present = file.path not in self._indexed and os.path.lexists(path)
+        if present:
             with self._catalog.transaction():
                 self._catalog.add_unreadable(file, str(error))
             self._report.failed += 1
+        else:
+            self._report.skipped[file.path] = str(error)
         self._bar.update(file.size)
-
-    def _is_present(self, path: str) -> bool:
-        """Whether a file's drive still gives it; a new file needs only a name."""
-        whole = os.path.join(self._info.folder, path)
-        try:
-            with open(whole, "rb") as file:
-                file.read(1)
-        except OSError:
-            return path not in self._indexed and os.path.lexists(whole)
-        return True
 
 
 def read_captions(path: str, folder: str) -> list[Caption]:

@@ -94,7 +94,8 @@ def test_search_equals_brute_force(shelf):
         np.testing.assert_array_equal(again.vectors.get([300, 5]), [drawn(1, 1)[0], vectors[5]])
 
 
-def test_ties_go_to_the_smaller_id(shelf):
+def test_ties_go_to_the_smaller_id(tmp_path):
+    shelf = Shelf(tmp_path, E)
     same = np.tile(np.arange(E, dtype=np.float32), (400, 1))  # sums of integers are exact
     shelf.add(same)
     shelf.add(2 * same[:1])
@@ -102,6 +103,7 @@ def test_ties_go_to_the_smaller_id(shelf):
     assert ids[0].tolist() == [400, 0, 1, 2, 3, 4]
     assert len(set(scores[0, 1:])) == 1
     assert shelf.vectors.search(same[:1], 2, np.arange(50, 90))[0][0].tolist() == [50, 51]
+    shelf.close()
 
 
 def test_a_failed_transaction_and_bad_vectors_add_nothing(shelf):

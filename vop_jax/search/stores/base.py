@@ -14,7 +14,8 @@ TABLES = {"videos": "moments", "captions": "captions"}  # of the catalog, by the
 class Snapshot(Protocol):
     """The vectors of one state of the catalog.
 
-    It may also hold vectors that the catalog does not name any more, or does not name yet.
+    It may also hold vectors that the catalog does not name any more, or does not name yet. Its
+    methods raise UserError where vectors are damaged or a database does not answer.
     """
 
     def search(
@@ -25,28 +26,18 @@ class Snapshot(Protocol):
         Args:
             queries: float32 [N, E].
             k: 1 or more.
-            allowed: int64 ids to which the search is restricted, in any order; None for all.
+            allowed: int64 ids to search among, in any order; None for all.
 
         Returns:
             (ids int64 [N, k], scores float32 [N, k]), filled up with -1 and -inf.
-
-        Raises:
-            UserError: vectors are damaged; a database does not answer.
         """
 
     def get(self, ids: np.ndarray) -> np.ndarray:
-        """float32 [M, E] of ids int64 [M].
-
-        Raises:
-            UserError: an id that does not exist; as `search`.
-        """
+        """float32 [M, E] of ids int64 [M]."""
 
     def check(self) -> None:
-        """Compares all vectors with their checksums.
-
-        Raises:
-            UserError: bytes have changed since they were written.
-        """
+        """Compares all vectors with their checksums."""
+        return
 
     def __len__(self) -> int:
         """The number of vectors."""
@@ -56,7 +47,7 @@ class VectorStore(Protocol):
     """Vectors by id, searched by inner product, exactly.
 
     The catalog says which vectors count; each method gets a connection to it. Only the process
-    that writes the catalog changes a store.
+    that writes the catalog changes a store. Changes raise OSError where the disk is full.
     """
 
     def snapshot(self, db: sqlite3.Connection) -> Snapshot:
@@ -66,10 +57,6 @@ class VectorStore(Protocol):
         """Adds float32 [M, E] and returns their ids, which no vector had before.
 
         They count once the open transaction is committed.
-
-        Raises:
-            UserError: a file is damaged; a database does not answer.
-            OSError: the disk is full.
         """
 
     def lost(self, db: sqlite3.Connection) -> np.ndarray:
@@ -77,13 +64,11 @@ class VectorStore(Protocol):
 
     def is_sparse(self, db: sqlite3.Connection) -> bool:
         """Whether `compact` frees enough room to be worth a copy."""
+        return False
 
     def compact(self, db: sqlite3.Connection) -> None:
-        """Drops vectors that the catalog does not name; within a transaction; may change ids.
-
-        Raises:
-            OSError: the disk is full.
-        """
+        """Drops vectors that the catalog does not name; within a transaction; may change ids."""
+        return
 
     def clean(self, db: sqlite3.Connection) -> None:
         """Removes what no committed transaction names; outside of a transaction."""

@@ -52,33 +52,31 @@ class HeapSnapshot:
     def __init__(
         self, path: pathlib.Path, dim: int, extent: Extent, earlier: "HeapSnapshot | None" = None
     ):
-        """Maps the file.
+        """Maps the rows that the file has.
 
         Args:
             earlier: of the same store; blocks that it has read are not read again.
-
-        Raises:
-            UserError: the file is missing or too short.
         """
         self.extent, self._path = extent, path
+        size = path.stat().st_size if path.exists() else 0
+        rows = min(extent.rows, size // (VECTOR.itemsize * dim))
+        self.vectors = np.empty((0, dim), VECTOR)
+        if rows:
+            self.vectors = np.memmap(path, VECTOR, "r", shape=(rows, dim))
         self._computed = np.full(len(extent.sums), -1, np.int64)  # checksums; -1: not read yet
         if earlier is not None and earlier._path == path:
             shared = min(len(self._computed), len(earlier._computed))
             self._computed[:shared] = earlier._computed[:shared]
-        self.vectors = np.empty((0, dim), VECTOR)
-        try:
-            if extent.rows:
-                self.vectors = np.memmap(path, VECTOR, "r", shape=(extent.rows, dim))
-        except (FileNotFoundError, ValueError) as error:
-            missing = isinstance(error, FileNotFoundError)
-            raise self._damaged("is missing" if missing else "is too short") from None
 
     def __len__(self) -> int:
         return len(self.vectors)
 
     def check(self) -> None:
         if len(bad := self.bad_blocks()):
-            raise self._damaged(f"its bytes have changed, first near row {bad[0] * BLOCK}")
+            raise UserError(
+                f"{self._path}: damaged or missing, first near row {bad[0] * BLOCK}; index again "
+                "(python -m vop_jax.search index --index=DIR), which makes the lost vectors anew"
+            )
 
     def bad_blocks(self) -> np.ndarray:
         """int64 numbers of the blocks without their checksums; a good block is read once."""
@@ -124,12 +122,6 @@ class HeapSnapshot:
 
         return top_k.place(self.vectors)
 
-    def _damaged(self, reason: str) -> UserError:
-        return UserError(
-            f"{self._path}: {reason}; index again (python -m vop_jax.search index --index=DIR), "
-            "which makes the lost vectors anew"
-        )
-
 
 class Heap:
     """A `VectorStore` in a folder. Any number of threads may search it."""
@@ -165,24 +157,15 @@ class Heap:
         return list(range(count, total))
 
     def lost(self, db: sqlite3.Connection) -> np.ndarray:
-        rows, ids = self._whole_blocks(db), named_ids(db, self._table)
-        return ids[(ids >= len(rows)) | np.isin(ids // BLOCK, rows.bad_blocks())]
-
-    def _whole_blocks(self, db: sqlite3.Connection) -> HeapSnapshot:
-        """The part of the heap that the file still has."""
-        name, count, sums = self._extent(db)
-        path = self._folder / name
-        rows = path.stat().st_size // (VECTOR.itemsize * self._dim) if path.exists() else 0
-        if rows < count:
-            count = rows // BLOCK * BLOCK
-        return HeapSnapshot(path, self._dim, Extent(name, count, sums[: -(-count // BLOCK)]))
+        ids = named_ids(db, self._table)
+        return ids[np.isin(ids // BLOCK, self.snapshot(db).bad_blocks())]
 
     def is_sparse(self, db: sqlite3.Connection) -> bool:
         (alive,) = db.execute(f"SELECT COUNT(*) FROM {self._table}").fetchone()
         return self._extent(db).rows > 2 * alive + SLACK
 
     def compact(self, db: sqlite3.Connection) -> None:
-        vectors, ids = self._whole_blocks(db).vectors, named_ids(db, self._table)
+        vectors, ids = self.snapshot(db).vectors, named_ids(db, self._table)
         stem, _, number = self._extent(db).name.removesuffix(".f32").rpartition("-")
         name = f"{stem}-{int(number) + 1}.f32"
         sums = [np.empty(0, SUM)]

@@ -4,15 +4,14 @@
     http(s)://HOST:PORT            a server; the environment variable MILVUS_TOKEN has its token
     either with #NAME at the end   another collection than "vop_jax"
 
-The index is FLAT and the metric IP, so searches are exact.
+The index is FLAT and the metric IP, so searches are exact; among equal scores at the last place
+Milvus chooses.
 """
 
-import collections
 import contextlib
 import logging
 import os
 import sqlite3
-import threading
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from vop_jax.errors import UserError
-from vop_jax.search.stores.base import NO_ID, distinct, named_ids
+from vop_jax.search.stores.base import NO_ID, Snapshot, VectorStore, distinct, named_ids
 
 COLLECTION = "vop_jax"
 CONNECT, ANSWER, LOAD = 5.0, 20.0, 120.0  # seconds to wait for a server
@@ -29,8 +28,10 @@ ROWS = 4096  # in one message: 8 MB of 512 floats
 LISTED = 10_000  # ids in one filter; fewer than MOST
 
 
-class MilvusStore:
-    """A `VectorStore` in a Milvus collection, and the `Snapshot` of all it holds now.
+class MilvusStore(VectorStore, Snapshot):
+    """A store in a Milvus collection, and the snapshot of all it holds now.
+
+    Milvus checks its own files, and `clean` leaves nothing to compact.
 
     An `append` of more than `ROWS` vectors takes several messages, of which each is atomic.
     """
@@ -40,14 +41,12 @@ class MilvusStore:
         address, _, collection = uri.partition("#")
         self._collection = collection or COLLECTION
         self._client: Any = None
-        self._lite = ""
         client_class = _import_client()
+        token = os.environ.get("MILVUS_TOKEN", "")
+        if "://" not in address:
+            path = os.path.abspath(address.removeprefix("milvus-lite:"))
+            address, token = _start_lite(uri, path, write=write), ""
         try:
-            if "://" not in address:
-                path = os.path.abspath(address.removeprefix("milvus-lite:"))
-                address = _start_lite(uri, path, write=write)
-                self._lite = path
-            token = "" if self._lite else os.environ.get("MILVUS_TOKEN", "")
             with self._milvus_errors():
                 self._client = client_class(
                     uri=address, token=token, timeout=CONNECT, dedicated=True
@@ -68,9 +67,6 @@ class MilvusStore:
 
     def snapshot(self, db: sqlite3.Connection) -> "MilvusStore":
         return self
-
-    def check(self) -> None:
-        """Does nothing: a database checks its own files."""
 
     def _ids(self) -> np.ndarray:
         """All ids, int64, sorted."""
@@ -110,9 +106,22 @@ class MilvusStore:
         scores = np.full((len(queries), k), -np.inf, np.float32)
         for start in range(0, len(queries), ROWS):
             block = queries[start : start + ROWS]
-            parts = [self._search_part(block, min(k, MOST), filter) for filter in filters]
+            parts = []
+            for filter in filters:
+                with self._milvus_errors():
+                    parts += [
+                        self._client.search(
+                            self._collection,
+                            data=list(block),
+                            limit=min(k, MOST),
+                            filter=filter,
+                            output_fields=["id"],
+                            search_params={"metric_type": "IP"},
+                            timeout=ANSWER,
+                        )
+                    ]
             for i, lists in enumerate(zip(*parts, strict=True), start):
-                hits = sorted(hit for part in lists for hit in part)[:k]
+                hits = sorted((-hit["distance"], hit["id"]) for part in lists for hit in part)[:k]
                 ids[i, : len(hits)] = [number for _, number in hits]
                 scores[i, : len(hits)] = [-negative for negative, _ in hits]
         return ids, scores
@@ -132,12 +141,6 @@ class MilvusStore:
     def lost(self, db: sqlite3.Connection) -> np.ndarray:
         return np.setdiff1d(named_ids(db, self._table), self._ids(), assume_unique=True)
 
-    def is_sparse(self, db: sqlite3.Connection) -> bool:
-        return False  # `clean` removes dead vectors
-
-    def compact(self, db: sqlite3.Connection) -> None:
-        """Does nothing: see `clean`."""
-
     def clean(self, db: sqlite3.Connection) -> None:
         dead = np.setdiff1d(self._ids(), named_ids(db, self._table), assume_unique=True)
         for start in range(0, len(dead), LISTED):
@@ -149,31 +152,6 @@ class MilvusStore:
         if self._client is not None:
             self._client.close()
             self._client = None
-        if self._lite:
-            _stop_lite(self._lite)
-            self._lite = ""
-
-    def _search_part(
-        self, queries: np.ndarray, k: int, filter: str
-    ) -> list[list[tuple[float, int]]]:
-        """(negative score, id) of at least the best k, and of all that tie with the last."""
-        limit = min(k + 1, MOST)
-        while True:
-            with self._milvus_errors():
-                results = self._client.search(
-                    self._collection,
-                    data=list(queries),
-                    limit=limit,
-                    filter=filter,
-                    output_fields=["id"],
-                    search_params={"metric_type": "IP"},
-                    timeout=ANSWER,
-                )
-            lists = [[(-hit["distance"], hit["id"]) for hit in hits] for hits in results]
-            tied = any(len(hits) == limit and hits[k - 1][0] == hits[-1][0] for hits in lists)
-            if not tied or limit == MOST:
-                return lists
-            limit = min(4 * limit, MOST)
 
     def _query(self, **options: Any) -> list[dict[str, Any]]:
         with self._milvus_errors():
@@ -237,12 +215,8 @@ def _import_client() -> Any:
     return MilvusClient
 
 
-_users: collections.Counter[str] = collections.Counter()  # of Milvus Lite in this process, by path
-_lock = threading.Lock()
-
-
 def _start_lite(name: str, path: str, *, write: bool) -> str:
-    """The address of Milvus Lite over a folder, started for its first user.
+    """The address of Milvus Lite over a folder; it runs until this process ends.
 
     Raises:
         UserError: no folder to read, a file of that name, another process has it open.
@@ -255,21 +229,7 @@ def _start_lite(name: str, path: str, *, write: bool) -> str:
         raise UserError(f"store {name}: is a file; Milvus Lite 3 keeps a folder of that name")
     if not write and not os.path.isdir(path):
         raise UserError(f"store {name}: no vector store")
-    with _lock:
-        address = server_manager_instance.start_and_get_uri(path)
-        if address is None:
-            raise UserError(
-                f"store {name}: Milvus Lite cannot open it; only one process at a time may"
-            )
-        _users[path] += 1
+    address = server_manager_instance.start_and_get_uri(path)
+    if address is None:
+        raise UserError(f"store {name}: Milvus Lite cannot open it; only one process at a time may")
     return address
-
-
-def _stop_lite(path: str) -> None:
-    """Ends one use of the folder; after the last one another process may open it."""
-    from milvus_lite.server_manager import server_manager_instance
-
-    with _lock:
-        _users[path] -= 1
-        if not _users[path]:
-            server_manager_instance.release_server(path)
