@@ -12,7 +12,7 @@ import pytest
 from tests import checkpoints
 from tests.checkpoints import SIZES
 from vop_jax.clip.convert import layouts
-from vop_jax.clip.convert.pytorch import choose_heads, fold_pixels
+from vop_jax.clip.convert.pytorch import complete_config, fold_pixels
 from vop_jax.clip.convert.source_config import SourceConfig, read_config
 from vop_jax.clip.convert.source_keys import PUBLISHED_HEADS
 from vop_jax.clip.model import PIXEL_MEAN, PIXEL_STD, Clip, patches
@@ -239,25 +239,34 @@ def test_other_pixel_statistics_are_folded_in_exactly():
     jax.tree.map(np.testing.assert_array_equal, params, before)
 
 
+ARGUMENTS = {"activation": None, "vision_heads": None, "text_heads": None}
+
+
 def test_heads_of_published_widths_are_assumed_with_a_note():
-    for tower, heads in (("vision", 16), ("text", 20)):
-        assumed, note = choose_heads("x.pt", tower, 1280, None, SourceConfig())
-        assert assumed == heads and f"--{tower}-heads" in note
-    assert choose_heads("x.pt", "vision", 1280, 20, SourceConfig()) == (20, "")
+    sizes = SHOWN | {"vision_width": 1280, "text_width": 1280}
+    config, notes = complete_config("x.pt", sizes, SourceConfig(), ARGUMENTS)
+    assert (config.vision_heads, config.text_heads) == (16, 20)
+    for part in ("--activation=gelu", "pixel mean", "16 are assumed", "--text-heads changes them"):
+        assert any(part in note for note in notes)
+    known = SourceConfig("c.json", (), "gelu", None, 10, HALF)
+    config, notes = complete_config("x.pt", sizes, known, ARGUMENTS | {"vision_heads": 20})
+    assert (config.activation, config.vision_heads, config.text_heads) == ("gelu", 20, 10)
+    assert notes == []
 
 
 @pytest.mark.parametrize(
-    ("tower", "argument", "stated", "message"),
+    ("arguments", "stated", "message"),
     [
-        ("vision", None, {}, "width, 128; pass --vision-heads"),
-        ("vision", 3, {}, "128 cannot be divided into 3 heads; pass a divisor"),
-        ("vision", None, {"vision_heads": 0}, r"^c\.json: .*into 0 heads; correct the file"),
-        ("text", 4, {"text_heads": 8}, r"--text-heads=4 contradicts c\.json, which states 8"),
+        ({}, {}, "x.pt: nothing .* width, 128; pass --vision-heads"),
+        ({"vision_heads": 3}, {}, "x.pt: .*128 cannot be divided into 3 heads; .*--vision-heads"),
+        ({}, {"vision_heads": 0}, r"^c\.json: .*into 0 heads; correct the file"),
+        ({"text_heads": 4}, {"text_heads": 8}, r"--text-heads=4 contradicts c\.json, .* states 8"),
+        ({"activation": "gelu"}, {"activation": "quick_gelu"}, "--activation=gelu contradicts"),
     ],
 )
-def test_wrong_or_unknown_heads_are_refused(tower, argument, stated, message):
+def test_wrong_or_unknown_values_are_refused(arguments, stated, message):
     with pytest.raises(UserError, match=message):
-        choose_heads("x.pt", tower, 128, argument, SourceConfig("c.json", **stated))
+        complete_config("x.pt", SHOWN, SourceConfig("c.json", **stated), ARGUMENTS | arguments)
 
 
 # The configs of open_clip's own list that describe a CLIP of this package.

@@ -1,12 +1,12 @@
 """Names and layouts of CLIP's tensors in PyTorch checkpoints, converted in both directions.
 
-A layout is a table, complete on both sides: every tensor of a checkpoint has a row or is ignored
-by name, and the rows fill every parameter of `clip.model.Clip`.
+A layout is a table, complete on both sides: every tensor of a checkpoint has a row or is one of
+`CONSTANTS`, and the rows fill every parameter of `clip.model.Clip`.
 """
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -84,14 +84,12 @@ class CheckpointLayout(NamedTuple):
         ends: modules outside of the blocks.
         block: modules of a block.
         blocks: what precedes the index of a block, by tower.
-        ignored: patterns of tensors that hold no parameter; `check_constants` checks them.
     """
 
     name: str
     ends: tuple[ModuleRow, ...]
     block: tuple[ModuleRow, ...]
     blocks: Mapping[str, str]
-    ignored: tuple[str, ...]
 
 
 OPENAI = CheckpointLayout(
@@ -118,7 +116,6 @@ OPENAI = CheckpointLayout(
         ("mlp.c_proj", "mlp/c_proj", DENSE),
     ),
     blocks={"visual": "visual.transformer.resblocks.", "text": "transformer.resblocks."},
-    ignored=(r"input_resolution|context_length|vocab_size", r"attn_mask"),
 )
 
 HUGGING_FACE = CheckpointLayout(
@@ -147,7 +144,6 @@ HUGGING_FACE = CheckpointLayout(
         ("mlp.fc2", "mlp/c_proj", DENSE),
     ),
     blocks={"visual": "vision_model.encoder.layers.", "text": "text_model.encoder.layers."},
-    ignored=(r"(vision_model|text_model)\.embeddings\.position_ids",),
 )
 
 
@@ -244,25 +240,26 @@ def read_sizes(
     return sizes | {"image_size": side * sizes["patch_size"]}
 
 
-def check_constants(where: str | os.PathLike, tensors: Tensors, sizes: Mapping[str, int]) -> None:
-    """Raises UserError if a tensor without parameters has an unexpected value.
+# Tensors without parameters, whose values follow from the sizes.
+CONSTANTS: dict[str, Callable[[Mapping[str, int]], Any]] = {
+    "input_resolution": lambda sizes: sizes["image_size"],
+    "context_length": lambda sizes: sizes["context_length"],
+    "vocab_size": lambda sizes: sizes["vocab_size"],
+    "attn_mask": lambda sizes: np.triu(np.full((sizes["context_length"],) * 2, -np.inf), 1),
+    "text_model.embeddings.position_ids": lambda sizes: [range(sizes["context_length"])],
+    "vision_model.embeddings.position_ids": lambda sizes: [
+        range((sizes["image_size"] // sizes["patch_size"]) ** 2 + 1)
+    ],
+}
 
-    These are the sizes in OpenAI's archives, the causal mask, and positions 0, 1, 2, ….
-    """
-    length, patches = sizes["context_length"], (sizes["image_size"] // sizes["patch_size"]) ** 2
-    expected: dict[str, Any] = {
-        "input_resolution": sizes["image_size"],
-        "context_length": length,
-        "vocab_size": sizes["vocab_size"],
-        "attn_mask": np.triu(np.full((length, length), -np.inf), 1),
-        "text_model.embeddings.position_ids": np.arange(length)[None],
-        "vision_model.embeddings.position_ids": np.arange(patches + 1)[None],
-    }
-    for name in expected.keys() & tensors.keys():
+
+def check_constants(where: str | os.PathLike, tensors: Tensors, sizes: Mapping[str, int]) -> None:
+    """Raises UserError if one of the tensors in `CONSTANTS` has another value."""
+    for name in CONSTANTS.keys() & tensors.keys():
         value = tensors[name]
         if name == "attn_mask":  # some have the lowest float instead of -inf
             value = np.where(value <= -1e4, -np.inf, value)
-        if not np.array_equal(value, expected[name]):
+        if not np.array_equal(value, CONSTANTS[name](sizes)):
             raise UserError(f"{where}: tensor {name} is not as in a CLIP of these sizes")
 
 
@@ -278,9 +275,7 @@ def to_flax(
     for rule in rules:
         if rule.source not in tensors:
             raise UserError(f"{where}: tensor {rule.source} is missing")
-    ignored = re.compile("|".join(layout.ignored))
-    others = tensors.keys() - {rule.source for rule in rules}
-    if unexpected := sorted(name for name in others if not ignored.fullmatch(name)):
+    if unexpected := sorted(tensors.keys() - CONSTANTS.keys() - {rule.source for rule in rules}):
         raise UserError(
             f"{where}: unexpected tensor {unexpected[0]} ({len(unexpected)} in all) for a "
             f"CLIP with a ViT in {layout.name} layout"

@@ -89,7 +89,7 @@ def convert(
             f"with {ClipConfig.vocab_size:,} is supported"
         )
     arguments = {"activation": activation, "vision_heads": vision_heads, "text_heads": text_heads}
-    config, assumptions = _complete(path, sizes, source, arguments)
+    config, assumptions = complete_config(path, sizes, source, arguments)
     params = layouts.to_flax(path, tensors, layout, config)
     if source.pixels:
         fold_pixels(params, source.pixels)
@@ -100,15 +100,30 @@ def convert(
     return ConvertedClip(params, config, prompts, released, state.sha256, notes)
 
 
-def _complete(
+def complete_config(
     path: str | os.PathLike,
     sizes: Mapping[str, int],
     source: SourceConfig,
     arguments: Mapping[str, Any],
 ) -> tuple[ClipConfig, list[str]]:
-    """The config of these sizes, and a sentence on each assumption."""
-    activation, notes = _agreed("activation", arguments["activation"], source), []
-    if not activation:
+    """The config of these sizes, and a note on each value that is assumed.
+
+    Args:
+        arguments: "activation", "vision_heads" and "text_heads"; None: not given.
+
+    Raises:
+        UserError: an argument contradicts the source config, or heads are unknown or do not divide
+            the width.
+    """
+    fields, notes = dict[str, Any](sizes), []
+    for field, argument in arguments.items():
+        stated = getattr(source, field)
+        if argument and stated and argument != stated:
+            flag = f"--{field.replace('_', '-')}={argument}"
+            raise UserError(f"{flag} contradicts {source.origin}, which states {stated}")
+        fields[field] = stated if argument is None else argument
+    if fields["activation"] is None:
+        fields["activation"] = "quick_gelu"
         notes.append(
             f"nothing states the activation of {path}; quick_gelu is assumed, as OpenAI's; for a "
             "model trained with gelu, as open_clip's LAION models, pass --activation=gelu"
@@ -119,57 +134,28 @@ def _complete(
             "differ, put the file that states them beside it: preprocessor_config.json, or "
             "open_clip_config.json for a checkpoint of open_clip"
         )
-    fields: dict[str, Any] = dict(sizes)
     for tower in ("vision", "text"):
-        width = sizes[f"{tower}_width"]
-        heads, note = choose_heads(path, tower, width, arguments[f"{tower}_heads"], source)
-        notes += [note] if note else []
+        width, heads, flag = sizes[f"{tower}_width"], fields[f"{tower}_heads"], f"--{tower}-heads"
+        if heads is None:
+            heads = PUBLISHED_HEADS[tower].get(width)
+            if heads is None:
+                raise UserError(
+                    f"{path}: nothing states the heads of the {tower} tower, and no published CLIP "
+                    f"has its width, {width}; pass {flag}"
+                )
+            notes.append(
+                f"nothing states the heads of the {tower} tower of {path}; {heads} are assumed, as "
+                f"in every published CLIP of width {width}; {flag} changes them"
+            )
+        if type(heads) is not int or heads < 1 or width % heads:
+            origin = source.origin if getattr(source, f"{tower}_heads") is not None else path
+            raise UserError(
+                f"{origin}: {tower} width {width} cannot be divided into {heads} heads; correct "
+                f"the file or pass a divisor as {flag}"
+            )
         mlp = sizes[f"{tower}_mlp"]
         fields |= {f"{tower}_heads": heads, f"{tower}_mlp": None if mlp == 4 * width else mlp}
-    return ClipConfig(**fields, activation=activation or "quick_gelu"), notes
-
-
-def _agreed(field: str, argument: Any, source: SourceConfig) -> Any:
-    """The argument or the stated value; UserError if they contradict each other."""
-    stated = getattr(source, field)
-    if argument and stated and argument != stated:
-        flag = field.replace("_", "-")
-        raise UserError(f"--{flag}={argument} contradicts {source.origin}, which states {stated}")
-    return argument or stated
-
-
-def choose_heads(
-    path: str | os.PathLike, tower: str, width: int, argument: int | None, source: SourceConfig
-) -> tuple[int, str]:
-    """The heads of a tower ("vision" or "text"), and a note if they are assumed, else "".
-
-    Raises:
-        UserError: `argument` contradicts the config, nothing states the heads and no published
-            model has this width, or they do not divide the width.
-    """
-    stated = getattr(source, f"{tower}_heads")
-    heads, note = _agreed(f"{tower}_heads", argument, source), ""
-    if heads is None:
-        heads = PUBLISHED_HEADS[tower].get(width)
-        if heads is None:
-            raise UserError(
-                f"{path}: nothing states the heads of the {tower} tower, and no published CLIP has "
-                f"its width, {width}; pass --{tower}-heads"
-            )
-        note = (
-            f"nothing states the heads of the {tower} tower of {path}; {heads} are assumed, as in "
-            f"every published CLIP of width {width}; --{tower}-heads changes them"
-        )
-    if type(heads) is not int or heads < 1 or width % heads:
-        where, remedy = (
-            (path, f"pass a divisor of it as --{tower}-heads")
-            if stated is None
-            else (source.origin, "correct the file")
-        )
-        raise UserError(
-            f"{where}: {tower} width {width} cannot be divided into {heads} heads; {remedy}"
-        )
-    return heads, note
+    return ClipConfig(**fields), notes
 
 
 def fold_pixels(params: Mapping[str, Any], pixels: PixelStatistics) -> None:
