@@ -1,6 +1,7 @@
-"""Our CLIP with converted weights equals open_clip's and transformers' in every feature."""
+"""Our CLIP with converted weights has the features of open_clip's and transformers'."""
 
 import dataclasses
+import functools
 import json
 import warnings
 
@@ -18,10 +19,10 @@ torch = pytest.importorskip("torch", reason="the peers are PyTorch models")
 
 TOLERANCE = 1e-5  # of the largest difference between unit features
 TINY = ClipConfig(24, 8, 32, 3, 2, 48, 2, 3, 20, context_length=19)
-# A frame of 27 pixels has three that fill no patch; MLPs as wide as those of ViT-g and bigG.
+# Three of 27 pixels fill no patch; the MLPs have odd widths, as in ViT-g and bigG.
 ODD = dataclasses.replace(TINY, image_size=27, activation="gelu", vision_mlp=140, text_mlp=200)
-CLIPS = (PIXEL_MEAN, PIXEL_STD)
-OTHERS = ((0.5, 0.5, 0.4), (0.5, 0.25, 1.0))  # pixel statistics
+OPENAI_PIXELS = (PIXEL_MEAN, PIXEL_STD)
+OTHER_PIXELS = ((0.5, 0.5, 0.4), (0.5, 0.25, 1.0))
 LARGE = {"vision_layers": 4, "text_layers": 4}  # all of ViT-L/14 but its depth
 PUBLISHED = {
     "ViT-B/32": PRESETS["ViT-B/32"],
@@ -32,10 +33,10 @@ PUBLISHED = {
     ),
 }
 SIZES = [
-    pytest.param(TINY, CLIPS, id="tiny"),
-    pytest.param(ODD, OTHERS, id="odd"),
+    pytest.param(TINY, OPENAI_PIXELS, id="tiny"),
+    pytest.param(ODD, OTHER_PIXELS, id="odd"),
     *(
-        pytest.param(config, CLIPS, id=name, marks=pytest.mark.slow)
+        pytest.param(config, OPENAI_PIXELS, id=name, marks=pytest.mark.slow)
         for name, config in PUBLISHED.items()
     ),
 ]
@@ -67,11 +68,16 @@ def inputs(config, statistics):
     return frames, torch.tensor(pixels.transpose(0, 3, 1, 2), dtype=torch.float32), ids
 
 
+@functools.cache
+def program(config):
+    return jax.jit(Clip(config).apply)
+
+
 def ours(path, config, frames, ids):
     converted = convert(path)
     assert converted.config == config
     assert converted.notes == (), "the configs beside it state everything"
-    image, text = jax.jit(Clip(config).apply)({"params": converted.params}, frames, ids)
+    image, text = program(config)({"params": converted.params}, frames, ids)
     return np.asarray(image), np.asarray(text)
 
 

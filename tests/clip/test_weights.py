@@ -128,7 +128,7 @@ def test_another_file_is_refused(path):
         load_clip(path)
 
 
-def test_architectures_have_names_and_openais_sizes():
+def test_architectures_have_names():
     for arch, config in PRESETS.items():
         assert (
             arch_name(config) == arch_name(dataclasses.replace(config, activation="gelu")) == arch
@@ -136,5 +136,3 @@ def test_architectures_have_names_and_openais_sizes():
     other = dataclasses.replace(PRESETS["ViT-B/32"], vision_layers=13)
     assert arch_name(other) == "ViT-13x768/32@224px"
     assert [c.patches for c in PRESETS.values()] == [49, 196, 256, 576, 16, 16]
-    shapes = parameter_shapes(PRESETS["ViT-B/32"])
-    assert sum(int(np.prod(shape)) for shape in shapes.values()) == 151_277_313
