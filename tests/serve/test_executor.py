@@ -13,6 +13,7 @@ from tests.serve import treacherous
 from vop_jax.errors import VideoError
 from vop_jax.serve import executor as executors
 from vop_jax.serve.executor import Busy, Cache, Executor
+from vop_jax.video import workers
 
 CLIENTS = 20
 
@@ -116,6 +117,7 @@ def test_a_decoder_that_goes_wrong_is_a_video_error_and_the_next_call_works(tmp_
         assert not (tmp_path / "file").read_bytes()
         second = await executor.decode(treacherous.process_id)
         os.kill(second, signal.SIGKILL)  # while it is idle
+        executor._workers[0].process.join()
         third = await executor.decode(treacherous.process_id)
         assert len({first, second, third}) == 3
 
@@ -139,7 +141,7 @@ def test_a_cancelled_request_keeps_its_decoder_from_the_next_one():
 
 
 def test_processes_that_cannot_start_are_reported_and_tried_again(monkeypatch):
-    broken, real = threading.Event(), executors.multiprocessing.get_context
+    broken, real = threading.Event(), workers.multiprocessing.get_context
     broken.set()
 
     class Context:
@@ -148,7 +150,7 @@ def test_processes_that_cannot_start_are_reported_and_tried_again(monkeypatch):
                 raise BlockingIOError(11, "no more processes")
             return getattr(real("spawn"), name)
 
-    monkeypatch.setattr(executors.multiprocessing, "get_context", lambda _: Context())
+    monkeypatch.setattr(workers.multiprocessing, "get_context", lambda _: Context())
 
     async def scenario(executor):
         with pytest.raises(Busy, match="no decoder could be started"):

@@ -95,9 +95,9 @@ def test_what_signals_the_group_of_a_parent_leaves_them_alone():
 STARTS = """
 import re
 from pathlib import Path
-from vop_jax.video.workers import _Worker
+from vop_jax.video.workers import Worker
 if __name__ == "__main__":
-    for worker in [_Worker(str, 5.0) for _ in range(2)]:
+    for worker in [Worker(str, 5.0) for _ in range(2)]:
         worker.launch()
         status = Path(f"/proc/{worker.process.pid}/status").read_text()
         print(int(re.search(r"SigBlk:\\s*(\\w+)", status)[1], 16) >> 1 & 1)  # signal 2, SIGINT

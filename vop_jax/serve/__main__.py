@@ -20,7 +20,7 @@ from vop_jax.cli import Parser, number, whole
 from vop_jax.errors import UserError
 
 TOKEN = "VOP_JAX_TOKEN"  # environment variable; other users of a machine see arguments
-PACKAGES = ("fastapi", "uvicorn", "python_multipart", "pebble")
+PACKAGES = ("fastapi", "uvicorn", "python_multipart")
 
 
 def _parser() -> argparse.ArgumentParser:

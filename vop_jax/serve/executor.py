@@ -3,22 +3,19 @@
 import asyncio
 import contextlib
 import functools
-import multiprocessing
 import pathlib
 import resource
-import signal
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Hashable
 from typing import Any
 
 import anyio
 import numpy as np
-import pebble
 from absl import logging
 
 from vop_jax.errors import VideoError
 from vop_jax.search.searcher import Searcher
-from vop_jax.video.workers import leave_process_group
+from vop_jax.video.workers import Worker
 
 VECTORS, THUMBNAILS = 2048, 512  # entries of the caches
 WAITING = 256  # requests that may wait for the model, or for a decoder; more are refused
@@ -64,8 +61,9 @@ class Executor:
     """
 
     def __init__(self, workers: int, *, seconds: float, memory: int = MEMORY):
-        self._workers, self._seconds, self._memory = workers, seconds, memory
-        self._pool: pebble.ProcessPool | None = None
+        self._memory = memory
+        self._workers = [Worker(_call_limited, seconds) for _ in range(workers)]
+        self._idle = list(self._workers)
         self._vectors, self._thumbnails = Cache(VECTORS), Cache(THUMBNAILS)
         # One call of the model uses all cores: a second one at once would only take memory.
         self._model, self._search = anyio.CapacityLimiter(1), anyio.CapacityLimiter(SEARCHES)
@@ -117,44 +115,28 @@ class Executor:
         return await asyncio.shield(task)
 
     async def _decode(self, call: Callable, arguments: tuple) -> Any:
-        limited = functools.partial(_limited, self._memory, call)
-        for _ in range(2):  # a process that dies while idle breaks its pool: a new one follows
-            self.start()
-            pool = self._pool
-            assert pool is not None
-            try:
-                future = pool.schedule(limited, arguments, timeout=self._seconds)
-                return await asyncio.wrap_future(future)
-            except pebble.ProcessExpired as error:
-                code = error.exitcode
-                name = signal.Signals(-code).name if code < 0 else f"status {code}"
-                raise VideoError(f"its decoder crashed ({name})") from None
-            except TimeoutError:
-                why = f"its decoder took more than {self._seconds:g} s and was stopped"
-                raise VideoError(why) from None
-            except RuntimeError as error:  # the pool is broken
-                logging.error("decoding processes: %s", error.__cause__ or error)
-                await self.close(pool)
-        raise Busy("no decoder could be started; try again")
+        worker = self._idle.pop()  # there is one: `_decoders` lets as many calls in
+        try:
+            task = self._memory, call, arguments
+            result = await anyio.to_thread.run_sync(worker.run, task)
+        except (RuntimeError, OSError) as error:
+            logging.error("a decoding process could not start: %s", error)
+            raise Busy("no decoder could be started; try again") from None
+        finally:
+            self._idle.append(worker)
+        if isinstance(result, VideoError):
+            raise result
+        return result
 
     def start(self) -> None:
-        """Starts the decoding processes, which takes a moment, unless they run."""
-        if self._pool is None:
-            context = multiprocessing.get_context("spawn")  # a fork would copy locks held by JAX
-            self._pool = pebble.ProcessPool(
-                self._workers, initializer=leave_process_group, context=context
-            )
-        with contextlib.suppress(RuntimeError):  # `schedule` raises it again
-            _ = self._pool.active  # starts a new pool
+        """Starts the decoding processes, so that the first requests need not wait for them."""
+        for worker in self._idle:
+            worker.launch()
 
-    async def close(self, pool: pebble.ProcessPool | None = None) -> None:
-        """Ends the decoding processes; those of `pool`, if others have replaced them."""
-        pool = pool or self._pool
-        if pool is self._pool:
-            self._pool = None
-        if pool is not None:
-            pool.stop()
-            await anyio.to_thread.run_sync(pool.join)
+    async def close(self) -> None:
+        """Ends the decoding processes."""
+        for worker in self._workers:
+            await anyio.to_thread.run_sync(worker.stop)
 
 
 async def _acquire(limiter: anyio.CapacityLimiter, borrower: object) -> None:
@@ -173,8 +155,9 @@ async def _turn(limiter: anyio.CapacityLimiter) -> AsyncIterator[None]:
         limiter.release_on_behalf_of(borrower)
 
 
-def _limited(memory: int, call: Callable, *arguments: Any) -> Any:
-    """`call(*arguments)` in a decoding process, within its limits; any error is a VideoError."""
+def _call_limited(task: tuple[int, Callable, tuple]) -> Any:
+    """Runs in a decoding process, within its limits; any error is a VideoError."""
+    memory, call, arguments = task
     _limit(memory)
     try:
         return call(*arguments)

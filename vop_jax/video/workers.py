@@ -56,7 +56,7 @@ def in_processes(
         seconds: time limit of a task; after that its process is killed.
     """
     numbered = enumerate(tasks)
-    pool = [_Worker(call, seconds) for _ in range(workers)]
+    pool = [Worker(call, seconds) for _ in range(workers)]
     results: dict[int, Any] = {}
     next_number = 0
     exhausted = False
@@ -87,15 +87,19 @@ def in_processes(
             worker.stop()
 
 
-def _wait(busy: list["_Worker"]) -> None:
+def _wait(busy: list["Worker"]) -> None:
     """Returns when a worker has sent something, has died or is out of time."""
     deadline = min(worker.deadline for worker in busy)
     handles = [h for worker in busy for h in (worker.pipe, worker.process.sentinel)]
     connection.wait(handles, max(0.0, deadline - time.monotonic()))
 
 
-class _Worker:
+class Worker:
     """A process that does one task at a time; another one replaces it when it dies.
+
+    Args:
+        call: what it does with a task; importable, with arguments and results that can be pickled.
+        seconds: time limit of a task; after that the process is killed.
 
     Attributes:
         task: the number of its task; None while it is idle.
@@ -107,7 +111,19 @@ class _Worker:
         self.deadline = float("inf")
         self.process: Any = None
 
+    def run(self, task: Any) -> Any:
+        """The result of one task; any failure of it is a VideoError.
+
+        Raises:
+            OSError, RuntimeError: no process could be started.
+        """
+        self.start(0, task)
+        while (done := self.poll()) is None:
+            _wait([self])
+        return done[0]
+
     def launch(self) -> None:
+        """Starts the process."""
         context = multiprocessing.get_context("spawn")  # a fork would copy locks held by JAX
         with block_interrupts():
             self.pipe, child_pipe = context.Pipe()
@@ -118,7 +134,8 @@ class _Worker:
         self._ready = False
 
     def start(self, number: int, task: Any) -> None:
-        if self.process is None:  # the last one died
+        if self.process is None or not self.process.is_alive():  # the last one died
+            self.stop()
             self.launch()
         self.task = number
         # The start of Python does not count as the task's time.
@@ -142,9 +159,9 @@ class _Worker:
         if self.process.is_alive() and time.monotonic() < self.deadline:
             return None
         reason = self._stop_with_reason()
+        self.task = None
         if not self._ready:
             raise RuntimeError(f"a decoding process could not start: {reason}")
-        self.task = self.process = None
         return (VideoError(reason),)
 
     def _stop_with_reason(self) -> str:
@@ -157,6 +174,7 @@ class _Worker:
         return f"its decoder crashed ({name})"
 
     def stop(self) -> None:
+        """Ends the process, and its task."""
         if self.process is not None:
             self.process.kill()
             self.process.join()
