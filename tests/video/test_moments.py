@@ -1,4 +1,4 @@
-"""Moments of a video: the frames that the same stretch gives by itself, all in one pass."""
+"""Moments of a video: one pass gives the frames that each segment has by itself."""
 
 import math
 import tracemalloc
@@ -21,28 +21,28 @@ from vop_jax.video.moments import (
     inspect_video,
     list_moments,
     plan_tasks,
+    read_segment,
 )
 from vop_jax.video.sampling import sample_indices
 
 SPEC = FrameSpec(frames=4, image_size=16, short_side=32)
 
 
-def expected(path, segment, spec=SPEC):
-    """The frames as training reads them."""
-    end = None if math.isinf(segment[1]) else segment[1]
-    clip = read_frames(
+def check_clip(clip, path, segment, spec=SPEC):
+    """That a clip has the frames that training reads of a segment."""
+    start, end = segment
+    frames = read_frames(
         path,
         spec.frames,
-        start=segment[0],
-        end=end,
+        start=start,
+        end=None if math.isinf(end) else end,
         short_side=spec.short_side,
         sampling=spec.sampling,
         fps=spec.fps,
     ).pixels
     if spec.fps:
-        taken = sample_indices(len(clip), spec.frames, spec.sampling)
-        clip = [clip[i] for i in taken]
-    return eval_crop(clip, spec.image_size)
+        frames = [frames[i] for i in sample_indices(len(frames), spec.frames, spec.sampling)]
+    np.testing.assert_array_equal(clip, eval_crop(frames, spec.image_size))
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def film(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("duration", "window", "stride", "segments"),
+    ("duration", "window", "stride", "expected"),
     [
         (25, 10, 5, [(0, 10), (5, 15), (10, 20), (15, 25)]),
         (23, 10, 5, [(0, 10), (5, 15), (10, 20), (13, 23)]),
@@ -65,113 +65,104 @@ def film(tmp_path_factory):
         (30, 0, 0, []),
     ],
 )
-def test_moments_cover_a_video_to_its_end(duration, window, stride, segments):
+def test_moments_cover_a_video_to_its_end(duration, window, stride, expected):
     info = VideoInfo("", duration, [], np.arange(0, duration, 0.1))
-    assert list_moments(info, window, stride) == segments
+    assert list_moments(info, window, stride) == expected
 
 
 def test_moments_without_a_frame_are_left_out_and_many_take_little_memory():
-    shown = np.sort(np.random.default_rng(0).uniform(0, 1e4, 40))
-    starts = [0.5 * k for k in range(19_994)] + [1e4 - 3.2]
-    every = [(round(start, 3), round(start + 3.2, 3)) for start in starts]
-    some = [(a, b) for a, b in every if ((shown >= a) & (shown < b)).any()]
-    assert list_moments(VideoInfo("", 1e4, [], shown), 3.2, 0.5) == some
+    few = np.array([0.0, 3.0, 3.1, 1000.25])
+    many = np.sort(np.random.default_rng(0).uniform(0, 1e3, 40))
+    for times in (few, many):
+        for window, stride in ((2.0, 0.5), (2.0, 1.5), (0.3, 0.3), (900.0, 450.0), (3.2, 0.5)):
+            count = math.ceil((1001 - window) / stride)
+            starts = [*(i * stride for i in range(count)), 1001 - window]
+            edges = [(round(start, 3), round(start + window, 3)) for start in starts]
+            expected = [(a, b) for a, b in edges if ((times >= a) & (times < b)).any()]
+            assert list_moments(VideoInfo("", 1001.0, [], times), window, stride) == expected
+    assert len(list_moments(VideoInfo("", 1e12, [], np.array([0.0, 5e11])), 10.0, 5.0)) == 3
 
     tracemalloc.start()
     assert len(list_moments(VideoInfo("", 6e4, [], np.arange(0, 6e4, 5.0)), 2000, 5)) == 11_601
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 15e6  # bytes; 39e6 by asking of each frame which moments show it
+    assert peak < 15e6  # bytes; 39e6 by listing the moments of each frame
 
 
 @pytest.mark.parametrize(
-    "spec",
-    [
-        SPEC,
-        FrameSpec(3, 16, 32, "linspace"),
-        FrameSpec(4, 16, 32, "uniform", fps=2.0),
-    ],
+    "spec", [SPEC, FrameSpec(3, 16, 32, "linspace"), FrameSpec(4, 16, 32, "uniform", fps=2.0)]
 )
-def test_one_pass_gives_the_frames_of_each_stretch(film, spec):
-    segments = (WHOLE_FILE, *list_moments(inspect_video(film, SPEC), 4, 3))
-    found = decode_task(DecodeTask(film, spec, segments))
-    assert len(found.pixels) < spec.frames * len(segments)  # each frame once
-    for number, segment in enumerate(segments):
-        np.testing.assert_array_equal(found.clip(number), expected(film, segment, spec))
-
-
-def test_a_stretch_in_the_middle_is_reached_by_seeking(film):
-    segments = ((14.0, 18.0), (16.0, 20.0))
-    found = decode_task(DecodeTask(film, SPEC, segments))
-    for number, segment in enumerate(segments):
-        np.testing.assert_array_equal(found.clip(number), expected(film, segment))
-
-
-def test_a_survey_tells_what_decoding_will_find(film):
-    info = inspect_video(film, SPEC)
-    assert info.duration == 30.0
-    assert info.clip_times == pytest.approx(read_frames(film, 4).timestamps)
-    assert info.digest == inspect_video(film, SPEC).digest
+def test_one_pass_gives_the_frames_of_each_segment(film, spec):
+    in_the_middle = ((14.0, 18.0), (16.0, 20.0))  # reached by seeking
+    for segments in ((WHOLE_FILE, *list_moments(inspect_video(film, spec), 4, 3)), in_the_middle):
+        decoded = decode_task(DecodeTask(film, spec, segments))
+        assert len(decoded.pixels) < spec.frames * len(segments)  # each frame once
+        for number, segment in enumerate(segments):
+            check_clip(decoded.clip(number), film, segment, spec)
 
 
 def test_a_long_file_is_not_decoded_whole_for_its_clip(film, monkeypatch):
     monkeypatch.setattr(moments, "LONG_FILE", 20.0)
     info = inspect_video(film, SPEC)
+    assert info.duration == 30.0
+    assert info.clip_times == pytest.approx(read_frames(film, 4).timestamps)
     (task,) = plan_tasks(film, info, [], SPEC)
     assert task.times == tuple(info.clip_times)
-    decoded = []
+    counts = []
     decode = SegmentReader.decode
 
-    def counted(self, keep):
-        kept = decode(self, keep)
-        decoded.append(len(self.times))
-        return kept
+    def counting(self, indices):
+        frames = decode(self, indices)
+        counts.append(len(self.times))
+        return frames
 
-    monkeypatch.setattr(SegmentReader, "decode", counted)
-    found = decode_task(task).clip(0)
-    assert decoded == [1, 1, 1, 1]
-    np.testing.assert_array_equal(found, expected(film, WHOLE_FILE))
+    with monkeypatch.context() as patch:
+        patch.setattr(SegmentReader, "decode", counting)
+        clip = decode_task(task).clip(0)
+        assert counts == [1, 1, 1, 1]
+        pixels, times = read_segment(film, SPEC, 2.0)
+        assert counts == [1] * 8
+    check_clip(clip, film, WHOLE_FILE)
+    check_clip(pixels, film, (2.0, math.inf))
+    assert times == read_frames(film, 4, start=2.0).timestamps
 
 
-def test_a_frame_that_seeking_does_not_find_is_found_by_decoding_all(film):
-    found = decode_task(DecodeTask(film, SPEC, times=(1.0, 5.0, 20.0, 99.0)))
-    np.testing.assert_array_equal(found.clip(0), expected(film, WHOLE_FILE))
+def test_where_seeking_finds_no_frame_the_segment_is_decoded(film):
+    decoded = decode_task(DecodeTask(film, SPEC, times=(1.0, 5.0, 20.0, 99.0)))
+    check_clip(decoded.clip(0), film, WHOLE_FILE)
     segment = (3.0, 21.0)
-    found = decode_task(DecodeTask(film, SPEC, (segment,), (5.0, 5.01, 6.0, 7.0)))
-    np.testing.assert_array_equal(found.clip(0), expected(film, segment))
+    decoded = decode_task(DecodeTask(film, SPEC, (segment,), (5.0, 5.01, 6.0, 7.0)))
+    check_clip(decoded.clip(0), film, segment)
 
 
-def test_long_files_are_cut_into_tasks(film, monkeypatch):
+def test_the_tasks_of_a_long_file_are_bounded(film, monkeypatch):
     monkeypatch.setattr(moments, "MAX_PICTURES", 12)
     info = inspect_video(film, SPEC)
     segments = list_moments(info, 4, 2)
-    tasks = plan_tasks(film, info, segments, SPEC)
-    assert tasks[0].times and not tasks[0].segments
-    assert [segment for task in tasks[1:] for segment in task.segments] == segments
-    assert {len(task.segments) for task in tasks[1:]} <= {1, 2, 3}
-    # Wide windows make tasks long in seconds, too.
+    clip, *others = plan_tasks(film, info, segments, SPEC)
+    assert clip.times and not clip.segments
+    assert [segment for task in others for segment in task.segments] == segments
+    assert {len(task.segments) for task in others} <= {1, 2, 3}
     monkeypatch.setattr(moments, "MAX_SECONDS", 5.0)
     assert {len(task.segments) for task in plan_tasks(film, info, segments, SPEC)[1:]} == {1}
 
 
-def test_moments_between_the_pictures_of_a_slide_show_are_none(tmp_path):
+def test_moments_between_the_pictures_of_a_slide_show_have_no_clip(tmp_path):
     times = [0, 400, 10_000, 10_400]
     film = videos.write(tmp_path / "slides.mkv", 4, rate=1000, milliseconds=times)
-    found = decode_task(DecodeTask(str(film), SPEC, (WHOLE_FILE, (0.0, 4.0), (4.0, 8.0))))
-    assert found.clip(1) is not None and found.clip(2) is None
+    decoded = decode_task(DecodeTask(str(film), SPEC, (WHOLE_FILE, (0.0, 4.0), (4.0, 8.0))))
+    assert decoded.clip(1) is not None and decoded.clip(2) is None
+    with pytest.raises(VideoError, match="no frame between 4 and 8 s"):
+        read_segment(film, SPEC, 4.0, 8.0)
 
 
-def test_what_is_no_video_says_why(tmp_path):
+def test_unusable_files_have_a_reason(tmp_path):
     text = tmp_path / "text.mp4"
     text.write_text("not a video")
-    with pytest.raises(VideoError, match="not readable as video"):
-        inspect_video(text, SPEC)
-    with pytest.raises(VideoError, match="no such file"):
-        inspect_video(tmp_path / "none.mp4", SPEC)
-    whole = videos.write(tmp_path / "whole.mp4", 30)
-    cut = tmp_path / "cut.mkv"
-    videos.write(cut, 100)
-    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 3])
+    for path, reason in ((text, "not readable as video"), (tmp_path / "none.mp4", "no such file")):
+        with pytest.raises(VideoError, match=reason):
+            inspect_video(path, SPEC)
+    half = videos.write(tmp_path / "half.mkv", 100)
+    half.write_bytes(half.read_bytes()[: half.stat().st_size // 3])
     with pytest.raises(VideoError, match="truncated"):
-        decode_task(DecodeTask(str(cut), SPEC, (WHOLE_FILE,)))
-    assert decode_task(DecodeTask(str(whole), SPEC, (WHOLE_FILE,))).clip(0) is not None
+        decode_task(DecodeTask(str(half), SPEC, (WHOLE_FILE,)))
