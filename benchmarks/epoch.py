@@ -77,8 +77,8 @@ def main() -> None:
         )
         waits: list[Callable[[], float]] = []
         left = itertools.islice(batches, WARM + args.steps)
-        placing = contextlib.closing(prefetch.placed(mesh, left))
-        with placing as placed, prefetch.Idle() as idle:
+        placing = contextlib.closing(prefetch.prefetch_batches(mesh, left))
+        with placing as placed, prefetch.IdleTimer() as idle:
             for k in range(WARM + args.steps):
                 if k == WARM:
                     jax.block_until_ready(state)
@@ -86,7 +86,7 @@ def main() -> None:
                 batch, wait = idle.next(placed)
                 waits.append(wait)
                 state, metrics = programs.step(state, side.frozen, cache.add_frames(batch))
-                idle.ran(metrics)
+                idle.step_started(metrics)
                 if k % 20 == 0:  # as often as a run logs
                     jax.block_until_ready(metrics)
             jax.block_until_ready(state)

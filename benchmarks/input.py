@@ -95,14 +95,14 @@ class Loop:
         """(clips a second, share of the time waited); metrics are read every eighth step."""
         state, begin = self.state, 0.0
         waits: list[Callable[[], float]] = []
-        with prefetch.Idle() as idle:
+        with prefetch.IdleTimer() as idle:
             for k in range(-2, STEPS):
                 if not k:  # compiled, and what was read ahead meanwhile is used up
                     waits, begin = [], time.perf_counter()
                 batch, wait = idle.next(batches)
                 waits.append(wait)
                 state, metrics = self.step(state, self.frozen, cut(batch))
-                idle.ran(metrics)
+                idle.step_started(metrics)
                 if k % 8 == 7 or k < 0:
                     jax.block_until_ready(metrics)
             elapsed = time.perf_counter() - begin
@@ -150,7 +150,7 @@ def main() -> None:
 
         def placed(**options: Any) -> Batches:
             total = itertools.islice(reader(split, args.threads, **options), STEPS + 2)
-            return prefetch.placed(loop.mesh, total)
+            return prefetch.prefetch_batches(loop.mesh, total)
 
         between = (sharding.to_global(loop.mesh, batch) for batch in reader(split, args.threads))
         print("\n| loop | clips/s | waiting |\n|---|---:|---:|")

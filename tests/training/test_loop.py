@@ -149,15 +149,15 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_
 def test_the_time_that_devices_wait_for_batches_is_logged(tmp_path, monkeypatch):
     outputs, noted = [], []
 
-    class Noted(prefetch.Idle):
+    class Noted(prefetch.IdleTimer):
         def next(self, batches):
             return super().next(batches)[0], lambda: 1.5  # seconds, of every batch
 
-        def ran(self, output):
+        def step_started(self, output):
             noted.append(output)
-            super().ran(output)
+            super().step_started(output)
 
-    monkeypatch.setattr(prefetch, "Idle", Noted)
+    monkeypatch.setattr(prefetch, "IdleTimer", Noted)
     run = Run(tmp_path)
     step = run.step
 

@@ -107,7 +107,7 @@ def embed_videos(
     gather = jax.jit(lambda x: x, out_shardings=sharding.replicated(mesh))
     rows, done = [], 0
     with (
-        contextlib.closing(prefetch.placed(mesh, batches)) as placed,
+        contextlib.closing(prefetch.prefetch_batches(mesh, batches)) as placed,
         Progress("evaluation, video", count) as progress,
     ):
         for batch in placed:

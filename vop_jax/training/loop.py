@@ -114,14 +114,14 @@ def fit(
     batches = itertools.islice(batches, config.steps - first)  # reads no batch it does not need
     with (
         cli.defer_signals(),
-        contextlib.closing(prefetch.placed(mesh, batches)) as placed,
-        prefetch.Idle() as idle,
+        contextlib.closing(prefetch.prefetch_batches(mesh, batches)) as placed,
+        prefetch.IdleTimer() as idle,
         Progress("step", config.steps, first, "compiling, then the first step") as progress,
     ):
         while step < config.steps:
             batch, wait = idle.next(placed)
             state, metrics = step_fn(state, frozen, batch)
-            idle.ran(metrics)
+            idle.step_started(metrics)
             step += 1
             log.add(step, metrics, wait)
             if len(log.metrics) >= MAX_PENDING_STEPS:

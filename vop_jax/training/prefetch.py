@@ -1,7 +1,6 @@
 """Batches are read and brought to the devices while the step before them runs.
 
-Not `grain.experimental.device_put`: that takes what this process read for the whole batch, of
-which it holds some rows only (`sharding.process_rows`).
+`grain.experimental.device_put` would take this process's rows for the whole batch.
 """
 
 import collections
@@ -16,18 +15,17 @@ from jax.sharding import Mesh
 
 from vop_jax.training import sharding
 
-AHEAD = 2  # batches on the devices beside those of steps that were started
+AHEAD = 2  # batches on the devices besides those of steps that were started
 
 
-def placed(
+def prefetch_batches(
     mesh: Mesh, batches: Iterator[Mapping[str, np.ndarray]], ahead: int = AHEAD
 ) -> Generator[dict[str, jax.Array], None, None]:
-    """This process's rows of batches -> the global batches, by one thread, `ahead` of the reader.
+    """This process's rows of batches -> the global batches; a thread reads `ahead` of the caller.
 
-    What reading raises is raised in its place, after all batches before it. Close the generator
-    (`contextlib.closing`) where it may not be read to its end: the thread is gone when it is
-    closed. Batches read too early are dropped; batch k is a function of the seed and k, so the
-    next reader loses nothing.
+    An error of the reader is raised after all batches before it. Use `contextlib.closing` where
+    the generator may not be read to its end: closing it ends the thread and drops the batches that
+    were read ahead.
     """
 
     def load() -> dict[str, jax.Array] | None:
@@ -35,7 +33,6 @@ def placed(
         return None if batch is None else sharding.to_global(mesh, batch)
 
     pending: collections.deque[Future] = collections.deque()
-    # Leaving waits for the batch that is being read.
     with ThreadPoolExecutor(1, "prefetch") as pool:
         try:
             pending.extend(pool.submit(load) for _ in range(ahead))
@@ -47,19 +44,19 @@ def placed(
                 future.cancel()
 
 
-class Idle:
-    """How long this process's devices stand still for batches; enter it, it has a thread.
+class IdleTimer:
+    """Measures how long this process's devices wait for batches; a context manager.
 
-    Steps are started ahead of the devices, so that waiting for a batch costs nothing while they
-    still have one to run. It costs from the end of the step before until the batch is on the
-    devices; the thread notes both. Devices that wait in a step for another process are busy.
+    Steps are started ahead of the devices, so waiting for a batch costs nothing while they still
+    have a step to run. The idle time is from the end of the last step until the batch is on the
+    devices; a thread waits for both. Devices that wait in a step for another process are busy.
     """
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "idle")
-        self._ended: Future[float] | None = None  # when the step before did
+        self._step_end: Future[float] | None = None
 
-    def __enter__(self) -> "Idle":
+    def __enter__(self) -> "IdleTimer":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -68,26 +65,26 @@ class Idle:
     def next(
         self, batches: Iterator[dict[str, jax.Array]]
     ) -> tuple[dict[str, jax.Array], Callable[[], float]]:
-        """The next batch, and what tells the seconds stood still for it, once they are over.
+        """(the next batch, a function that waits for it and returns the idle seconds).
 
         Raises:
-            StopIteration: there is none.
+            StopIteration: there is no other batch.
         """
-        since, ended = time.perf_counter(), self._ended
+        begin, step_end = time.perf_counter(), self._step_end
         batch = next(batches)
-        arrived = self._thread.submit(_when_ready, batch)
+        arrival = self._thread.submit(_time_when_ready, batch)
 
-        def seconds() -> float:
-            begin = since if ended is None else max(since, ended.result())
-            return max(0.0, arrived.result() - begin)
+        def idle_seconds() -> float:
+            idle_from = begin if step_end is None else max(begin, step_end.result())
+            return max(0.0, arrival.result() - idle_from)
 
-        return batch, seconds
+        return batch, idle_seconds
 
-    def ran(self, output: Any) -> None:
-        """A step was started that puts out these arrays."""
-        self._ended = self._thread.submit(_when_ready, output)
+    def step_started(self, output: Any) -> None:
+        """Notes that a step was started, which computes these arrays."""
+        self._step_end = self._thread.submit(_time_when_ready, output)
 
 
-def _when_ready(arrays: Any) -> float:
+def _time_when_ready(arrays: Any) -> float:
     jax.block_until_ready(arrays)
     return time.perf_counter()
