@@ -1,4 +1,4 @@
-"""A process that has jax and numpy, but neither flax nor this project."""
+"""Runs exported encoders in a process with jax and numpy, but without flax and this project."""
 
 import sys
 from pathlib import Path
@@ -20,10 +20,10 @@ np.savez(sys.argv[2], **{name: calls[name.split()[0]](rows) for name, rows in in
 
 
 def embed(encoders: Path, scratch: Path, **rows: list[np.ndarray]) -> dict[str, list[np.ndarray]]:
-    """What the README of a folder of encoders makes of batches of `video` and `text`."""
-    given = {f"{name} {i}": batch for name in rows for i, batch in enumerate(rows[name])}
-    np.savez(scratch / "in.npz", **given)
+    """The vectors of batches of `video` and `text`, by the code in the README of the encoders."""
+    inputs = {f"{name} {i}": batch for name in rows for i, batch in enumerate(rows[name])}
+    np.savez(scratch / "in.npz", **inputs)
     command = [sys.executable, "-c", SCRIPT, str(scratch / "in.npz"), str(scratch / "out.npz")]
     processes.run(command, cwd=encoders, check=True)
-    found = np.load(scratch / "out.npz")
-    return {name: [found[f"{name} {i}"] for i in range(len(rows[name]))] for name in rows}
+    outputs = np.load(scratch / "out.npz")
+    return {name: [outputs[f"{name} {i}"] for i in range(len(rows[name]))] for name in rows}

@@ -1,4 +1,4 @@
-"""A web server on this machine that gives one answer."""
+"""A web server on this machine that sends one response."""
 
 import contextlib
 import http.server
@@ -19,7 +19,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serving(body, status=200, length=None):
-    """Answers every request with `body`: (base URL, list of requested paths)."""
+    """(base URL, list of requested paths) of a server that sends `body` to every request."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.body, server.status, server.requested = body, status, []
     server.length = len(body) if length is None else length

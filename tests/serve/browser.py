@@ -1,4 +1,4 @@
-"""A real browser, and a real server for it."""
+"""A real browser, and a server in a thread for it."""
 
 import contextlib
 import shutil
@@ -23,8 +23,8 @@ SWITCHES = (
 def chromium():
     """Playwright's browser; the test is skipped where there is none."""
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    found = filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome")))
-    path = next(found, None)
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = next(filter(None, map(shutil.which, names)), None)
     if path is None:
         pytest.skip("needs Chromium or Chrome")
     with playwright.sync_playwright() as started:

@@ -20,7 +20,7 @@ VIEWS = {
 
 
 def main(address: str, query: str, folder: str) -> None:
-    """A query's first result, open at its best frame."""
+    """Takes pictures of the first result of a query, open at its best frame."""
     with chromium() as browser:
         for name, view in VIEWS.items():
             page = browser.new_context(**view).new_page()

@@ -1,4 +1,4 @@
-"""Whatever fits its schema, or does not: no question makes the server fail."""
+"""No request makes the server fail, whether it fits the schema or not."""
 
 import collections
 
@@ -15,13 +15,13 @@ KNOWN = {"index": "films", "file_id": 1}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["positive", "negative"])
-def test_no_question_makes_it_fail(searcher, mode):
+def test_no_request_makes_the_server_fail(searcher, mode):
     schemathesis = pytest.importorskip("schemathesis", reason="fuzzes, where it is installed")
     app = make_app({"films": searcher}, Settings(hosts=(), workers=1, decode_seconds=5.0))
     seen = collections.Counter()
     with TestClient(app):
-        for found in schemathesis.openapi.from_asgi("/openapi.json", app).get_all_operations():
-            operation = found.ok()
+        for result in schemathesis.openapi.from_asgi("/openapi.json", app).get_all_operations():
+            operation = result.ok()
             if mode == "positive" or operation.query or operation.path_parameters:
                 ask(operation, schemathesis.GenerationMode(mode), seen)
     print(mode, sorted(seen.items()))
@@ -31,7 +31,7 @@ def test_no_question_makes_it_fail(searcher, mode):
 
 
 def ask(operation, mode, seen):
-    """So many questions to one address, half of them about what there is."""
+    """Sends `EXAMPLES` requests to one address; half of them name an existing index and file."""
 
     @hypothesis.settings(
         max_examples=EXAMPLES,
@@ -43,15 +43,15 @@ def ask(operation, mode, seen):
     @hypothesis.given(operation.as_strategy(generation_mode=mode), strategies.booleans())
     def one(case, known):
         if known:
-            for given in (case.query, case.path_parameters):
-                given.update({name: value for name, value in KNOWN.items() if name in given})
+            for values in (case.query, case.path_parameters):
+                values.update({name: value for name, value in KNOWN.items() if name in values})
             for name in ("folder", "since", "until"):
                 case.query.pop(name, None)
-        answer = case.call()
-        seen[operation.path, answer.status_code] += 1
-        assert answer.status_code < 500, answer.text
-        if answer.status_code >= 400:
-            (line,) = answer.json().values()
-            assert list(answer.json()) == ["error"] and line and "\n" not in line
+        response = case.call()
+        seen[operation.path, response.status_code] += 1
+        assert response.status_code < 500, response.text
+        if response.status_code >= 400:
+            (line,) = response.json().values()
+            assert list(response.json()) == ["error"] and line and "\n" not in line
 
     one()

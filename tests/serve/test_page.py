@@ -27,7 +27,7 @@ VIDEO = f"document.querySelector('{OPENED}')"
 
 @pytest.fixture(scope="module")
 def films(tmp_path_factory, retriever):
-    """A folder, of which one file cannot be played and one is gone, and two indexes of it."""
+    """Two indexes of a folder, in which browsers cannot play one file and one is gone."""
     root = tmp_path_factory.mktemp("page")
     folder = root / "films"
     library.write_films(folder, count=3, seconds=4)
@@ -59,7 +59,7 @@ def browser():
 
 @pytest.fixture
 def open_page(browser, address):
-    """Opens the page; nothing it does may fail inside, or leave the host."""
+    """Opens the page, which may neither raise an error nor load from another host."""
     contexts, urls, wrong = [], [], []
 
     def open_one(hash="", **options):
@@ -97,7 +97,7 @@ def search(page, query):
 
 
 def until(page, expression):
-    """Waits for it; playwright's own way is what the page's security policy forbids."""
+    """Waits for an expression; the page's security policy forbids Playwright's own way."""
     for _ in range(20 * HANG):
         if page.evaluate(expression):
             return
@@ -110,30 +110,30 @@ def card(page, name):
 
 
 def a_moment(address):
-    """(query, hit) of a moment that does not begin where its clip does."""
+    """(query, hit) of a moment that begins later than its clip."""
     for query in ("grey", "white", "a dog", "red", "it moves", "night", "sea", "two", "b", "z"):
-        asked = urllib.parse.urlencode({"q": query, "index": "moments"})
-        with urllib.request.urlopen(f"{address}/api/search?{asked}") as answer:
+        parameters = urllib.parse.urlencode({"q": query, "index": "moments"})
+        with urllib.request.urlopen(f"{address}/api/search?{parameters}") as answer:
             for hit in json.load(answer)["hits"]:
                 if hit["start"] > 0 and hit["name"] in ("a.mp4", "sub/b.mp4", "c.mp4"):
                     return query, hit
     raise AssertionError("no query finds a late moment")
 
 
-def test_what_is_indexed_is_said_before_a_query(page):
+def test_the_start_page_describes_the_index(page):
     assert page.inner_text("#empty-title") == "6 videos to search"
     assert "films" in page.inner_text("#facts")
     assert page.evaluate("document.activeElement.id") == "query"
     assert page.locator(".card").count() == 0
 
 
-def test_what_is_typed_before_the_page_is_ready_stays(page, address):
-    held = []
-    page.route("**/api/indexes*", lambda route: held.append(route))
+def test_text_typed_before_the_page_is_ready_stays(page, address):
+    routes = []
+    page.route("**/api/indexes*", lambda route: routes.append(route))
     page.goto(f"{address}/?again", wait_until="commit")
     page.fill("#query", "a dog")
     until(page, "document.body.classList.contains('busy')")
-    held[0].continue_()
+    routes[0].continue_()
     page.wait_for_selector("#empty:visible")
     assert page.input_value("#query") == "a dog"
     page.press("#query", "Enter")
@@ -201,12 +201,12 @@ def test_the_address_keeps_the_query(open_page):
     search(page, "a dog")
     page.select_option("#index", "whole")
     until(page, "!document.body.classList.contains('busy')")
-    kept = page.evaluate("location.hash")
+    address = page.evaluate("location.hash")
     search(page, "a cat")
     page.go_back()
     page.wait_for_selector('#status:has-text("a dog")')
     assert page.input_value("#query") == "a dog"
-    other = open_page(kept)
+    other = open_page(address)
     other.wait_for_selector(".card")
     assert (other.input_value("#query"), other.input_value("#index")) == ("a dog", "whole")
     # Whole clips alone are in that index.
@@ -252,7 +252,7 @@ def test_upload_of_a_clip(page, films):
     assert not page.is_visible("#captions")
 
 
-def test_upload_of_a_picture(page, tmp_path):
+def test_upload_of_a_picture_and_of_no_video(page, tmp_path):
     pixels = np.full((32, 32, 3), 120, np.uint8)
     Image.fromarray(pixels).save(tmp_path / "grey.png")
     page.set_input_files("#file", tmp_path / "grey.png")
@@ -270,9 +270,6 @@ def test_upload_of_a_picture(page, tmp_path):
     )
     page.wait_for_selector('#status:has-text("results like dropped.png")')
     assert not page.is_visible("#drop")
-
-
-def test_upload_of_something_else(page, tmp_path):
     (tmp_path / "clip.mp4").write_bytes(b"no video at all")
     page.set_input_files("#file", tmp_path / "clip.mp4")
     page.wait_for_selector("#error:visible")
@@ -280,19 +277,15 @@ def test_upload_of_something_else(page, tmp_path):
     assert "\n" not in page.inner_text("#reason").strip()
 
 
-def test_html_in_a_file_name_is_text(page):
+def test_files_with_html_names_without_codec_or_gone(page):
     search(page, "a dog")
-    found = card(page, HTML)
-    assert found.locator(".name").inner_text() == HTML
-    found.click()
+    html = card(page, HTML)
+    assert html.locator(".name").inner_text() == HTML
+    html.click()
     page.wait_for_selector(".moment h2")
     assert page.inner_text(".moment h2") == HTML
     assert page.locator('img[src="x"]').count() == 0
     assert page.title() != "run"
-
-
-def test_what_the_browser_cannot_play_is_offered(page):
-    search(page, "a dog")
     card(page, "old.avi").click()
     page.wait_for_selector('.moment [role="alert"]')
     assert "cannot play" in page.inner_text(".screen")
@@ -300,19 +293,15 @@ def test_what_the_browser_cannot_play_is_offered(page):
     with page.expect_download() as download:
         page.click(".moment a")
     assert download.value.suggested_filename == "old.avi"
-    page.wait_for_selector(".chart")  # its scores are there all the same
-
-
-def test_a_file_that_is_gone(page):
-    search(page, "a dog")
-    found = card(page, "gone.mp4")
-    assert "file is gone" in found.inner_text()
-    found.click()
+    page.wait_for_selector(".chart")  # its scores are shown all the same
+    gone = card(page, "gone.mp4")
+    assert "file is gone" in gone.inner_text()
+    gone.click()
     assert "moved or deleted" in page.inner_text(".moment")
     assert page.locator(OPENED).count() == 0
 
 
-def test_errors(page):
+def test_errors_are_shown_and_retried(page):
     search(page, "a dog")
     page.route("**/api/search?*", lambda route: route.abort())
     page.press("#query", "Enter")
@@ -320,10 +309,10 @@ def test_errors(page):
     assert "does not answer" in page.inner_text("#reason")
     assert page.locator(".card").count() == 0
     page.unroute("**/api/search?*")
-    said = "the index <i>is</i> broken"
-    page.route("**/api/search?*", lambda route: route.fulfill(status=503, json={"error": said}))
+    message = "the index <i>is</i> broken"
+    page.route("**/api/search?*", lambda route: route.fulfill(status=503, json={"error": message}))
     page.click("#retry")
-    page.wait_for_selector(f'#reason:text-is("{said}")')
+    page.wait_for_selector(f'#reason:text-is("{message}")')
     page.unroute("**/api/search?*")
     page.click("#retry")
     page.wait_for_selector(".card")
@@ -342,11 +331,13 @@ MANY |= {"start": 3599.25, "end": 3725.0}
 
 
 def answer_many(page, count):
-    """As many results as are asked for, of so many."""
+    """Answers searches with `count` results, or as many as requested."""
 
     def answer(route):
-        asked = int(urllib.parse.parse_qs(urllib.parse.urlsplit(route.request.url).query)["k"][0])
-        hits = [MANY] * min(asked, count)
+        requested = int(
+            urllib.parse.parse_qs(urllib.parse.urlsplit(route.request.url).query)["k"][0]
+        )
+        hits = [MANY] * min(requested, count)
         route.fulfill(json={"query": "many", "cut": False, "hits": hits})
 
     page.route("**/api/search?*", answer)
@@ -356,9 +347,9 @@ def test_more(page):
     answer_many(page, 40)
     page.fill("#query", "many")
     page.press("#query", "Enter")
-    for shown, said in [(12, "First 12"), (24, "First 24"), (40, "40")]:
+    for shown, count in [(12, "First 12"), (24, "First 24"), (40, "40")]:
         until(page, f"document.querySelectorAll('.card').length === {shown}")
-        assert page.inner_text("#status") == f"{said} results for “many”"
+        assert page.inner_text("#status") == f"{count} results for “many”"
         assert page.is_visible("#more") == (shown < 40)
         if shown < 40:
             page.click("#more")
@@ -397,7 +388,7 @@ def test_many_results_with_long_names(open_page, width):
     assert max(0, header["y"] + header["height"]) <= status["y"] < 300
 
 
-def test_a_query_that_is_cut_is_said(page):
+def test_a_truncated_query_is_reported(page):
     search(page, "dog")
     assert not page.is_visible("#cut")
     page.fill("#query", "dog " * 60)
@@ -407,35 +398,18 @@ def test_a_query_that_is_cut_is_said(page):
 
 
 def test_an_older_answer_never_replaces_a_newer_one(page):
-    held = []
-    page.route("**/api/search?q=slow*", lambda route: held.append(route))
+    routes = []
+    page.route("**/api/search?q=slow*", lambda route: routes.append(route))
     page.fill("#query", "slow")
     page.press("#query", "Enter")
     page.wait_for_selector('#status:has-text("slow")')
     assert page.evaluate("document.body.classList.contains('busy')")
     search(page, "quick")
     with contextlib.suppress(Exception):  # the page has given it up
-        held[0].fulfill(json={"query": "slow", "cut": False, "hits": []})
+        routes[0].fulfill(json={"query": "slow", "cut": False, "hits": []})
     page.wait_for_timeout(300)
     assert "quick" in page.inner_text("#status")
     assert page.locator(".card").count() == 6
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_phone(open_page, scheme):
-    size = {"width": 390, "height": 844}
-    page = open_page(viewport=size, color_scheme=scheme, has_touch=True)
-
-    def assert_fits():
-        assert page.evaluate("document.documentElement.scrollWidth") <= 390
-
-    assert_fits()
-    page.click("summary")
-    search(page, "a rather long query that a phone cannot show in one line")
-    assert_fits()
-    card(page, HTML).tap()
-    page.wait_for_selector(".chart")
-    assert_fits()
 
 
 def luminance(colour):
@@ -445,23 +419,29 @@ def luminance(colour):
     return float(linear @ [0.2126, 0.7152, 0.0722])
 
 
-def test_dark_mode_and_contrast(open_page):
-    papers = {}
-    for scheme in ("light", "dark"):
-        page = open_page(color_scheme=scheme)
-        search(page, "a dog")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone_in_light_and_dark(open_page, scheme):
+    size = {"width": 390, "height": 844}
+    page = open_page(viewport=size, color_scheme=scheme, has_touch=True)
+    width = "document.documentElement.scrollWidth"
+    assert page.evaluate(width) <= 390
+    page.click("summary")
+    search(page, "a rather long query that a phone cannot show in one line")
+    assert page.evaluate(width) <= 390
 
-        def colour(selector, which, page=page):
-            return luminance(
-                page.eval_on_selector(selector, f"node => getComputedStyle(node).{which}")
-            )
+    def colour(selector, which):
+        value = page.eval_on_selector(selector, f"node => getComputedStyle(node).{which}")
+        return luminance(value)
 
-        papers[scheme] = paper = colour("body", "backgroundColor")
-        for text, under in (
-            (colour("body", "color"), paper),
-            (colour("#status", "color"), paper),
-            (colour(".card .score", "color"), colour(".card", "backgroundColor")),
-            (colour("#search", "color"), colour("#search", "backgroundColor")),
-        ):
-            assert (max(text, under) + 0.05) / (min(text, under) + 0.05) > 4.5
-    assert papers["dark"] < 0.05 < 0.8 < papers["light"]
+    paper = colour("body", "backgroundColor")
+    assert paper < 0.05 if scheme == "dark" else paper > 0.8
+    for text, under in (
+        (colour("body", "color"), paper),
+        (colour("#status", "color"), paper),
+        (colour(".card .score", "color"), colour(".card", "backgroundColor")),
+        (colour("#search", "color"), colour("#search", "backgroundColor")),
+    ):
+        assert (max(text, under) + 0.05) / (min(text, under) + 0.05) > 4.5
+    card(page, HTML).tap()
+    page.wait_for_selector(".chart")
+    assert page.evaluate(width) <= 390

@@ -1,5 +1,6 @@
 """Our datasets for scenic's trainers: endless iterators of batches with an axis for the devices."""
 
+import functools
 import importlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -51,10 +52,7 @@ def build(
     Raises:
         UserError: a field is unknown or not supported here, or the data do not fit it.
     """
-    if dataset_service_address:
-        raise UserError("dataset_service_address: vop_jax reads its records without tf.data")
-    if dtype_str not in ("uint8", "float32"):
-        raise UserError(f"config.data_dtype_str={dtype_str!r}: allowed are 'uint8', 'float32'")
+    _check_arguments(dtype_str, dataset_service_address)
     fields = dict(dataset_configs)
     size, slots = fields.pop(CROP_SIZE, None) or 224, fields.pop(WORDS, None) or 77
     data = _data_config(fields)
@@ -63,26 +61,17 @@ def build(
     validates = bool(data.val_share or fields.get("val_split"))
     train, valid, test = _splits(data, validates)
     tokenize = CaptionTokenizer(slots)
-    training = train_batches(
-        train,
-        tokenize,
-        _batch_spec(data, batch_size, size),
-        augmentation=Augmentation(tuple(data.crop_scale), data.flip) if data.augment else None,
-        seed=shuffle_seed,
-        workers=data.workers,
-        cache_gb=data.cache_gb,
-    )
+    augmentation = Augmentation(tuple(data.crop_scale), data.flip) if data.augment else None
+    loading = {"seed": shuffle_seed, "workers": data.workers, "cache_gb": data.cache_gb}
+    train_spec = _batch_spec(data, batch_size, size)
+    training = train_batches(train, tokenize, train_spec, augmentation=augmentation, **loading)
 
-    def as_scenic(batches: Iterator[Batch]) -> Iterator[Batch]:
-        return (_as_scenic(batch, num_shards, dtype_str) for batch in batches)
-
-    def evaluation(split: Split) -> Iterator[Batch]:
-        return as_scenic(_repeat(split, tokenize, _batch_spec(data, eval_batch_size, size)))
-
+    eval_spec = _batch_spec(data, eval_batch_size, size)
+    convert = functools.partial(_as_scenic, shards=num_shards, dtype=dtype_str)
     return importlib.import_module("scenic.dataset_lib.dataset_utils").Dataset(
-        train_iter=as_scenic(training),
-        valid_iter=evaluation(valid) if valid else None,
-        test_iter=evaluation(test),
+        train_iter=map(convert, training),
+        valid_iter=map(convert, _repeat(valid, tokenize, eval_spec)) if valid else None,
+        test_iter=map(convert, _repeat(test, tokenize, eval_spec)),
         meta_data={
             "input_shape": (-1, data.frames, size, size, 3),
             "input_dtype": np.dtype(dtype_str),
@@ -93,6 +82,13 @@ def build(
             "target_is_onehot": False,
         },
     )
+
+
+def _check_arguments(dtype_str: str, dataset_service_address: str | None) -> None:
+    if dataset_service_address:
+        raise UserError("dataset_service_address: vop_jax reads its records without tf.data")
+    if dtype_str not in ("uint8", "float32"):
+        raise UserError(f"config.data_dtype_str={dtype_str!r}: allowed are 'uint8', 'float32'")
 
 
 def _data_config(fields: Mapping[str, Any]) -> ConfigDict:
