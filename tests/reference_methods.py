@@ -31,7 +31,9 @@ class Reference:
     def __init__(self, params, method, depth, patch):
         self.p = {key: np.asarray(value, np.float64) for key, value in params.items()}
         self.m, self.name, self.depth, self.patch = method, method.name, depth, patch
-        self.split = method.split_layer if "vop_f" in method.name else depth["visual"]
+        joins = "vop_f" in method.name and method.branches != "text"
+        self.split = method.split_layer if joins else depth["visual"]
+        self.generates = method.name.endswith("c") and method.branches != "text"
         last = method.last_layer or max(depth.values())
         self.prompted = [layer for layer in range(method.first_layer - 1, last)]
 
@@ -146,7 +148,7 @@ class Reference:
         nothing = np.zeros((0, cls.shape[1]))
         generic = self.prompts("visual", layer, nothing)
         own = self.prompts("position", layer, [nothing] * len(cls))
-        if self.name.endswith("c") and layer in self.prompted:
+        if self.generates and layer in self.prompted:
             if self.m.cmm_role == "prompts":
                 own = self.context(cls)
             else:

@@ -83,7 +83,7 @@ class ReferenceVop:
 
     def _encode_caption(self, ids: torch.Tensor) -> torch.Tensor:
         eot = int(ids.argmax())
-        at = eot if self.suffix_mode == "eot" else len(ids) - 1  # the suffix is right before it
+        at = eot if self.suffix_mode == "eot" else len(ids) - 1  # right after the suffix
         x = self.clip("token_embedding.weight")[ids]  # [slots, D]
         first, added = self.prefix.shape[1], self.prefix.shape[1] + self.suffix.shape[1]
         for layer, (prefix, suffix) in enumerate(zip(self.prefix, self.suffix, strict=True)):

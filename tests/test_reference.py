@@ -1,23 +1,21 @@
 """A released checkpoint, converted and loaded, gives the features of an independent VoP."""
 
 import dataclasses
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 import vop_jax
-from tests import checkpoints, processes
+from tests import checkpoints
 from tests.peers import import_open_clip
+from vop_jax import convert
 from vop_jax.config.clip import PRESETS, ClipConfig
-from vop_jax.tuning.prompt_set import load_prompts, save_prompts
+from vop_jax.tuning.prompt_set import load_prompts, released_method, save_prompts
 
 torch = pytest.importorskip("torch", reason="the reference is a PyTorch model")
 
 from tests.reference_vop import SUFFIXES, ReferenceVop  # noqa: E402  it imports torch
 
-ROOT = Path(__file__).parents[1]
 TOLERANCE = 1e-5  # of the largest difference between unit features; 1e-4 is required
 # Real captions need the real vocabulary and 77 positions; two heads and one by width // 64.
 ODD = ClipConfig(24, 8, 128, 3, 2, 40, 4, 1, 20)
@@ -40,16 +38,15 @@ CAPTIONS = [
         pytest.param((PRESETS["ViT-B/32"], 8), id="ViT-B/32", marks=pytest.mark.slow),
     ],
 )
-def released(request, tmp_path_factory):
-    """(sizes, state dict, converted clip, converted prompts), by the command line."""
+def released(request, tmp_path_factory, quiet):
+    """(sizes, state dict, converted clip, converted prompts)."""
     sizes, visual_prompts = request.param
     folder = tmp_path_factory.mktemp("released")
     state = checkpoints.released_state(checkpoints.openai_state(sizes), visual_prompts, 8)
     source = checkpoints.save_torch(folder / "VoP.pth", state, "state_dict")
     clip, prompts = folder / "clip.safetensors", folder / "prompts.safetensors"
-    command = [sys.executable, "tools/convert_clip_weights.py", f"--source={source}"]
-    command += [f"--output={clip}", f"--prompts-output={prompts}"]
-    processes.run(command, cwd=ROOT, check=True)
+    flags = [f"--source={source}", f"--output={clip}", f"--prompts-output={prompts}"]
+    assert convert.main(flags) == 0
     return sizes, {k: torch.from_numpy(np.array(v)) for k, v in state.items()}, clip, prompts
 
 
@@ -59,7 +56,7 @@ def frames_of(sizes, videos=2, count=3):
 
 
 def token_ids(slots):
-    """Ids by open_clip's tokenizer, cut as the released code does."""
+    """Ids by open_clip's tokenizer, truncated as the released code does."""
     return import_open_clip().SimpleTokenizer()(CAPTIONS, context_length=slots)
 
 
@@ -67,11 +64,11 @@ def token_ids(slots):
 def test_text_features_equal_the_reference(released, suffix, tmp_path):
     sizes, state, clip, prompts = released
     if suffix != "released":
-        found = load_prompts(prompts)
-        method = dataclasses.replace(found.method, suffix=suffix)
+        loaded = load_prompts(prompts)
+        fields = {f.name: getattr(loaded, f.name) for f in dataclasses.fields(loaded)}
+        fields["method"] = dataclasses.replace(loaded.method, suffix=suffix)
         prompts = tmp_path / "prompts.safetensors"
-        given = {f.name: getattr(found, f.name) for f in dataclasses.fields(found)}
-        save_prompts(prompts, given.pop("params"), **{**given, "method": method})
+        save_prompts(prompts, fields.pop("params"), **fields)
     expected = ReferenceVop(state, suffix).encode_text(token_ids(sizes.context_length - 8))
     features = vop_jax.load(clip, prompts).embed_text(CAPTIONS)
     assert np.abs(features - expected.numpy()).max() <= TOLERANCE
@@ -98,13 +95,10 @@ def test_prompts_and_the_place_of_the_suffix_matter_to_the_reference(released):
     assert (video - ReferenceVop(without).encode_video(frames)).abs().max() > 0.01
 
 
-def test_prompts_say_what_they_are(released):
+def test_the_converted_prompt_set_describes_itself(released):
     sizes, state, _, prompts = released
-    found = load_prompts(prompts)
+    loaded = load_prompts(prompts)
     visual = state["module.visual_prompt_learner.visual_prompts"]
-    assert found.clip_config == sizes
-    assert found.method.name == "vop"
-    assert found.method.suffix == "released"
-    assert found.method.visual_prompts == visual.shape[2]
-    assert (found.method.text_prefix, found.method.text_suffix) == (4, 4)
-    np.testing.assert_array_equal(found.params["prompts"]["visual"], visual[:, 0])
+    assert loaded.clip_config == sizes
+    assert loaded.method == released_method(visual.shape[2], 8)
+    np.testing.assert_array_equal(loaded.params["prompts"]["visual"], visual[:, 0])

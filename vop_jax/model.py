@@ -1,19 +1,19 @@
 """The paper: captions and videos become embeddings in one space, by CLIP and a method's parts.
 
-Both encoders read embed -> prompts -> blocks -> project. With c the CLS token of a frame, E its
-patches, W the words of a caption, and `layer` a frozen block of CLIP, layer i computes
+Both encoders read embed -> prompts -> blocks -> project. Equations have the numbers of
+docs/paper.md. c is the CLS token of a frame and E its patches; s, w, e are SOS, words and EOT of a
+caption; Layer_i is a frozen block of CLIP, and P_i, A_i, Z_i are its prompts.
 
-    text              [SOS, _, W, _, EOT] = layer([SOS, prefix_i, W, suffix_i, EOT])
-    vision            [c, _, E] = layer([c, P_i, E])                   P_i is shared by all frames
-    position (P)      [c_j, _, E_j] = layer([c_j, P_i, P_ij, E_j])     P_ij belongs to position j
-    context (C)       as P, but P_ij = FC(CMM(c_1 … c_F))_j            is made from the CLS tokens
-    function (F)      [c_1 … c_F, _, E_1 … E_F] = layer([c_1 … c_F, P_i, E_1 … E_F])
+    (1)  [c, _, E] = Layer_i([c, P_i, E])                                  encode_frames
+    (2)  v = unit(mean over frames of unit(W_v LN(c)))                     encode_video
+    (3)  [s, _, w, _, e] = Layer_i([s, A_i, w, Z_i, e])                    encode_text
+    (4)  t = unit(W_t LN(e))                                               encode_text
+    (5)  the loss of v and t                                               training/step.py
+    (6)  prompts of frame j generated from c_1 … c_F                       tuning/context.py
+    (7)  [c_1 … c_F, _, E_1 … E_F] = Layer_i([c_1 … c_F, P_i, E_1 … E_F])  encode_frames
 
-where F holds after the split layer only. The outputs "_" at prompt positions are dropped, and the
-next layer's prompts take their place (the paper's equations 3 to 6). So prompts are extra keys and
-values of the attention, and never part of the sequence. `tuning/prompts.py` has P_i, P_ij and
-where they stand; `tuning/context.py` has FC and the context modelling module CMM;
-`training/step.py` has the loss.
+The outputs "_" at prompt positions are dropped: the next layer has prompts of its own. So prompts
+are extra keys and values of the attention and never part of the sequence.
 """
 
 from typing import Any
@@ -61,17 +61,20 @@ class TextVideoModel(nn.Module):
         return self.encode_video(frames), self.encode_text(ids)
 
     def encode_video(self, frames: jax.Array) -> jax.Array:
-        """uint8 [B, F, S, S, 3] -> unit rows [B, E], float32: the mean of the frames' features."""
+        """uint8 [B, F, S, S, 3] -> unit rows [B, E], float32. Equation (2)."""
         return unit(self.encode_frames(frames).mean(axis=1))
 
     def encode_frames(self, frames: jax.Array) -> jax.Array:
-        """uint8 [B, F, S, S, 3] -> unit rows [B, F, E], float32: each frame as part of its clip."""
+        """uint8 [B, F, S, S, 3] -> unit rows [B, F, E], float32: each frame as part of its clip.
+
+        Equation (1) up to the split layer, (7) after it.
+        """
         tower, (batch, count) = self.clip.visual, frames.shape[:2]
         split_layer = self.method.resolved_split_layer(self.clip_config.vision_layers)
         x = tower.embed(frames.reshape(-1, *frames.shape[2:]))  # [B * F, 1 + G, D]
         for layer, block in enumerate(tower.blocks):
             across_frames = layer >= split_layer
-            if layer == split_layer:  # from here on all frames of a clip are one sequence
+            if layer == split_layer:  # eq. (7): all frames of a clip are one sequence
                 x = self.prompts.join_frames(x.reshape(batch, count, *x.shape[1:]))
             cls_count = count if across_frames else 1  # CLS tokens at the start of a sequence
             prompts = None
@@ -99,7 +102,7 @@ class TextVideoModel(nn.Module):
     def encode_text(self, ids: jax.Array) -> jax.Array:
         """int32 [N, T] -> unit rows [N, E], float32; T is at most `method.text_slots`.
 
-        Fewer slots give the same rows as long as they contain each caption's EOT.
+        Equations (3) and (4). Fewer slots give the same rows if they contain each caption's EOT.
         """
         self._check_slots(ids.shape[1])
         tower, layout = self.clip.text, TextLayout.of(ids, self.method)
@@ -107,7 +110,7 @@ class TextVideoModel(nn.Module):
         x = tower.embed(ids)  # [N, T, D]
         for layer, block in enumerate(tower.blocks):
             prompts = self._text_prompts_at(layer, layout)
-            if layer == 0:  # the first prompts alone have positions, and shift those of the words
+            if layer == 0:  # only the first prompts have positions; they shift the words'
                 words = jnp.arange(ids.shape[1])[None] if prompts is None else layout.words
                 x = x + tower.positions(words)
             query_positions = eot if block is tower.blocks[-1] else None
@@ -172,7 +175,7 @@ class TextVideoModel(nn.Module):
             for adapter in (*self.adapters.visual, *self.adapters.text):
                 adapter(jnp.zeros((1, adapter.width), self.dtype))
 
-    @nn.nowrap  # else a Clip that is made within becomes its child
+    @nn.nowrap  # so that a Clip created inside does not become its child
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """All parameters' shapes, sorted by name; nothing is computed."""
         clip = parameter_shapes(self.clip_config)

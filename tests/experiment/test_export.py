@@ -281,7 +281,7 @@ def test_a_full_disk_leaves_what_was_there(
     [
         (
             {"name": "vop_f"},
-            "holds method vop alone, not vop_f; train with --config.method.name=vop",
+            "method.name='vop', not 'vop_f'; train with --config.method.name=vop",
         ),
         ({"suffix": "eot"}, "not 'eot'; train with --config.method.suffix=released"),
         (
@@ -290,7 +290,7 @@ def test_a_full_disk_leaves_what_was_there(
         ),
         ({"branches": "text"}, "holds prompts of both towers"),
         ({"visual_prompts": 0}, "holds prompts of both towers"),
-        ({"last_layer": 1}, "last_layer=1; train with --config.method.first_layer=1"),
+        ({"last_layer": 1}, "last_layer=0, not 1; train with --config.method.last_layer=0"),
         ({}, "CLIP's vision_heads=1, not 2; train over a CLIP such as"),
     ],
 )

@@ -13,10 +13,9 @@ from benchmarks.collectives import collectives
 from tests import tiny
 from vop_jax.clip.remat import Remat
 from vop_jax.clip.weights import cast_frozen
-from vop_jax.config.base import base_config
 from vop_jax.storage.tensors import flatten
 from vop_jax.training import sharding
-from vop_jax.training.step import TrainState, loss_and_gradient, make_optimizer, make_train_step
+from vop_jax.training.step import loss_and_gradient
 from vop_jax.tuning.methods import MethodConfig
 from vop_jax.tuning.partition import merge, partition
 
@@ -25,8 +24,8 @@ METHODS = ("vop", "vop_c", "vop_f", "adapter_attn", "full")
 OPTIONS: dict[str, dict[str, Any]] = {
     "dots": {"remat": "dots"},
     "remat": {"remat": "full"},
-    "chunks": {"frame_chunk": 2},
-    "microbatches": {"microbatches": 2},
+    "chunks": {"frame_chunk": 4},
+    "microbatches": {"microbatches": 4},
     "blocks": {"kernel": "blocks"},
     "all": {"remat": "full", "frame_chunk": 1, "microbatches": 2, "kernel": "blocks"},
 }
@@ -37,6 +36,7 @@ CASES = [
     for case in ((m, o, d) for m in METHODS for o in OPTIONS for d in (1, 8))
 ]
 CASES.append(pytest.param("vop_p", "chunks", 1))  # prompts shared by frames of one position
+CASES.append(pytest.param("vop_p", "microbatches", 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,57 +81,28 @@ class Setting:
 
 
 @functools.cache
-def plain_setting(method):
-    return Setting(method)
-
-
-@functools.cache
-def expected_of(method):
-    setting = plain_setting(method)
-    return jax.tree.map(np.asarray, setting.program(*setting.arguments))
+def plain(method):
+    """(loss and gradient, bytes of activations) without the options."""
+    setting = Setting(method)
+    values = jax.tree.map(np.asarray, setting.program(*setting.arguments))
+    return values, setting.program.memory_analysis().temp_size_in_bytes
 
 
 @pytest.mark.parametrize(("method", "options", "devices"), CASES)
 def test_loss_and_gradient_are_the_same(method, options, devices):
     setting = Setting(method, devices, **OPTIONS[options])
     loss, gradient = setting.program(*setting.arguments)
-    expected, right = expected_of(method)
+    (expected, right), activations = plain(method)
     np.testing.assert_allclose(loss, expected, atol=1e-5)
     right, gradient = flatten(right), flatten(gradient)
     assert right.keys() == gradient.keys()
     assert max(abs(leaf).max() for leaf in right.values()) > 1e-3  # there is something to get wrong
     for name, leaf in right.items():
         np.testing.assert_allclose(gradient[name], leaf, atol=1e-5, err_msg=name)
-
-
-def trained(setting, steps=2):
-    """The losses and prompts of some steps."""
-    config = base_config().train
-    config.update(warmup=0.0)
-    optimizer = make_optimizer(config)
-    step = jax.jit(make_train_step(setting.model, optimizer, setting.mesh, setting.microbatches))
-    trainable, frozen, batch = setting.arguments
-    state = sharding.place(setting.mesh, TrainState.create(trainable, optimizer))
-    losses = []
-    for _ in range(steps):
-        state, metrics = step(state, frozen, batch)
-        losses.append(float(metrics["loss"]))
-    return losses, flatten(state.trainable)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("devices", [1, 8])
-@pytest.mark.parametrize("method", ["vop", "vop_c", "vop_f", "adapter_attn"])
-def test_steps_learn_the_same(method, devices):
-    losses, learnt = trained(Setting(method, devices, **OPTIONS["all"]))
-    expected, right = trained(Setting(method))
-    np.testing.assert_allclose(losses, expected, atol=1e-5)
-    assert losses[1] != losses[0]
-    # AdamW divides a gradient by its size: where it is nearly zero, rounding moves the parameter.
-    # Of the thousands of the LSTM's weights one is, by 1.4e-5 of the 1e-2 that it moved.
-    atol = 5e-5 if method == "vop_c" else 1e-5
-    for name, leaf in right.items():
-        np.testing.assert_allclose(learnt[name], leaf, atol=atol, err_msg=name)
+    # By the account of the CPU's compiler, which is of no use for `remat` without chunks: it
+    # schedules what is computed again as early as it can.
+    if options in ("chunks", "microbatches") and devices == 1:
+        assert setting.program.memory_analysis().temp_size_in_bytes < 0.8 * activations
 
 
 @pytest.mark.slow
@@ -146,15 +117,6 @@ def test_rows_stay_where_they_are(method):
     everything, kinds = sent(Setting(method, 8, **OPTIONS["all"]))
     nothing, plain_kinds = sent(Setting(method, 8))
     assert kinds == plain_kinds and everything <= 1.02 * nothing
-
-
-@pytest.mark.parametrize("option", ["frame_chunk", "microbatches"])
-def test_memory_is_saved(option):
-    """By the account of the CPU's compiler, which is of no use for `remat` without chunks: it
-    schedules what is computed again as early as it can."""
-    plain, thrifty = plain_setting("vop_p"), Setting("vop_p", **{option: 4})
-    plain, thrifty = (s.program.memory_analysis().temp_size_in_bytes for s in (plain, thrifty))
-    assert thrifty < 0.8 * plain
 
 
 def test_chunks_are_equal_and_at_most_as_large_as_configured():

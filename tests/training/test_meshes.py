@@ -34,7 +34,7 @@ OPENAI_SCALE = np.float32(4.6052)  # as in their ViT-B/32: ln 100
 class Trained:
     """A method after some steps on a mesh."""
 
-    def __init__(self, name, shape):
+    def __init__(self, name, shape, embed):
         method = MethodConfig(name, frames=tiny.FRAMES, visual_prompts=2, specific_prompts=1)
         mesh, (model, params) = sharding.make_mesh(*shape), tiny.model_and_params(method)
         if name == "full":
@@ -53,24 +53,25 @@ class Trained:
             batch = sharding.to_global(mesh, rows)
             state, metrics = step(state, frozen, batch)
             self.losses.append(float(metrics["loss"]))
-        self.state = state
-        encode_video, encode_text = make_encoders(model, mesh)
-        params = merge(state.trainable, frozen)
-        self.videos = np.asarray(encode_video(params, batch["frames"]))
-        self.texts = np.asarray(encode_text(params, batch["ids"]))
+        self.state, self.embeddings = state, []
+        if embed:
+            params, rows = merge(state.trainable, frozen), (batch["frames"], batch["ids"])
+            for encode, x in zip(make_encoders(model, mesh), rows, strict=True):
+                self.embeddings.append(np.asarray(encode(params, x)))
 
 
 @functools.cache
-def on_one_device(name):
-    return Trained(name, (1, 1, 1))
+def on_one_device(name, embed):
+    return Trained(name, (1, 1, 1), embed)
 
 
 @pytest.mark.parametrize(("name", "shape"), CASES, ids=str)
 def test_every_mesh_learns_the_same(name, shape):
-    one, many = on_one_device(name), Trained(name, shape)
+    embed = (name, shape) not in QUICK
+    one, many = on_one_device(name, embed), Trained(name, shape, embed)
     np.testing.assert_allclose(many.losses, one.losses, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(many.videos, one.videos, atol=1e-5)
-    np.testing.assert_allclose(many.texts, one.texts, atol=1e-5)
+    for a, b in zip(many.embeddings, one.embeddings, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
     learnt = flatten(sharding.to_host(many.state.trainable))
     if name == "full":
         scale = learnt["clip/logit_scale"]

@@ -21,7 +21,7 @@ from vop_jax.training.step import Batch, Metrics, TrainState
 
 HELP = (
     "config.compute.remat='full', compute.frame_chunk, train.microbatches, compute.dtype="
-    "'bfloat16', mesh.fsdp or a smaller train.batch_size (docs/memory.md says which first)"
+    "'bfloat16', mesh.fsdp or a smaller train.batch_size (docs/guides/memory.md says which first)"
 )
 
 

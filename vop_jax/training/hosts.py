@@ -1,6 +1,6 @@
 """Several processes, one run: how they start, share results, and stop together.
 
-A run of one process uses the same functions; there they wait for nobody.
+In a run of one process the same functions return at once.
 """
 
 import glob

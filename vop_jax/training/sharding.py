@@ -4,7 +4,7 @@
     fsdp    rows of a batch too; large parameters and their optimizer state are sharded over it
     model   attention heads and the MLP's inner width; its devices share one set of rows
 
-The order is the order of distance: neighbours on `model` talk most and lie closest.
+The axes are in the order of distance: neighbours on `model` communicate most and are closest.
 """
 
 import math

@@ -40,7 +40,7 @@ class TrainState:
 
 
 def symmetric_cross_entropy(text: jax.Array, video: jax.Array, temperature: jax.Array) -> jax.Array:
-    """CLIP's loss over a batch of pairs: row i of one side belongs to row i of the other.
+    """CLIP's loss over a batch of pairs, equation (5) of docs/paper.md; row i belongs to row i.
 
     It is written over the global batch: under `jit` with sharded rows the compiler gathers the
     embeddings, so that every device compares with all negatives.

@@ -110,7 +110,7 @@ class MetricWriter(NoWriter):
         if dropped := len(lines) - len(self.lines):
             message = "%s: %d evaluations of other clips, captions or CLIP are left out"
             logging.warning(message, self._path, dropped)
-        # Objects in a bucket cannot grow; there the file, which is small, is written anew.
+        # Objects in a bucket cannot grow; there the file, which is small, is rewritten.
         self._appends, self._file = "://" not in os.fspath(workdir), None
         self._second = TensorBoard(workdir, resume_step) if second is None else second
         self._rewrite()

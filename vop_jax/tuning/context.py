@@ -1,7 +1,9 @@
 """Context-specific prompts: each frame's own prompts, generated from all frames of its clip.
 
-The context modelling module (CMM) runs over the F CLS tokens that enter a layer; a dense layer (FC)
-makes the frame's own prompts from each modulated token. All layers share both.
+    (6)  [m_1 … m_F] = CMM([c_1 … c_F])        over the CLS tokens that enter a layer
+         C_j = split(FC(m_j))                  P * D numbers become the P prompts of frame j
+
+The context modelling module (CMM) and the dense layer (FC) are shared by all layers.
 """
 
 import flax.linen as nn
@@ -23,7 +25,7 @@ Frame = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 
 class Context(nn.Module):
-    """CMM and FC: the CLS tokens of a clip [B, F, D] -> `tokens` prompts per frame [B, F, P, D]."""
+    """Equation (6): the CLS tokens of a clip [B, F, D] -> prompts of its frames [B, F, P, D]."""
 
     method: MethodConfig
     width: int

@@ -33,7 +33,7 @@ FRAME_TABLES = (
 
 @dataclasses.dataclass(frozen=True)
 class PromptSet:
-    """What `load_prompts` reads.
+    """A trained prompt set, as `load_prompts` reads it.
 
     Attributes:
         params: the trained subtree, e.g. {"prompts": {"visual": [L, P, D], "text": …}}.
@@ -158,7 +158,7 @@ def _frame_axis(name: str) -> int | None:
 
 def _resample(table: np.ndarray, frames: int, axis: int) -> np.ndarray:
     # Row j stands for the middle of the j-th of F equal segments of the clip, as in uniform
-    # sampling; before the first and after the last middle the outermost rows hold.
+    # sampling; before the first and after the last middle the outermost rows apply.
     old = table.shape[axis]
     position = np.clip((np.arange(frames) + 0.5) * old / frames - 0.5, 0, old - 1)
     low = np.floor(position).astype(int)
@@ -188,29 +188,24 @@ def check_released(where: str, method: MethodConfig, clip: ClipConfig) -> None:
 
     The message names the settings to train with instead.
     """
-    if method.name != "vop":
-        raise UserError(
-            f"{where}: holds method vop alone, not {method.name}; train with "
-            "--config.method.name=vop --config.method.suffix=released"
-        )
-    if not method.visual_tokens or not method.text_tokens:
+    text = method.text_prefix + method.text_suffix
+    if method.branches != "both" or not (method.visual_prompts and text):
         raise UserError(
             f"{where}: holds prompts of both towers; this method has them in one; train with "
             "--config.method.branches=both and prompts in both towers"
         )
-    released = released_method(method.visual_tokens, method.text_tokens)
-    for key in ("suffix", "text_prefix", "text_suffix"):
-        ours, theirs = getattr(method, key), getattr(released, key)
-        if ours != theirs:
-            raise UserError(
-                f"{where}: the released code computes method.{key}={theirs!r}, not {ours!r}; "
-                f"train with --config.method.{key}={theirs}"
-            )
-    if any(method.layers(n) != range(n) for n in (clip.vision_layers, clip.text_layers)):
+    # A last layer that is the deepest one means the same as 0.
+    deepest = max(clip.vision_layers, clip.text_layers)
+    last_layer = method.last_layer if method.last_layer < deepest else 0
+    ours = dataclasses.asdict(dataclasses.replace(method, last_layer=last_layer))
+    theirs = dataclasses.asdict(released_method(method.visual_prompts, text))
+    keys = ("name", "suffix", "text_prefix", "text_suffix", "first_layer", "last_layer")
+    if different := [key for key in keys if ours[key] != theirs[key]]:
+        key = different[0]
+        settings = " ".join(f"--config.method.{key}={theirs[key]}" for key in different)
         raise UserError(
-            f"{where}: holds prompts of all layers, not of method.first_layer="
-            f"{method.first_layer}, last_layer={method.last_layer}; train with "
-            "--config.method.first_layer=1 --config.method.last_layer=0"
+            f"{where}: the released code computes method.{key}={theirs[key]!r}, not "
+            f"{ours[key]!r}; train with {settings}"
         )
     openai = dataclasses.replace(
         clip,

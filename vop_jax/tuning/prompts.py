@@ -19,12 +19,12 @@ class Prompts(nn.Module):
     """The prompts of both towers, and the step that joins the frames of a clip.
 
     Parameters, each where the method has it (L counts the prompted layers):
-        text: [L, P, D], shared by all captions: the prefix, then the suffix.
-        visual: [L before the split layer, P, D], generic: shared by all frames.
+        text: [L, P, D], shared by all captions: the prefix A_i, then the suffix Z_i of eq. (3).
+        visual: [L before the split layer, P, D], generic: shared by all frames, eq. (1).
         position: [L before the split layer, F, P, D]: a table shared by all videos.
-        context: the module that generates a frame's prompts from its clip's CLS tokens.
-        video: [L after the split layer, P, D], generic: one set for all frames of a clip.
-        frame_position: [F, D], added to all tokens of a frame where frames are joined.
+        context: the module that generates a frame's prompts from its clip's CLS tokens, eq. (6).
+        video: [L after the split layer, P, D], generic: one set for all frames of a clip, eq. (7).
+        frame_position: [F, D], added to all tokens of a frame where frames are joined, eq. (7).
     """
 
     method: MethodConfig
@@ -48,7 +48,7 @@ class Prompts(nn.Module):
             self.visual = self.param("visual", init, (count, m.visual_tokens - specific, width))
         if count and specific and source == "position":
             self.position = self.param("position", init, (count, m.frames, specific, width))
-        if count and (specific or m.updates_cls) and source in GENERATORS:
+        if count and (specific or m.updates_cls) and source != "position":
             generator = GENERATORS[source]
             self.generator = generator(
                 m, width, specific or 1, c.activation, self.dtype, name=source
