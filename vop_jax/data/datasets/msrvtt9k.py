@@ -5,13 +5,7 @@ import functools
 from etils import epath
 
 from vop_jax.data.clips import VideoClip
-from vop_jax.data.datasets.parsing import (
-    AnnotationFiles,
-    Captions,
-    captions_of_entries,
-    identifier,
-    member,
-)
+from vop_jax.data.datasets.parsing import AnnotationFiles, Captions, captions_of_entries, member
 from vop_jax.data.datasets.source import Benchmark, SplitSize
 
 TEST = ("MSRVTT_JSFUSION_test.csv",)
@@ -31,7 +25,7 @@ def read_split(train: tuple[str, ...], files: AnnotationFiles, split: str) -> li
 def train_ids(files: AnnotationFiles, path: epath.Path) -> list[str]:
     """The ids of a training list, a CSV file with a column `video_id`."""
     rows = files.read_csv(path, ("video_id",))
-    return files.unique(path, [(n, identifier(f"{path}:{n}", name)) for n, (name,) in rows])
+    return files.unique_ids(path, ((line, name) for line, (name,) in rows))
 
 
 def _read_test(files: AnnotationFiles) -> list[VideoClip]:

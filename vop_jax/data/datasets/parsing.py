@@ -1,11 +1,14 @@
-"""Reads annotation files, and says which line of which file is wrong."""
+"""Reads annotation files.
+
+Everything here raises a UserError, with file and line, for content that is not as documented.
+"""
 
 import collections
 import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from etils import epath
@@ -41,11 +44,7 @@ class AnnotationFiles:
         return next((self.folder / name for name in names if (self.folder / name).is_file()), None)
 
     def find(self, names: Sequence[str]) -> epath.Path:
-        """The first of these files that exists.
-
-        Raises:
-            UserError: none exists.
-        """
+        """The first of these files that exists; raises UserError if none does."""
         path = self.find_optional(names)
         if path is None:
             raise UserError(f"{self.folder}: no {' or '.join(names)} in this folder of annotations")
@@ -73,15 +72,10 @@ class AnnotationFiles:
 
     def read_list(self, path: epath.Path) -> list[str]:
         """The ids of a file with one a line; repeated ids are noted."""
-        lines = self.read_lines(path)
-        return self.unique(path, [(n, identifier(f"{path}:{n}", line)) for n, line in lines])
+        return self.unique_ids(path, self.read_lines(path))
 
     def read_csv(self, path: epath.Path, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
-        """(line number, the cells of `columns`) of each row of a CSV file with a header.
-
-        Raises:
-            UserError: a column is missing, or a row is not as long as the header.
-        """
+        """(line number, the cells of `columns`) of each row of a CSV file with a header."""
         rows = read_table(path, read_text(path))
         _, header = next(rows)
         for name in columns:
@@ -96,47 +90,40 @@ class AnnotationFiles:
         """The value of a JSON file; keys that an object has twice are noted."""
         value, repeated = parse_json(path, read_text(path))
         if repeated:
-            self.notes.append(
-                f"{path.name}: {count(repeated, 'key')} repeated; the last one counts"
-            )
+            what = count(repeated, "key")
+            self.notes.append(f"{path.name}: {what} repeated; the last one counts")
         return value
+
+    def unique_ids(self, path: epath.Path, rows: Iterable[tuple[int, str]]) -> list[str]:
+        """The ids of rows (line number, id), each once; repeated ids are noted."""
+        ids: dict[str, None] = {}
+        repeated: dict[str, int] = {}
+        for line, text in rows:
+            name = identifier(f"{path}:{line}", text)
+            if name in ids:
+                repeated.setdefault(name, line)
+            ids[name] = None
+        if repeated:
+            what, line = count(list(repeated), "id"), next(iter(repeated.values()))
+            self.notes.append(f"{path.name}: {what} repeated (line {line}); merged")
+        return list(ids)
 
     def captions_of_rows(
         self, path: epath.Path, rows: Iterable[tuple[int, Sequence[str]]]
     ) -> Captions:
         """The captions of rows (line number, (id, caption)); repeated ids are noted and merged."""
-        captions: Captions = {}
-        lines = []
+        rows = list(rows)
+        captions: Captions = {n: [] for n in self.unique_ids(path, ((n, c[0]) for n, c in rows))}
         for line, (name, text) in rows:
-            name = identifier(f"{path}:{line}", name)
-            lines.append((line, name))
-            captions.setdefault(name, []).append(caption(f"{path}:{line}", text))
-        self.unique(path, lines)
+            captions[name.strip()].append(caption(f"{path}:{line}", text))
         return captions
-
-    def unique(self, path: epath.Path, rows: Iterable[tuple[int, str]]) -> list[str]:
-        """The ids of rows (line number, id), each once; repeated ids are noted."""
-        ids: dict[str, None] = {}
-        repeated: dict[str, int] = {}
-        for line, name in rows:
-            if name in ids:
-                repeated.setdefault(name, line)
-            ids[name] = None
-        if repeated:
-            line = next(iter(repeated.values()))
-            self.notes.append(
-                f"{path.name}: {count(list(repeated), 'id')} repeated (line {line}); merged"
-            )
-        return list(ids)
 
     def without_empty(self, path: epath.Path, captions: Captions) -> Captions:
         """The videos that have a caption that is not empty; empty captions are noted."""
         empty = [name for name, own in captions.items() for text in own if not text]
         if empty:
-            plural = "s" * (len(empty) > 1)
-            self.notes.append(
-                f"{path.name}: {len(empty)} empty caption{plural} left out, first of {empty[0]}"
-            )
+            what = f"{len(empty)} empty caption{'s' * (len(empty) > 1)}"
+            self.notes.append(f"{path.name}: {what} left out, first of {empty[0]}")
         nonempty = {name: [text for text in own if text] for name, own in captions.items()}
         return {name: own for name, own in nonempty.items() if own}
 
@@ -173,11 +160,7 @@ class AnnotationFiles:
 
 
 def read_text(path: epath.Path) -> str:
-    """The text of a UTF-8 file.
-
-    Raises:
-        UserError: it is a folder, or not UTF-8.
-    """
+    """The text of a UTF-8 file."""
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -189,11 +172,7 @@ def read_text(path: epath.Path) -> str:
 def read_table(
     path: epath.Path, text: str, delimiter: str = ","
 ) -> Iterator[tuple[int, list[str]]]:
-    """(line number, cells) of each row of a CSV text that is not blank, the header first.
-
-    Raises:
-        UserError: it is not CSV, or a row is not as long as the header.
-    """
+    """(line number, cells) of each row of a CSV text that is not blank, the header first."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         header = [name.strip() for name in next(reader, [])]
@@ -212,14 +191,7 @@ def read_table(
 
 
 def parse_json(path: epath.Path, text: str, line: int = 1) -> tuple[Any, list[str]]:
-    """A JSON value, and the keys that an object in it has twice.
-
-    Args:
-        line: of the file, where the text begins.
-
-    Raises:
-        UserError: it is not JSON.
-    """
+    """(JSON value, keys that an object in it has twice); the text begins at `line` of a file."""
     repeated: list[str] = []
 
     def to_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -234,18 +206,13 @@ def parse_json(path: epath.Path, text: str, line: int = 1) -> tuple[Any, list[st
     except json.JSONDecodeError as error:
         where = f"{path}:{line - 1 + error.lineno}:{error.colno}"
         raise UserError(f"{where}: not JSON ({error.msg})") from None
-    except ValueError:  # Python reads no integers of thousands of digits
-        raise UserError(f"{path}:{line}: no readable JSON (a number is too long)") from None
-    except RecursionError:
-        raise UserError(f"{path}:{line}: no readable JSON (too deeply nested)") from None
+    except (ValueError, RecursionError) as error:  # Python reads no integers of 5,000 digits
+        why = "a number is too long" if isinstance(error, ValueError) else "too deeply nested"
+        raise UserError(f"{path}:{line}: no readable JSON ({why})") from None
 
 
 def expect(where: str, value: object, kind: type[T]) -> T:
-    """The value, of that type.
-
-    Raises:
-        UserError: it has another type.
-    """
+    """The value, which must be of that type."""
     if not isinstance(value, kind):
         name = TYPE_NAMES.get(type(value), f"a {type(value).__name__}")
         raise UserError(f"{where}: {name}; {TYPE_NAMES[kind]} is needed")
@@ -253,11 +220,7 @@ def expect(where: str, value: object, kind: type[T]) -> T:
 
 
 def member(where: str, value: object, key: str, kind: type[T]) -> T:
-    """`value[key]` of a JSON object, of that type.
-
-    Raises:
-        UserError: `value` is not an object, or lacks the key, or has another type there.
-    """
+    """`value[key]` of a JSON object, which must be of that type."""
     entry = expect(where, value, dict)
     if key not in entry:
         raise UserError(f"{where}: no key {key!r}; found {short(', '.join(entry) or 'nothing')}")
@@ -265,11 +228,7 @@ def member(where: str, value: object, key: str, kind: type[T]) -> T:
 
 
 def caption(where: str, value: object) -> str:
-    """A caption without surrounding white space.
-
-    Raises:
-        UserError: it is not text.
-    """
+    """A caption without surrounding white space."""
     text = expect(where, value, str).strip()
     if UNPRINTABLE.search(text):
         raise UserError(f"{where}: a caption with a NUL or half a character (lone surrogate)")
@@ -277,11 +236,7 @@ def caption(where: str, value: object) -> str:
 
 
 def identifier(where: str, value: object) -> str:
-    """An id or file name without surrounding white space.
-
-    Raises:
-        UserError: no file can have this name.
-    """
+    """An id or file name without surrounding white space."""
     name = expect(where, value, str).strip()
     if not name.isprintable() or name in ("", ".", "..") or "/" in name or "\\" in name:
         raise UserError(f"{where}: {short(name)}; the name of a video, without folders, is needed")
@@ -291,13 +246,10 @@ def identifier(where: str, value: object) -> str:
 def captions_by_id(
     path: epath.Path, value: object, texts_of: Callable[[str, Any], list] | None = None
 ) -> Captions:
-    """The captions of {id: entry}; each is a text or a list of words.
+    """The captions of a JSON object {id: entry}; each is a text or a list of words.
 
     Args:
         texts_of: (place, entry) -> list of captions; None: the entry is that list.
-
-    Raises:
-        UserError: the value is not of this form.
     """
     captions: Captions = {}
     for key, entry in expect(str(path), value, dict).items():
@@ -322,10 +274,9 @@ def captions_of_entries(where: str, entries: list, id_key: str, caption_key: str
     return captions
 
 
-def count(names: Sequence[str] | Mapping[str, Any], what: str) -> str:
+def count(names: Sequence[str], what: str) -> str:
     """How many names there are, and the first."""
-    first = next(iter(names))
-    return f"{len(names)} {what}{'s' * (len(names) > 1)} (first {short(first)})"
+    return f"{len(names)} {what}{'s' * (len(names) > 1)} (first {short(names[0])})"
 
 
 def short(text: str) -> str:
