@@ -42,7 +42,7 @@ PLACES = (
 class Clips(Folder):
     """The kind `clips`."""
 
-    rendered = True
+    kind, rendered = "clips", True
 
     def locations(self, data: Any, workdir: str) -> tuple[str, str]:
         """Renders the clips into `data.videos`, else the workdir; see `Source.locations`."""
@@ -54,7 +54,7 @@ class Clips(Folder):
         return contrasts(caption)
 
 
-DATASET = Clips("clips")
+DATASET = Clips()
 
 
 def render(

@@ -31,6 +31,8 @@ Key = tuple[str, str, float | None, float | None]  # split, video, start, end
 class Folder(Source):
     """Videos of the user's own."""
 
+    kind, protocol, sizes = "folder", "", {}
+
     @property
     def records_name(self) -> str:
         """The same for all kinds of folders: their records do not differ."""
@@ -58,7 +60,7 @@ class Folder(Source):
         return {k: v for k, v in dataset.items() if splits is None or k in splits}, []
 
 
-DATASET = Folder("folder")
+DATASET = Folder()
 
 
 def _exists(path: str) -> bool:

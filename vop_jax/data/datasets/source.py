@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import os
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from etils import epath
 
@@ -30,17 +30,14 @@ class SplitSize:
 
     def difference(self, split: str, videos: int, captions: int) -> str:
         """How a split's size differs from this one; "" if it does not."""
-        for actual, published, what in (
-            (videos, self.videos, "videos"),
-            (captions, self.captions, "captions"),
-        ):
+        sizes = (videos, self.videos, "videos"), (captions, self.captions, "captions")
+        for actual, published, what in sizes:
             if published is not None and abs(actual - published) > self.tolerance * published:
                 about = "about " if self.tolerance else ""
                 return f"{split} has {actual:,} {what}, {about}{published:,} are expected"
         return ""
 
 
-@dataclasses.dataclass(frozen=True)
 class Source(abc.ABC):
     """A dataset that `config.data.kind` names.
 
@@ -52,9 +49,9 @@ class Source(abc.ABC):
     """
 
     kind: str
-    protocol: str = ""
-    sizes: Mapping[str, SplitSize] = dataclasses.field(default_factory=dict)
-    rendered: ClassVar[bool] = False
+    protocol: str
+    sizes: Mapping[str, SplitSize]
+    rendered: bool = False
 
     @property
     def records_name(self) -> str:
@@ -100,11 +97,7 @@ class Source(abc.ABC):
         return {}
 
     def check_sizes(self, counts: Mapping[str, tuple[int, int]]) -> None:
-        """Compares {split: (videos, captions)} with the published sizes.
-
-        Raises:
-            UserError: they differ.
-        """
+        """Raises UserError if {split: (videos, captions)} differ from the published sizes."""
         for split, (videos, captions) in counts.items():
             size = self.sizes.get(split, SplitSize())
             if difference := size.difference(f"{self.kind} {split}", videos, captions):
@@ -120,8 +113,11 @@ class Benchmark(Source):
         read_split: (files, split) -> clips with official paths, relative to the folder of videos.
     """
 
-    files: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
-    read_split: Callable[[AnnotationFiles, str], list[VideoClip]] = lambda files, split: []
+    kind: str
+    protocol: str
+    sizes: Mapping[str, SplitSize]
+    files: Mapping[str, tuple[str, ...]]
+    read_split: Callable[[AnnotationFiles, str], list[VideoClip]]
 
     def read(
         self,
@@ -134,9 +130,8 @@ class Benchmark(Source):
         """See `Source.read`. Files of splits that are not read need not exist."""
         for split in splits or ():
             if split not in self.sizes:
-                raise UserError(
-                    f"{self.kind} has no split {split!r}; there are {', '.join(self.sizes)}"
-                )
+                names = ", ".join(self.sizes)
+                raise UserError(f"{self.kind} has no split {split!r}; there are {names}")
         folder = epath.Path(annotations)
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder of annotations")
@@ -147,7 +142,6 @@ class Benchmark(Source):
                 files = AnnotationFiles(folder)
                 dataset[split] = self.read_split(files, split)
                 notes += files.notes + self._check_split(files, split, dataset, official_sizes)
-        self._check_disjoint(AnnotationFiles(folder), dataset)
         if videos is not None:
             clips, more = locate([clip for own in dataset.values() for clip in own], videos)
             remaining = iter(clips)
@@ -158,7 +152,11 @@ class Benchmark(Source):
     def _check_split(
         self, files: AnnotationFiles, split: str, dataset: Dataset, official_sizes: bool
     ) -> list[str]:
-        """A note if a split's size differs and may differ; earlier notes explain an error."""
+        """Compares a split with its published size and with the splits before it.
+
+        Returns:
+            A note if the size differs and may differ; earlier notes explain an error.
+        """
         clips, path = dataset[split], files.find(self.files[split])
         reasons = "".join(f"; {note}" for note in files.notes)
         if not clips:
@@ -167,17 +165,12 @@ class Benchmark(Source):
         difference = self.sizes[split].difference(f"{self.kind} {split}", len(clips), captions)
         if difference and official_sizes:
             raise UserError(f"{path}: {difference}; {ALLOWING}{reasons}")
-        return [f"{path.name}: {difference}"] if difference else []
-
-    def _check_disjoint(self, files: AnnotationFiles, dataset: Dataset) -> None:
-        """A video in both training and test makes results look better than they are."""
-        split_of: dict[str, str] = {}
-        for split, clips in dataset.items():
-            shared = [clip.id for clip in clips if split_of.setdefault(clip.id, split) != split]
-            if shared:
-                path = files.find(self.files[split])
-                other = files.find(self.files[split_of[shared[0]]])
+        # A video in both training and test makes results look better than they are.
+        for other, others in dataset.items():
+            ids = {clip.id for clip in others if other != split}
+            if shared := [clip.id for clip in clips if clip.id in ids]:
                 raise UserError(
-                    f"{path}: {len(shared)} videos, first {shared[0]}, are also in {other.name}; "
-                    f"the splits of {self.kind} share none"
+                    f"{path}: {len(shared)} videos, first {shared[0]}, are also in "
+                    f"{files.find(self.files[other]).name}; the splits of {self.kind} share none"
                 )
+        return [f"{path.name}: {difference}"] if difference else []

@@ -36,7 +36,7 @@ PLACES = (  # row, column
 class Stills(Folder):
     """The kind `stills`."""
 
-    rendered = True
+    kind, rendered = "stills", True
 
     def locations(self, data: Any, workdir: str) -> tuple[str, str]:
         """Renders the stills into `data.videos`, else the workdir; see `Source.locations`."""
@@ -44,7 +44,7 @@ class Stills(Folder):
         return render(videos), videos
 
 
-DATASET = Stills("stills")
+DATASET = Stills()
 
 
 def render(
