@@ -64,12 +64,8 @@ def save_shards(path, state, **changes):
 FORMATS = {
     "archive.pt": lambda p: checkpoints.save_torchscript(p, STATE, SIZES),
     "state_dict.pt": lambda p: save_torch(p, STATE),
-    "half.pth": lambda p: save_torch(p, {k: v.astype(np.float16) for k, v in STATE.items()}),
     "sizes.pt": lambda p: save_torch(
         p, {**STATE, "input_resolution": np.array(24), "attn_mask": np.maximum(CAUSAL, -65504)}
-    ),
-    "nested.pt": lambda p: save_torch(
-        p, prefixed("module.", STATE), "state_dict", epoch=3, name="run", optimizer={"lr": 0.1}
     ),
     "custom_text.pt": lambda p: save_torch(p, checkpoints.custom_text_state(STATE)),
     "scale.safetensors": lambda p: save_safetensors(
@@ -81,7 +77,7 @@ FORMATS = {
     "compiled.safetensors": lambda p: save_safetensors(
         p, {k.replace("visual.", "visual._orig_mod."): v for k, v in STATE.items()}
     ),
-    "deepspeed.pt": lambda p: save_torch(p, STATE, "module", optimizer={"lr": 0.1}, ds_config={}),
+    "deepspeed.pt": lambda p: save_torch(p, STATE, "module", optimizer={"lr": 0.1}, epoch=3),
     "averaged.pt": lambda p: save_torch(p, STATE, "model", model_ema=tensors(OTHER)),
     "averaged.safetensors": lambda p: save_safetensors(
         p,

@@ -132,7 +132,7 @@ def _check_keys(file: str, config: JsonConfig, keys: ConfigKeys) -> None:
             raise UserError(
                 f"{file}: {key}={config[key]!r:.80}: not supported; allowed is {' or '.join(names)}"
             )
-    known = keys.required.keys() | keys.sizes.keys() | keys.read
+    known = keys.required.keys() | keys.sizes.keys() | keys.used
     for key, value in config.items():
         if key not in known and key.rpartition(".")[2] not in keys.ignored:
             raise UserError(

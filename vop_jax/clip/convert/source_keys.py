@@ -15,13 +15,13 @@ class ConfigKeys(NamedTuple):
     Attributes:
         sizes: key -> (field of `ClipConfig`, its library's default); compared with the tensors.
         required: key -> the values with which the model is a CLIP of this package.
-        read: further keys that `source_config` uses.
+        used: further keys that `source_config` evaluates.
         ignored: keys without effect on features, in any section.
     """
 
     sizes: Mapping[str, tuple[str, int]]
     required: Mapping[str, tuple[Any, ...]]
-    read: frozenset[str]
+    used: frozenset[str]
     ignored: frozenset[str]
 
 
@@ -29,9 +29,10 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-def _both(suffix: str, entries: Mapping[str, Any]) -> dict[str, Any]:
-    """`entries` in the sections of both towers, such as vision_cfg and text_cfg."""
-    return {f"{tower}_{suffix}.{k}": v for tower in ("vision", "text") for k, v in entries.items()}
+def _allow(values: tuple[Any, ...], keys: str) -> dict[str, tuple[Any, ...]]:
+    """{key: values}; `*` in a key stands for both towers, vision and text."""
+    towers = ("vision", "text")
+    return dict.fromkeys((k.replace("*", tower) for k in keys.split() for tower in towers), values)
 
 
 # Heads by width of a tower, where all models in open_clip's list agree.
@@ -57,38 +58,29 @@ OPEN_CLIP = ConfigKeys(
     },
     required={
         "quick_gelu": (True, False),
-        "init_logit_bias": NOTHING,
-        "vision_cfg.timm_model_name": NOTHING,
-        "vision_cfg.attentional_pool": (False,),
-        "vision_cfg.global_average_pool": (False,),
-        "vision_cfg.input_patchnorm": (False,),
-        "vision_cfg.no_ln_pre": (False,),
         "vision_cfg.pos_embed_type": ("learnable",),
         "vision_cfg.pool_type": ("tok",),
-        "text_cfg.hf_model_name": NOTHING,
-        "text_cfg.hf_tokenizer_name": NOTHING,
-        "text_cfg.tokenizer_mode": NOTHING,
-        "text_cfg.tokenizer_kwargs": NOTHING,
-        "text_cfg.embed_cls": (False,),
-        "text_cfg.no_causal_mask": (False,),
         "text_cfg.pool_type": ("argmax",),
         "text_cfg.proj_type": ("linear",),
-        "text_cfg.proj_bias": (False,),
-        **_both(
-            "cfg",
-            dict.fromkeys(
-                _words(
-                    "qk_norm scaled_cosine_attn scale_heads scale_attn_inner scale_attn scale_fc"
-                ),
-                (False,),
-            ),
-        ),
-        **_both("cfg", {"ls_init_value": (None,), "block_type": (None, "default")}),
-        **_both("cfg", {"act_kwargs": (*NOTHING, {"approximate": "none"})}),
-        **_both("cfg", {"norm_kwargs": (*NOTHING, {"eps": 1e-5})}),
         "preprocess_cfg.mode": ("RGB",),
+        **_allow(
+            NOTHING,
+            "init_logit_bias vision_cfg.timm_model_name text_cfg.hf_model_name "
+            "text_cfg.hf_tokenizer_name text_cfg.tokenizer_mode text_cfg.tokenizer_kwargs",
+        ),
+        **_allow(
+            (False,),
+            "vision_cfg.attentional_pool vision_cfg.global_average_pool vision_cfg.input_patchnorm "
+            "vision_cfg.no_ln_pre text_cfg.embed_cls text_cfg.no_causal_mask text_cfg.proj_bias "
+            "*_cfg.qk_norm *_cfg.scaled_cosine_attn *_cfg.scale_heads *_cfg.scale_attn_inner "
+            "*_cfg.scale_attn *_cfg.scale_fc",
+        ),
+        **_allow((None,), "*_cfg.ls_init_value"),
+        **_allow((None, "default"), "*_cfg.block_type"),
+        **_allow((*NOTHING, {"approximate": "none"}), "*_cfg.act_kwargs"),
+        **_allow((*NOTHING, {"eps": 1e-5}), "*_cfg.norm_kwargs"),
     },
-    read=_words("""
+    used=_words("""
         vision_cfg.head_width vision_cfg.mlp_ratio text_cfg.mlp_ratio preprocess_cfg.mean
         preprocess_cfg.std preprocess_cfg.size preprocess_cfg.interpolation
         preprocess_cfg.resize_mode
@@ -139,10 +131,10 @@ HUGGING_FACE = ConfigKeys(
         "vision_config.model_type": ("clip", "clip_vision_model"),
         "text_config.model_type": ("clip", "clip_text_model"),
         "vision_config.num_channels": (3,),
-        **_both("config", {"layer_norm_eps": (1e-5,), "pruned_heads": NOTHING}),
-        "pruned_heads": NOTHING,
+        **_allow((1e-5,), "*_config.layer_norm_eps"),
+        **_allow(NOTHING, "pruned_heads *_config.pruned_heads"),
     },
-    read=_words("vision_config.hidden_act text_config.hidden_act text_config.eos_token_id"),
+    used=_words("vision_config.hidden_act text_config.hidden_act text_config.eos_token_id"),
     # A tower's own `projection_dim` is for the tower as a model of its own.
     ignored=_PRETRAINED
     | _words("""
@@ -154,7 +146,7 @@ HUGGING_FACE = ConfigKeys(
 PREPROCESSOR = ConfigKeys(
     sizes={},
     required={"do_normalize": (True, False), "do_rescale": (True,), "do_pad": (False, None)},
-    read=_words(
+    used=_words(
         "rescale_factor image_mean image_std do_resize size resample do_center_crop crop_size"
     ),
     ignored=_words(
