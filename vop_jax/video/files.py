@@ -1,4 +1,4 @@
-"""What a video file is: its name, whether it is there, and how many bytes it says it has."""
+"""Video files: their names, whether they exist, and the size that their headers state."""
 
 import contextlib
 import functools
@@ -13,7 +13,7 @@ from etils.epath.stat_utils import StatResult
 
 from vop_jax.errors import VideoError
 
-# What names of videos end with, in lower case; also those that a search indexes.
+# Extensions of video files, in lower case; a search indexes files that have one.
 VIDEOS = (
     *(".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".asf", ".flv"),
     *(".f4v", ".3gp", ".3g2", ".ts", ".mts", ".m2ts", ".vob", ".mxf", ".ogv", ".gif", ".divx"),
@@ -22,33 +22,34 @@ VIDEOS = (
 
 
 def stated_bytes(file: BinaryIO, container: str) -> int:
-    """The end of the outermost elements, which hold all others; 0 where the file does not say.
+    """The end of the outermost elements of a file, which hold all others; 0 if it does not say.
 
     Args:
         container: FFmpeg's name of the format.
     """
     for names, end in (("mov", _mp4_end), ("avi", _riff_end), ("matroska", _matroska_end)):
         if container.startswith(names):
-            with contextlib.suppress(ValueError, LookupError, OverflowError):  # of no possible size
+            # Damaged sizes state nothing.
+            with contextlib.suppress(ValueError, LookupError, OverflowError):
                 return end(file)
     return 0
 
 
 def _mp4_end(file: BinaryIO) -> int:
-    """Boxes: 4 bytes of size, 4 of type, and 8 of size where that was 1."""
+    """Boxes: 4 bytes of size, 4 of type; if the size is 1, 8 more bytes hold it."""
     end = 0
     while len(head := _at(file, end, 16)) >= 8:
         size, kind = struct.unpack(">I4s", head[:8])
         if size == 1 and len(head) == 16:
             (size,) = struct.unpack(">Q", head[8:])
-        if size < 8 or not kind.isalnum():  # the last box reaches the end, or there is none
+        if size < 8 or not kind.isalnum():  # a last box without a size, or no box
             break
         end += size
     return end
 
 
 def _riff_end(file: BinaryIO) -> int:
-    """One chunk, of files beyond 1 GB several."""
+    """One chunk; files of more than 1 GB have several."""
     end = 0
     while len(head := _at(file, end, 8)) == 8 and head[:4] == b"RIFF":
         end += 8 + int.from_bytes(head[4:], "little")
@@ -56,13 +57,13 @@ def _riff_end(file: BinaryIO) -> int:
 
 
 def _matroska_end(file: BinaryIO) -> int:
-    """A header and then one segment, whose size a live recording does not know."""
+    """A header and one segment, whose size is unknown in live recordings."""
     end = 0
     for name in (b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"):
         head = _at(file, end, 12)
         if head[:4] != name:
             return 0
-        # The zeros that a size begins with tell how many more bytes it has.
+        # The number of leading zero bits of a size is the number of its further bytes.
         more = 8 - head[4].bit_length()
         size = int.from_bytes(head[4 : 5 + more], "big") - (1 << 7 * (more + 1))
         if size == (1 << 7 * (more + 1)) - 1:
@@ -77,9 +78,9 @@ def _at(file: BinaryIO, position: int, count: int) -> bytes:
 
 
 def name_of(path: str) -> str:
-    """The name of a video without its extensions, of which downloads add some: `ID.mp4.webm`.
+    """The name of a video without its extensions; downloads may have two: `ID.mp4.webm`.
 
-    Accents are composed (NFC); macOS decomposes them in the names of files.
+    Accents are composed (NFC), because macOS decomposes them in file names.
     """
     name = unicodedata.normalize("NFC", posixpath.basename(path))
     while name.lower().endswith(VIDEOS):
@@ -88,10 +89,10 @@ def name_of(path: str) -> str:
 
 
 def stat(path: str | os.PathLike) -> StatResult:
-    """Kind, size and time of a file or folder that a user or an annotation file names.
+    """Kind, size and time of a file or folder that a user or an annotation names.
 
     Raises:
-        VideoError: it is not there or cannot be a file, and why.
+        VideoError: it does not exist or cannot be a file, and why.
     """
     text = os.fspath(path)
     try:
@@ -102,16 +103,16 @@ def stat(path: str | os.PathLike) -> StatResult:
         if os.path.islink(text):
             raise VideoError("a link to what is not there") from None
         raise VideoError("no such file" + _hint(text)) from None
-    except (KeyError, NotImplementedError):  # etils looks the scheme up
+    except (KeyError, NotImplementedError):  # etils does not know the scheme
         scheme = text.partition("://")[0].rpartition("/")[2]
         raise VideoError(f"an address ({scheme}://), not a file; download it") from None
-    except ImportError as error:  # what a bucket needs
+    except ImportError as error:  # names the package that a bucket needs
         raise VideoError(str(error)) from None
     except ValueError:
         raise VideoError("not the name of a file") from None
     except OSError as error:
         raise VideoError(f"cannot be opened ({error.strerror or error})") from None
-    except Exception as error:  # the clients of buckets raise what they like
+    except Exception as error:  # the clients of buckets have errors of their own
         if "://" not in text:
             raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())
@@ -119,17 +120,17 @@ def stat(path: str | os.PathLike) -> StatResult:
 
 
 def _hint(path: str) -> str:
-    """The file of nearly that name, if there is one; names are often given without extension."""
+    """A note about a file of nearly that name: extensions are often missing or wrong."""
     folder, name = os.path.split(path)
-    if "://" in path or name_of(name) not in (there := _names_in(folder or ".")):
+    if "://" in path or name_of(name) not in (files := _files_by_name(folder or ".")):
         return ""
-    other = there[name_of(name)]
+    other = files[name_of(name)]
     same = unicodedata.normalize("NFC", other) == unicodedata.normalize("NFC", name)
     return f", but there is {ascii(other) if same or not other.isprintable() else other}"
 
 
 @functools.lru_cache(4)  # many files of a folder may be missing
-def _names_in(folder: str) -> dict[str, str]:
+def _files_by_name(folder: str) -> dict[str, str]:
     try:
         return {name_of(name): name for name in sorted(os.listdir(folder))}
     except OSError:

@@ -7,7 +7,7 @@ import numpy as np
 
 SAMPLINGS = ("uniform", "rand", "linspace", "segments")
 # The frame of a segment [a, b) that "uniform" takes, as the released VoP, X-Pool and
-# frozen-in-time do. Records and indexes carry it: those without it have the older rule.
+# frozen-in-time do. Records and indexes store the rule; those without it have the older one.
 UNIFORM_RULE = "(a + b - 1) // 2"
 OLDER_RULE = "(a + b) // 2"
 
@@ -15,7 +15,7 @@ OLDER_RULE = "(a + b) // 2"
 def sample_indices(
     count: int, frames: int, sampling: str = "uniform", rng: np.random.Generator | None = None
 ) -> np.ndarray:
-    """F of the frames 0 … count - 1, ascending: int [F].
+    """Indices of the F frames to take of 0 … count - 1, ascending: int [F].
 
     - "uniform" (the paper's): the clip is divided into F equal segments, at
       `linspace(0, count, F + 1)` truncated to int; the middle frame of each, `UNIFORM_RULE`.
@@ -49,28 +49,27 @@ def sample_indices(
 def stored_indices(
     times: Sequence[float], start: float, fps: float, sampling: str = "uniform"
 ) -> list[int]:
-    """Which frames are stored at `fps` a second.
+    """Indices of the frames to store at `fps` a second: the first of every 1 / fps seconds.
 
-    The first of every 1 / fps seconds; with "linspace" those of CLIP4Clip, which counts frames:
-    it takes a file's rate for a whole number, so that of 29.97 a second the 1st, 30th, 59th … are
-    stored at 1 a second.
+    "linspace" takes those of CLIP4Clip, which counts frames by the file's rate rounded down: at
+    1 a second of 29.97 it stores the 1st, 30th, 59th …
 
     Args:
         times: seconds at which the frames are shown, ascending.
         start: seconds, of the clip's beginning.
     """
     if sampling == "linspace" and fps >= 1 and len(times) > 1 and times[-1] > times[0]:
-        # Times are rounded to milliseconds in some files: 30 a second is not to become 29.
+        # Some files round times to milliseconds: 30 a second must not become 29.
         rate = max(1, int((len(times) - 1) / (times[-1] - times[0]) + 0.02))
         per_second = min(int(fps), rate)
         within = [k * (rate // per_second) for k in range(per_second)]
         seconds = range(0, len(times), rate)
         return [first + k for first in seconds for k in within if first + k < len(times)]
-    found: list[int] = []
+    indices: list[int] = []
     last = -math.inf
     for index, time in enumerate(times):
         number = math.floor((time - start + 1e-6) * fps)
         if not index or number > last:
-            found.append(index)
+            indices.append(index)
             last = number
-    return found
+    return indices
