@@ -262,23 +262,3 @@ def test_paths_that_are_valid_anywhere(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert absolute("gs://bucket/clip.safetensors") == "gs://bucket/clip.safetensors"
     assert absolute("milvus-lite:a") == f"milvus-lite:{tmp_path}/a"
-
-
-@pytest.mark.slow
-def test_vectors_in_milvus_lite(films, tmp_path, retriever):
-    """The same hits as from the default store, also after a file is removed."""
-    pytest.importorskip("pymilvus", reason="pip install '.[milvus]'")
-    pytest.importorskip("milvus_lite", reason="pip install '.[milvus]'")
-    queries = retriever.embed_text(["one query", "another"])
-    for count in (27, 21):
-        results = []
-        for name, fields in (("exact", {}), ("lite", {"store": str(tmp_path / "vectors.db")})):
-            library.make(tmp_path / name, films, retriever, window=1.0, **fields)
-            index = Index.open(tmp_path / name)
-            results.append(index.search(queries, 50, per_file=False))
-            index.close()
-        for one, other in zip(*results, strict=True):
-            assert len(one) == count
-            assert {(hit.path, hit.start) for hit in one} == {(h.path, h.start) for h in other}
-            np.testing.assert_allclose([h.score for h in one], [h.score for h in other], atol=1e-5)
-        (films / "a.mp4").unlink(missing_ok=True)

@@ -11,6 +11,7 @@ from tests import processes
 from tests.search.shelf import Shelf
 from tests.search.stores.test_stores import assert_finds, drawn
 from vop_jax.errors import UserError
+from vop_jax.search.index import Index
 from vop_jax.search.stores import milvus
 from vop_jax.search.stores.milvus import MilvusStore
 
@@ -148,6 +149,10 @@ def test_more_than_one_message_or_answer_holds(shelf, monkeypatch):
     vectors = drawn(40)
     shelf.add(vectors)
     np.testing.assert_array_equal(shelf.vectors.get(np.arange(40)), vectors)
+    with contextlib.closing(Index.open(shelf.directory)) as index:
+        best = np.argsort(-(vectors @ vectors[0]))[:9]
+        hits = index.search(vectors[:1], 9)[0]
+        assert [hit.path for hit in hits] == [f"{number}.mp4" for number in best]
     for k, allowed in ((5, range(0, 40, 2)), (30, range(40)), (30, None)):
         assert_finds(shelf.vectors, vectors, vectors, k, allowed)
     shelf.remove(range(30))
