@@ -120,7 +120,7 @@ def test_an_index_made_anew_under_an_open_one(tmp_path):
     for changed in ({"prompts": "other"}, {"dim": 2 * DIM}):
         shutil.rmtree(directory)
         synthetic(directory, files=4, moments=2, **changed)
-        with pytest.raises(UserError, match="was made anew, by another model; open it again"):
+        with pytest.raises(UserError, match="was rebuilt with another model; open it again"):
             index.search(vector, 4)
     shutil.rmtree(directory)
     with pytest.raises(UserError, match="no index; make one with"):
@@ -300,8 +300,8 @@ def test_the_searcher(shared, retriever, tmp_path):
 
 def test_an_index_without_its_clip(copied, tmp_path):
     _, index = copied
-    with pytest.raises(UserError, match=r"gone since .* was made; say --clip=FILE"):
+    with pytest.raises(UserError, match=r"missing, but .* was made with it; give --clip=FILE"):
         vop_jax.search.open(index, clip=tmp_path / "gone.safetensors")
     set_info(index, clip="")
-    with pytest.raises(UserError, match=r"names no CLIP of its own; say --clip=FILE"):
+    with pytest.raises(UserError, match=r"does not name its CLIP; give --clip=FILE"):
         vop_jax.search.open(index)

@@ -125,12 +125,12 @@ def test_info(place, call):
         ("query '' --index INDEX", "the query is empty"),
         ("query x --index INDEX -k 0", "'0': a number, 1 or more"),
         ("query x --index INDEX --to=sounds", "invalid choice: 'sounds'"),
-        ("query x --index INDEX --to=captions --explain", "--explain: is of videos' frames"),
+        ("query x --index INDEX --to=captions --explain", "--explain: scores the frames of videos"),
         ("query x --index INDEX --since=never", "since='never': must be a date"),
         ("query x --index ROOT", "no index; make one with python -m vop_jax.search index"),
         ("query --video ROOT/none.mp4 --index INDEX", "none.mp4: no such file"),
         ("query --image ROOT/films/bad.mp4 --index INDEX", "not readable as a picture"),
-        ("query x --index INDEX --clip ROOT/none", "gone since"),
+        ("query x --index INDEX --clip ROOT/none", "missing, but"),
         ("info --index ROOT/none", "no index"),
         ("index ROOT/films --index ROOT/new", "give the model, --clip and --prompts"),
         ("index --index ROOT/new --clip CLIP", "name the folder of videos"),
@@ -171,7 +171,7 @@ def test_a_full_disk_and_files_that_disappear(place, call, monkeypatch):
     report = updater.IndexReport(unchanged=3, skipped={"a.mp4": "no such file"})
     monkeypatch.setattr(build, "build_index", lambda *_: report)
     status, out, _ = call("index", "--index", place[1])
-    assert status == 1 and "not read: 1, first a.mp4 (no such file); what is indexed" in out
+    assert status == 1 and "not read: 1, first a.mp4 (no such file); their indexed" in out
 
 
 def committed(index):

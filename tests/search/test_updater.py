@@ -102,7 +102,7 @@ def test_files_in_a_folder_that_cannot_be_listed_stay(films, tmp_path, shared, n
     assert (report.removed, report.unchanged) == (1, 1)
     assert {path for path, *_ in library.content(index)} == {"sub/b.mp4", "c.mp4", "sub/d.mp4"}
     text = format_report(str(index), report)
-    assert "folder sub cannot be listed (Permission denied): what is indexed of it stays" in text
+    assert "folder sub cannot be listed (Permission denied): its indexed files stay" in text
 
 
 def test_unreadable_files_are_listed_and_left_alone(films, tmp_path, retriever, monkeypatch):
@@ -151,7 +151,7 @@ def test_a_bad_file_costs_only_itself(films, tmp_path, retriever, monkeypatch):
     )
     assert library.content(tmp_path / "index").keys() == before.keys()
     text = format_report(str(tmp_path / "index"), report)
-    assert "not read: 3, first " in text and "what is indexed of them stays" in text
+    assert "not read: 3, first " in text and "their indexed moments stay" in text
 
 
 def test_parts_and_batches_do_not_matter(shared, tmp_path, retriever, monkeypatch):
@@ -168,11 +168,11 @@ def test_files_with_damaged_vectors_are_embedded_again(copied, retriever, caplog
     before = library.content(index)
     (heap,) = index.glob("*-moments-*.f32")
     heap.write_bytes(bytes(heap.stat().st_size))
-    with pytest.raises(UserError, match="which makes the lost vectors anew"):
+    with pytest.raises(UserError, match="to rebuild the lost vectors"):
         vop_jax.search.open(index, retriever=retriever)
     report = library.make(index, films, retriever)
     assert (report.added, report.unchanged) == (4, 0)
-    assert "27 vectors of moments are lost; they are made again" in caplog.text
+    assert "27 vectors of moments are lost; their files are indexed again" in caplog.text
     library.assert_same(library.content(index), before)
 
 
@@ -203,7 +203,7 @@ def set_info(index, **fields):
 
 def test_the_folder_may_move(copied, films, tmp_path, retriever, no_decoding):
     folder, index = copied
-    with pytest.raises(UserError, match=r"is of the folder .*films, not of .*films; give another"):
+    with pytest.raises(UserError, match=r"indexes the folder .*films, not .*films; give another"):
         library.make(index, films, retriever)
     set_info(index, folder="/gone")
     library.write_films(tmp_path / "others", 1, seconds=2)
@@ -220,7 +220,7 @@ def test_an_index_cannot_become_another(copied, retriever, tmp_path, no_decoding
     for fields, message in (
         ({"window": 3.0}, r"--window=1, not 3; give another --index"),
         ({"stride": 1.0}, r"--stride=0.5, not 1"),
-        ({"store": "http://localhost:1"}, r"has its vectors in its own folder, not in http"),
+        ({"store": "http://localhost:1"}, r"keeps its vectors in its own folder, not in http"),
     ):
         with pytest.raises(UserError, match=message):
             library.make(index, films, retriever, **fields)
@@ -247,7 +247,7 @@ def test_what_cannot_be_indexed(films, tmp_path, retriever):
         ("index", "none", {}, "no such folder"),
         ("file", "films", {}, "a file; an index is a folder"),
         ("full", "films", {}, "holds letter.txt, but no index"),
-        ("index", "films", {"stride": 1.0}, "give their --window too"),
+        ("index", "films", {"stride": 1.0}, "needs --window"),
         ("index", "films", {"window": 1.0, "stride": 2.0}, "at most --window=1"),
         ("index", "films", {"captions": tmp_path / "none.txt"}, "No such file"),
         ("index", "films", {"store": "ftp://x"}, "must be a local folder"),

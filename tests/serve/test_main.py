@@ -91,7 +91,7 @@ def test_indexes_of_one_clip_share_it_and_get_names(indexes, tmp_path, monkeypat
         return index
 
     monkeypatch.setattr(Index, "open", without_prompts)
-    with pytest.raises(UserError, match="/gone: gone since"):
+    with pytest.raises(UserError, match="/gone: missing, but"):
         open_library(indexes)
 
 

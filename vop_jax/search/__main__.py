@@ -98,7 +98,7 @@ def _query(args: argparse.Namespace) -> None:
     if args.text is not None and not args.text.strip():
         raise UserError("the query is empty; say what to look for")
     if args.explain and args.to == "captions":
-        raise UserError("--explain: is of videos' frames, not --to=captions")
+        raise UserError("--explain: scores the frames of videos; not with --to=captions")
     cli.set_up_logging(logging.ERROR)  # warnings are printed below
     searcher = open_searcher(args.index, args.clip or None, args.prompts or None)
     retriever = searcher.retriever
@@ -189,11 +189,11 @@ def format_report(directory: str, report: "IndexReport") -> str:
     if truncated:
         lines.append(f"{truncated} captions are longer than the model reads: it ignores their ends")
     for folder, reason in unlisted.items():
-        lines.append(f"folder {folder} cannot be listed ({reason}): what is indexed of it stays")
+        lines.append(f"folder {folder} cannot be listed ({reason}): its indexed files stay")
     if skipped:
         path, reason = next(iter(skipped.items()))
         lines.append(
-            f"not read: {len(skipped)}, first {path} ({reason}); what is indexed of them stays; "
+            f"not read: {len(skipped)}, first {path} ({reason}); their indexed moments stay; "
             "run it again when they can be read"
         )
     if failures := Index.open(directory).failures():

@@ -85,7 +85,7 @@ def build_index(
         if stored:
             check_model(directory, stored, retriever)
             if folder != stored.folder:  # it follows a folder that moved
-                message = f"{directory}: is of the folder {stored.folder}, not of {folder}"
+                message = f"{directory}: indexes the folder {stored.folder}, not {folder}"
                 if os.path.isdir(stored.folder):
                     raise UserError(f"{message}; {OTHER_INDEX}")
                 if not any(indexed.get(file.path) == file.size for file in scan.files):
@@ -173,7 +173,7 @@ def _complete_request(
         if stride is None:
             return dataclasses.replace(request, stride=(window or 0.0) / 2)
         if not window:
-            raise UserError(f"--stride={stride:g}: is of moments; give their --window too")
+            raise UserError(f"--stride={stride:g}: needs --window, the length of the moments")
         if not 0 < stride <= window:
             raise UserError(
                 f"--stride={stride:g}: must be above 0 and at most --window={window:g}, "
@@ -185,7 +185,7 @@ def _complete_request(
             made = f"with --{name}={own:g}" if own else f"without --{name}"
             raise UserError(f"{directory}: was made {made}, not {value:g}; {OTHER_INDEX}")
     if request.store and absolute(request.store) != stored.store:
-        message = f"has its vectors in {stored.store or 'its own folder'}, not in {request.store}"
+        message = f"keeps its vectors in {stored.store or 'its own folder'}, not in {request.store}"
         raise UserError(f"{directory}: {message}; {OTHER_INDEX}")
     names = ("folder", "clip", "prompts", "window", "stride", "store")
     return dataclasses.replace(

@@ -211,7 +211,7 @@ def read_info(db: sqlite3.Connection) -> IndexInfo:
         return IndexInfo(version=version, **json.loads(values["info"]))
     except (KeyError, TypeError, ValueError):
         path = pathlib.Path(db.execute("PRAGMA database_list").fetchone()[2])
-        raise _damaged(path, "what it was made with cannot be read") from None
+        raise _damaged(path, "its description cannot be read") from None
 
 
 def check(db: sqlite3.Connection, path: pathlib.Path) -> None:

@@ -91,7 +91,7 @@ class Index:
         store = self._store(to)
         with catalog.reading(self.directory) as db:
             if catalog.read_info(db).model != self.info.model:  # `store` has the old vectors
-                raise UserError(f"{self.directory}: was made anew, by another model; open it again")
+                raise UserError(f"{self.directory}: was rebuilt with another model; open it again")
             return query.search(db, store.snapshot(db), vectors, k, to, where, per_file)
 
     def _store(self, target: str) -> VectorStore:

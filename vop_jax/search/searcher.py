@@ -96,7 +96,7 @@ def open_searcher(
         else:
             clip = _existing(directory, "--clip", clip or info.clip)
             if clip is None:
-                raise UserError(f"{directory}: names no CLIP of its own; say --clip=FILE")
+                raise UserError(f"{directory}: does not name its CLIP; give --clip=FILE")
             retriever = load(clip, prompts, frames=info.frames)
     return Searcher(index, retriever)
 
@@ -106,7 +106,7 @@ def _existing(
 ) -> str | os.PathLike | None:
     """The path of a file of an index; None for ""."""
     if path and not epath.Path(path).exists():
-        raise UserError(f"{path}: gone since {directory} was made; say {option}=FILE")
+        raise UserError(f"{path}: missing, but {directory} was made with it; give {option}=FILE")
     return path or None
 
 

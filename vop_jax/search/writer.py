@@ -89,7 +89,9 @@ class CatalogWriter:
                 continue
             where = "files WHERE id IN (SELECT file FROM moments WHERE id = ?)"
             where = where if table == "moments" else "captions WHERE id = ?"
-            logging.warning("%d vectors of %s are lost; they are made again", len(lost), table)
+            logging.warning(
+                "%d vectors of %s are lost; their files are indexed again", len(lost), table
+            )
             with self.transaction():
                 self._db.executemany(f"DELETE FROM {where}", ((id,) for id in lost.tolist()))
                 store.compact(self._db)

@@ -75,7 +75,7 @@ class HeapSnapshot:
         if len(bad := self.bad_blocks()):
             raise UserError(
                 f"{self._path}: damaged or missing, first near row {bad[0] * BLOCK}; index again "
-                "(python -m vop_jax.search index --index=DIR), which makes the lost vectors anew"
+                "(python -m vop_jax.search index --index=DIR) to rebuild the lost vectors"
             )
 
     def bad_blocks(self) -> np.ndarray:
@@ -206,7 +206,7 @@ class Heap:
         with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0) as file:
             try:
                 if file.seek(0, os.SEEK_END) < size:
-                    raise UserError(f"{path}: too short; index again, which makes it anew")
+                    raise UserError(f"{path}: too short; index again to rebuild it")
                 file.truncate(size)
                 file.seek(size)
                 for part in parts:
