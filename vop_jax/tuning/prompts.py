@@ -96,7 +96,7 @@ class Prompts(nn.Module):
         elif self.method.specific_tokens:
             own = self.generator(cls)
             parts.append(own.reshape(-1, *own.shape[2:]))  # [B * F, P, D]
-        count = len(parts[-1])
+        count = parts[-1].shape[0]  # symbolic when the model is exported
         same = [jnp.broadcast_to(p, (count, *p.shape[1:])).astype(cls.dtype) for p in parts]
         return jnp.concatenate(same, axis=1)
 
