@@ -2,13 +2,10 @@
 
 import contextlib
 import dataclasses
-import errno
 import os
 import pathlib
 import shutil
 from collections.abc import Iterator
-
-import filelock
 
 from vop_jax.errors import UserError
 from vop_jax.inference import retriever as retrievers
@@ -25,6 +22,7 @@ from vop_jax.search.updater import (
     update_captions,
 )
 from vop_jax.search.writer import CatalogWriter
+from vop_jax.storage import files
 
 OWN_FILES = (".lock", catalog.FILE)  # of an index whose first writer was killed early
 OTHER_INDEX = "give another --index for a new one"
@@ -122,29 +120,20 @@ def locked(directory: pathlib.Path) -> Iterator[None]:
         UserError: another process writes it, it cannot be written, or it holds other files.
     """
     new = not directory.exists()
-    lock = filelock.FileLock(directory / ".lock")
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
+    if directory.is_file():
+        raise UserError(f"{directory}: a file; an index is a folder")
+    if directory.is_dir() and not (directory / catalog.FILE).exists():
         others = [path.name for path in directory.iterdir() if not path.name.startswith(OWN_FILES)]
-        if others and not (directory / catalog.FILE).exists():
+        if others:
             raise UserError(
                 f"{directory}: holds {min(others)}, but no index; give an empty or new folder"
             )
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise UserError(f"{directory}: another process is writing this index") from None
-    except FileExistsError:
-        raise UserError(f"{directory}: a file; an index is a folder") from None
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(f"{directory}: not a folder to write in ({error.strerror})") from None
-    try:
-        yield
-    finally:
-        if new and catalog.stored_info(directory) is None:
-            shutil.rmtree(directory, ignore_errors=True)
-        lock.release()
+    with files.folder_lock(directory, "another process is writing this index"):
+        try:
+            yield
+        finally:
+            if new and catalog.stored_info(directory) is None:
+                shutil.rmtree(directory, ignore_errors=True)
 
 
 def absolute(uri: str) -> str:

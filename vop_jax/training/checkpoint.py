@@ -5,7 +5,6 @@ in the data is the step itself (batch k is a function of the seed and k), as are
 and all random numbers, so nothing else is needed to continue exactly.
 """
 
-import hashlib
 import json
 import os
 import posixpath
@@ -19,7 +18,7 @@ from absl import logging
 from etils import epath
 
 from vop_jax.errors import UserError
-from vop_jax.storage.files import walk
+from vop_jax.storage.files import sha256, walk
 from vop_jax.training import hosts
 from vop_jax.training.step import TrainState
 
@@ -146,7 +145,7 @@ class Checkpoints:
                 for inside, _, files in walk(folder / item)
                 for name in files
             )
-            digests = {name: _digest(folder / name) for name in names}
+            digests = {name: sha256(folder / name) for name in names}
             (folder / DIGESTS).write_text(json.dumps(digests, indent=1))
 
     def _damage(self, step: int) -> str:
@@ -161,7 +160,7 @@ class Checkpoints:
         for name, digest in digests.items():
             if not (folder / name).exists():
                 return f"{name} is missing"
-            if _digest(folder / name) != digest:
+            if sha256(folder / name) != digest:
                 return f"{name} is not as it was written"
         return ""
 
@@ -186,8 +185,3 @@ class Checkpoints:
 
 def _as_tree(state: TrainState) -> dict[str, Any]:
     return {"step": state.step, "trainable": state.trainable, "opt_state": state.opt_state}
-
-
-def _digest(file: epath.Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
