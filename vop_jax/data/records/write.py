@@ -18,13 +18,13 @@ from vop_jax.data.records.layout import (
     METADATA,
     SHARDS,
     VERSION,
-    Row,
     find_records,
     fingerprint,
     has_changed,
     index_name,
     read_index,
     read_json,
+    shards_of,
     skipped_of,
     staging_folder,
 )
@@ -36,6 +36,7 @@ from vop_jax.video.workers import in_processes, in_threads
 
 OLD = f"{VERSION}.old"  # finished records while others replace them
 DONE = "done"  # marks staged shards that the finished records contain
+NOTE_KEYS = ("fingerprint", "bytes", "size", "sha256")  # of a shard's note
 CLIPS_PER_SHARD = 256  # about 80 MB of 12 frames of 256 pixels
 
 
@@ -95,7 +96,7 @@ def pack(
         ):
             _finish_replacement(root)
             if _is_incomplete(root, dataset, preprocessing, name, retry):
-                _write(dataset, root, preprocessing, name, options or WriteOptions())
+                _Writer(root, name, preprocessing, options or WriteOptions()).write(dataset)
     return open_records(
         root,
         preprocessing,
@@ -137,88 +138,141 @@ def _is_incomplete(
     )
 
 
-def _write(
-    dataset: Dataset,
-    root: epath.Path,
-    preprocessing: Preprocessing,
-    name: str,
-    options: WriteOptions,
-) -> None:
-    """Writes the missing shards, makes a new dataset of all, then replaces the old one."""
-    records, staging = find_records(root), staging_folder(root, name)
-    (staging / DONE).unlink(missing_ok=True)
-    if records is not None:
-        metadata = read_json(records / METADATA)
-        if older := preprocessing.older_rule(metadata["preprocessing"]):
-            raise UserError(f"{root}: cannot be added to: {older}, or use another folder")
-        dataset = {**_stage_finished(records, staging), **dataset}
-        per_shard = read_json(records / SHARDS)["clips_per_shard"]
-        options = dataclasses.replace(options, clips_per_shard=per_shard)
-    shards = plan(dataset, staging, preprocessing, options.clips_per_shard)
-    if options.beam is None:
-        _write_here(shards, name, preprocessing, options)
-    else:
-        _write_with_beam(shards, preprocessing, options)
-    folder = staging / "dataset"
-    if folder.exists():
-        folder.rmtree()
-    folder.mkdir(parents=True)
-    skipped = _assemble(folder, dataset, shards, name, preprocessing, options.clips_per_shard)
-    (staging / DONE).touch()
-    finished = root / name / VERSION
-    if finished.exists():
-        finished.rename(root / name / OLD)
-    folder.rename(finished)
-    _finish_replacement(root)
-    logging.info("%s: %d clips left out", root, skipped)
+class _Writer:
+    """Writes the records of one dataset into ROOT/NAME."""
 
+    def __init__(
+        self, root: epath.Path, name: str, preprocessing: Preprocessing, options: WriteOptions
+    ):
+        self.root, self.name = root, name
+        self.preprocessing, self.options = preprocessing, options
+        self.staging = staging_folder(root, name)
 
-def _stage_finished(records: epath.Path, staging: epath.Path) -> Dataset:
-    """Makes finished records staged shards again, to add to them; returns their clips."""
-    shards = read_json(records / SHARDS)
-    dataset: Dataset = {}
-    for split in dict.fromkeys(shard["split"] for shard in shards["shards"]):
-        rows = read_index(records, split)
-        dataset[split] = [
-            VideoClip(row["id"], row["path"], tuple(row["captions"]), row["start"], row["end"])
-            for row in rows
-        ]
-        own = [shard for shard in shards["shards"] if shard["split"] == split]
-        remaining = iter(rows)
-        for number, shard in enumerate(own):
-            clips = [next(remaining) for _ in range(shard["clips"])]
-            path = staging / staged_name(split, number)
-            if Shard(split, os.fspath(path), (), shard["fingerprint"]).note() is not None:
-                continue  # an interrupted attempt has staged or rewritten it
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.unlink(missing_ok=True)
-            if shard["file"]:
-                _link(os.fspath(records / shard["file"]), path)
-            note = {key: shard[key] for key in ("fingerprint", "bytes", "size", "sha256")}
-            write_json(f"{path}.json", note | {"clips": clips})
-    return dataset
+    def write(self, dataset: Dataset) -> None:
+        """Writes the missing shards, makes a new dataset of all, then replaces the old one."""
+        records = find_records(self.root)
+        (self.staging / DONE).unlink(missing_ok=True)
+        if records is not None:
+            metadata = read_json(records / METADATA)
+            if older := self.preprocessing.older_rule(metadata["preprocessing"]):
+                raise UserError(f"{self.root}: cannot be added to: {older}, or use another folder")
+            dataset = {**self._stage_finished(records), **dataset}
+            per_shard = read_json(records / SHARDS)["clips_per_shard"]
+            self.options = dataclasses.replace(self.options, clips_per_shard=per_shard)
+        shards = plan(dataset, self.staging, self.preprocessing, self.options.clips_per_shard)
+        if self.options.beam is None:
+            self._write_here(shards)
+        else:
+            self._write_with_beam(shards)
+        folder = self.staging / "dataset"
+        if folder.exists():
+            folder.rmtree()
+        folder.mkdir(parents=True)
+        skipped = self._assemble(folder, dataset, shards)
+        (self.staging / DONE).touch()
+        finished = self.root / self.name / VERSION
+        if finished.exists():
+            finished.rename(self.root / self.name / OLD)
+        folder.rename(finished)
+        _finish_replacement(self.root)
+        logging.info("%s: %d clips left out", self.root, len(skipped))
 
+    def _stage_finished(self, records: epath.Path) -> Dataset:
+        """Makes finished records staged shards again, to add to them; returns their clips."""
+        dataset: Dataset = {}
+        for split in read_json(records / METADATA)["clips"]:
+            rows = read_index(records, split)
+            dataset[split] = [
+                VideoClip(row["id"], row["path"], tuple(row["captions"]), row["start"], row["end"])
+                for row in rows
+            ]
+            remaining = iter(rows)
+            for number, shard in enumerate(shards_of(records, split)):
+                note = {key: shard[key] for key in NOTE_KEYS}
+                note["clips"] = [next(remaining) for _ in range(shard["clips"])]
+                path = self.staging / staged_name(split, number)
+                if Shard(split, os.fspath(path), (), shard["fingerprint"]).note() is not None:
+                    continue  # an interrupted attempt has staged or rewritten it
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.unlink(missing_ok=True)
+                if shard["file"]:
+                    _link(os.fspath(records / shard["file"]), path)
+                write_json(f"{path}.json", note)
+        return dataset
 
-def _write_here(
-    shards: Sequence[Shard], name: str, preprocessing: Preprocessing, options: WriteOptions
-) -> None:
-    tasks = pending(shards)
-    clips = [clip for task in tasks for clip in task.to_encode]
-    total = sum(len(shard.clips) for shard in shards)
-    with contextlib.closing(encode_clips(clips, preprocessing, options)) as results:
+    def _write_here(self, shards: Sequence[Shard]) -> None:
+        tasks = pending(shards)
+        clips = [clip for task in tasks for clip in task.to_encode]
+        total = sum(len(shard.clips) for shard in shards)
+        results = encode_clips(clips, self.preprocessing, self.options)
         bar = tqdm(
             results,
-            f"packing {name}",
+            f"packing {self.name}",
             total,
             initial=total - len(clips),
             unit="clip",
-            disable=not options.progress,
+            disable=not self.options.progress,
         )
-        with bar:
+        with contextlib.closing(results), bar:
             encoded = iter(bar)
             for task in tasks:
                 write_shard(task, encoded)
             next(encoded, None)  # the bar counts a clip when the next one is requested
+
+    def _write_with_beam(self, shards: Sequence[Shard]) -> None:
+        """Writes each shard in a worker of a Beam runner, which sees the same folders."""
+        try:
+            import apache_beam as beam
+        except ImportError:
+            raise UserError("Apache Beam is not installed: pip install 'vop_jax[beam]'") from None
+        alone = dataclasses.replace(self.options, workers=1, isolated=True, beam=None)
+        with beam.Pipeline(options=self.options.beam) as pipeline:
+            _ = (
+                pipeline
+                | beam.Create(pending(shards))
+                | beam.Reshuffle()
+                | beam.Map(_write_alone, self.preprocessing, alone)
+            )
+
+    def _assemble(
+        self, folder: epath.Path, dataset: Dataset, shards: Sequence[Shard]
+    ) -> list[dict[str, str]]:
+        """Makes a `tfds` dataset of finished shards; returns what it lists of skipped clips.
+
+        Raises:
+            UserError: no clip of a split can be used.
+        """
+        entries: list[dict[str, Any]] = []
+        skipped: list[dict[str, str]] = []
+        lengths: dict[str, list[int]] = {}  # split -> readable clips of each file
+        for split in dataset:
+            own = [shard for shard in shards if shard.split == split]
+            notes = [note for shard in own if (note := shard.note()) is not None]
+            rows = [row for note in notes for row in note["clips"]]
+            of_split = [{"split": split} | row for row in skipped_of(rows)]
+            check_share(split, len(rows), of_split, max_skipped=1.0)
+            counts = [sum("skipped" not in row for row in note["clips"]) for note in notes]
+            lengths[split] = [count for count in counts if count]  # of none there is no file
+            names = iter(_file_names(self.name, split, len(lengths[split])))
+            for shard, note, count in zip(own, notes, counts, strict=True):
+                file = next(names) if count else None
+                if file:
+                    _link(shard.path, folder / file)
+                entry = {"split": split, "file": file, "clips": len(note["clips"])}
+                entries.append(entry | {key: note[key] for key in NOTE_KEYS})
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            write_atomic(folder / index_name(split), text.encode("utf-8", "surrogatepass"))
+            skipped += of_split
+        per_shard = self.options.clips_per_shard
+        write_json(folder / SHARDS, {"clips_per_shard": per_shard, "shards": entries})
+        metadata = {
+            "preprocessing": self.preprocessing.to_metadata(),
+            "clips": {split: fingerprint(clips) for split, clips in dataset.items()},
+            "skipped": skipped,
+        }
+        sizes = {s: sum(e["bytes"] for e in entries if e["split"] == s) for s in lengths}
+        _write_tfds_metadata(folder, self.name, lengths, sizes, metadata)
+        return skipped
 
 
 def encode_clips(
@@ -232,77 +286,17 @@ def encode_clips(
     return in_threads(encode, clips, workers)
 
 
-def _write_with_beam(
-    shards: Sequence[Shard], preprocessing: Preprocessing, options: WriteOptions
-) -> None:
-    """Writes each shard in a worker of a Beam runner, which sees the same folders."""
-    try:
-        import apache_beam as beam
-    except ImportError:
-        raise UserError("Apache Beam is not installed: pip install 'vop_jax[beam]'") from None
-    alone = dataclasses.replace(options, workers=1, isolated=True, beam=None)
-    with beam.Pipeline(options=options.beam) as pipeline:
-        _ = (
-            pipeline
-            | beam.Create(pending(shards))
-            | beam.Reshuffle()
-            | beam.Map(_write_alone, preprocessing, alone)
-        )
-
-
 def _write_alone(task: PendingShard, preprocessing: Preprocessing, options: WriteOptions) -> None:
     """Writes a shard, unless an earlier try of the runner has finished it."""
     for unfinished in pending([task.shard]):
-        with contextlib.closing(
-            encode_clips(unfinished.to_encode, preprocessing, options)
-        ) as results:
+        results = encode_clips(unfinished.to_encode, preprocessing, options)
+        with contextlib.closing(results):
             write_shard(unfinished, results)
 
 
-def _assemble(
-    folder: epath.Path,
-    dataset: Dataset,
-    shards: Sequence[Shard],
-    name: str,
-    preprocessing: Preprocessing,
-    clips_per_shard: int,
-) -> int:
-    """Makes a `tfds` dataset of finished shards; returns how many clips were skipped.
-
-    Raises:
-        UserError: no clip of a split can be used.
-    """
-    lengths: dict[str, list[int]] = {}  # split -> readable clips of each file
-    entries: list[dict[str, Any]] = []
-    skipped: list[dict[str, str]] = []
-    for split in dataset:
-        own = [shard for shard in shards if shard.split == split]
-        notes = [note for shard in own if (note := shard.note()) is not None]
-        rows = [row for note in notes for row in note["clips"]]
-        skipped += (of_split := [{"split": split} | row for row in skipped_of(rows)])
-        check_share(split, len(rows), of_split, max_skipped=1.0)
-        counts = [sum("skipped" not in row for row in note["clips"]) for note in notes]
-        lengths[split] = [count for count in counts if count]
-        for shard, note, count in zip(own, notes, counts, strict=True):
-            number = sum(bool(entry["file"]) for entry in entries if entry["split"] == split)
-            file = f"{name}-{split}.array_record-{number:05d}-of-{len(lengths[split]):05d}"
-            if count:
-                _link(shard.path, folder / file)
-            entry = {"split": split, "file": file if count else None, "clips": len(note["clips"])}
-            keys = ("fingerprint", "bytes", "size", "sha256")
-            entries.append(entry | {key: note[key] for key in keys})
-        _write_index(folder / index_name(split), rows)
-    write_json(folder / SHARDS, {"clips_per_shard": clips_per_shard, "shards": entries})
-    prints = {split: fingerprint(clips) for split, clips in dataset.items()}
-    metadata = {"preprocessing": preprocessing.to_metadata(), "clips": prints, "skipped": skipped}
-    sizes = {s: sum(e["bytes"] for e in entries if e["split"] == s) for s in lengths}
-    _write_tfds_metadata(folder, name, lengths, sizes, metadata)
-    return len(skipped)
-
-
-def _write_index(path: epath.Path, rows: Sequence[Row]) -> None:
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_atomic(path, text.encode("utf-8", "surrogatepass"))
+def _file_names(name: str, split: str, count: int) -> list[str]:
+    """The names that `tfds` gives the files of a split."""
+    return [f"{name}-{split}.array_record-{i:05d}-of-{count:05d}" for i in range(count)]
 
 
 def _write_tfds_metadata(
