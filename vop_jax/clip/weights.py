@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import os
 import re
 import types
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from vop_jax.clip.model import Clip
 from vop_jax.config.clip import ClipConfig, arch_name
 from vop_jax.errors import UserError
 from vop_jax.storage import tensors
+from vop_jax.storage.files import StrPath
 from vop_jax.storage.tensors import Tree, flatten, unflatten
 
 FORMAT = "vop_jax.clip"
@@ -55,7 +55,7 @@ def parameter_shapes(config: ClipConfig) -> Mapping[str, tuple[int, ...]]:
 
 
 def save_clip(
-    path: str | os.PathLike, params: Tree, config: ClipConfig, *, source: str, source_sha256: str
+    path: StrPath, params: Tree, config: ClipConfig, *, source: str, source_sha256: str
 ) -> str:
     """Writes a CLIP in float32, atomically, and returns its fingerprint."""
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), dict(params))
@@ -73,7 +73,7 @@ def save_clip(
     return fingerprint
 
 
-def load_clip(path: str | os.PathLike, *, verify: bool = False) -> ClipWeights:
+def load_clip(path: StrPath, *, verify: bool = False) -> ClipWeights:
     """Reads a CLIP written by `save_clip`.
 
     Args:
@@ -115,9 +115,7 @@ def load_clip(path: str | os.PathLike, *, verify: bool = False) -> ClipWeights:
     return ClipWeights(params, config, fingerprint, source)
 
 
-def check_shapes(
-    where: str | os.PathLike, tree: Tree, expected: Mapping[str, tuple[int, ...]]
-) -> None:
+def check_shapes(where: StrPath, tree: Tree, expected: Mapping[str, tuple[int, ...]]) -> None:
     """Raises UserError naming the first tensor that is missing, unknown or misshapen."""
     shapes = {name: tuple(leaf.shape) for name, leaf in flatten(tree).items()}
     for name, shape in expected.items():

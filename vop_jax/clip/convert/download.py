@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from vop_jax.errors import UserError
-from vop_jax.storage.files import sha256
+from vop_jax.storage.files import StrPath, sha256
 
 BASE_URL = "https://openaipublic.azureedge.net/clip/models"
 CACHE = "~/.cache/vop_jax"
@@ -36,7 +36,7 @@ _TIMEOUT = 60  # seconds without a byte
 
 
 def fetch(
-    name: str, cache: str | os.PathLike = CACHE, base_url: str = BASE_URL, *, progress: bool = True
+    name: str, cache: StrPath = CACHE, base_url: str = BASE_URL, *, progress: bool = True
 ) -> Path:
     """Returns the file of a published CLIP from the cache; downloads it if it is not there.
 

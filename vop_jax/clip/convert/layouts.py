@@ -4,7 +4,6 @@ A layout is a table, complete on both sides: every tensor of a checkpoint has a 
 `CONSTANTS`, and the rows fill every parameter of `clip.model.Clip`.
 """
 
-import os
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ import numpy as np
 from vop_jax.clip.weights import check_shapes, parameter_shapes
 from vop_jax.config.clip import ClipConfig
 from vop_jax.errors import UserError
+from vop_jax.storage.files import StrPath
 from vop_jax.storage.tensors import Tree, flatten, unflatten
 
 Shape = tuple[int, ...]
@@ -198,9 +198,7 @@ SIZES = {
 }
 
 
-def read_sizes(
-    where: str | os.PathLike, tensors: Tensors, layout: CheckpointLayout
-) -> dict[str, int]:
+def read_sizes(where: StrPath, tensors: Tensors, layout: CheckpointLayout) -> dict[str, int]:
     """The fields of `ClipConfig` that tensors show: all but heads and activation.
 
     Raises:
@@ -253,7 +251,7 @@ CONSTANTS: dict[str, Callable[[Mapping[str, int]], Any]] = {
 }
 
 
-def check_constants(where: str | os.PathLike, tensors: Tensors, sizes: Mapping[str, int]) -> None:
+def check_constants(where: StrPath, tensors: Tensors, sizes: Mapping[str, int]) -> None:
     """Raises UserError if one of the tensors in `CONSTANTS` has another value."""
     for name in CONSTANTS.keys() & tensors.keys():
         value = tensors[name]
@@ -264,7 +262,7 @@ def check_constants(where: str | os.PathLike, tensors: Tensors, sizes: Mapping[s
 
 
 def to_flax(
-    where: str | os.PathLike, tensors: Tensors, layout: CheckpointLayout, config: ClipConfig
+    where: StrPath, tensors: Tensors, layout: CheckpointLayout, config: ClipConfig
 ) -> dict[str, Any]:
     """The parameter tree of `clip.model.Clip`, float32; empties `tensors` to save memory.
 
@@ -309,7 +307,7 @@ def from_flax(params: Tree, layout: CheckpointLayout, config: ClipConfig) -> Ten
     return tensors
 
 
-def check_tensor(where: str | os.PathLike, name: str, tensor: np.ndarray, shape: Shape) -> None:
+def check_tensor(where: StrPath, name: str, tensor: np.ndarray, shape: Shape) -> None:
     """Raises UserError unless `tensor` has this shape and finite real numbers."""
     if tensor.shape != shape:
         raise UserError(f"{where}: tensor {name} has shape {tensor.shape}, expected {shape}")

@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ from vop_jax.clip.convert.source_keys import PUBLISHED_HEADS
 from vop_jax.clip.model import PIXEL_MEAN, PIXEL_STD
 from vop_jax.config.clip import ClipConfig
 from vop_jax.errors import UserError
+from vop_jax.storage.files import StrPath
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class ConvertedClip:
 
 
 def convert(
-    path: str | os.PathLike,
+    path: StrPath,
     *,
     activation: str | None = None,
     vision_heads: int | None = None,
@@ -76,11 +76,10 @@ def convert(
     sizes = layouts.read_sizes(path, tensors, layout)
     if openai:
         source = source_config.openai_config(openai, sizes["vision_width"], sizes["text_width"])
-    for field, *_, value in source.sizes:  # pixels that fill no patch show in no tensor
-        if field == "image_size" and value // sizes["patch_size"] == (
-            sizes["image_size"] // sizes["patch_size"]
-        ):
-            sizes["image_size"] = value
+    patches = sizes["image_size"] // sizes["patch_size"]
+    for field, *_, value in source.sizes:
+        if field == "image_size" and value // sizes["patch_size"] == patches:
+            sizes["image_size"] = value  # no tensor shows pixels that fill no patch
     source.check_sizes(path, sizes)
     layouts.check_constants(path, tensors, sizes)
     if sizes["vocab_size"] != ClipConfig.vocab_size:
@@ -101,7 +100,7 @@ def convert(
 
 
 def complete_config(
-    path: str | os.PathLike,
+    path: StrPath,
     sizes: Mapping[str, int],
     source: SourceConfig,
     arguments: Mapping[str, Any],

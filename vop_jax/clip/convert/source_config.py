@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -22,6 +21,7 @@ from vop_jax.clip.layers import ACTIVATIONS
 from vop_jax.clip.model import PIXEL_MEAN, PIXEL_STD
 from vop_jax.config.clip import ClipConfig
 from vop_jax.errors import UserError
+from vop_jax.storage.files import StrPath
 
 HEAD_WIDTH = 64  # of every CLIP that OpenAI's own code can compute
 
@@ -56,7 +56,7 @@ class SourceConfig:
     pixels: PixelStatistics | None = None
     notes: tuple[str, ...] = ()
 
-    def check_sizes(self, path: str | os.PathLike, sizes: Mapping[str, int]) -> None:
+    def check_sizes(self, path: StrPath, sizes: Mapping[str, int]) -> None:
         """Raises UserError naming the first size that contradicts the tensors."""
         for field, file, key, value in self.sizes:
             if field in sizes and sizes[field] != value:
@@ -72,7 +72,7 @@ def openai_config(origin: str, vision_width: int, text_width: int) -> SourceConf
     return SourceConfig(origin, (), "quick_gelu", vision, text, (PIXEL_MEAN, PIXEL_STD))
 
 
-def read_config(path: str | os.PathLike, layout: layouts.CheckpointLayout) -> SourceConfig:
+def read_config(path: StrPath, layout: layouts.CheckpointLayout) -> SourceConfig:
     """Reads the configs beside a checkpoint; without any, everything is None.
 
     Raises:

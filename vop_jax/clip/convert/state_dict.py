@@ -24,14 +24,13 @@ from vop_jax.clip.convert.layouts import Tensors
 from vop_jax.clip.convert.vop_checkpoint import import_torch
 from vop_jax.errors import UserError
 from vop_jax.storage import files
+from vop_jax.storage.files import StrPath
 
 # Of DataParallel and DeepSpeed, torch.compile, Lightning, and a model that holds a CLIP.
 PREFIXES = ("module.", "_orig_mod.", "model.", "clip.")
 # Where a checkpoint stores its weights, and where their running average.
 WEIGHTS = ("state_dict", "model", "module", "model_state_dict")
 AVERAGE = re.compile(r"(.*_)?(ema|swa|averaged?|avg|shadow)(_.*)?", re.IGNORECASE)
-
-StrPath = str | os.PathLike
 
 
 @dataclasses.dataclass

@@ -1,7 +1,6 @@
 """The checkpoint that VoP's authors released: CLIP, CLIP again in its encoders, and prompts."""
 
 import json
-import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from vop_jax.clip.convert.layouts import Tensors, check_tensor
 from vop_jax.config.clip import ClipConfig
 from vop_jax.errors import UserError
 from vop_jax.storage import files
+from vop_jax.storage.files import StrPath
 from vop_jax.storage.tensors import Tree
 
 VISUAL_PROMPTS = "visual_prompt_learner.visual_prompts"
@@ -20,7 +20,7 @@ TEXT_PROMPTS = "text_prompt_learner.text_prompts"
 PROMPTS = {VISUAL_PROMPTS, TEXT_PROMPTS}
 
 
-def split(path: str | os.PathLike, tensors: Tensors) -> tuple[Tensors, dict[str, np.ndarray]]:
+def split(path: StrPath, tensors: Tensors) -> tuple[Tensors, dict[str, np.ndarray]]:
     """(the tensors of CLIP, the prompts) of a released VoP checkpoint.
 
     It holds CLIP under `clip.` and again under `image_encoder.` and `text_encoder.`. The copies
@@ -50,9 +50,7 @@ def split(path: str | os.PathLike, tensors: Tensors) -> tuple[Tensors, dict[str,
     return clip, {"visual": visual[:, 0].astype("f4"), "text": text.astype("f4")}
 
 
-def check_prompts(
-    path: str | os.PathLike, prompts: Mapping[str, np.ndarray], config: ClipConfig
-) -> None:
+def check_prompts(path: StrPath, prompts: Mapping[str, np.ndarray], config: ClipConfig) -> None:
     """Raises UserError unless the prompts fit a CLIP of these sizes."""
     for tower, name, layers, width in (
         ("visual", VISUAL_PROMPTS, config.vision_layers, config.vision_width),
@@ -71,7 +69,7 @@ class ReleasedConfig(NamedTuple):
 
 
 def read_config(
-    path: str | os.PathLike, prompts: Mapping[str, np.ndarray], config: ClipConfig
+    path: StrPath, prompts: Mapping[str, np.ndarray], config: ClipConfig
 ) -> ReleasedConfig | None:
     """Reads the configuration.json beside a checkpoint; None without one.
 
@@ -125,7 +123,7 @@ def join(params: Tree, config: ClipConfig, prompts: Mapping[str, np.ndarray]) ->
     return tensors
 
 
-def save(path: str | os.PathLike, tensors: Tensors) -> None:
+def save(path: StrPath, tensors: Tensors) -> None:
     """Writes the tensors of `join` as the authors did, atomically.
 
     Raises:
