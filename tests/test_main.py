@@ -16,12 +16,14 @@ from tests.video import videos
 from vop_jax.clip.weights import load_clip
 from vop_jax.config.base import workdir_config
 from vop_jax.data.records import encode
-from vop_jax.experiment import inputs, setup, train
+from vop_jax.evaluation.evaluate import make_encoders
+from vop_jax.experiment import inputs, setup
 from vop_jax.storage import files
 from vop_jax.storage.tensors import read_metadata
 from vop_jax.training import checkpoint
 from vop_jax.training.step import learning_rate
 from vop_jax.training.writer import read_metrics
+from vop_jax.tuning.partition import merge
 from vop_jax.tuning.prompt_set import load_prompts
 
 pytestmark = pytest.mark.usefixtures("quiet")
@@ -256,12 +258,12 @@ def test_exported_prompts_give_the_features_of_training(finished, folder, clip):
     """Up to the rounding of batches of other sizes."""
     config = workdir_config(finished)
     config.mesh.data = 1
-    with setup.opened(config, str(finished), None) as run:
+    with setup.open_run(config, str(finished), None) as run:
         data = inputs.load_data(run)
-        encode_video, encode_text = train.evaluation.make_encoders(run.model, run.mesh)
+        encode_video, encode_text = make_encoders(run.model, run.mesh)
         frames = next(data.eval_set.videos())["frames"]
-        ours = np.asarray(encode_video(run.params(), frames))
-        texts = np.asarray(encode_text(run.params(), data.eval_set.ids))
+        ours = np.asarray(encode_video(merge(run.state.trainable, run.frozen), frames))
+        texts = np.asarray(encode_text(merge(run.state.trainable, run.frozen), data.eval_set.ids))
         captions = [c for own in data.packed.splits["test"].captions for c in own]
     retriever = vop_jax.load(clip, finished / PROMPTS)
     np.testing.assert_allclose(retriever.embed_frames(frames), ours, atol=1e-6)

@@ -34,7 +34,7 @@ def encode(params, rows):
 
 
 def evaluated(texts, videos, owner, bank=None, **options):
-    """`evaluate.evaluate` of given embeddings; `bank` is (texts, videos)."""
+    """`evaluate_split` of given embeddings; `bank` is (texts, videos)."""
     bank_texts, bank_videos = bank or (texts[:0], videos[:0])
     rows = np.concatenate([videos, bank_videos, texts, bank_texts])
     first = len(videos) + len(bank_videos)
@@ -49,7 +49,7 @@ def evaluated(texts, videos, owner, bank=None, **options):
     data = evaluate.EvalSet(lambda: batches(len(videos)), ids[: len(texts)], owner, **options)
     params = {"rows": rows, "clip": {"logit_scale": np.float32(math.log(SCALE))}}
     mesh = sharding.make_mesh(1)
-    return evaluate.evaluate((encode, encode), params, mesh, data, BATCH)
+    return evaluate.evaluate_split((encode, encode), params, mesh, data, BATCH)
 
 
 def test_texts_are_embedded_in_the_narrowest_bucket_of_each_block():
@@ -143,13 +143,18 @@ def split(ids, skipped=()):
     )
 
 
+@pytest.fixture(autouse=True)
+def no_mesh(monkeypatch):
+    monkeypatch.setattr(inputs, "_eval_spec", lambda run, split: None)
+
+
 def bank_of(train, test, *, bank=1000, extra="query_bank"):
     """The bank that a run with these splits makes, without its videos being read."""
     config = configs.base_config()
     config.eval.update(extra=(extra,), bank=bank)
     packed = SimpleNamespace(splits={"train": train, "test": test})
     run = SimpleNamespace(config=config)
-    return inputs._bank(run, packed, lambda captions: captions, lambda split: {})
+    return inputs._bank(run, packed, lambda captions: captions)
 
 
 def test_the_bank_holds_training_clips_alone_with_their_first_captions():

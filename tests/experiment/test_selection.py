@@ -14,7 +14,7 @@ from vop_jax.experiment.export import BEST_FILE, BEST_NOTE, Selection
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """A run at step 9 whose parameters are numbers."""
+    """A run at step 9 whose parameters are texts."""
 
     def save(run, trainable, name):
         (run.workdir / name).write_text(json.dumps(trainable))
@@ -35,28 +35,27 @@ def results(t2v, v2t):
 
 
 def test_the_best_is_kept_and_of_equals_the_first(run):
-    chosen = Selection(run)
-    assert chosen.chosen() is None and chosen.trainable() == "the last"
+    selection = Selection(run)
+    assert selection.best is None and selection.trainable() == "the last"
     for step, (t2v, v2t) in enumerate([(10, 20), (40, 20), (20, 40), (30, 29)], 1):
-        chosen.consider(f"of step {step}", step, results(t2v, v2t))
-    assert chosen.chosen() == {"split": "val", "step": 2, "score": 30.0}
-    assert chosen.trainable() == "of step 2"
-
-
-def test_a_step_that_is_seen_again_after_a_kill_replaces_itself(run):
-    chosen = Selection(run)
-    chosen.consider("of step 1", 1, results(10, 10))
-    chosen.consider("of step 2", 2, results(50, 50))
-    for step in (1, 2):  # continued from a checkpoint before both
-        chosen.consider(f"of step {step}, again", step, results(10 if step == 1 else 50, step))
-    assert chosen.trainable() == "of step 2, again"
+        selection.consider(f"of step {step}", step, results(t2v, v2t))
+    for restarted in (selection, Selection(run)):
+        assert restarted.best == {"split": "val", "step": 2, "score": 30.0}
+        assert restarted.trainable() == "of step 2"
+    # A step that comes again after a kill replaces itself.
+    restarted.consider("of step 2, again", 2, results(25, 25))
+    assert restarted.trainable() == "of step 2, again"
+    # Without selection the last step is the result.
+    run.config.train.select = "last"
+    assert Selection(run).trainable() == "the last"
 
 
 def test_what_an_abandoned_attempt_left_is_not_the_result(run):
     Selection(run).consider("abandoned", 5, results(90, 90))
-    run.state.step = 0  # no checkpoint was reached, or init.prompts are looked at
-    assert Selection(run).chosen() is None and Selection(run).trainable() == "the last"
-    Selection(run).reset()
+    run.state.step = 0  # no checkpoint was reached
+    selection = Selection(run)
+    assert selection.best is None and selection.trainable() == "the last"
+    selection.reset()
     assert not (run.workdir / BEST_NOTE).exists() and not (run.workdir / BEST_FILE).exists()
 
 
@@ -64,10 +63,4 @@ def test_what_an_abandoned_attempt_left_is_not_the_result(run):
 def test_a_damaged_note_is_one_line(run, content):
     (run.workdir / BEST_NOTE).write_bytes(content)
     with pytest.raises(UserError, match=r"best.json: damaged; delete best.json and best.safeten"):
-        Selection(run).chosen()
-
-
-def test_without_being_asked_nothing_is_chosen(run):
-    Selection(run).consider("of step 1", 1, results(90, 90))
-    run.config.train.select = "last"
-    assert Selection(run).trainable() == "the last"
+        Selection(run)

@@ -139,7 +139,7 @@ def embed_texts(
     return np.concatenate(rows)
 
 
-def evaluate(
+def evaluate_split(
     encoders: tuple[Encode, Encode], params: Any, mesh: Mesh, data: EvalSet, batch_size: int
 ) -> Evaluation:
     """Embeds a split with these parameters and compares all of it."""

@@ -1,6 +1,5 @@
-"""What a run has learnt, in each of the formats that a user may ask for."""
+"""The result of a run: which parameters it is, and the formats they are written in."""
 
-import dataclasses
 import json
 from collections.abc import Callable
 from typing import Any
@@ -19,86 +18,69 @@ from vop_jax.storage.tensors import flatten, unflatten
 from vop_jax.training import hosts, sharding
 from vop_jax.tuning.prompt_set import PromptSet, check_released, load_prompts, save_prompts
 
-VALIDATION = "val_"  # begins the names of what is measured on the validation split
 BEST_FILE, BEST_NOTE = "best.safetensors", "best.json"
-
-HOW_VIDEOS_ARE_READ = ("frames", "sampling", "short_side", "stored_fps", "folder_fps")
-
-Results = dict[str, dict[str, float]]
+VIDEO_KEYS = ("frames", "sampling", "short_side", "stored_fps", "folder_fps")  # how clips are read
 
 
-@dataclasses.dataclass(frozen=True)
 class Selection:
-    """The best parameters so far, kept in the workdir; without effect unless configured."""
+    """With `train.select=best`, the best parameters so far, kept in the workdir.
 
-    run: setup.Run
+    Attributes:
+        active: whether anything is selected; otherwise the newest step is the result.
+        best: {"split", "step", "score"} of the best so far, if any.
+    """
 
-    @property
-    def active(self) -> bool:
-        return self.run.config.train.select == "best"
+    def __init__(self, run: setup.Run):
+        self._run, self._note = run, run.workdir / BEST_NOTE
+        self.active = run.config.train.select == "best"
+        self.best: dict[str, Any] | None = None
+        # In a run without progress the note is an abandoned attempt's.
+        if self.active and int(run.state.step):
+            self.best = hosts.on_first(self._read_note)
 
-    @property
-    def prefix(self) -> str:
-        """Begins the names of what is measured during training: the selection's, if it has any."""
-        return VALIDATION if self.active else ""
+    def _read_note(self) -> dict[str, Any] | None:
+        if not self._note.exists():
+            return None
+        try:
+            note = json.loads(self._note.read_bytes())
+            return {key: note[key] for key in ("split", "step", "score")}
+        except (ValueError, TypeError, KeyError):
+            raise UserError(
+                f"{self._note}: damaged; delete {BEST_NOTE} and {BEST_FILE} to go on without the "
+                "best step so far"
+            ) from None
 
     def reset(self) -> None:
-        """Forgets what an attempt that was started over has left."""
+        """Removes what an abandoned attempt selected."""
 
-        def forget() -> None:
+        def remove() -> None:
             for name in (BEST_NOTE, BEST_FILE):
-                (self.run.workdir / name).unlink(missing_ok=True)
+                (self._run.workdir / name).unlink(missing_ok=True)
 
-        hosts.on_first(forget)
+        hosts.on_first(remove)
 
-    def consider(self, trainable: Any, step: int, results: Results) -> None:
-        """Keeps these parameters if they are better than all before; of equals, the first."""
+    def consider(self, trainable: Any, step: int, results: dict[str, dict[str, float]]) -> None:
+        """Keeps these parameters if they are better than all earlier ones; of equals, the first."""
         score = (results["t2v"]["R@1"] + results["v2t"]["R@1"]) / 2
-        best = self._kept()
-        # The same step again: the run was cut off between this and its next checkpoint.
+        best = self.best
+        # The same step comes again if the run stopped between this and its next checkpoint.
         if best is not None and score <= best["score"] and step != best["step"]:
             return
-        save_result(self.run, trainable, BEST_FILE)
-        note = {"split": self.run.config.data.val_split, "step": step, "score": score}
-        hosts.on_first(lambda: files.write_json(self.run.workdir / BEST_NOTE, note))
+        save_result(self._run, trainable, BEST_FILE)
+        note = {"split": self._run.config.data.val_split, "step": step, "score": score}
+        hosts.on_first(lambda: files.write_json(self._note, note))
+        self.best = note
         logging.info("best on %s so far: step %d, mean R@1 %.1f", note["split"], step, score)
 
-    def chosen(self) -> dict[str, Any] | None:
-        """{"split", "step", "score"} of the best, if this run has one."""
-        # What lies beside a run without progress is an abandoned attempt's.
-        return self._kept() if int(self.run.state.step) else None
-
-    def _kept(self) -> dict[str, Any] | None:
-        path = self.run.workdir / BEST_NOTE
-        if not self.active:
-            return None
-
-        def read() -> dict[str, Any] | None:
-            if not path.exists():
-                return None
-            try:
-                note = json.loads(path.read_bytes())
-                return {key: note[key] for key in ("split", "step", "score")}
-            except (ValueError, TypeError, KeyError):
-                raise UserError(
-                    f"{path}: damaged; delete {BEST_NOTE} and {BEST_FILE} to go on without the "
-                    "best step so far"
-                ) from None
-
-        return hosts.on_first(read)
-
     def trainable(self) -> Any:
-        """The chosen parameters, or those of the newest step."""
-        if self.chosen() is None:
-            return self.run.state.trainable
-        return load_prompts(self.run.workdir / BEST_FILE).params
+        """The selected parameters, or those of the newest step."""
+        if self.best is None:
+            return self._run.state.trainable
+        return load_prompts(self._run.workdir / BEST_FILE).params
 
 
 def prompt_set(run: setup.Run, trainable: Any) -> PromptSet:
-    """Trained parameters, on this machine, with all that is needed to use them.
-
-    Every process of the run has to ask for it.
-    """
+    """Trained parameters on this host, with what is needed to use them; a call of all processes."""
     data = run.config.data
     return PromptSet(
         params=sharding.to_host(trainable),
@@ -106,25 +88,26 @@ def prompt_set(run: setup.Run, trainable: Any) -> PromptSet:
         clip_fingerprint=run.clip.fingerprint,
         clip_name=run.clip.name,
         clip_config=run.clip.config,
-        video={key: data[key] for key in HOW_VIDEOS_ARE_READ},
+        video={key: data[key] for key in VIDEO_KEYS},
     )
 
 
 def save_result(run: setup.Run, trainable: Any, name: str) -> str:
-    """Writes trained parameters with all that is needed to use them; returns the path."""
-    path = run.workdir / name
-    found = prompt_set(run, trainable)
-    hosts.on_first(lambda: save_prompts(path, **vars(found)))
+    """Writes trained parameters with what is needed to use them; returns the path."""
+    path, prompts = run.workdir / name, prompt_set(run, trainable)
+    hosts.on_first(lambda: save_prompts(path, **vars(prompts)))
     logging.info("wrote %s", path)
     return str(path)
 
+
+# ---- Formats
 
 PROMPTS_FILE, PROMPTS_FOLDER = "prompts.safetensors", "prompts.orbax"
 RELEASED_FILE, ENCODERS_FOLDER = "vop.pt", "encoders"
 
 
 def check(form: str) -> None:
-    """Raises UserError for a format that there is not, or that lacks a library."""
+    """Raises UserError for an unknown format, or one whose library is not installed."""
     if form not in FORMATS:
         raise UserError(f"--format={form}: allowed are {', '.join(FORMATS)}")
     if form == "pytorch":
@@ -134,22 +117,13 @@ def check(form: str) -> None:
 
 
 def log_limits(run: setup.Run) -> None:
-    """One line on what cannot be exported, said before a run is trained and not after it."""
-    if not run.method.parts.prompts:  # nobody expects these in the layout of VoP's authors
+    """Logs, before training, that the result cannot be exported to PyTorch, if so."""
+    if not run.method.parts.prompts:  # nobody expects baselines in the layout of VoP's authors
         return
     try:
         check_released("--format=pytorch", run.method, run.clip.config)
     except UserError as error:
         logging.info("what is trained here cannot be exported with %s; see docs/export.md", error)
-
-
-def save(run: setup.Run, trainable: Any, form: str) -> str:
-    """Writes trained parameters into the workdir; returns the path.
-
-    Raises:
-        UserError: the format cannot say them.
-    """
-    return FORMATS[form](run, trainable)
 
 
 def _safetensors(run: setup.Run, trainable: Any) -> str:
@@ -174,17 +148,17 @@ def _pytorch(run: setup.Run, trainable: Any) -> str:
 
 
 def _stablehlo(run: setup.Run, trainable: Any) -> str:
-    found, path = prompt_set(run, trainable), run.workdir / ENCODERS_FOLDER
-    # As `vop_jax.load` runs them, not with what training chose for its own sake.
+    prompts, path = prompt_set(run, trainable), run.workdir / ENCODERS_FOLDER
+    # As `vop_jax.load` runs them: without the kernel and the remat of training.
     model = TextVideoModel(run.clip.config, run.method, run.model.dtype)
     clip = cast_frozen({"clip": run.clip.params}, run.model.dtype)
-    params = unflatten({**flatten(clip), **flatten(found.params)})
+    params = unflatten({**flatten(clip), **flatten(prompts.params)})
     about = {
         "method": run.method.name,
         "clip": run.clip.name,
         "clip_fingerprint": run.clip.fingerprint,
-        "prompts_fingerprint": found.fingerprint,
-        "video": found.video,
+        "prompts_fingerprint": prompts.fingerprint,
+        "video": prompts.video,
     }
     hosts.on_first(lambda: stablehlo.save_encoders(path, model, params, about))
     return str(path)
@@ -199,16 +173,15 @@ FORMATS: dict[str, Callable[[setup.Run, Any], str]] = {
 
 
 def export(config: ConfigDict, workdir: str, form: str = "safetensors") -> str:
-    """Writes the workdir's newest prompts, or what is made of them; returns the path.
+    """Writes the workdir's result in a format; returns the path.
 
     Args:
         form: one of `FORMATS`.
 
     Raises:
-        UserError: as `train`; also when there is nothing trained to export, or the format
-            cannot say it.
+        UserError: as `train`; also when there is nothing trained to export, or the format cannot
+            hold it.
     """
     check(form)
-    with setup.opened(config, workdir) as run:
-        setup.check_trained(run)
-        return save(run, Selection(run).trainable(), form)
+    with setup.open_run(config, workdir) as run:
+        return FORMATS[form](run, Selection(run).trainable())

@@ -1,4 +1,4 @@
-"""What a run leaves: its scalars, its summary, its rankings; and how people read them."""
+"""What a run writes about its results: summary, rankings, and tables for people."""
 
 import dataclasses
 import json
@@ -27,8 +27,7 @@ from vop_jax.tuning.partition import parameter_count, partition
 SUMMARY_FILE = "summary.json"
 RANKINGS_FILE = "rankings.jsonl"
 
-# {"t2v": {"R@1": …, "MdR": …}, "v2t": …}, more sides as `evaluate.Evaluation` says, and, of the
-# demo's clips, {"accuracy": {…}}
+# {"t2v": {"R@1": …, "MdR": …}, "v2t": …}, see `evaluate.Evaluation.results`
 Results = dict[str, dict[str, float]]
 
 
@@ -72,8 +71,8 @@ def write_summary(
     return summary
 
 
-def _write_rankings(run: setup.Run, data: Data, found: Evaluation) -> None:
-    """One line per caption that was read: its rank, and the videos that were nearest to it."""
+def _write_rankings(run: setup.Run, data: Data, evaluation: Evaluation) -> None:
+    """Writes a line per readable caption: the rank of its video, and the nearest videos."""
     test = data.packed.splits[run.config.data.eval_split]
     texts = [(test.ids[i], text) for i, texts in enumerate(test.captions) for text in texts]
     lines = [
@@ -85,7 +84,7 @@ def _write_rankings(run: setup.Run, data: Data, found: Evaluation) -> None:
             "similarities": [round(float(s), 4) for s in similarities],
         }
         for (video, caption), rank, top, similarities in zip(
-            texts, found.ranks.t2v.tolist(), *found.top, strict=True
+            texts, evaluation.ranks.t2v.tolist(), *evaluation.top, strict=True
         )
     ]
     content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -93,7 +92,7 @@ def _write_rankings(run: setup.Run, data: Data, found: Evaluation) -> None:
 
 
 def protocol(kind: str) -> str | None:
-    """What the splits of a benchmark are, in words."""
+    """Which splits of a benchmark are used, in words; None for other datasets."""
     return registry.get(kind).protocol or None
 
 
@@ -106,15 +105,21 @@ def to_scalars(results: Results, prefix: str = "") -> dict[str, float]:
     }
 
 
+def read_evaluations(workdir: str | os.PathLike) -> list[dict[str, Any]]:
+    """The lines of a workdir's metrics that are evaluations."""
+    return [line for line in read_metrics(workdir) if any("t2v/" in key for key in line)]
+
+
 def logged_results(
-    workdir: str | os.PathLike, step: int, measured_on: str, prefix: str = ""
+    lines: list[dict[str, Any]], step: int, measured_on: str, prefix: str = ""
 ) -> Results | None:
-    """The evaluation that an earlier start of this run logged at `step`, if any.
+    """The evaluation of a step that an earlier start of this run logged, if any.
 
     Args:
-        measured_on: the fingerprint of the split that is asked about, see `EvalSet`.
+        lines: of `read_evaluations`.
+        measured_on: the fingerprint of the evaluated split, see `EvalSet`.
     """
-    for line in read_metrics(workdir):
+    for line in lines:
         if line["step"] != step or not any(key.startswith(f"{prefix}t2v/") for key in line):
             continue
         if line.get(MEASURED_ON, measured_on) != measured_on:  # older lines lack it
@@ -168,7 +173,7 @@ def format_summary(summary: dict[str, Any], workdir: str) -> str:
     ]
     for side in sides:
         for label, values in (("before", summary["before"]), ("after", summary)):
-            if values and side in values:  # an extra row may have been asked for later
+            if values and side in values:  # an extra row may have been added later
                 cells = "".join(f"{values[side][name]:8.1f}" for name in names)
                 rows.append(f"{f'{side} {label}':<{width}}{cells}")
     for label, values in (("before", summary["before"]), ("after", summary)):

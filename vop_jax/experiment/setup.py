@@ -1,4 +1,4 @@
-"""Where a run starts: its workdir claimed, its CLIP loaded, its state fresh or restored."""
+"""Opens a run in three phases: check its config, claim its workdir, load its state to the mesh."""
 
 import contextlib
 import dataclasses
@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
-import filelock
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,6 +24,7 @@ from vop_jax.clip.remat import Remat
 from vop_jax.clip.weights import ClipWeights, cast_frozen, check_shapes, load_clip
 from vop_jax.config import base as configs
 from vop_jax.config.clip import ClipConfig, preset
+from vop_jax.data.datasets import registry
 from vop_jax.errors import UserError
 from vop_jax.evaluation.evaluate import Encode, make_encoders
 from vop_jax.model import TextVideoModel
@@ -34,27 +34,28 @@ from vop_jax.training.checkpoint import Checkpoints
 from vop_jax.training.step import TrainState, make_optimizer
 from vop_jax.training.writer import METRICS_FILE
 from vop_jax.tuning.methods import MethodConfig, method_of
-from vop_jax.tuning.partition import merge, partition
+from vop_jax.tuning.partition import partition
 from vop_jax.tuning.prompt_set import (
+    PromptSet,
     check_same_clip,
     has_frame_tables,
     interpolate_frames,
     load_prompts,
 )
 
-CLIP_FILE = "clip.safetensors"  # of a workdir that pre-trained its own
-STORES = "pip install -e '.[gcs]'"  # brings what opens gs://
+CLIP_FILE = "clip.safetensors"  # in a workdir whose run pre-trains its own CLIP
+STORES = "pip install -e '.[gcs]'"  # installs access to gs://
 
 
 @dataclasses.dataclass
 class Run:
-    """What all modes need: the model, and its parameters in two trees on the mesh.
+    """What all modes need: the model, and its parameters as two trees on the mesh.
 
     Attributes:
         state: the trainable parameters with step and optimizer state.
         frozen: all other parameters.
-        initial: the trainable parameters before the first step, on the mesh.
-        meta: what was saved beside the state; empty where nothing was.
+        initial: makes the trainable parameters of step 0, on the mesh.
+        meta: the metadata of the restored checkpoint; {} without one.
     """
 
     config: ConfigDict
@@ -71,72 +72,110 @@ class Run:
 
     @functools.cached_property
     def encoders(self) -> tuple[Encode, Encode]:
-        """Jitted (encode_video, encode_text), compiled once."""
-        # Without a backward pass there is nothing to compute again.
+        """Jitted (encode_video, encode_text), compiled once; without a backward pass, no remat."""
         return make_encoders(self.model.clone(remat=Remat()), self.mesh)
-
-    def params(self) -> dict[str, Any]:
-        """The whole tree."""
-        return merge(self.state.trainable, self.frozen)
 
 
 @contextmanager
-def opened(
+def open_run(
     config: ConfigDict,
     workdir: str,
     pretrain: Callable[[ConfigDict, epath.Path], None] | None = None,
     extend: bool = False,
 ) -> Iterator[Run]:
-    """Claims the workdir for this process and brings CLIP and state to the mesh.
+    """Opens the run of a workdir, for this process alone.
 
     Args:
-        pretrain: called when the config asks for a CLIP trained from nothing and the workdir
-            has none yet; leaves one there under CLIP_FILE. None: nothing is trained, and the
-            workdir keeps the config that it learnt with.
-        extend: whether a run of fewer `train.steps` may go on to this config's.
+        pretrain: writes CLIP_FILE into the workdir; called if the config pre-trains a CLIP and
+            there is none yet. None: nothing is trained, and the workdir keeps its config.
+        extend: whether a run of fewer `train.steps` may continue to this config's.
 
     Raises:
-        UserError: the config, the weights or the workdir are not what they should be.
+        UserError: the config, the weights or the workdir are wrong.
     """
-    method = hosts.on_all(lambda: _checked(config))
-    root = epath.Path(workdir)
+    root, training = epath.Path(workdir), pretrain is not None
+
+    # ---- Check: in all processes; nothing is written.
+    method, mesh = hosts.on_all(lambda: check(config, root, training=training))
+    hosts.agree(_shared_facts(config))
+
     with contextlib.ExitStack() as stack:
-        hosts.on_first(lambda: stack.enter_context(_locked(root)))
-        hosts.agree(_facts(config))
+        # ---- Claim: in the first process.
+        hosts.on_first(lambda: stack.enter_context(_claim(root, config, training, extend)))
+        _set_compile_cache(config.compute.cache, root, mesh)
+
+        # ---- Load: in all processes.
+        if pretrains(config) and hosts.on_first(lambda: not (root / CLIP_FILE).exists()):
+            assert pretrain is not None  # `check` refuses this
+            pretrain(config, root)
+        clip, prompts = hosts.on_all(lambda: _load_files(config, root, method, mesh))
+        hosts.agree(
+            {"init.clip": clip.fingerprint, "init.prompts": prompts.fingerprint if prompts else ""}
+        )
+        logging.info("CLIP %s; method %s", clip.name, method.name)
         checkpoints = Checkpoints(workdir, config.train.keep_checkpoints)
-        try:
-            train = pretrain is not None
-            hosts.on_first(lambda: _claim(root, config, checkpoints, train=train, extend=extend))
-            mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.model)
-            check_kernel(config, mesh)
-            _keep_compiled(config.compute.cache, root, mesh)
-            sharding.check_batch(mesh, "train.batch_size", config.train.batch_size)
-            sharding.check_batch(mesh, "eval.batch_size", config.eval.batch_size)
-            sharding.check_microbatches(mesh, config.train.batch_size, config.train.microbatches)
-            if pretrains(config) and hosts.on_first(lambda: not (root / CLIP_FILE).exists()):
-                if pretrain is None:
-                    raise UserError(f"--workdir={root}: no {CLIP_FILE} yet; train first")
-                pretrain(config, root)
-            clip = hosts.on_all(lambda: load_backbone(config, root))
-            hosts.agree({"init.clip": clip.fingerprint})
-            method.check_fits(clip.config)
-            heads = {"visual": clip.config.vision_heads, "text": clip.config.text_heads}
-            sharding.check_heads(mesh, heads)
-            logging.info("CLIP %s; method %s", clip.name, method.name)
-            yield _prepare(config, root, mesh, method, clip, checkpoints)
-        finally:
-            checkpoints.close()
+        stack.callback(checkpoints.close)
+        yield _load_state(config, root, mesh, method, clip, prompts, checkpoints)
 
 
-def _checked(config: ConfigDict) -> MethodConfig:
+# ---- Check
+
+
+def check(config: ConfigDict, root: epath.Path, *, training: bool) -> tuple[MethodConfig, Mesh]:
+    """Checks what can be known before the workdir is touched; returns the method and the mesh.
+
+    Raises:
+        UserError: a key, a path, the mesh, or a workdir without anything to evaluate.
+    """
     configs.validate(config)
-    _check_stores(config)
-    return method_of(config)
+    registry.get(config.data.kind)
+    _check_paths(config)
+    method = method_of(config)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.model)
+    check_kernel(config, mesh)
+    sharding.check_batch(mesh, "train.batch_size", config.train.batch_size)
+    sharding.check_batch(mesh, "eval.batch_size", config.eval.batch_size)
+    sharding.check_microbatches(mesh, config.train.batch_size, config.train.microbatches)
+    if training:
+        if config.train.batch_size == 1 and config.train.steps and method.parts.trainable:
+            raise UserError(
+                "config.train.batch_size=1: the loss compares the clips of a batch with each "
+                "other, of one it is always 0; use 2 or more"
+            )
+        return method, mesh
+    if pretrains(config) and not (root / CLIP_FILE).exists():
+        raise UserError(f"--workdir={root}: no {CLIP_FILE} yet; train first")
+    if method.parts.trainable and not config.init.prompts and not _has_checkpoint(root):
+        raise UserError(f"--workdir={root}: no checkpoint; train first, or set config.init.prompts")
+    return method, mesh
 
 
-def _facts(config: ConfigDict) -> dict[str, str]:
-    """What processes must have in common: all that may change what is learnt, and the code."""
-    package = pathlib.Path(__file__).parent
+def _check_paths(config: ConfigDict) -> None:
+    """Raises UserError for an `init` file that is missing, or a store without its package."""
+    for key, value in configs.flatten_config(config).items():
+        if isinstance(value, str) and files.is_remote(value):
+            try:
+                epath.Path(value).exists()
+            except ImportError as error:
+                raise UserError(f"config.{key}={value}: {error}; {STORES}") from None
+    for path in (config.init.clip, config.init.prompts):
+        if path and not epath.Path(path).exists():
+            raise UserError(f"{path}: no such file")
+    random = config.method.name == "full" and config.clip.arch
+    if not (config.init.clip or pretrains(config) or random):
+        raise UserError(
+            "config.init.clip is not set: give a file written by tools/convert_clip_weights.py"
+        )
+
+
+def _has_checkpoint(root: epath.Path) -> bool:
+    folder = root / "checkpoints"
+    return folder.exists() and any(step.name.isdigit() for step in folder.iterdir())
+
+
+def _shared_facts(config: ConfigDict) -> dict[str, str]:
+    """What all processes must have in common: whatever may change what is learned."""
+    package = pathlib.Path(__file__).parents[1]  # vop_jax
     code = "".join(file.read_text() for file in sorted(package.rglob("*.py")))
     packages = " ".join(f"{name} {version(name)}" for name in ("jax", "jaxlib", "flax", "optax"))
     return {
@@ -146,76 +185,35 @@ def _facts(config: ConfigDict) -> dict[str, str]:
     }
 
 
-@contextmanager
-def _locked(root: epath.Path) -> Iterator[None]:
-    """One run per workdir; the lock goes with the process, however it ends."""
-    if "://" in str(root):  # object stores have no locks
-        _check_bucket(root)
-        yield
-        return
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(root / ".lock", timeout=0)
-        lock.acquire()
-    except filelock.Timeout:
-        raise UserError(f"--workdir={root}: another run is using it") from None
-    except OSError as error:
-        raise UserError(f"--workdir={root}: not a folder to write in ({error.strerror})") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _check_stores(config: ConfigDict) -> None:
-    """Raises UserError for a path in a store whose package is not installed."""
-    for key, value in configs.flatten_config(config).items():
-        if isinstance(value, str) and "://" in value:
-            try:
-                epath.Path(value).exists()
-            except ImportError as error:
-                raise UserError(f"config.{key}={value}: {error}; {STORES}") from None
-
-
-def _check_bucket(root: epath.Path) -> None:
-    """Raises UserError where nothing can be written; making a folder there says nothing."""
-    probe = root / ".writable"
-    try:
-        probe.write_bytes(b"1")  # an empty object may lie there as a folder
-        probe.unlink(missing_ok=True)
-    except ImportError as error:
-        raise UserError(f"--workdir={root}: {error}; {STORES}") from None
-    except FileNotFoundError:
-        raise UserError(f"--workdir={root}: there is no such bucket") from None
-    except Exception as error:  # each store's client has its own
-        why = " ".join(str(error).split())[:300] or type(error).__name__
-        raise UserError(f"--workdir={root}: not a place to write in ({why})") from None
+def pretrains(config: ConfigDict) -> bool:
+    """Whether the run starts with training its own CLIP."""
+    return bool(config.pretrain.steps) and not config.init.clip
 
 
 def check_kernel(config: ConfigDict, mesh: Mesh) -> None:
-    """Raises UserError where these devices lack the `compute.attention` that is asked for."""
-    asked, platform = config.compute.attention, _platform(mesh)
-    if asked in configs.ON_CUDA and not _on_cuda(mesh):
-        raise UserError(f"config.compute.attention={asked!r}: needs an NVIDIA GPU, not {platform}")
-    if asked == "splash" and platform != "tpu":
-        raise UserError(f"config.compute.attention={asked!r}: needs a TPU, not {platform}")
-    if asked in ("fused", "splash") and sharding.shards_parameters(mesh):
-        # The compiler cannot share a kernel out.
+    """Raises UserError if these devices lack the configured `compute.attention`."""
+    kernel, platform = config.compute.attention, _platform(mesh)
+    if kernel in configs.ON_CUDA and not _on_cuda(mesh):
+        raise UserError(f"config.compute.attention={kernel!r}: needs an NVIDIA GPU, not {platform}")
+    if kernel == "splash" and platform != "tpu":
+        raise UserError(f"config.compute.attention={kernel!r}: needs a TPU, not {platform}")
+    if kernel in ("fused", "splash") and sharding.shards_parameters(mesh):
+        # The compiler cannot divide a kernel among devices.
         cudnn = "cudnn, " if _on_cuda(mesh) else ""
         raise UserError(
-            f"config.compute.attention={asked!r}: wants all parameters on every device, set "
+            f"config.compute.attention={kernel!r}: needs all parameters on every device, set "
             f"mesh.fsdp and mesh.model to 1; allowed on this mesh are auto, {cudnn}xla, blocks"
         )
 
 
-def kernel_of(config: ConfigDict, mesh: Mesh) -> Kernel:
-    """What `compute.attention` comes to on these devices."""
-    asked = config.compute.attention
-    return best_kernel(config.compute.dtype, mesh) if asked == "auto" else asked
+def attention_kernel(config: ConfigDict, mesh: Mesh) -> Kernel:
+    """The configured `compute.attention`, with auto resolved for these devices."""
+    kernel = config.compute.attention
+    return best_kernel(config.compute.dtype, mesh) if kernel == "auto" else kernel
 
 
 def best_kernel(dtype: str, mesh: Mesh) -> Kernel:
-    """What attention in this dtype is fastest by on these devices."""
+    """The fastest attention kernel for this dtype on these devices."""
     if not _on_cuda(mesh) or dtype != "bfloat16":
         return "xla"
     return "cudnn" if sharding.shards_parameters(mesh) else "fused"
@@ -230,8 +228,71 @@ def _platform(mesh: Mesh) -> str:
     return mesh.devices.flat[0].platform
 
 
-def _keep_compiled(cache: str, root: epath.Path, mesh: Mesh) -> None:
-    """Programs that took a second or more to compile are found again at the next start."""
+# ---- Claim
+
+
+@contextmanager
+def _claim(root: epath.Path, config: ConfigDict, training: bool, extend: bool) -> Iterator[None]:
+    """Locks the workdir, and writes its config unless it belongs to a run with another one."""
+    with contextlib.ExitStack() as stack:
+        if files.is_remote(root):  # object stores have no locks
+            _check_bucket(root)
+        else:
+            busy, label = "another run is using it", f"--workdir={root}"
+            stack.enter_context(files.folder_lock(root, busy, label=label))
+        if not _has_checkpoint(root):
+            _start_over(root, config)
+        else:
+            _check_same_run(root, config, training, extend)
+        if training or not _has_checkpoint(root) or not (root / configs.CONFIG_FILE).exists():
+            files.write_json(root / configs.CONFIG_FILE, config.to_dict())
+        yield
+
+
+def _start_over(root: epath.Path, config: ConfigDict) -> None:
+    """Removes the metrics of another run, which saved no progress."""
+    ignored = set(configs.RESUMABLE) - set(configs.INPUTS)
+    try:
+        previous = configs.workdir_config(root) or config
+    except UserError:
+        previous = configs.base_config()
+    if configs.first_difference(config, previous, ignored):
+        (root / METRICS_FILE).unlink(missing_ok=True)
+
+
+def _check_same_run(root: epath.Path, config: ConfigDict, training: bool, extend: bool) -> None:
+    """Raises UserError if the workdir holds the progress of a run with another config."""
+    previous = configs.workdir_config(root) or config
+    more = config.train.steps > previous.train.steps
+    ignored = set(configs.RESUMABLE if training else configs.EVALUABLE)
+    ignored |= {"train.steps"} if extend and more else set()
+    if difference := configs.first_difference(config, previous, ignored):
+        key, ours, theirs = difference
+        further = f", or say --config.train.steps={ours} to train it further"
+        hint = further if key == "train.steps" and more else ""
+        raise UserError(
+            f"--workdir={root}: holds a run with config.{key}={theirs!r}, not {ours!r}; use "
+            f"another workdir, or that value to continue it{hint}"
+        )
+
+
+def _check_bucket(root: epath.Path) -> None:
+    """Raises UserError if nothing can be written; creating a folder in a bucket proves nothing."""
+    probe = root / ".writable"
+    try:
+        probe.write_bytes(b"1")  # an empty object may exist there as a folder
+        probe.unlink(missing_ok=True)
+    except ImportError as error:
+        raise UserError(f"--workdir={root}: {error}; {STORES}") from None
+    except FileNotFoundError:
+        raise UserError(f"--workdir={root}: there is no such bucket") from None
+    except Exception as error:  # each store's client has its own
+        why = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"--workdir={root}: not a place to write in ({why})") from None
+
+
+def _set_compile_cache(cache: str, root: epath.Path, mesh: Mesh) -> None:
+    """Keeps programs that took a second or more to compile, for the next start."""
     if cache == "off":
         jax.config.update("jax_compilation_cache_dir", None)
     elif cache:
@@ -241,59 +302,33 @@ def _keep_compiled(cache: str, root: epath.Path, mesh: Mesh) -> None:
         jax.config.update("jax_compilation_cache_dir", str(root / "compiled"))
 
 
-def _claim(
-    root: epath.Path, config: ConfigDict, checkpoints: Checkpoints, *, train: bool, extend: bool
-) -> None:
-    """Writes the workdir's config, unless it holds progress of a run with another one."""
-    path = root / configs.CONFIG_FILE
-    if checkpoints.latest_step() is None:  # nothing was learnt yet: start over where it is another
-        passing = set(configs.RESUMABLE) - set(configs.INPUTS)
-        try:
-            before = configs.workdir_config(root) or config
-        except UserError:
-            before = configs.base_config()
-        if configs.first_difference(config, before, passing):
-            (root / METRICS_FILE).unlink(missing_ok=True)
-        files.write_json(path, config.to_dict())
-        return
-    before = configs.workdir_config(root) or config
-    more = config.train.steps > before.train.steps
-    passing = set(configs.RESUMABLE if train else configs.EVALUABLE)
-    passing |= {"train.steps"} if extend and more else set()
-    if difference := configs.first_difference(config, before, passing):
-        key, mine, theirs = difference
-        further = f", or say --config.train.steps={mine} to train it further"
-        hint = further if key == "train.steps" and more else ""
-        raise UserError(
-            f"--workdir={root}: holds a run with config.{key}={theirs!r}, not {mine!r}; use "
-            f"another workdir, or that value to continue it{hint}"
-        )
-    if train or not path.exists():
-        files.write_json(path, config.to_dict())
+# ---- Load
 
 
-def pretrains(config: ConfigDict) -> bool:
-    """Whether the run starts with training its own CLIP."""
-    return bool(config.pretrain.steps) and not config.init.clip
+def _load_files(
+    config: ConfigDict, root: epath.Path, method: MethodConfig, mesh: Mesh
+) -> tuple[ClipWeights, PromptSet | None]:
+    """The CLIP, and `init.prompts` for its number of frames; both fit the config."""
+    clip = load_backbone(config, root)
+    method.check_fits(clip.config)
+    heads = {"visual": clip.config.vision_heads, "text": clip.config.text_heads}
+    sharding.check_heads(mesh, heads)
+    return clip, _load_prompts(config, clip, method) if config.init.prompts else None
 
 
 def load_backbone(config: ConfigDict, root: epath.Path) -> ClipWeights:
     """The CLIP to start from: `init.clip`, the workdir's own, or a random one for `full`.
 
     Raises:
-        UserError: none of them is configured, or the weights are not what the config expects.
+        UserError: the file is wrong, or the weights are not those that the config expects.
     """
     if config.init.clip or pretrains(config):
         clip = load_clip(config.init.clip or root / CLIP_FILE)
-    elif config.method.name == "full" and config.clip.arch:
-        clip = _random_clip(preset(config), config.seed)
     else:
-        raise UserError(
-            "config.init.clip is not set: give a file written by tools/convert_clip_weights.py"
-        )
+        clip = _random_clip(preset(config), config.seed)
     if config.clip.arch:
-        wanted = dataclasses.replace(preset(config), activation=clip.config.activation)
-        if wanted != clip.config:
+        expected = dataclasses.replace(preset(config), activation=clip.config.activation)
+        if expected != clip.config:
             raise UserError(f"config.clip.arch={config.clip.arch}: the weights are {clip.name}")
     if config.clip.activation not in ("", clip.config.activation):
         raise UserError(
@@ -311,28 +346,49 @@ def _random_clip(clip: ClipConfig, seed: int) -> ClipWeights:
     return ClipWeights(params, clip, tensors.fingerprint(params), f"seed {seed}")
 
 
-def _prepare(
+def _load_prompts(config: ConfigDict, clip: ClipWeights, method: MethodConfig) -> PromptSet:
+    """`init.prompts` of this method and CLIP, resampled to `data.frames` if configured."""
+    path = config.init.prompts
+    prompts = load_prompts(path)
+    check_same_clip(path, prompts, clip.fingerprint, clip.name, clip.config)
+    theirs = dataclasses.asdict(prompts.method)
+    if prompts.method.frames != method.frames and has_frame_tables(prompts.params):
+        if not config.init.interpolate_frames:
+            raise UserError(
+                f"{path}: prompts of {prompts.method.frames} frame positions, "
+                f"config.data.frames={method.frames}; set config.init.interpolate_frames=True "
+                "to resample them"
+            )
+        params = interpolate_frames(prompts.params, method.frames)
+        prompts = dataclasses.replace(prompts, params=params)
+    for key, ours in dataclasses.asdict(method).items():
+        if key not in ("init_std", "frames") and theirs[key] != ours:
+            raise UserError(f"{path}: holds method.{key}={theirs[key]!r}, config says {ours!r}")
+    return prompts
+
+
+def _load_state(
     config: ConfigDict,
     root: epath.Path,
     mesh: Mesh,
     method: MethodConfig,
     clip: ClipWeights,
+    prompts: PromptSet | None,
     checkpoints: Checkpoints,
 ) -> Run:
-    """The newest state: the workdir's, else `init.prompts`, else fresh prompts."""
-    dtype, kernel = jnp.dtype(config.compute.dtype), kernel_of(config, mesh)
+    """Restores the newest state: the workdir's, else `init.prompts`, else new prompts."""
+    kernel, dtype = attention_kernel(config, mesh), jnp.dtype(config.compute.dtype)
     remat = Remat(config.compute.remat, config.compute.frame_chunk)
     model = TextVideoModel(clip.config, method, dtype, kernel, remat)
-    params = {"clip": clip.params}
-    params |= jax.jit(model.init_added)(jax.random.key(config.seed))
+    params = {"clip": clip.params} | jax.jit(model.init_added)(jax.random.key(config.seed))
     trainable, frozen = partition(params, method.trainable_patterns(clip.config))
-    if config.init.prompts:
-        fresh = trainable
-        trainable = hosts.on_all(lambda: _given_prompts(config, clip, method, fresh))
+    if prompts is not None:
+        shapes = {name: leaf.shape for name, leaf in tensors.flatten(trainable).items()}
+        check_shapes(config.init.prompts, prompts.params, shapes)
+        trainable = prompts.params
     rules = sharding.placement_rules(config.mesh.placement)
     sharding.check_rules(rules, list(tensors.flatten(params)))
-    state = TrainState.create(trainable, make_optimizer(config.train))
-    state = sharding.place(mesh, state, rules)
+    state = sharding.place(mesh, TrainState.create(trainable, make_optimizer(config.train)), rules)
     meta: dict[str, Any] = {}
 
     def check_clip(meta: dict[str, Any]) -> None:
@@ -348,33 +404,3 @@ def _prepare(
     frozen = sharding.place(mesh, cast_frozen(frozen, dtype), rules)
     initial = functools.partial(sharding.place, mesh, trainable, rules)
     return Run(config, root, mesh, method, clip, model, state, frozen, initial, checkpoints, meta)
-
-
-def _given_prompts(
-    config: ConfigDict, clip: ClipWeights, method: MethodConfig, fresh: Any
-) -> dict[str, Any]:
-    path = config.init.prompts
-    given = load_prompts(path)
-    check_same_clip(path, given, clip.fingerprint, clip.name, clip.config)
-    params, theirs = given.params, dataclasses.asdict(given.method)
-    if given.method.frames != method.frames and has_frame_tables(params):
-        if not config.init.interpolate_frames:
-            raise UserError(
-                f"{path}: prompts of {given.method.frames} frame positions, "
-                f"config.data.frames={method.frames}; set config.init.interpolate_frames=True "
-                "to resample them"
-            )
-        params = interpolate_frames(params, method.frames)
-    for key, mine in dataclasses.asdict(method).items():
-        if key not in ("init_std", "frames") and theirs[key] != mine:
-            raise UserError(f"{path}: holds method.{key}={theirs[key]!r}, config says {mine!r}")
-    shapes = {name: leaf.shape for name, leaf in tensors.flatten(fresh).items()}
-    check_shapes(path, params, shapes)
-    return params
-
-
-def check_trained(run: Run) -> None:
-    if not run.meta and not run.config.init.prompts and run.state.trainable:
-        raise UserError(
-            f"--workdir={run.workdir}: no checkpoint; train first, or set config.init.prompts"
-        )

@@ -1,6 +1,5 @@
-"""A config becomes a run: train and evaluate, each read top to bottom."""
+"""Trains and evaluates: the stages of a run, read from top to bottom."""
 
-import dataclasses
 from functools import partial
 from typing import Any
 
@@ -10,7 +9,7 @@ from ml_collections import ConfigDict
 
 from vop_jax.clip.weights import save_clip
 from vop_jax.errors import UserError
-from vop_jax.evaluation import evaluate as evaluation
+from vop_jax.evaluation.evaluate import EvalSet, Evaluation, evaluate_split
 from vop_jax.experiment import inputs, results, setup
 from vop_jax.experiment.export import PROMPTS_FILE, Selection, log_limits, save_result
 from vop_jax.training import hosts, loop
@@ -20,24 +19,26 @@ from vop_jax.training.writer import MetricWriter, NoWriter, Writer
 from vop_jax.tuning.partition import merge
 from vop_jax.tuning.prompt_set import load_prompts
 
+VALIDATION = "val_"  # prefix of metrics on the validation split
+
 
 def train(
     config: ConfigDict, workdir: str, writer: Writer | None = None, extend: bool = False
 ) -> dict[str, Any]:
-    """Trains, or continues what `workdir` holds; evaluates, exports; returns the summary.
+    """Trains a new run or continues the workdir's, evaluates, exports; returns the summary.
 
     Args:
-        writer: given the scalars in place of TensorBoard.
-        extend: whether a run of fewer steps may go on to `config.train.steps`. Its parameters and
-            optimizer state are continued, by the schedule of the new number.
+        writer: receives the scalars in place of TensorBoard.
+        extend: whether a run of fewer steps may continue to `config.train.steps`. Parameters and
+            optimizer state are kept; the schedule is that of the new number of steps.
 
     Raises:
         UserError: the config or the input is wrong, or the workdir is another run's.
         NonFiniteLoss: training diverged.
-        Interrupted: a signal; the same call continues.
+        Interrupted: by a signal; the same call continues.
     """
-    with setup.opened(config, workdir, _pretrain, extend) as run:
-        # ---- What is trained, and on what.
+    with setup.open_run(config, workdir, _pretrain, extend) as run:
+        # ---- Data
         steps, first = config.train.steps if run.state.trainable else 0, int(run.state.step)
         if steps:
             log_limits(run)
@@ -46,78 +47,108 @@ def train(
         if not first:
             selection.reset()
 
-        with _metrics_of(run, data, writer) as metrics:
-            evaluations = _Evaluations(run, data, selection, metrics)
-            during, found = selection.prefix, None
+        with _open_metrics(run, data, writer) as metrics:
+            # ---- Before training
+            evaluations = Evaluations(run, data, selection, metrics)
+            initial = run.initial() if first else run.state.trainable
+            before = evaluations.logged(0) or evaluations.at(0, initial).results
 
-            # ---- Before. A run that is continued starts from there again if it has to.
-            before = evaluations.logged(0)
-            if before is None:
-                initial = run.initial() if first else run.state.trainable
-                found = evaluations.at(0, initial)
-                before = found.results
-
-            # ---- Training. A run that was stopped before an evaluation makes up for it.
+            # ---- Training
+            evaluations.run_due(first, run.state.trainable)  # a stop may have prevented it
             if first < steps:
-                due = config.train.eval_every and first and first % config.train.eval_every == 0
-                if due and evaluations.logged(first, during) is None:
-                    evaluations.at(first, run.state.trainable, during)
-                _fit(run, data, metrics, evaluations, during)
-            if steps and during and evaluations.logged(steps, during) is None:
-                evaluations.at(steps, run.state.trainable, during)
+                _fit(run, data.train, metrics, evaluations)
+            evaluations.run_due(steps, run.state.trainable)
 
-            # ---- After.
-            if steps or found is None:
-                found = evaluations.at(steps, selection.trainable())
+            # ---- After training
+            after = evaluations.at(steps, selection.trainable())
         save_result(run, selection.trainable(), PROMPTS_FILE)
-        chosen = selection.chosen()
-        return hosts.on_first(lambda: results.write_summary(run, data, before, found, chosen))
+        return hosts.on_first(
+            lambda: results.write_summary(run, data, before, after, selection.best)
+        )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Evaluations:
-    """A run's evaluations, each logged once a step; those of a selection's split choose."""
+def evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
+    """Evaluates the workdir's newest checkpoint, or `init.prompts`; returns the summary.
 
-    run: setup.Run
-    data: inputs.Data
-    selection: Selection
-    metrics: NoWriter
+    Raises:
+        UserError: as `train`; also when there is nothing trained to evaluate.
+    """
+    with setup.open_run(config, workdir) as run:
+        data = inputs.load_data(run, training=False)
+        selection = Selection(run)
+        evaluations = Evaluations(run, data, selection, NoWriter())
+        before = evaluations.logged(0)
+        after = evaluations.at(int(run.state.step), selection.trainable())
+        return hosts.on_first(
+            lambda: results.write_summary(run, data, before, after, selection.best)
+        )
+
+
+class Evaluations:
+    """The evaluation schedule of a run.
+
+    Step 0 and the result are evaluated on the test split. In between, every `train.eval_every`
+    steps, so are the current parameters; with `train.select=best` on the validation split instead,
+    the last step included, and these evaluations choose the result.
+    """
+
+    def __init__(self, run: setup.Run, data: inputs.Data, selection: Selection, metrics: NoWriter):
+        self._run, self._data, self._selection, self._metrics = run, data, selection, metrics
+        self._prefix = VALIDATION if selection.active else ""
+        self._finished: dict[tuple[int, str], Evaluation] = {}
+        self._lines = hosts.on_first(lambda: results.read_evaluations(run.workdir))
+
+    def run_due(self, step: int, trainable: Any) -> None:
+        """Evaluates the parameters of a step between the first and the result, if it is due."""
+        every, steps = self._run.config.train.eval_every, self._run.config.train.steps
+        is_last = step == steps and self._selection.active
+        is_between = bool(every) and step % every == 0 and step < steps
+        if step and (is_last or is_between) and self.logged(step, self._prefix) is None:
+            self.at(step, trainable, self._prefix)
 
     def logged(self, step: int, prefix: str = "") -> results.Results | None:
-        """What an earlier start of this run has logged."""
-        workdir, of = self.run.workdir, self._split(prefix).fingerprint
-        return hosts.on_first(lambda: results.logged_results(workdir, step, of, prefix))
+        """The results of a step that this run or an earlier start of it evaluated."""
+        if (step, prefix) in self._finished:
+            return self._finished[step, prefix].results
+        fingerprint = self._split(prefix).fingerprint
+        return results.logged_results(self._lines, step, fingerprint, prefix)
 
-    def at(self, step: int, trainable: Any, prefix: str = "") -> evaluation.Evaluation:
-        """Evaluates these parameters, those of `step`."""
-        split, of = self._split(prefix), prefix and f" on the {prefix[:-1]} split"
-        logging.info("evaluating step %d%s", step, of)
-        found = _evaluate(self.run, split, merge(trainable, self.run.frozen))
+    def at(self, step: int, trainable: Any, prefix: str = "") -> Evaluation:
+        """Evaluates the parameters of a step, once."""
+        if (step, prefix) in self._finished:
+            return self._finished[step, prefix]
+        split, where = self._split(prefix), prefix and f" on the {prefix[:-1]} split"
+        logging.info("evaluating step %d%s", step, where)
+        run, params = self._run, merge(trainable, self._run.frozen)
+        batch_size = run.config.eval.batch_size
+        evaluation = evaluate_split(run.encoders, params, run.mesh, split, batch_size)
         if prefix:
-            self.selection.consider(trainable, step, found.results)
+            self._selection.consider(trainable, step, evaluation.results)
         if self.logged(step, prefix) is None:
-            scalars = results.to_scalars(found.results, prefix)
-            self.metrics.write_scalars(step, scalars, split.fingerprint)
-        logging.info("step %d%s\n%s", step, of, results.format_results(found.results))
-        return found
+            scalars = results.to_scalars(evaluation.results, prefix)
+            self._metrics.write_scalars(step, scalars, split.fingerprint)
+        self._finished[step, prefix] = evaluation
+        logging.info("step %d%s\n%s", step, where, results.format_results(evaluation.results))
+        return evaluation
 
-    def _split(self, prefix: str) -> evaluation.EvalSet:
-        split = self.data.val_set if prefix else self.data.eval_set
-        assert split is not None  # `prefix` is set where there is one
+    def _split(self, prefix: str) -> EvalSet:
+        split = self._data.val_set if prefix else self._data.eval_set
+        assert split is not None  # the prefix is set only where there is one
         return split
 
 
-def _metrics_of(run: setup.Run, data: inputs.Data, writer: Writer | None) -> NoWriter:
+def _open_metrics(run: setup.Run, data: inputs.Data, writer: Writer | None) -> NoWriter:
     if not hosts.is_first():
         return NoWriter()
-    splits = [split.fingerprint for split in (data.eval_set, data.val_set) if split]
-    return MetricWriter(run.workdir, int(run.state.step), writer, splits)
+    fingerprints = [split.fingerprint for split in (data.eval_set, data.val_set) if split]
+    return MetricWriter(run.workdir, int(run.state.step), writer, fingerprints)
 
 
 def _fit(
-    run: setup.Run, data: inputs.Data, metrics: NoWriter, evaluations: _Evaluations, prefix: str
+    run: setup.Run, train: inputs.TrainSet | None, metrics: NoWriter, evaluations: Evaluations
 ) -> None:
-    """The steps from the run's state to the last; changes the state."""
+    """Runs the steps from the run's state to the last; changes the state."""
+    assert train is not None  # there are steps
     config, first, steps = run.config, int(run.state.step), run.config.train.steps
     phase = "2 of 2: " if setup.pretrains(config) else ""
     logging.info("%straining %s, steps %d to %d", phase, run.method.name, first + 1, steps)
@@ -128,58 +159,43 @@ def _fit(
     run.meta = {
         "clip_fingerprint": run.clip.fingerprint,
         "clip_name": run.clip.name,
-        "learnt_from": data.learnt_from,
+        "learnt_from": train.fingerprint,
         "steps": steps,
         "extended_at": extended_at,
     }
     optimizer, parts = make_optimizer(config.train), config.train.microbatches
     train_step = make_train_step(run.model, optimizer, run.mesh, parts)
     dtype, left = config.compute.dtype, steps - first
-    step_fn: loop.Step = CompiledStep(train_step, run.mesh, data.text_widths, left, dtype)
-    if data.cache:
-        step_fn = inputs.filled(run, data.cache).wrap_step(step_fn)
+    step_fn: loop.Step = CompiledStep(train_step, run.mesh, train.text_widths, left, dtype)
+    if train.cache:
+        step_fn = inputs.fill_cache(run, train.split, train.cache.layout).before(step_fn)
     run.state = loop.fit(
         step_fn,
         run.state,
         run.frozen,
-        data.train_batches(first),
+        train.batches(first),
         mesh=run.mesh,
         config=config.train,
         checkpoints=run.checkpoints,
         meta=run.meta,
         writer=metrics,
-        evaluate=lambda state, step: evaluations.at(step, state.trainable, prefix),
+        evaluate=lambda state, step: evaluations.run_due(step, state.trainable),
     )
 
 
-def evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:
-    """Evaluates the workdir's newest checkpoint, or `init.prompts`; returns the summary.
-
-    Raises:
-        UserError: as `train`; also when there is nothing trained to evaluate.
-    """
-    with setup.opened(config, workdir) as run:
-        setup.check_trained(run)
-        data = inputs.load_data(run, training=False)
-        selection = Selection(run)
-        params = merge(selection.trainable(), run.frozen)
-        found = _evaluate(run, data.eval_set, params)
-        logging.info("step %d\n%s", int(run.state.step), results.format_results(found.results))
-        before = results.logged_results(workdir, 0, data.eval_set.fingerprint)
-        chosen = selection.chosen()
-        return hosts.on_first(lambda: results.write_summary(run, data, before, found, chosen))
+# ---- The demo's own CLIP
 
 
 def _pretrain(config: ConfigDict, root: epath.Path) -> None:
-    """Trains the demo's CLIP on rendered stills, in a run of its own, into the workdir."""
-    if "://" in str(root):  # where the records of the stills cannot be made
+    """Trains a CLIP on rendered stills, in a run of its own, and writes it into the workdir."""
+    if "://" in str(root):  # the stills can only be rendered to a disk
         raise UserError(
             f"--workdir={root}: a CLIP is pre-trained on a disk only; use a --workdir there, or "
             "set config.init.clip"
         )
-    inner, workdir = pretrain_config(config), root / "pretrain"
+    workdir = root / "pretrain"
     logging.info("1 of 2: pre-training a CLIP (%s) on stills", config.clip.arch)
-    train(inner, str(workdir))
+    train(pretrain_config(config), str(workdir))
     trained = load_prompts(workdir / PROMPTS_FILE)  # all of CLIP: the method is `full`
     save = partial(
         save_clip,
@@ -193,7 +209,7 @@ def _pretrain(config: ConfigDict, root: epath.Path) -> None:
 
 
 def pretrain_config(config: ConfigDict) -> ConfigDict:
-    """The run that makes the demo's CLIP: method `full`, one frame a clip, `pretrain`'s recipe."""
+    """The config of the pre-training: method `full`, one frame a clip, the section `pretrain`."""
     inner = config.copy_and_resolve_references()
     with inner.unlocked():
         inner.train.update(config.pretrain)
@@ -201,13 +217,7 @@ def pretrain_config(config: ConfigDict) -> ConfigDict:
         inner.eval.extra = ()
         inner.method.name = "full"
         inner.data.update(kind="stills", frames=1, stored_fps=0.0, sampling="uniform")
-        # Its own, in its workdir.
         inner.data.update(videos="", records="", train_split="train", eval_split="test")
         inner.data.val_share = 0.0
         inner.pretrain.steps = 0
     return inner
-
-
-def _evaluate(run: setup.Run, split: evaluation.EvalSet, params: Any) -> evaluation.Evaluation:
-    batch_size = run.config.eval.batch_size
-    return evaluation.evaluate(run.encoders, params, run.mesh, split, batch_size)

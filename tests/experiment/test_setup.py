@@ -1,4 +1,4 @@
-"""Which attention kernel a run uses on its devices, and stores without their package."""
+"""The check of a run before its workdir is touched, and the attention kernel of its devices."""
 
 import re
 import types
@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from etils import epath
 
+from tests import runs
 from vop_jax.config import base as configs
 from vop_jax.errors import UserError
 from vop_jax.experiment import setup
@@ -37,9 +38,9 @@ class Devices:
 def test_attention_is_by_default_what_the_device_has(platform, version, shape, dtype, kernel):
     config = configs.base_config()
     config.compute.dtype = dtype
-    assert setup.kernel_of(config, Devices(platform, version, *shape)) == kernel
+    assert setup.attention_kernel(config, Devices(platform, version, *shape)) == kernel
     config.compute.attention = "blocks"
-    assert setup.kernel_of(config, Devices(platform, version, *shape)) == "blocks"
+    assert setup.attention_kernel(config, Devices(platform, version, *shape)) == "blocks"
 
 
 def test_a_store_without_its_package_is_told_by_its_key(monkeypatch):
@@ -51,7 +52,7 @@ def test_a_store_without_its_package_is_told_by_its_key(monkeypatch):
     config.init.clip = "gs://b/clip"
     says = "config.init.clip=gs://b/clip: Please install gcsfs; pip install -e '.[gcs]'"
     with pytest.raises(UserError, match=re.escape(says)):
-        setup._check_stores(config)
+        setup._check_paths(config)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +69,7 @@ def test_a_store_without_its_package_is_told_by_its_key(monkeypatch):
         (
             "fused",
             Devices("gpu", "cuda", 4, 2),
-            "'fused': wants all parameters on every device, set mesh.fsdp and mesh.model to 1; "
+            "'fused': needs all parameters on every device, set mesh.fsdp and mesh.model to 1; "
             "allowed on this mesh are auto, cudnn, xla, blocks",
         ),
     ],
@@ -78,3 +79,28 @@ def test_a_kernel_that_the_devices_lack_is_refused(asked, devices, says):
     config.compute.attention = asked
     with pytest.raises(UserError, match=re.escape(says)):
         setup.check_kernel(config, devices)
+
+
+@pytest.mark.usefixtures("quiet")
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--mode=eval"], "no checkpoint; train first, or set config.init.prompts"),
+        (["--mode=export"], "no checkpoint; train first"),
+        (
+            ["--mode=eval", "--config.init.clip=", "--config.pretrain.steps=1"],
+            "no clip.safetensors",
+        ),
+        (["--config.data.kind=foldr"], "did you mean 'folder'?"),
+        (["--config.init.clip=no.safetensors"], "no.safetensors: no such file"),
+        (["--config.init.prompts=no.safetensors"], "no.safetensors: no such file"),
+        (["--config.train.batch_size=1", "--config.mesh.data=1"], "of one it is always 0"),
+        (["--config.train.batch_size=9"], "config.train.batch_size=9"),
+    ],
+)
+def test_a_refused_call_writes_nothing(tmp_path, capsys, overrides, message):
+    (tmp_path / "clip.safetensors").touch()
+    argv = runs.arguments(tmp_path, tmp_path / "clip.safetensors", tmp_path / "typo", *overrides)
+    assert runs.call(*argv) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "typo").exists()
