@@ -25,7 +25,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "dots": {"remat": "dots"},
     "remat": {"remat": "full"},
     "chunks": {"frame_chunk": 4},
-    "microbatches": {"microbatches": 4},
+    "microbatches": {"microbatches": 2},
     "blocks": {"kernel": "blocks"},
     "all": {"remat": "full", "frame_chunk": 1, "microbatches": 2, "kernel": "blocks"},
 }
@@ -35,8 +35,9 @@ CASES = [
     pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
     for case in ((m, o, d) for m in METHODS for o in OPTIONS for d in (1, 8))
 ]
+OPTIONS["quarters"] = {"microbatches": 4}  # more than eight devices have rows for
 CASES.append(pytest.param("vop_p", "chunks", 1))  # prompts shared by frames of one position
-CASES.append(pytest.param("vop_p", "microbatches", 1))
+CASES.append(pytest.param("vop_p", "quarters", 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +102,7 @@ def test_loss_and_gradient_are_the_same(method, options, devices):
         np.testing.assert_allclose(gradient[name], leaf, atol=1e-5, err_msg=name)
     # By the account of the CPU's compiler, which is of no use for `remat` without chunks: it
     # schedules what is computed again as early as it can.
-    if options in ("chunks", "microbatches") and devices == 1:
+    if method == "vop_p":
         assert setting.program.memory_analysis().temp_size_in_bytes < 0.8 * activations
 
 
