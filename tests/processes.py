@@ -1,8 +1,8 @@
 """Processes that tests start: they end with their test, however it ends.
 
-Each has a session of its own, which holds its children too. The session is killed after the test;
-a shell that waits behind a pipe kills it where the process of the test dies first. Workers of
-pytest-xdist die with the pytest that started them.
+Each process has its own session, which includes its children. The session is killed after the
+test. If the test's own process dies first, a shell that waits at a pipe kills the session. Workers
+of pytest-xdist die with the pytest that started them.
 """
 
 import ctypes
@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-HANG = 1800  # seconds; only guards against what never ends, whatever else uses the machine
-UNLESS_TOLD = 'read -r ended || exec "$0" "$@"'
+HANG = 1800  # seconds after which a process hangs; long, because machines can be busy
+GUARD = 'read -r ended || exec "$0" "$@"'  # ends, or kills the session if the test dies first
 PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal that comes when the parent dies
 _running: list["Process"] = []
 
@@ -30,7 +30,7 @@ class Process(subprocess.Popen):
         pipes = {"stdout": PIPE, "stderr": PIPE, "text": True}
         super().__init__(command, **pipes | options, start_new_session=True)
         self._guard = subprocess.Popen(
-            ["sh", "-c", UNLESS_TOLD, sys.executable, __file__, str(self.pid)],
+            ["sh", "-c", GUARD, sys.executable, __file__, str(self.pid)],
             stdin=PIPE,
             start_new_session=True,
         )
@@ -54,7 +54,7 @@ class Process(subprocess.Popen):
 
 
 def run(command: Sequence[Any], **options: Any) -> subprocess.CompletedProcess:
-    """As `subprocess.run`: what it prints is kept as text unless `options` say otherwise."""
+    """Like `subprocess.run`; captures the output as text unless `options` differ."""
     check = options.pop("check", False)
     process = Process(command, **options)
     try:
@@ -68,19 +68,19 @@ def run(command: Sequence[Any], **options: Any) -> subprocess.CompletedProcess:
 
 
 def until(condition: Callable[[], Any], *processes: subprocess.Popen) -> None:
-    """Waits for a condition; fails when one of the processes ends before."""
+    """Waits for a condition; fails if one of the processes ends before."""
     deadline = time.monotonic() + HANG
     while not condition():
         for process in processes:
             if process.poll() is not None:
-                said = process.communicate() if process.stderr else ()
-                pytest.fail(f"{process.args} ended with status {process.returncode}: {said}")
-        assert time.monotonic() < deadline, "it never comes"
+                output = process.communicate() if process.stderr else ()
+                pytest.fail(f"{process.args} ended with status {process.returncode}: {output}")
+        assert time.monotonic() < deadline, "the condition stays false"
         time.sleep(0.01)
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process runs; one that nobody has waited for does not."""
+    """Whether a process runs; a zombie does not."""
     try:
         with open(f"/proc/{pid}/stat") as file:
             return file.read().rpartition(")")[2].split()[0] not in "ZX"
@@ -89,7 +89,7 @@ def is_alive(pid: int) -> bool:
 
 
 def kill_session(session: int) -> None:
-    """Kills all processes of a session, until there are none."""
+    """Kills all processes of a session."""
     while pids := [pid for pid in _all() if _session_of(pid) == session and is_alive(pid)]:
         for pid in pids:
             try:
@@ -111,14 +111,14 @@ def _session_of(pid: int) -> int:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """A worker that waits for a process would not see that its pytest was killed."""
+    """Lets a worker, which may be waiting for a process, die with its pytest."""
     if hasattr(config, "workerinput"):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @pytest.fixture(autouse=True)
 def ended_processes() -> Iterator[None]:
-    """Ends what a test has started; what fixtures of a module started is theirs."""
+    """Ends the processes that a test started; those of a module's fixtures go on."""
     before = [*_running]
     yield
     for process in [p for p in _running if p not in before]:

@@ -1,7 +1,8 @@
-"""A folder of small films, a CLIP that reads real captions, and the command line on them."""
+"""A folder of small videos, a CLIP that reads real captions, and the command line on them."""
 
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 
 from tests import xla
 from tests.video import videos
-from vop_jax import cli, main
+from vop_jax import main
 from vop_jax.clip.model import Clip
 from vop_jax.clip.weights import save_clip
 from vop_jax.config.clip import ClipConfig
@@ -73,33 +74,30 @@ def call(*argv: str, program: Callable[[list[str]], int] = main.main) -> int:
     Returns:
         The exit status.
     """
-    with kept_signals():
+    with restore_signals():
         return program([*argv])
 
 
 @contextlib.contextmanager
-def kept_signals():
-    """The signal handlers of the process as they were."""
-    import signal
-
-    kept = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+def restore_signals():
+    """Afterwards the signal handlers of the process are as they were."""
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        for signum, handler in kept.items():
+        for signum, handler in handlers.items():
             signal.signal(signum, handler)
-        cli._pending.clear()
 
 
 def command(argv: list[str]) -> list[str]:
-    """The same as a process of its own, see `environment`."""
+    """The command line of `main` for a process of its own; see `environment`."""
     return [sys.executable, "-m", "vop_jax.main", *argv]
 
 
 def environment(devices: int = 1, *, quick: bool = True) -> dict[str, str]:
-    """Of a process of its own, with the package on its path; see `xla.flags`.
+    """The environment of a process of its own, with the package on its path; see `xla.flags`.
 
-    What other processes of the tests have compiled is not compiled again.
+    The processes of the tests share one cache of compiled programs.
     """
     return os.environ | {
         "PYTHONPATH": str(ROOT),

@@ -32,8 +32,7 @@ def test_the_list_of_programs(capsys):
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_help_is_printed_and_no_mistake(name, capsys):
-    with runs.kept_signals():
-        assert vop.main([name, "--help"]) == 0
+    assert vop.main([name, "--help"]) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
     assert OPTIONS[name] in printed.out and f"vop {name} " in printed.out
@@ -50,8 +49,7 @@ def test_help_is_printed_and_no_mistake(name, capsys):
     ],
 )
 def test_a_wrong_program_or_call_is_one_line(argv, message, capsys):
-    with runs.kept_signals():
-        assert vop.main(argv) == 2
+    assert vop.main(argv) == 2
     error = capsys.readouterr().err
     assert error.startswith(message) and error.count("\n") == 1
 
@@ -81,8 +79,7 @@ def raises(error):
     ],
 )
 def test_exit_statuses(program, status, line, capsys):
-    with runs.kept_signals():
-        assert cli.run(program, resumes=True) == status
+    assert cli.run(program, resumes=True) == status
     assert capsys.readouterr().err == line
 
 
@@ -95,7 +92,7 @@ def test_signals_are_handled_inside_alone():
 
 @pytest.mark.parametrize("error", [ZeroDivisionError(), BrokenPipeError(errno.EPIPE, "a server")])
 def test_a_defect_of_the_program_is_raised(error):
-    with runs.kept_signals(), pytest.raises(type(error)):
+    with pytest.raises(type(error)):
         cli.run(lambda: raises(error))
 
 

@@ -28,7 +28,7 @@ def test_that_ends_early():
 
 
 @pytest.mark.parametrize(
-    ("killed", "workers"), [(False, 0), (True, 0), (True, 1)], ids=["failed", "killed", "worker"]
+    ("killed", "workers"), [(False, 0), (True, 1)], ids=["failed", "killed with a worker"]
 )
 def test_nothing_is_left(tmp_path, killed, workers):
     test = tmp_path / "test_leaves.py"

@@ -30,7 +30,7 @@ def one_model():
 @pytest.fixture
 def call(capsys):
     def run(*argv):
-        with runs.kept_signals():
+        with runs.restore_signals():
             status = main([str(arg) for arg in argv])
         out, err = capsys.readouterr()
         return status, out, err
@@ -47,7 +47,7 @@ def place(tmp_path_factory, clip):
     (root / "texts.txt").write_text("first text\nsecond text\n")
     argv = ["index", root / "films", "--clip", clip, "--index", root / "index", "--window=2"]
     argv += ["--workers=1", "--captions", root / "texts.txt"]
-    with runs.kept_signals():
+    with runs.restore_signals():
         assert main([str(arg) for arg in argv]) == 0
     (root / "films/sub/b.mp4").unlink()
     return root / "films", root / "index"
@@ -229,7 +229,7 @@ def odd_names(tmp_path_factory, clip):
 )
 def test_a_terminal_obeys_no_name(odd_names, monkeypatch, argv, lines, encoding):
     streams = {name: io.TextIOWrapper(io.BytesIO(), encoding) for name in ("stdout", "stderr")}
-    with runs.kept_signals(), monkeypatch.context() as patch:
+    with runs.restore_signals(), monkeypatch.context() as patch:
         for name, stream in streams.items():
             patch.setattr(sys, name, stream)
         status = main([*argv, "--index", str(odd_names)])

@@ -95,7 +95,7 @@ def test_facts_that_differ_are_named(first_of_two):
 def test_every_wait_of_jax_has_the_same_timeout(monkeypatch):
     arguments = {}
     monkeypatch.setattr(hosts.jax.distributed, "initialize", lambda **k: arguments.update(k))
-    with runs.kept_signals():
+    with runs.restore_signals():
         hosts.start("127.0.0.1:1", 2, 1, timeout=7)
     timeouts = [value for key, value in arguments.items() if "timeout" in key]
     assert timeouts == [7] * 3
