@@ -1,6 +1,6 @@
 // The query, as text or as a file, and its results.
 
-import { ask, make, score } from "./page.ask.js";
+import { fetchJson, make, score } from "./page.fetch.js";
 import { closeOpened, moveFocus, showHits } from "./page.results.js";
 
 const FIRST = 12; // results
@@ -22,18 +22,18 @@ function filters() {
 
 /** Puts the query into the address, for bookmarks and the Back button. */
 function writeHash() {
-  const said = { q: $("query").value.trim(), ...filters() };
-  if (indexes.length > 1) said.index = $("index").value;
-  const given = Object.entries(said).filter(([, value]) => value);
-  const hash = said.q ? `#${new URLSearchParams(given)}` : "";
+  const values = { q: $("query").value.trim(), ...filters() };
+  if (indexes.length > 1) values.index = $("index").value;
+  const entries = Object.entries(values).filter(([, value]) => value);
+  const hash = values.q ? `#${new URLSearchParams(entries)}` : "";
   if (hash !== location.hash) history.pushState(null, "", hash || location.pathname);
 }
 
 function readHash() {
-  const said = new URLSearchParams(location.hash.slice(1));
-  for (const name of FIELDS) $(name).value = said.get(name) || "";
-  $("query").value = said.get("q") || "";
-  if (indexes.some((index) => index.name === said.get("index"))) $("index").value = said.get("index");
+  const values = new URLSearchParams(location.hash.slice(1));
+  for (const name of FIELDS) $(name).value = values.get(name) || "";
+  $("query").value = values.get("q") || "";
+  if (indexes.some((index) => index.name === values.get("index"))) $("index").value = values.get("index");
   showFilters();
 }
 
@@ -54,8 +54,8 @@ function searchText(k = FIRST) {
   const q = $("query").value.trim();
   if (!q || !indexes.length) return showStart();
   const parameters = { q, index: $("index").value, k: k + 1, ...filters() };
-  question(`Looking for “${q}”…`, k, searchText, async (signal) => {
-    const { hits, cut } = await ask("/api/search", parameters, { signal });
+  runSearch(`Looking for “${q}”…`, k, searchText, async (signal) => {
+    const { hits, cut } = await fetchJson("/api/search", parameters, { signal });
     return { hits, cut, query: q, title: `for “${q}”` };
   });
 }
@@ -69,31 +69,31 @@ function searchFile(file, k = FIRST) {
     body.append("file", file);
     const parameters = { index: index.name, k: k + 1, ...filters(), ...(picture ? {} : { to }) };
     const path = `/api/search/${picture ? "image" : "video"}`;
-    return ask(path, parameters, { method: "POST", body, signal });
+    return fetchJson(path, parameters, { method: "POST", body, signal });
   };
   $("query").value = "";
   writeHash();
   const more = (k) => searchFile(file, k);
-  question(`Looking at ${file.name}…`, k, more, async (signal) => {
-    const [found, said] = await Promise.all([
+  runSearch(`Looking at ${file.name}…`, k, more, async (signal) => {
+    const [videos, captions] = await Promise.all([
       send("videos", signal),
       picture || !index.captions ? { hits: [] } : send("captions", signal),
     ]);
-    return { hits: found.hits, captions: said.hits.slice(0, 5), title: `like ${file.name}` };
+    return { hits: videos.hits, captions: captions.hits.slice(0, 5), title: `like ${file.name}` };
   });
 }
 
 /** Requests k + 1 results and shows k, unless a newer request has started meanwhile. */
-async function question(doing, k, more, answer) {
+async function runSearch(doing, k, more, search) {
   const { signal } = begin(doing);
   document.title = doing.replace(/^Looking (for|at) |…$/g, "");
   again = (count = k) => more(count);
   $("more").onclick = () => more(Math.min(2 * k, MOST));
   try {
-    const found = await answer(signal);
+    const results = await search(signal);
     if (signal.aborted) return;
-    const left = found.hits.length > k; // more results exist
-    show({ ...found, hits: found.hits.slice(0, k), left });
+    const left = results.hits.length > k; // more results exist
+    show({ ...results, hits: results.hits.slice(0, k), left });
     $("more").hidden = !left || k >= MOST;
     if (k === FIRST) $("status").scrollIntoView({ block: "nearest" });
   } catch (error) {
@@ -241,7 +241,7 @@ async function start() {
   const { signal } = begin("Loading the indexes…");
   again = start;
   try {
-    indexes = await ask("/api/indexes", {}, { signal });
+    indexes = await fetchJson("/api/indexes", {}, { signal });
   } catch (error) {
     if (!signal.aborted) showError(error);
     return;

@@ -1,6 +1,6 @@
 // An open result: the video at its moment and, below it, the score of each frame over time.
 
-import { ask, breakable, clock, make, media, score, span } from "./page.ask.js";
+import { fetchJson, breakable, clock, make, media, score, span } from "./page.fetch.js";
 
 const STEPS = 200; // of the slider, along the clip
 const calm = matchMedia("(prefers-reduced-motion: reduce)");
@@ -26,7 +26,7 @@ export function openMoment(index, hit, query, leave) {
   const node = make("li", { class: "moment", "aria-label": hit.name }, about, screen, below);
   const panel = { hit, index, query, address, screen, below, replay, download, signal: gone.signal };
   if (hit.missing) {
-    tell(panel, "This file was moved or deleted since it was indexed.", false);
+    showMessage(panel, "This file was moved or deleted since it was indexed.", false);
     return { node, close: () => node.remove() };
   }
   const video = play(panel);
@@ -70,26 +70,26 @@ function play(panel) {
 async function cannotPlay(panel) {
   const { address, query, signal } = panel;
   try {
-    const answer = await fetch(address, { headers: { Range: "bytes=0-0" }, signal });
-    if (answer.ok) tell(panel, "This browser cannot play this file. Download it to play it elsewhere.", true);
-    else tell(panel, (await answer.json()).error, false);
-    if (answer.ok && query) drawScores(panel, null);
+    const response = await fetch(address, { headers: { Range: "bytes=0-0" }, signal });
+    if (response.ok) showMessage(panel, "This browser cannot play this file. Download it to play it elsewhere.", true);
+    else showMessage(panel, (await response.json()).error, false);
+    if (response.ok && query) drawScores(panel, null);
   } catch (error) {
-    if (!signal.aborted) tell(panel, "The server does not answer.", false);
+    if (!signal.aborted) showMessage(panel, "The server does not answer.", false);
   }
 }
 
-function tell({ screen, replay, download }, text, there) {
+function showMessage({ screen, replay, download }, text, downloadable) {
   screen.replaceChildren(make("p", { role: "alert" }, text));
   replay.hidden = true;
-  download.hidden = !there;
-  if (there) download.classList.add("primary");
+  download.hidden = !downloadable;
+  if (downloadable) download.classList.add("primary");
 }
 
 /** Scores of the moment's frames; if it is a part of a clip, coarser ones of the rest, too. */
 async function scores({ hit, index, query, signal }, duration) {
   const of = async (start, end) => {
-    const { seconds, scores } = await ask(
+    const { seconds, scores } = await fetchJson(
       "/api/explain",
       { index, q: query, file_id: hit.file_id, start, end },
       { signal },
@@ -155,11 +155,11 @@ function bars(frames, best, hit, duration) {
 }
 
 /** The slider follows the video, and the video the slider. */
-function follow(video, slider, tell, signal) {
-  if (!video) return tell(Number(slider.value));
+function follow(video, slider, onTime, signal) {
+  if (!video) return onTime(Number(slider.value));
   const update = () => {
     slider.value = video.currentTime;
-    tell(video.currentTime);
+    onTime(video.currentTime);
   };
   const run = () => {
     if (signal.aborted) return;
@@ -169,7 +169,7 @@ function follow(video, slider, tell, signal) {
   for (const event of ["play", "seeked", "pause"]) video.addEventListener(event, run, { signal });
   slider.addEventListener("input", () => {
     video.currentTime = Number(slider.value);
-    tell(video.currentTime);
+    onTime(video.currentTime);
   });
   run();
 }

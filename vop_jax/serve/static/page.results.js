@@ -1,6 +1,6 @@
 // The grid of results; at most one of them is open.
 
-import { breakable, make, score, span, thumbnail } from "./page.ask.js";
+import { breakable, make, score, span, thumbnail } from "./page.fetch.js";
 import { openMoment } from "./page.moment.js";
 
 let opened = null; // {item, panel} of the result that is open

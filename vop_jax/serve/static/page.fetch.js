@@ -1,12 +1,12 @@
 // Requests to the server, and DOM elements: names from files enter as text, never as HTML.
 
 /** Fetches JSON; throws an Error with one line to show, or AbortError. */
-export async function ask(path, parameters = {}, options = {}) {
-  const given = Object.entries(parameters).filter(([, value]) => value !== "");
-  let answer, said;
+export async function fetchJson(path, parameters = {}, options = {}) {
+  const entries = Object.entries(parameters).filter(([, value]) => value !== "");
+  let response, body;
   try {
-    answer = await fetch(`${path}?${new URLSearchParams(given)}`, options);
-    said = await answer.json().catch((error) => {
+    response = await fetch(`${path}?${new URLSearchParams(entries)}`, options);
+    body = await response.json().catch((error) => {
       if (error.name === "AbortError") throw error;
       return {};
     });
@@ -14,8 +14,8 @@ export async function ask(path, parameters = {}, options = {}) {
     if (error.name === "AbortError") throw error;
     throw new Error("The server does not answer. Is it still running?");
   }
-  if (!answer.ok) throw new Error(said.error || `The server failed with status ${answer.status}.`);
-  return said;
+  if (!response.ok) throw new Error(body.error || `The server failed with status ${response.status}.`);
+  return body;
 }
 
 /** An element with attributes, listeners (functions, by `onname`) and children; null is none. */
