@@ -8,6 +8,7 @@ import collections
 import contextlib
 import multiprocessing
 import os
+import queue
 import signal
 import threading
 import time
@@ -21,10 +22,17 @@ from vop_jax.errors import VideoError
 Call = Callable[[Any], Any]
 AHEAD = 4  # results per worker that may wait for an earlier one; bounds the memory
 START = 600.0  # seconds in which a process must start and import
+_children = threading.Lock()  # `multiprocessing` loses statuses if two threads wait for children
 
 
-def in_threads(call: Call, tasks: Iterable[Any], workers: int) -> Generator[Any, None, None]:
-    """`call(task)` of each task, in order; a VideoError is a result, other errors are raised."""
+def in_threads(
+    call: Call, tasks: Iterable[Any], workers: int, *, interrupt: Callable[[], None] | None = None
+) -> Generator[Any, None, None]:
+    """`call(task)` of each task, in order; a VideoError is a result, other errors are raised.
+
+    Args:
+        interrupt: ends the calls that run when the iterator is closed or an error is raised.
+    """
 
     def result_or_error(task: Any) -> Any:
         try:
@@ -37,13 +45,15 @@ def in_threads(call: Call, tasks: Iterable[Any], workers: int) -> Generator[Any,
         try:
             for task in tasks:
                 pending.append(pool.submit(result_or_error, task))
-                if len(pending) > AHEAD * workers:
+                while len(pending) >= AHEAD * workers or (pending and pending[0].done()):
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
         finally:
             for future in pending:
                 future.cancel()
+            if interrupt:
+                interrupt()
 
 
 def in_processes(
@@ -54,44 +64,32 @@ def in_processes(
     Args:
         call: importable; its arguments and results can be pickled.
         seconds: time limit of a task; after that its process is killed.
+
+    Raises:
+        OSError, RuntimeError: no process could be started.
     """
-    numbered = enumerate(tasks)
     pool = [Worker(call, seconds) for _ in range(workers)]
-    results: dict[int, Any] = {}
-    next_number = 0
-    exhausted = False
+    idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+
+    def run(task: Any) -> Any:
+        worker = idle.get()
+        try:
+            return worker.run(task)
+        finally:
+            idle.put(worker)
+
+    def kill_all() -> None:
+        for worker in pool:
+            worker.kill()
+
     try:
         for worker in pool:
             worker.launch()
-        while True:
-            for worker in pool:
-                ahead = len(results) + sum(w.task is not None for w in pool)
-                if not exhausted and worker.task is None and ahead < AHEAD * workers:
-                    item = next(numbered, None)
-                    exhausted = item is None
-                    if item is not None:
-                        worker.start(*item)
-            busy = [worker for worker in pool if worker.task is not None]
-            if not busy:
-                return
-            _wait(busy)
-            for worker in busy:
-                number = worker.task
-                if number is not None and (done := worker.poll()):
-                    results[number] = done[0]
-            while next_number in results:
-                yield results.pop(next_number)
-                next_number += 1
+            idle.put(worker)
+        yield from in_threads(run, tasks, workers, interrupt=kill_all)
     finally:
         for worker in pool:
             worker.stop()
-
-
-def _wait(busy: list["Worker"]) -> None:
-    """Returns when a worker has sent something, has died or is out of time."""
-    deadline = min(worker.deadline for worker in busy)
-    handles = [h for worker in busy for h in (worker.pipe, worker.process.sentinel)]
-    connection.wait(handles, max(0.0, deadline - time.monotonic()))
 
 
 class Worker:
@@ -100,91 +98,82 @@ class Worker:
     Args:
         call: what it does with a task; importable, with arguments and results that can be pickled.
         seconds: time limit of a task; after that the process is killed.
-
-    Attributes:
-        task: the number of its task; None while it is idle.
     """
 
     def __init__(self, call: Call, seconds: float):
         self._call, self._seconds = call, seconds
-        self.task: int | None = None
-        self.deadline = float("inf")
+        self._killed = False
         self.process: Any = None
-
-    def run(self, task: Any) -> Any:
-        """The result of one task; any failure of it is a VideoError.
-
-        Raises:
-            OSError, RuntimeError: no process could be started.
-        """
-        self.start(0, task)
-        while (done := self.poll()) is None:
-            _wait([self])
-        return done[0]
 
     def launch(self) -> None:
         """Starts the process."""
         context = multiprocessing.get_context("spawn")  # a fork would copy locks held by JAX
-        with block_interrupts():
-            self.pipe, child_pipe = context.Pipe()
+        with _children, block_interrupts():
+            self._pipe, child_pipe = context.Pipe()
             process = context.Process(target=_serve, args=(child_pipe, self._call), daemon=True)
             process.start()
             self.process = process
             child_pipe.close()
         self._ready = False
 
-    def start(self, number: int, task: Any) -> None:
-        if self.process is None or not self.process.is_alive():  # the last one died
+    def run(self, task: Any) -> Any:
+        """The result of a task; any failure of it is a VideoError.
+
+        Raises:
+            OSError, RuntimeError: no process could be started.
+        """
+        if self.process is None or not self.process.is_alive():
             self.stop()
             self.launch()
-        self.task = number
-        # The start of Python does not count as the task's time.
-        self.deadline = time.monotonic() + self._seconds + (0 if self._ready else START)
-        with contextlib.suppress(OSError):  # it died while idle: `poll` reports it
-            self.pipe.send(task)
+        if self._killed:  # while this thread launched it
+            self.process.kill()
+        if not self._ready:  # the start of Python does not count as the task's time
+            if self._receive(START) is None:
+                raise RuntimeError(f"a decoding process could not start: {self._stop(START)}")
+            self._ready = True
+        with contextlib.suppress(OSError):  # it has just died: nothing is received
+            self._pipe.send(task)
+        if (message := self._receive(self._seconds)) is not None:
+            return message[0]
+        return VideoError(self._stop(self._seconds))
 
-    def poll(self) -> tuple[Any] | None:
-        """(result,) if the task has ended."""
-        try:
-            if self.pipe.poll():
-                message = self.pipe.recv()
-                if message is None:  # the process has started
-                    self._ready = True
-                    self.deadline = time.monotonic() + self._seconds
-                    return None
-                self.task = None
-                return message
-        except (EOFError, OSError):
-            pass
-        if self.process.is_alive() and time.monotonic() < self.deadline:
-            return None
-        reason = self._stop_with_reason()
-        self.task = None
-        if not self._ready:
-            raise RuntimeError(f"a decoding process could not start: {reason}")
-        return (VideoError(reason),)
+    def _receive(self, seconds: float) -> tuple | None:
+        """What the process sends; None if it dies or sends nothing in this time."""
+        with contextlib.suppress(EOFError, OSError):
+            if self._pipe.poll(seconds):
+                return self._pipe.recv()
+        return None
 
-    def _stop_with_reason(self) -> str:
-        self.process.join(0.2)  # a pipe closes a little before its process ends
-        alive, code = self.process.is_alive(), self.process.exitcode or 0
+    def _stop(self, seconds: float) -> str:
+        """Ends the process and returns what went wrong with it."""
+        with _children:
+            self.process.join(0.2)  # a pipe closes a little before its process ends
+            alive, code = self.process.is_alive(), self.process.exitcode or 0
         self.stop()
         if alive:
-            return f"its decoder took more than {self._seconds:g} s and was stopped"
+            return f"its decoder took more than {seconds:g} s and was stopped"
         name = signal.Signals(-code).name if code < 0 else f"status {code}"
         return f"its decoder crashed ({name})"
 
-    def stop(self) -> None:
-        """Ends the process, and its task."""
+    def kill(self) -> None:
+        """Ends the process, and a task that another thread runs in it, for good."""
+        self._killed = True
         if self.process is not None:
             self.process.kill()
-            self.process.join()
-            self.pipe.close()
+
+    def stop(self) -> None:
+        """Ends the process while no task runs; another task starts a new one."""
+        if self.process is not None:
+            with _children:
+                self.process.kill()
+                self.process.join()
+            self._pipe.close()
 
 
 def _serve(pipe: connection.Connection, call: Call) -> None:
-    """Runs in the child: sends None, then (result,) of each task, until the parent closes."""
+    """Runs in the child: sends () when it is ready, then (result,) of each task."""
     leave_process_group()
-    pipe.send(None)
+    pipe.send(())
     with contextlib.suppress(EOFError, OSError):
         while True:
             task = pipe.recv()
