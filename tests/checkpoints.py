@@ -5,6 +5,7 @@ import re
 import warnings
 
 import numpy as np
+from ml_dtypes import bfloat16
 
 from vop_jax.config.clip import ClipConfig
 
@@ -46,7 +47,7 @@ def _shapes(sizes: ClipConfig) -> dict[str, tuple[int, ...]]:
 
 
 def openai_state(sizes: ClipConfig, seed: int = 0) -> dict[str, np.ndarray]:
-    """OpenAI's names and shapes; float32 values that float16 holds exactly."""
+    """OpenAI's names and shapes; float32 values that float16 and bfloat16 hold exactly."""
     rng = np.random.default_rng(seed)
     state = {}
     for name, shape in _shapes(sizes).items():
@@ -54,7 +55,8 @@ def openai_state(sizes: ClipConfig, seed: int = 0) -> dict[str, np.ndarray]:
         centre = 1.0 if ".ln_" in f".{name}" and name.endswith("weight") else 0.0
         centre = 2.66 if name == "logit_scale" else centre
         values = rng.standard_normal(shape, np.float32) * std + centre
-        state[name] = np.asarray(values, np.float16).astype(np.float32)
+        rounded = np.asarray(values, bfloat16).astype(np.float16)
+        state[name] = rounded.astype(np.float32)
     return state
 
 
