@@ -1,5 +1,6 @@
-"""Official annotation files of every benchmark in miniature: a real layout, made-up content."""
+"""Official annotation files of every benchmark in miniature: a real layout, invented content."""
 
+import functools
 import json
 import pathlib
 from collections.abc import Callable
@@ -33,29 +34,25 @@ def numbered(sizes: Sizes) -> dict[str, range]:
     return splits
 
 
-def write_lists(root: pathlib.Path, names: Paths, prefix: str = "") -> None:
+def write_lists(root: pathlib.Path, names: Paths) -> None:
     for split, own in names.items():
-        (root / f"{prefix}{split}_list.txt").write_text("".join(f"{name}\n" for name in own))
+        (root / f"{split}_list.txt").write_text("".join(f"{name}\n" for name in own))
 
 
 def write_json(path: pathlib.Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=1))
 
 
-def write_msrvtt(root: pathlib.Path, sizes: Sizes, captions: int, part: str = "9k") -> Paths:
+def write_msrvtt(part: str, root: pathlib.Path, sizes: Sizes, captions: int) -> Paths:
     splits = numbered(sizes)
     every = [i for own in splits.values() for i in own]
-    write_json(
-        root / "MSRVTT_data.json",
-        {
-            "videos": [{"video_id": f"video{i}", "id": i} for i in every],
-            "sentences": [
-                {"video_id": f"video{i}", "caption": text, "sen_id": 0}
-                for i in every
-                for text in sentences(i, captions)
-            ],
-        },
-    )
+    texts = [
+        {"video_id": f"video{i}", "caption": text, "sen_id": 0}
+        for i in every
+        for text in sentences(i, captions)
+    ]
+    videos = [{"video_id": f"video{i}", "id": i} for i in every]
+    write_json(root / "MSRVTT_data.json", {"videos": videos, "sentences": texts})
     if "train" in splits:
         rows = "".join(f"video{i}\n" for i in splits["train"])
         (root / f"MSRVTT_train.{part}.csv").write_text(f"video_id\n{rows}")
@@ -65,10 +62,6 @@ def write_msrvtt(root: pathlib.Path, sizes: Sizes, captions: int, part: str = "9
         )
         (root / "MSRVTT_JSFUSION_test.csv").write_text(f"key,vid_key,video_id,sentence\n{rows}")
     return {split: [f"video{i}.mp4" for i in own] for split, own in splits.items()}
-
-
-def write_msrvtt7k(root: pathlib.Path, sizes: Sizes, captions: int) -> Paths:
-    return write_msrvtt(root, sizes, captions, "7k")
 
 
 def write_didemo(root: pathlib.Path, sizes: Sizes, captions: int) -> Paths:
@@ -123,55 +116,38 @@ def write_lsmdc(root: pathlib.Path, sizes: Sizes, captions: int) -> Paths:
     return paths
 
 
-def write_msvd(root: pathlib.Path, sizes: Sizes, captions: int) -> Paths:
-    return write_by_id(root, sizes, captions, "captions_msvd.json", ".avi")
-
-
-def write_vatex(root: pathlib.Path, sizes: Sizes, captions: int) -> Paths:
-    return write_by_id(root, sizes, captions, "ref_captions.json", ".mp4")
-
-
 def write_by_id(
-    root: pathlib.Path, sizes: Sizes, captions: int, file: str, extension: str
+    file: str, extension: str, root: pathlib.Path, sizes: Sizes, captions: int
 ) -> Paths:
     ids = {split: [f"-{i:010}_1_{9 + i}" for i in own] for split, own in numbered(sizes).items()}
-    write_json(
-        root / file,
-        {
-            name: sentences(i, captions)
-            for split, own in numbered(sizes).items()
-            for i, name in zip(own, ids[split], strict=True)
-        },
-    )
+    texts = {
+        name: sentences(i, captions)
+        for split, own in numbered(sizes).items()
+        for i, name in zip(own, ids[split], strict=True)
+    }
+    write_json(root / file, texts)
     write_lists(root, ids)
     return {split: [name + extension for name in own] for split, own in ids.items()}
 
 
 WRITERS: dict[str, Callable[[pathlib.Path, Sizes, int], Paths]] = {
-    "msrvtt9k": write_msrvtt,
-    "msrvtt7k": write_msrvtt7k,
+    "msrvtt9k": functools.partial(write_msrvtt, "9k"),
+    "msrvtt7k": functools.partial(write_msrvtt, "7k"),
     "didemo": write_didemo,
     "activitynet": write_activitynet,
     "lsmdc": write_lsmdc,
-    "msvd": write_msvd,
-    "vatex": write_vatex,
+    "msvd": functools.partial(write_by_id, "captions_msvd.json", ".avi"),
+    "vatex": functools.partial(write_by_id, "ref_captions.json", ".mp4"),
 }
 
 
 def write_official(
     name: str, root: pathlib.Path, sizes: Sizes, captions_per_video: int = 2
 ) -> Paths:
-    """Writes the annotation files of a benchmark, in its official layout, into a new folder.
+    """Writes the annotation files of a benchmark into a folder; {split: paths of its videos}.
 
     Args:
-        name: a key of `BENCHMARKS`.
-        root: the folder of annotations.
-        sizes: videos of each split that is wanted; its keys are the benchmark's splits.
-        captions_per_video: of MSR-VTT, MSVD and VATEX; sentences a paragraph of DiDeMo and
-            ActivityNet; without effect for LSMDC, and for the test split of MSR-VTT.
-
-    Returns:
-        {split: official paths of its videos}.
+        captions_per_video: or sentences of a paragraph; LSMDC and MSR-VTT's test have one.
     """
     root.mkdir(parents=True, exist_ok=True)
     return WRITERS[name](root, sizes, captions_per_video)
