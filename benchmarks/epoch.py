@@ -3,7 +3,7 @@
     python -m benchmarks.epoch
     python -m benchmarks.epoch --clips 32 --batch 2 --steps 4 --dtype float32    # on a CPU
 
-The whole of what a run does a step: draws of the host, brought over ahead; crops cut out on the
+The whole of what a run does a step: draws of the host, brought over ahead; crops computed on the
 device; the train step. The clips are random pixels of 240 x 320 made there, as many as MSR-VTT-9k
 has; captions have all their slots. How long an epoch's pairs take is worked out from the pace.
 """

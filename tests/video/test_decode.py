@@ -96,11 +96,11 @@ def check(path: Path, times: np.ndarray, decoded: dict, start: float, end: float
         with pytest.raises(VideoError, match="no frame decodes between"):
             read_frames(path, 3, start=start, end=end)
         return
-    found = read_frames(path, len(expected), start=start, end=end)
-    assert found.count == len(expected)
-    assert [videos.number_of(pixels) for pixels in found.pixels] == expected
-    np.testing.assert_allclose(found.timestamps, times[expected], atol=2e-3)
-    for number, pixels in zip(expected, found.pixels, strict=True):
+    clip = read_frames(path, len(expected), start=start, end=end)
+    assert clip.count == len(expected)
+    assert [videos.number_of(pixels) for pixels in clip.pixels] == expected
+    np.testing.assert_allclose(clip.timestamps, times[expected], atol=2e-3)
+    for number, pixels in zip(expected, clip.pixels, strict=True):
         np.testing.assert_array_equal(pixels, decoded[number])
 
 
@@ -205,11 +205,11 @@ def test_clocks_that_restart_while_recording(tmp_path):
     # A picture may stay for a day; its moments are those in which one appears.
     path = videos.write_numbered(tmp_path / "day.mkv", [0, 100, day, day + 100], codec="mpeg4")
     info = inspect_video(path, FrameSpec(4, 16))
-    spans = list_moments(info, 10, 5)
-    assert spans[0] == (0.0, 10.0) and spans[-1][1] == info.duration and len(spans) < 6
+    moments = list_moments(info, 10, 5)
+    assert moments[0] == (0.0, 10.0) and moments[-1][1] == info.duration and len(moments) < 6
     assert read_frames(path, 1, fps=1).count == 4
-    found = decode_task(DecodeTask(str(path), FrameSpec(2, 16), (WHOLE_FILE, *spans)))
-    assert None not in found.rows
+    decoded = decode_task(DecodeTask(str(path), FrameSpec(2, 16), (WHOLE_FILE, *moments)))
+    assert None not in decoded.rows
     path = spliced(tmp_path)
     clip = read_frames(path, 80)
     assert clip.count == 80 and clip.timestamps == sorted(clip.timestamps)
@@ -226,8 +226,8 @@ def test_every_orientation(tmp_path, transposed, signs):
     for y, x in np.ndindex(32, 64):  # as ISO 14496-12 says where a pixel goes
         right, down = a * x + c * y, b * x + d * y
         expected[down - (down < 0 or b + d < 0), right - (a + c < 0)] = stored[y, x]
-    found = read_frames(videos.rotate(path, matrix), 2).pixels[1]
-    np.testing.assert_array_equal(found, expected)
+    pixels = read_frames(videos.rotate(path, matrix), 2).pixels[1]
+    np.testing.assert_array_equal(pixels, expected)
 
 
 def test_impossible_colour_tags_are_ignored(tmp_path):
@@ -300,8 +300,8 @@ def test_stated_lengths_are_not_trusted(tmp_path):
     # Matroska has one duration for all frames, here 10 s.
     times, slow = [0, 33, 67, 100, 133, 167, 90000, 90033], Fraction(1, 10)
     idle = videos.write_numbered(tmp_path / "idle.mkv", times, options={"bf": "2"}, rate=slow)
-    found = read_frames(idle, len(times))
-    np.testing.assert_allclose(found.timestamps, np.array(times) / 1000, atol=2e-3)
+    timestamps = read_frames(idle, len(times)).timestamps
+    np.testing.assert_allclose(timestamps, np.array(times) / 1000, atol=2e-3)
     one = videos.write_numbered(tmp_path / "one.ts", [0], base=90000)  # too short to state it
     assert read_frames(one, 1, end=0.5).timestamps == [0.0]
     wrong = videos.write_numbered(tmp_path / "wrong.mkv", [100 * i for i in range(20)])
