@@ -1,6 +1,6 @@
 """Use of vop_jax with scenic (github.com/google-research/scenic): CLIP weights, datasets, runs.
 
-python -m vop_jax.interop.scenic --config=configs/scenic/vop_demo.py --workdir=DIR
+python -m vop_jax.interop.scenic --config=scenic/vop_demo --workdir=DIR
 
 requirements-scenic.txt installs scenic; it is imported only where it is used.
 """
@@ -158,6 +158,7 @@ def _run() -> None:
     """The program: `scenic.app.run` with our exit statuses."""
     from vop_jax import cli
     from vop_jax import main as command_line
+    from vop_jax.config.base import shipped_configs
     from vop_jax.training import hosts
 
     def project(rng: Any, config: ConfigDict, workdir: str, writer: Writer) -> None:
@@ -170,6 +171,9 @@ def _run() -> None:
 
     def program() -> None:
         app = import_scenic("scenic.app")  # defines the flags config and workdir
+        paths = {f"--config={name}": f"--config={path}" for name, path in shipped_configs().items()}
+        parts = [argument.partition(":") for argument in sys.argv]
+        sys.argv = [paths.get(file, file) + colon + method for file, colon, method in parts]
         hosts.start()  # before scenic looks at the devices
         app.run(project)
 
