@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vop_jax.config.keys import DataSection
 from vop_jax.data.clips import VideoClip
 from vop_jax.errors import VideoError
 from vop_jax.video.frames import read_frames
@@ -23,13 +24,13 @@ RULE = "uniform_rule"  # key of the metadata
 class Preprocessing:
     """How clips are stored: keys of the config's section `data`, documented there."""
 
-    frames: int = 12
-    sampling: str = "uniform"
-    stored_fps: float = 0.0
-    short_side: int = 256
-    jpeg_quality: int = 95
-    short_clips: str = "skip"
-    folder_fps: float = 0.0
+    frames: int = DataSection.frames
+    sampling: str = DataSection.sampling
+    stored_fps: float = DataSection.stored_fps
+    short_side: int = DataSection.short_side
+    jpeg_quality: int = DataSection.jpeg_quality
+    short_clips: str = DataSection.short_clips
+    folder_fps: float = DataSection.folder_fps
 
     @classmethod
     def from_mapping(cls, data: Mapping[str, Any]) -> "Preprocessing":
