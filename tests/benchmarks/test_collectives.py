@@ -30,49 +30,37 @@ def of_local(function, x, out, varying=True):
     return collectives(jax.jit(mapped).lower(x).compile().as_text())
 
 
-def test_a_sum_over_devices():
-    x = jnp.ones((8, 3, 5))
-    (listed,) = of_local(lambda x: jax.lax.psum(x, ("x", "y")), x, P())
-    assert (listed.kind, listed.dtype, listed.shape) == ("all-reduce", "f32", (1, 3, 5))
-    assert listed.group == 8 and listed.times == 1 and "psum" in listed.where
-    assert listed.bytes == 60 and listed.sent == 2 * 7 / 8 * 60
+def gather(x):
+    return jax.lax.all_gather(x, "y", tiled=True)
 
 
-@pytest.mark.parametrize(("axis", "group"), [("x", 2), ("y", 4)])
-def test_a_sum_over_some_devices(axis, group):
-    rest = "y" if axis == "x" else "x"
-    (listed,) = of_local(lambda x: jax.lax.psum(x, axis), jnp.ones((8, 6)), P(rest))
-    assert listed.group == group and listed.sent == 2 * (group - 1) / group * 24
+RING = [(i, (i + 1) % 4) for i in range(4)]
 
 
-def test_a_gather_is_as_large_as_its_result():
-    x = jnp.ones((8, 6), jnp.bfloat16)
-
-    def gather(x):
-        return jax.lax.all_gather(x, "y", tiled=True)
-
-    (listed,) = of_local(gather, x, P("x"), varying=False)
-    assert listed.kind == "all-gather" and listed.group == 4
-    # A CPU widens bfloat16, or not.
-    assert (listed.shape, listed.bytes) in [((4, 6), 2 * 24), ((4, 6), 4 * 24)]
-    assert listed.sent == 3 / 4 * listed.bytes
-
-
-def test_a_reduce_scatter_is_as_large_as_its_operand():
-    x = jnp.ones((8, 16, 3))
-
-    def scatter(x):
-        return jax.lax.psum_scatter(x[0], "y", tiled=True)
-
-    (listed,) = of_local(scatter, x, P(("x", "y")))
-    assert listed.kind == "reduce-scatter" and listed.group == 4
-    assert listed.bytes == 4 * 16 * 3 and listed.sent == 3 / 4 * listed.bytes
-
-
-def test_a_permutation_sends_all():
-    ring = [(i, (i + 1) % 4) for i in range(4)]
-    (listed,) = of_local(lambda x: jax.lax.ppermute(x, "y", ring), jnp.ones((8, 6)), P(("x", "y")))
-    assert listed.kind == "collective-permute" and listed.sent == listed.bytes == 24
+@pytest.mark.parametrize(
+    ("function", "shape", "out", "kind", "group", "sent"),
+    [
+        (lambda x: jax.lax.psum(x, ("x", "y")), (8, 15), P(), "all-reduce", 8, 2 * 7 / 8 * 60),
+        (lambda x: jax.lax.psum(x, "x"), (8, 6), P("y"), "all-reduce", 2, 2 / 2 * 24),
+        (lambda x: jax.lax.psum(x, "y"), (8, 6), P("x"), "all-reduce", 4, 2 * 3 / 4 * 24),
+        # A gather is as large as its result, a scatter as its operand.
+        (gather, (8, 6), P("x"), "all-gather", 4, 3 / 4 * 4 * 24),
+        (
+            lambda x: jax.lax.psum_scatter(x[0], "y", tiled=True),
+            *((8, 16, 3), P(("x", "y")), "reduce-scatter", 4, 3 / 4 * 4 * 16 * 3),
+        ),
+        (
+            lambda x: jax.lax.ppermute(x, "y", RING),
+            *((8, 6), P(("x", "y")), "collective-permute", 4, 24),
+        ),
+    ],
+)
+def test_what_one_operation_sends(function, shape, out, kind, group, sent):
+    (listed,) = of_local(function, jnp.ones(shape), out, varying=kind != "all-gather")
+    assert (listed.kind, listed.dtype, listed.times) == (kind, "f32", 1)
+    assert listed.sent == sent
+    if kind != "collective-permute":
+        assert listed.group == group
 
 
 def test_an_exchange():
