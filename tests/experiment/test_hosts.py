@@ -91,15 +91,15 @@ def losses(workdir):
     return {line["step"]: line["loss"] for line in read_metrics(workdir) if "loss" in line}
 
 
-def assert_same_run(left, right):
+def assert_same_run(left, right, atol=1e-5):
     """Losses and prompts equal, up to the order of sums."""
     assert losses(left).keys() == losses(right).keys()
     for step, loss in losses(left).items():
-        assert abs(loss - losses(right)[step]) <= 1e-5, step
+        assert abs(loss - losses(right)[step]) <= atol, step
     a, b = (tensors.flatten(tensors.load(w / PROMPTS)[0]) for w in (left, right))
     assert a.keys() == b.keys()
     for name in a:
-        np.testing.assert_allclose(a[name], b[name], atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(a[name], b[name], atol=atol, err_msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,8 @@ def test_two_processes_train_from_frames_on_their_devices(places, alone):
     steps = f"--config.train.steps={STEPS}"
     hosts = start(places, "cached", steps, "--config.data.device_cache_gb=1")
     assert hosts.wait() == [0, 0], hosts.said(0) + hosts.said(1)
-    assert_same_run(alone, places / "workdirs/cached")
+    # Devices round crops otherwise than the host.
+    assert_same_run(alone, places / "workdirs/cached", atol=1e-3)
     assert "16 clips on the devices" in hosts.said(0)
 
 
