@@ -1,6 +1,7 @@
 """The kernel for short sequences, interpreted on a CPU, against attention in plain JAX."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from tests.clip.kernels import kernels
 from tests.clip.kernels.kernels import normal
 from vop_jax.clip.kernels import fused_attention
 from vop_jax.clip.kernels.attention import KeyValues, attention
+from vop_jax.clip.layers import Block, PromptTokens
 from vop_jax.tuning.methods import MethodConfig
 
 N, T, H, K, P = 4, 10, 2, 16, 3
@@ -47,13 +49,30 @@ def test_short_sequences_and_heads_of_a_power_of_two_are_supported(lengths, widt
     assert fused_attention.supports(lengths, width) is supported
 
 
-OTHERS = ("vop", "vop_p", "vop_c", "zero_shot", "adapter_attn")
+def test_a_block_with_the_kernels_has_the_same_gradients(monkeypatch):
+    """Of its parameters, its input, and prompts that sequences share."""
+    kernels.interpret(monkeypatch)
+    x, prompts, block = normal(4, 9, 32), normal(2, 3, 32, seed=1), Block(32, 2, "gelu")
+    params = jax.jit(block.init)(jax.random.key(0), x)
+
+    def run(kernel, params, x, prompts):
+        return block.apply(params, x, prompts=PromptTokens(prompts), kernel=kernel)
+
+    fused, plain = (functools.partial(run, kernel) for kernel in ("fused", "xla"))
+    kernels.assert_same(fused, plain, params, x, prompts)
+
+
+METHODS = ("vop", "vop_p", "vop_c", "vop_f+p", "zero_shot", "adapter_attn")
 
 
 @pytest.mark.parametrize(
-    "name", ["vop_f+p", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
+    ("name", "gradients"),
+    [
+        ("vop_f+p", False),
+        *(pytest.param(name, True, marks=pytest.mark.slow) for name in METHODS),
+    ],
 )
-def test_a_model_with_the_kernels_is_the_same_model(monkeypatch, name):
+def test_a_model_with_the_kernels_is_the_same_model(monkeypatch, name, gradients):
     """In all layers but the last of each tower; so few tokens are short across frames, too."""
     clip = dataclasses.replace(tiny.CLIP, text_heads=1)  # heads of 16 fit the kernel
     attentions, norms = kernels.interpret(monkeypatch)
@@ -61,16 +80,15 @@ def test_a_model_with_the_kernels_is_the_same_model(monkeypatch, name):
     model, params = tiny.model_and_params(method, clip=clip)
     frames, ids = tiny.frames(2), tiny.captions(2, method.text_slots(clip))
 
-    added = {k: v for k, v in params.items() if k != "clip"} or params  # a smaller program
-
-    def gradient(model):
-        def value(added):
-            video, text = model.apply({"params": params | added}, frames, ids)
+    def outputs(model):
+        def value(params):
+            video, text = model.apply({"params": params}, frames, ids)
             return (video * text).sum(), (video, text)
 
-        return jax.tree.leaves(jax.jit(jax.grad(value, has_aux=True))(added))
+        program = jax.grad(value, has_aux=True) if gradients else value
+        return jax.tree.leaves(jax.jit(program)(params))
 
-    for ours, theirs in zip(gradient(model.clone(kernel="fused")), gradient(model), strict=True):
+    for ours, theirs in zip(outputs(model.clone(kernel="fused")), outputs(model), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
     assert len(attentions) == clip.vision_layers + clip.text_layers - 2
     assert norms.count("kernel") == 2 * (clip.vision_layers + clip.text_layers)
