@@ -49,6 +49,7 @@ def test_eval_crop_is_clips(height, width):
     np.testing.assert_array_equal(centre, expected)
 
 
+@pytest.mark.slow
 def test_against_torchvision():
     transforms = pytest.importorskip("torchvision.transforms", reason="torchvision not installed")
     from torchvision.transforms import InterpolationMode
