@@ -200,7 +200,7 @@ def test_the_paper_s_tables_agree_with_each_other_and_with_its_methods():
     for method, difference in relative["msrvtt9k"].items():
         assert rows[method]["t2v"][0] == pytest.approx(full["msrvtt9k"] + difference)
     counts = results.count_parameters(base_config())
-    # Most likely a slip of the paper, see docs/methods.md.
+    # Most likely a slip of the paper, see docs/paper.md.
     saved = counts["vop_p"]["percent"] - counts["vop_f+p"]["percent"]
     counts["vop_f+c"]["percent"] = counts["vop_c"]["percent"] - saved
     for method in methods:
