@@ -166,7 +166,7 @@ def _beam(options: str | None) -> Any:
         import apache_beam
         from apache_beam.options.pipeline_options import PipelineOptions
     except ImportError:
-        raise UserError("Apache Beam is not installed: pip install 'vop_jax[beam]'") from None
+        raise UserError("Apache Beam is not installed: pip install -e '.[beam]'") from None
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):  # argparse prints its whole usage

@@ -123,7 +123,7 @@ def log_limits(run: setup.Run) -> None:
     try:
         check_released("--format=pytorch", run.method, run.clip.config)
     except UserError as error:
-        logging.info("what is trained here cannot be exported with %s; see docs/export.md", error)
+        logging.info("this run cannot be exported with %s; see docs/guides/export.md", error)
 
 
 def _safetensors(run: setup.Run, trainable: Any) -> str:

@@ -189,7 +189,7 @@ def _walk_store(root: epath.Path) -> Iterator[tuple[epath.Path, list[str], list[
     try:
         yield from root.walk()
     except ImportError as error:
-        raise UserError(f"{root}: {error}; pip install 'vop_jax[gcs]'") from None
+        raise UserError(f"{root}: {error}; pip install -e '.[gcs]'") from None
 
 
 def _without_scheme(path: StrPath) -> str:

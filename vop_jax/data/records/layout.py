@@ -52,8 +52,8 @@ def find_records(directory: str | os.PathLike) -> epath.Path | None:
                 read_json(info.parent / name)
             return info.parent
         newer = int(version.split(".")[0]) > int(major)
-        what = "newer than this vop_jax; update it" if newer else "of an older vop_jax"
-        raise UserError(f"{root}: records of version {version}, {what}; or {REMEDY}")
+        what = "newer than this vop_jax; update it, or" if newer else "of an older vop_jax;"
+        raise UserError(f"{root}: records of version {version}, {what} {REMEDY}")
     return None
 
 

@@ -224,7 +224,7 @@ class _Writer:
         try:
             import apache_beam as beam
         except ImportError:
-            raise UserError("Apache Beam is not installed: pip install 'vop_jax[beam]'") from None
+            raise UserError("Apache Beam is not installed: pip install -e '.[beam]'") from None
         alone = dataclasses.replace(self.options, workers=1, isolated=True, beam=None)
         with beam.Pipeline(options=self.options.beam) as pipeline:
             _ = (
