@@ -10,12 +10,13 @@ from vop_jax.config import keys
 PAGE = pathlib.Path(__file__).parent / "reference" / "config.md"
 INTRODUCTION = """# Config
 
-All keys of a run, with their defaults. A config file starts from `vop_jax.config.base_config()` and
-changes some; `--config.KEY=VALUE` changes them on the command line. `vop_jax/config/keys.py`
-declares them, and `python docs/config_page.py` makes this page.
+These are all keys of a run, with their defaults. A config file starts from
+`vop_jax.config.base_config()` and changes some keys; `--config.KEY=VALUE` changes a key on the
+command line. `vop_jax/config/keys.py` declares the keys, and `python docs/config_page.py` makes
+this page.
 
-A workdir belongs to one config. Keys marked *resume* may change when a run continues, keys marked
-*eval* when it is evaluated or exported.
+A workdir belongs to one config. A key marked *resume* may have another value when the run
+continues, is evaluated or exported; a key marked *eval* only when it is evaluated or exported.
 """
 
 

@@ -70,26 +70,28 @@ def key(default: T, **options: Any) -> T:
 
 @dataclasses.dataclass(frozen=True)
 class InitSection:
-    """Where a run starts.
+    """The parameters that a run starts from.
 
-    The first of these that exists: the workdir's last checkpoint; `init.prompts` over `init.clip`;
-    `init.clip` with new prompts; a CLIP that the run pre-trains itself (section `pretrain`).
+    A run takes the first of these that exists: the newest checkpoint of its workdir;
+    `init.prompts` over `init.clip`; `init.clip` with new prompts; a CLIP that the run trains
+    itself (section `pretrain`).
     """
 
     clip: str = key("", change="resume")
-    """The converted CLIP: a file that `vop convert` wrote."""
+    """A CLIP file that `vop convert` wrote."""
     prompts: str = key("")
-    """A prompts.safetensors that was trained over the same CLIP."""
+    """A prompts.safetensors of another run over the same CLIP."""
     interpolate_frames: bool = key(False)
     """Resample the frame tables of `init.prompts` to another `data.frames`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ClipSection:
-    """What the CLIP must be; a CLIP of another kind is an error. "" accepts any CLIP."""
+    """The kind of CLIP that the run expects; another kind is an error. "" accepts any CLIP."""
 
     arch: str = key("", choices=("", *PRESETS))
-    """The architecture."""
+    """The architecture. With method full and without a CLIP file, a random CLIP of it is
+    trained."""
     activation: str = key("", choices=("", "quick_gelu", "gelu"))
     """The activation function: OpenAI's models use quick_gelu, most of open_clip's use gelu."""
 
@@ -101,7 +103,7 @@ class MethodSection:
     name: str = key("vop", values="a name in vop_jax.tuning.methods.METHODS")
     """The method: VoP's variants vop, vop_p, vop_c, vop_f, vop_f+p, vop_f+c, or a baseline."""
     branches: str = key("both", choices=("both", "visual", "text"))
-    """The towers with prompts or adapters."""
+    """The towers that get prompts or adapters."""
     visual_prompts: int = key(8, low=0)
     """Prompt tokens in each layer of the vision tower, after CLS."""
     text_prefix: int = key(4, low=0)
@@ -109,22 +111,24 @@ class MethodSection:
     text_suffix: int = key(4, low=0)
     """Prompt tokens in each layer of the text tower, before EOT."""
     suffix: str = key("eot", choices=("eot", "released"))
-    """Where suffix prompts are: before each caption's EOT token, or, as in the authors' released
-    code, before the last position."""
+    """The place of suffix prompts. eot: before each caption's EOT token. released: before the last
+    position, as in the authors' released code."""
     first_layer: int = key(1, values="1 or more")
     """The first layer with prompts or adapters, counted from 1."""
     last_layer: int = key(0, low=0)
     """The last layer with prompts or adapters; 0 is the deepest."""
     specific_prompts: int = key(4, low=0)
-    """For vop_p and vop_c: how many of `method.visual_prompts` are specific to a frame."""
+    """For vop_p and vop_c: how many of the `method.visual_prompts` are specific to a frame."""
     split_layer: int = key(-1, low=-1)
-    """For vop_f: deeper layers attend across frames; -1 is two thirds of the layers, 8 of 12."""
+    """For vop_f: layers after this one attend across frames; -1 is two thirds of the layers, 8 of
+    12."""
     frame_position: bool = key(True)
-    """For vop_f: add a position embedding of frames at the split layer."""
+    """For vop_f: add a position embedding to each frame after the split layer."""
     cmm: str = key("bilstm", choices=("bilstm", "lstm", "transformer"))
     """For vop_c: the module that models context over frames."""
     cmm_role: str = key("prompts", choices=("prompts", "cls"))
-    """For vop_c: the module generates prompts, or (an ablation) updates the CLS token."""
+    """For vop_c: what the module does. prompts: it generates prompts. cls: it updates the CLS
+    tokens (an ablation)."""
     adapter_width: int = key(64, low=1)
     """Width of an adapter's bottleneck."""
     init_std: float = key(0.02, low=0)
@@ -136,16 +140,19 @@ class DataSection:
     """The dataset, how its clips are stored, and how they are read."""
 
     kind: str = key("folder", values="a file of vop_jax/data/datasets, without .py")
-    """The dataset: your own videos (folder), a benchmark, or rendered shapes (clips, stills)."""
+    """The dataset: your own videos (folder), a benchmark such as msrvtt9k, or rendered shapes
+    (clips, stills)."""
     annotations: str = key("", change="resume")
-    """A CSV or JSON Lines file with the columns video, caption and optionally start, end, split;
-    for a benchmark the folder of its official files. Finished records need neither."""
+    """The annotations: for kind=folder a CSV or JSON Lines file with the columns video, caption and
+    optionally start, end, split; for a benchmark the folder of its official files. Finished records
+    need no annotations."""
     videos: str = key("", change="resume")
-    """The folder of the videos that the annotations name; rendered clips are written there."""
+    """The folder of the videos that the annotations name; rendered clips are written there.
+    Finished records need no videos."""
     rendered: int = key(768, low=1)
-    """For kind=clips: training clips to render; 768 show each caption once."""
+    """For kind=clips: number of training clips to render; 768 clips show each caption once."""
     records: str = key("", change="resume")
-    """The folder of packed frames; "" is a folder in the workdir."""
+    """The folder of the records, which hold the decoded frames; "" is WORKDIR/records."""
     official_sizes: bool = key(True)
     """Refuse a benchmark whose splits do not have their published sizes."""
     train_split: str = key("train")
@@ -155,48 +162,51 @@ class DataSection:
     val_split: str = key("val")
     """The split that selects a checkpoint with `train.select=best`."""
     val_share: float = key(0.0, low=0, high=1)
-    """Share of the training split that becomes the validation split, by a hash of the ids."""
+    """With train.select=best: share of the training videos that becomes the validation split,
+    chosen by a hash of their names."""
     frames: int = key(12, low=1)
     """Frames of a clip (F)."""
     sampling: str = key("uniform", choices=("uniform", "rand", "linspace", "segments"))
-    """Which frames: uniform takes the middle of each of F equal segments; rand, in training, a
-    random frame of each; linspace (CLIP4Clip with stored_fps=1) equal steps from the first to the
-    last; segments those of TSN."""
+    """Which F frames of a clip the model sees. uniform: the middle frame of each of F equal
+    segments. rand: in training, a random frame of each segment. linspace: equal steps from the
+    first frame to the last, as in CLIP4Clip with stored_fps=1. segments: as in TSN."""
     stored_fps: float = key(0.0, low=0)
-    """Frames per second in the records; 0 stores the F sampled frames only."""
+    """Frames per second in the records; 0 stores only the F sampled frames."""
     folder_fps: float = key(0.0, low=0)
     """Frame rate of videos that are folders of extracted frames; 0 is unknown."""
     short_side: int = key(256, low=1)
-    """Short side of stored frames in pixels; smaller frames stay as they are."""
+    """Short side of stored frames in pixels; larger frames are resized to it."""
     jpeg_quality: int = key(95, low=1, high=100)
     """JPEG quality of stored frames."""
     augment: bool = key(True)
-    """Random resized crops and flips in training."""
+    """Random resized crops, and flips if `data.flip` is True, in training."""
     crop_scale: tuple[float, float] = key(
         (0.5, 1.0), values="(low, high) with 0 < low <= high <= 1"
     )
-    """Smallest and largest area of the random crop, as a share of the frame; all frames of a clip
-    have one crop."""
+    """Smallest and largest area of the random crop, as a share of the frame. All frames of a clip
+    are cropped alike."""
     flip: bool = key(True)
-    """Random horizontal flips; set False where captions say left or right."""
+    """Mirror half of the training clips; set False if captions say left or right."""
     short_clips: str = key("skip", choices=("skip", "repeat"))
-    """A clip with fewer than F frames is left out (skip), or its last frame is repeated."""
+    """What happens to a clip with fewer than F frames. skip: it is left out. repeat: its last frame
+    is repeated."""
     max_skipped: float = key(0.05, low=0, high=1, change="resume")
-    """Largest share of unreadable videos in a split; a run with more stops."""
+    """Largest share of unusable videos in a split; with more, the run does not start."""
     threads: int = key(16, low=1, change="resume")
     """Threads that read and decode records."""
     workers: int = key(0, low=0, change="resume")
-    """Processes that read records; 0 reads in threads of the main process."""
+    """Processes that read and decode records; 0: threads of the main process do it."""
     device_cache_gb: float = key(0.0, low=0, change="resume")
-    """Memory of each device, in GB, for the decoded frames of the training split, which are then
-    cropped on the device. 0, or a larger split, crops on the host."""
+    """GB of each device for the decoded frames of the training split, which are then cropped on the
+    device. A split that needs more is an error. 0: the host decodes and crops."""
     text_buckets: tuple[int, ...] = key(
         (32,), values="a tuple of whole numbers, 2 or more", change="resume"
     )
-    """Widths of caption batches in tokens: a batch is padded to the smallest width that holds it,
-    else to all slots. () always pads to all slots, as method.suffix=released does."""
+    """Widths in tokens to which the captions of a batch are padded: the smallest width that holds
+    all of them, else all token slots. () always pads to all slots, as method.suffix=released
+    does."""
     cache_gb: float = key(1.0, low=0, change="resume")
-    """Memory of the host, in GB, for decoded frames; a split that needs more is not cached."""
+    """GB of the host's memory for decoded frames; a split that needs more is not cached."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,16 +214,16 @@ class TrainSection:
     """Optimization, logging and checkpoints."""
 
     steps: int = key(1000, low=0)
-    """Optimizer steps; 0 evaluates only."""
+    """Optimizer steps; 0 only evaluates."""
     batch_size: int = key(32, low=1)
-    """Clips in a batch, over all devices of all hosts (B)."""
+    """Clips in a batch, summed over all devices of all hosts (B)."""
     microbatches: int = key(1, low=1, change="resume")
-    """Parts of a device's batch that are embedded one after the other, to save memory; loss and
+    """To save memory, a device embeds its clips in this many parts, one after the other. Loss and
     gradient are the same."""
     learning_rate: float = key(5e-3, low=0)
-    """Peak learning rate; the paper searches 1e-6 to 1e-2 for each method."""
+    """Peak learning rate; the paper searches it for each method between 1e-6 and 1e-2."""
     warmup: float = key(0.1, low=0, high=1)
-    """Share of the steps with linear warm-up; a cosine to 0 follows."""
+    """Share of the steps with linear warm-up; then the learning rate falls to 0 along a cosine."""
     weight_decay: float = key(0.2, low=0)
     """Weight decay of AdamW; norms and biases have none."""
     clip_norm: float = key(1.0, above=0)
@@ -221,14 +231,14 @@ class TrainSection:
     log_every: int = key(20, low=1, change="resume")
     """Steps between two lines of the log."""
     eval_every: int = key(0, low=0, change="resume")
-    """Steps between two evaluations; 0 evaluates before the first and after the last only."""
+    """Steps between two evaluations; 0 evaluates only before the first step and after the last."""
     checkpoint_every: int = key(100, low=1, change="resume")
-    """Steps between two checkpoints; the last step has one too."""
+    """Steps between two checkpoints; the last step always gets one."""
     keep_checkpoints: int = key(2, low=1, change="resume")
-    """Newest checkpoints to keep."""
+    """Number of newest checkpoints to keep."""
     select: str = key("last", choices=("last", "best"))
-    """The result: the parameters after the last step, or those with the best mean R@1 on
-    `data.val_split` in evaluations every `train.eval_every` steps."""
+    """Which parameters are the result. last: those after the last step. best: those with the best
+    mean R@1 on `data.val_split`, evaluated every `train.eval_every` steps."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,12 +248,12 @@ class EvalSection:
     batch_size: int = key(32, low=1, change="resume")
     """Clips in a batch, over all devices."""
     missing: str = key("miss", choices=("miss", "drop"), change="eval")
-    """An unreadable video counts as ranked last (miss), or is left out of the metrics (drop)."""
+    """What happens to an unusable video. miss: it ranks last. drop: the metrics leave it out."""
     extra: tuple[str, ...] = key((), values=f"names of {', '.join(EXTRAS)}", change="resume")
-    """Additional metrics after a rescoring of the similarities; on the command line a name, or
-    names with commas."""
+    """Additional metrics, computed from rescored similarities; on the command line one name, or
+    several with commas between them."""
     bank: int = key(1000, low=1, change="resume")
-    """Training clips in the bank of query_bank."""
+    """Number of training clips in the bank of query_bank."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,14 +261,14 @@ class MeshSection:
     """The device mesh. A batch is sharded over data x fsdp."""
 
     data: int = key(-1, values="-1, or 1 or more", change="resume")
-    """Devices on the data axis; -1 is all that fsdp and model leave."""
+    """Devices on the data axis; -1: all devices, divided by fsdp x model."""
     fsdp: int = key(1, low=1, change="resume")
-    """Devices that shard frozen weights and optimizer state."""
+    """Devices that share the frozen weights, trained parameters and optimizer state."""
     model: int = key(1, low=1, change="resume")
-    """Devices that shard heads and MLPs."""
+    """Devices that share the attention heads and the MLPs' inner width."""
     placement: tuple[Any, ...] = key((), values="a tuple of pairs", change="resume")
-    """Sharding rules that precede the built-in ones: pairs of a pattern over parameter names and
-    the mesh axis of each dimension, such as ((r".*/c_fc/kernel", (None, "model")),)."""
+    """Sharding rules that go before the built-in ones. A rule is a pair: a pattern over parameter
+    names, and the mesh axis of each dimension. Example: ((r".*/c_fc/kernel", (None, "model")),)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,27 +276,28 @@ class ComputeSection:
     """Precision, kernels and memory."""
 
     dtype: str = key("float32", choices=("float32", "bfloat16"))
-    """Type of matrix products; bfloat16 is for TPUs and GPUs."""
+    """Type of matrix products; bfloat16 helps on TPUs and GPUs only."""
     cache: str = key("", change="resume")
-    """The folder of compiled programs. "" is, on GPUs and TPUs, a folder in the workdir, or
-    $JAX_COMPILATION_CACHE_DIR; off keeps none."""
+    """The folder of compiled programs. "": $JAX_COMPILATION_CACHE_DIR if it is set, else
+    WORKDIR/compiled on GPUs and TPUs. off: programs are not kept."""
     attention: str = key(
         "auto", choices=("auto", "xla", "fused", "cudnn", "splash", "blocks"), change="resume"
     )
-    """The attention kernel. xla is plain JAX; fused (this project's) and cudnn are for NVIDIA GPUs
-    in bfloat16; for layers across frames only, blocks saves memory on any device and splash is a
-    TPU kernel. auto is the fastest: on NVIDIA in bfloat16 fused, or cudnn where the mesh shards
-    parameters; else xla."""
+    """The attention kernel. xla: plain JAX. fused (this project's) and cudnn: for NVIDIA GPUs in
+    bfloat16. blocks and splash: for layers across frames only; blocks saves memory on any device,
+    splash is a TPU kernel. auto: on NVIDIA GPUs in bfloat16 fused, or cudnn if the mesh shards
+    parameters; otherwise xla."""
     remat: str = key("none", choices=("none", "dots", "full"), change="resume")
-    """What the backward pass computes again to save memory: nothing, all but products with weights
-    (dots), or whole blocks (full)."""
+    """What the backward pass computes again to save memory. none: nothing. dots: everything but
+    products with weights. full: whole blocks."""
     frame_chunk: int = key(0, low=0, change="resume")
-    """Frames of a device that pass a vision block together, to save memory; 0 is all."""
+    """To save memory, a vision block processes at most so many frames of a device at a time; 0:
+    all."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PretrainSection:
-    """The demo's own CLIP, trained from nothing on still frames when `steps` is above 0."""
+    """Training of the demo's own CLIP on still pictures; needs `steps` > 0 and no `init.clip`."""
 
     steps: int = key(0, low=0)
     """Optimizer steps."""
@@ -298,7 +309,7 @@ class PretrainSection:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """The whole config. Its defaults are the paper's recipe (section 4.1), for your own videos."""
+    """The whole config. Its defaults are the paper's recipe (section 4.1) on a folder of videos."""
 
     seed: int = key(0, low=0, high=2**32 - 1)
     """Seed of new parameters, data order and augmentation."""
