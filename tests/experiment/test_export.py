@@ -293,7 +293,7 @@ def test_a_full_disk_leaves_what_was_there(
 def test_what_the_released_code_cannot_compute_is_refused(changes, message):
     method = dataclasses.replace(RELEASED, **changes)
     with pytest.raises(vop_jax.UserError, match=re.escape(message)):
-        check_released("--format=pytorch", method, runs.CLIP)
+        check_released(method, runs.CLIP)
 
 
 def test_a_method_that_pytorch_cannot_hold_is_refused_by_export(trained, export):

@@ -121,7 +121,7 @@ def log_limits(run: setup.Run) -> None:
     if not run.method.parts.prompts:  # nobody expects baselines in the layout of VoP's authors
         return
     try:
-        check_released("--format=pytorch", run.method, run.clip.config)
+        check_released(run.method, run.clip.config)
     except UserError as error:
         logging.info("this run cannot be exported with %s; see docs/guides/export.md", error)
 
@@ -137,7 +137,7 @@ def _orbax(run: setup.Run, trainable: Any) -> str:
 
 
 def _pytorch(run: setup.Run, trainable: Any) -> str:
-    check_released("--format=pytorch", run.method, run.clip.config)
+    check_released(run.method, run.clip.config)
     prompts, path = prompt_set(run, trainable).params["prompts"], run.workdir / RELEASED_FILE
 
     def write() -> None:

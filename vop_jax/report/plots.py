@@ -32,8 +32,8 @@ METRICS = {key: heading for key, heading, _ in COLUMNS} | {
 }
 
 
-def trade_off(rows: Sequence[Row], metric: str = "t2v/R@1") -> str:
-    """A metric over the number of trained parameters: the paper's figure 1.
+def trade_off(rows: Sequence[Row]) -> str:
+    """R@1 over the number of trained parameters: the paper's figure 1.
 
     Args:
         rows: one for each method, whose names label the points.
@@ -41,7 +41,7 @@ def trade_off(rows: Sequence[Row], metric: str = "t2v/R@1") -> str:
     figure, axes = _figure(7.5, 4.6)
     points = []
     for row, colour in zip(rows, _colours(), strict=False):
-        mean, std = row["metrics"][metric]
+        mean, std = row["metrics"]["t2v/R@1"]
         if not row["trainable"]:  # zero has no place on a logarithmic axis
             axes.axhline(mean, color=colour, ls="--", lw=1, label=f"{row['method']}, none trained")
             continue
@@ -52,7 +52,7 @@ def trade_off(rows: Sequence[Row], metric: str = "t2v/R@1") -> str:
     axes.set_xlabel("trained parameters")
     if len(points) < len(rows):
         axes.legend(fontsize=9, loc="lower right")
-    axes.set_ylabel(METRICS[metric])
+    axes.set_ylabel(METRICS["t2v/R@1"])
     figure.draw_without_rendering()  # sets the positions of the points
     # Labels of neighbouring points move down until they no longer overlap.
     placed: list[tuple[float, float]] = []

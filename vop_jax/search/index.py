@@ -85,7 +85,7 @@ class Index:
             raise UserError(f"to={to!r}: allowed are {', '.join(TABLES)}")
         if not 1 <= k <= query.MOST:
             raise UserError(f"k={k}: must be 1 to {query.MOST}")
-        vectors = checked_vectors(vectors, self.info.dim, "vectors")
+        vectors = checked_vectors(vectors, self.info.dim)
         path = "captions.path" if to == "captions" else "files.path"
         where = make_filter(folder, since, until, path)
         store = self._store(to)

@@ -189,7 +189,7 @@ class CatalogWriter:
         return self._db.execute(statement, values).lastrowid
 
     def _append(self, table: str, vectors: np.ndarray) -> list[int]:
-        return self._stores[table].append(self._db, checked_vectors(vectors, self._dim, "vectors"))
+        return self._stores[table].append(self._db, checked_vectors(vectors, self._dim))
 
     def move(self, indexed: IndexedFile, file: VideoFile) -> None:
         """Gives indexed content another path or date."""

@@ -19,9 +19,9 @@ AHEAD = 2  # batches on the devices besides those of steps that were started
 
 
 def prefetch_batches(
-    mesh: Mesh, batches: Iterator[Mapping[str, np.ndarray]], ahead: int = AHEAD
+    mesh: Mesh, batches: Iterator[Mapping[str, np.ndarray]]
 ) -> Generator[dict[str, jax.Array], None, None]:
-    """This process's rows of batches -> the global batches; a thread reads `ahead` of the caller.
+    """This process's rows of batches -> the global batches; a thread reads `AHEAD`.
 
     An error of the reader is raised after all batches before it. Use `contextlib.closing` where
     the generator may not be read to its end: closing it ends the thread and drops the batches that
@@ -35,7 +35,7 @@ def prefetch_batches(
     pending: collections.deque[Future] = collections.deque()
     with ThreadPoolExecutor(1, "prefetch") as pool:
         try:
-            pending.extend(pool.submit(load) for _ in range(ahead))
+            pending.extend(pool.submit(load) for _ in range(AHEAD))
             while (batch := pending.popleft().result()) is not None:
                 pending.append(pool.submit(load))
                 yield batch

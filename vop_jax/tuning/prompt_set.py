@@ -183,12 +183,12 @@ def released_method(visual: int, text: int, prefix: int | None = None) -> Method
     )
 
 
-def check_released(where: str, method: MethodConfig, clip: ClipConfig) -> None:
+def check_released(method: MethodConfig, clip: ClipConfig) -> None:
     """Raises UserError unless the released code computes the same as `method` over `clip`.
 
     The message names the settings to train with instead.
     """
-    text = method.text_prefix + method.text_suffix
+    where, text = "--format=pytorch", method.text_prefix + method.text_suffix
     if method.branches != "both" or not (method.visual_prompts and text):
         raise UserError(
             f"{where}: holds prompts of both towers; this method has them in one; train with "

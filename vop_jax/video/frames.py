@@ -88,15 +88,13 @@ def read_frames(
     return Frames([pixels[i] for i in indices], indices, times, len(reader.times))
 
 
-def read_frame_at(
-    path: str | os.PathLike, seconds: float, *, short_side: int | None = None
-) -> np.ndarray:
+def read_frame_at(path: str | os.PathLike, seconds: float) -> np.ndarray:
     """The frame on display at a time, or a file's last frame: uint8 RGB [h, w, 3].
 
     Raises:
         VideoError: the file cannot be opened, has no video, or no frame decodes.
     """
-    frame = SegmentReader(path, seconds, short_side=short_side).first_frame()
+    frame = SegmentReader(path, seconds).first_frame()
     if frame is None:
         raise VideoError("no frame decodes")
     return frame

@@ -83,17 +83,17 @@ def distinct(ids: np.ndarray) -> np.ndarray:
     return ids[np.diff(ids, prepend=NO_ID) != 0]
 
 
-def checked_vectors(vectors: np.ndarray, dim: int, name: str) -> np.ndarray:
-    """vectors as float32 [N, E].
+def checked_vectors(vectors: np.ndarray, dim: int) -> np.ndarray:
+    """`vectors` as float32 [N, E].
 
     Raises:
         UserError: another shape, NaN or infinite values.
     """
     vectors = np.asarray(vectors, np.float32)
     if vectors.ndim != 2 or vectors.shape[1] != dim:
-        raise UserError(f"{name}: shape {list(vectors.shape)}; must be [N, {dim}]")
+        raise UserError(f"vectors: shape {list(vectors.shape)}; must be [N, {dim}]")
     if not np.isfinite(vectors).all():
-        raise UserError(f"{name}: NaN or infinite values; must be finite")
+        raise UserError("vectors: NaN or infinite values; must be finite")
     return vectors
 
 
