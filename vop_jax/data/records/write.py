@@ -221,10 +221,8 @@ class _Writer:
 
     def _write_with_beam(self, shards: Sequence[Shard]) -> None:
         """Writes each shard in a worker of a Beam runner, which sees the same folders."""
-        try:
-            import apache_beam as beam
-        except ImportError:
-            raise UserError("Apache Beam is not installed: pip install -e '.[beam]'") from None
+        import apache_beam as beam
+
         alone = dataclasses.replace(self.options, workers=1, isolated=True, beam=None)
         with beam.Pipeline(options=self.options.beam) as pipeline:
             _ = (
