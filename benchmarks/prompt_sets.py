@@ -24,7 +24,7 @@ from vop_jax.model import TextVideoModel
 from vop_jax.storage import tensors
 from vop_jax.tuning.methods import MethodConfig
 from vop_jax.tuning.partition import partition
-from vop_jax.tuning.prompt_set import save_prompts
+from vop_jax.tuning.prompt_set import PromptSet, save_prompts
 
 
 def draw(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict:
@@ -44,14 +44,7 @@ def write_sets(root: pathlib.Path, clip: ClipConfig, count: int) -> list[pathlib
     own = {name: leaf.shape for name, leaf in tensors.flatten(trainable).items()}
     paths = [root / f"{i}.safetensors" for i in range(count)]
     for i, path in enumerate(paths):
-        save_prompts(
-            path,
-            draw(own, i + 1),
-            method=method,
-            clip_fingerprint=fingerprint,
-            clip_name="random",
-            clip_config=clip,
-        )
+        save_prompts(path, PromptSet(draw(own, i + 1), method, fingerprint, "random", clip))
     return paths
 
 

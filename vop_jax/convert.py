@@ -27,7 +27,7 @@ from vop_jax.clip.layers import ACTIVATIONS
 from vop_jax.clip.weights import ClipWeights, load_clip, save_clip
 from vop_jax.errors import UserError
 from vop_jax.storage import tensors
-from vop_jax.tuning.prompt_set import released_method, save_prompts
+from vop_jax.tuning.prompt_set import PromptSet, released_method, save_prompts
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -107,15 +107,9 @@ def _write_prompts(path: str | None, converted: ConvertedClip, clip: ClipWeights
     if not path:
         print(f"note: {clip.source} also holds {lengths}; --prompts-output=FILE writes them")
         return
-    save_prompts(
-        path,
-        {"prompts": converted.prompts},
-        method=method,
-        clip_fingerprint=clip.fingerprint,
-        clip_name=clip.name,
-        clip_config=clip.config,
-        video={"frames": released.frames} if released and released.frames else None,
-    )
+    video = {"frames": released.frames} if released and released.frames else {}
+    about = clip.fingerprint, clip.name, clip.config
+    save_prompts(path, PromptSet({"prompts": converted.prompts}, method, *about, video))
     print(f"{path}: {lengths}")
 
 

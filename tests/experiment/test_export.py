@@ -22,7 +22,7 @@ from vop_jax.model import TextVideoModel
 from vop_jax.storage import tensors
 from vop_jax.tuning.methods import MethodConfig
 from vop_jax.tuning.partition import partition
-from vop_jax.tuning.prompt_set import check_released, load_prompts, save_prompts
+from vop_jax.tuning.prompt_set import PromptSet, check_released, load_prompts, save_prompts
 
 BASE = MethodConfig("vop", visual_prompts=2, text_prefix=1, text_suffix=1, frames=3)
 CONTEXT = dataclasses.replace(BASE, name="vop_f+c", specific_prompts=1)
@@ -58,15 +58,9 @@ def trained(clip, tmp_path):
                 partition(shapes, method.trainable_patterns(weights.config))[0]
             ).items()
         }
-        save_prompts(
-            tmp_path / "given.safetensors",
-            tensors.unflatten(draw),
-            method=method,
-            clip_fingerprint=weights.fingerprint,
-            clip_name=weights.name,
-            clip_config=weights.config,
-            video=VIDEO,
-        )
+        about = weights.fingerprint, weights.name, weights.config, VIDEO
+        prompts = PromptSet(tensors.unflatten(draw), method, *about)
+        save_prompts(tmp_path / "given.safetensors", prompts)
         return tmp_path / "given.safetensors"
 
     return trained

@@ -15,7 +15,7 @@ from vop_jax.model import TextVideoModel
 from vop_jax.storage.tensors import flatten, unflatten
 from vop_jax.tuning.methods import MethodConfig
 from vop_jax.tuning.partition import partition
-from vop_jax.tuning.prompt_set import save_prompts
+from vop_jax.tuning.prompt_set import PromptSet, save_prompts
 from vop_jax.video.frames import read_frames
 from vop_jax.video.sampling import sample_indices
 
@@ -133,15 +133,8 @@ def write_prompts(path, clip, seed, name="vop"):
     shapes = TextVideoModel(weights.config, method).shapes()
     params = {name: rng.normal(0, 1, leaf.shape).astype("f4") for name, leaf in shapes.items()}
     trained, _ = partition(unflatten(params), method.trainable_patterns(weights.config))
-    save_prompts(
-        path,
-        trained,
-        method=method,
-        clip_fingerprint=weights.fingerprint,
-        clip_name=weights.name,
-        clip_config=weights.config,
-        video={"frames": 3},
-    )
+    about = weights.fingerprint, weights.name, weights.config, {"frames": 3}
+    save_prompts(path, PromptSet(trained, method, *about))
     return path
 
 

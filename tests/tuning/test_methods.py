@@ -16,7 +16,7 @@ from vop_jax.storage import tensors
 from vop_jax.training.step import TrainState, make_optimizer, make_train_step
 from vop_jax.tuning.methods import METHODS, Method, MethodConfig
 from vop_jax.tuning.partition import parameter_count, partition
-from vop_jax.tuning.prompt_set import load_prompts, save_prompts
+from vop_jax.tuning.prompt_set import PromptSet, load_prompts, save_prompts
 from vop_jax.tuning.prompts import GENERATORS
 
 B32 = PRESETS["ViT-B/32"]
@@ -113,8 +113,7 @@ def test_a_new_method_is_one_row_and_its_parts(monkeypatch, tmp_path):
         *("text", "visual", "deviation")
     }
     assert all((before[name] != after[name]).any() for name in after)
-    about = {"clip_fingerprint": "f", "clip_name": "tiny", "clip_config": clip}
-    save_prompts(tmp_path / "p", state.trainable, method=method, **about)
+    save_prompts(tmp_path / "p", PromptSet(state.trainable, method, "f", "tiny", clip))
     assert load_prompts(tmp_path / "p").method == method
 
 

@@ -17,6 +17,7 @@ from vop_jax.tuning.methods import METHODS, MethodConfig
 from vop_jax.tuning.partition import partition
 from vop_jax.tuning.prompt_set import (
     FORMAT,
+    PromptSet,
     check_same_clip,
     has_frame_tables,
     interpolate_frames,
@@ -39,7 +40,7 @@ def random_params(method=METHOD, clip=tiny.CLIP):
 
 def save(path, params, method=METHOD, clip=tiny.CLIP, **changes):
     about = {"clip_fingerprint": "f" * 64, "clip_name": "tiny from x.pt (ffff)", "video": VIDEO}
-    save_prompts(path, params, method=method, clip_config=clip, **(about | changes))
+    save_prompts(path, PromptSet(params, method, clip_config=clip, **(about | changes)))
 
 
 def test_round_trip_of_every_method(tmp_path):
@@ -57,7 +58,7 @@ def test_round_trip_of_every_method(tmp_path):
 
 def test_the_metadata_and_size_of_the_file(tmp_path):
     clip, path = PRESETS["ViT-B/32"], tmp_path / "p"
-    save(path, random_params(MethodConfig(), clip), MethodConfig(), clip, video=None)
+    save(path, random_params(MethodConfig(), clip), MethodConfig(), clip, video={})
     metadata = tensors.read_metadata(path)
     assert metadata["format"] == FORMAT and metadata["method"] == "vop"
     assert metadata["activation"] == "quick_gelu" and metadata["clip_fingerprint"] == "f" * 64

@@ -95,7 +95,7 @@ def prompt_set(run: setup.Run, trainable: Any) -> PromptSet:
 def save_result(run: setup.Run, trainable: Any, name: str) -> str:
     """Writes trained parameters with what is needed to use them; returns the path."""
     path, prompts = run.workdir / name, prompt_set(run, trainable)
-    hosts.on_first(lambda: save_prompts(path, **vars(prompts)))
+    hosts.on_first(lambda: save_prompts(path, prompts))
     logging.info("wrote %s", path)
     return str(path)
 

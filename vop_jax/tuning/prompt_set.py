@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -33,7 +32,7 @@ FRAME_TABLES = (
 
 @dataclasses.dataclass(frozen=True)
 class PromptSet:
-    """A trained prompt set, as `load_prompts` reads it.
+    """A trained prompt set: the content of a file of prompts.
 
     Attributes:
         params: the trained subtree, e.g. {"prompts": {"visual": [L, P, D], "text": …}}.
@@ -48,7 +47,7 @@ class PromptSet:
     clip_fingerprint: str
     clip_name: str
     clip_config: ClipConfig
-    video: dict[str, Any]
+    video: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
@@ -57,17 +56,8 @@ class PromptSet:
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def save_prompts(
-    path: str | os.PathLike[str],
-    params: Tree,
-    *,
-    method: MethodConfig,
-    clip_fingerprint: str,
-    clip_name: str,
-    clip_config: ClipConfig,
-    video: Mapping[str, Any] | None = None,
-) -> None:
-    """Writes a trained subtree atomically, with all that is needed to use it again.
+def save_prompts(path: str | os.PathLike[str], prompts: PromptSet) -> None:
+    """Writes a prompt set atomically.
 
     Args:
         path: a safetensors file, or an orbax folder if the name ends in .orbax.
@@ -75,16 +65,16 @@ def save_prompts(
     save = tensors.save_orbax if os.fspath(path).endswith(".orbax") else tensors.save
     save(
         path,
-        jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), dict(params)),
+        jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), prompts.params),
         {
             "format": FORMAT,
-            "method": method.name,
-            "method_config": json.dumps(dataclasses.asdict(method)),
-            "clip_fingerprint": clip_fingerprint,
-            "clip_name": clip_name,
-            "clip_config": json.dumps(clip_config.to_dict()),
-            "activation": clip_config.activation,
-            "video": json.dumps(dict(video or {})),
+            "method": prompts.method.name,
+            "method_config": json.dumps(dataclasses.asdict(prompts.method)),
+            "clip_fingerprint": prompts.clip_fingerprint,
+            "clip_name": prompts.clip_name,
+            "clip_config": json.dumps(prompts.clip_config.to_dict()),
+            "activation": prompts.clip_config.activation,
+            "video": json.dumps(prompts.video),
         },
     )
 
