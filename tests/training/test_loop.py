@@ -50,6 +50,10 @@ class Run:
             self.checkpoints.close()
 
 
+def saved_steps(workdir):
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+
+
 def assert_equal(a, b, atol=0.0):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=atol), a, b)
 
@@ -91,7 +95,7 @@ def test_a_run_that_is_killed_and_signalled_ends_with_the_same_bits(whole, tmp_p
     with pytest.raises(cli.Interrupted) as caught, cli.raise_on_signals():
         run.fit()
     assert caught.value.exit_status == 143
-    assert Checkpoints(str(tmp_path), keep=2).latest_step() == 3  # the step under way is saved
+    assert saved_steps(tmp_path)[-1] == 3  # the step under way is saved
     assert_equal(whole[1].trainable, Run(tmp_path).fit().trainable)
     steps = [line["step"] for line in read_metrics(tmp_path)]
     assert steps == sorted(set(steps)) and steps[-1] == STEPS
@@ -126,7 +130,7 @@ def test_frozen_parameters_stay_and_the_rest_learns_in_one_program(tmp_path, cap
 
 def test_checkpoints_hold_the_trainable_tree_only_and_are_pruned(whole):
     folder = whole[0] / "checkpoints"
-    assert sorted(int(path.name) for path in folder.iterdir()) == [4, 6]
+    assert saved_steps(whole[0]) == [4, 6]
     metadata = (folder / "6" / "state" / "_METADATA").read_text()
     assert "prompts" in metadata and "logit_scale" in metadata
     assert "'clip', 'video'" not in metadata  # frozen
@@ -143,7 +147,7 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_
     run.step = poisoned
     with pytest.raises(loop.NonFiniteLoss, match="loss is inf at step 5"):
         run.fit()
-    assert Checkpoints(str(tmp_path), keep=2).latest_step() == 4
+    assert saved_steps(tmp_path)[-1] == 4
 
 
 def test_the_time_that_devices_wait_for_batches_is_logged(tmp_path, monkeypatch):

@@ -103,7 +103,6 @@ def test_a_full_disk_is_raised_where_events_are_written(tmp_path, monkeypatch):
 def test_processes_but_the_first_write_nothing(tmp_path):
     with NoWriter() as metrics:
         metrics.write_scalars(1, {"loss": 1.0})
-        metrics.flush()
     assert not list(tmp_path.iterdir())
 
 

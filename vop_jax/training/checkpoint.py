@@ -54,10 +54,6 @@ class Checkpoints:
         self._manager = _Manager(self._folder, options=options)
         self._saving = 0  # the step
 
-    def latest_step(self) -> int | None:
-        """The step of the newest complete checkpoint, readable or not; None without one."""
-        return self._manager.latest_step()
-
     def save(self, state: TrainState, meta: dict[str, Any]) -> None:
         """Saves in the background; a step that is already saved is left alone."""
         step = int(state.step)

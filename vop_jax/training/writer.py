@@ -30,9 +30,6 @@ class NoWriter:
     def write_scalars(self, step: int, scalars: Mapping[str, float], measured_on: str = "") -> None:
         """Does nothing."""
 
-    def flush(self) -> None:
-        """Does nothing."""
-
     def close(self) -> None:
         """Does nothing."""
 
@@ -128,9 +125,6 @@ class MetricWriter(NoWriter):
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
         self._second.write_scalars(step, numbers)
-
-    def flush(self) -> None:
-        self._second.flush()
 
     def close(self) -> None:
         if self._file is not None:
