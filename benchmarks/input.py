@@ -50,7 +50,7 @@ def records(folder: str, count: int) -> Split:
         path = os.path.join(folder, f"{i}.mp4")
         make_clip(path, i)
         clips.append(VideoClip(str(i), path, (f"a texture, number {i}, drifts over the screen",)))
-    options = WriteOptions(isolated=False, progress=False)
+    options = WriteOptions(isolated=False)
     return pack({"train": clips}, f"{folder}/records", Preprocessing(), options=options).splits[
         "train"
     ]

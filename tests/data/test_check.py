@@ -20,7 +20,7 @@ from vop_jax.data.records.write import WriteOptions
 pytestmark = pytest.mark.usefixtures("quiet")
 
 SIZES = {"train": 6, "test": 4}
-HERE = WriteOptions(2, isolated=False, progress=False)
+HERE = WriteOptions(2, isolated=False)
 
 
 @pytest.fixture(scope="module")

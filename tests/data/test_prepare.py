@@ -148,7 +148,7 @@ def test_wrong_videos_and_a_busy_folder_leave_nothing_in_the_way(tmp_path):
     (tmp_path / "captions.csv").write_text("video,caption,split\n0.mp4,one,test\n")
 
     def call(folder):
-        options = WriteOptions(1, isolated=False, progress=False)
+        options = WriteOptions(1, isolated=False)
         captions = str(tmp_path / "captions.csv")
         return prepare.prepare("folder", folder, captions, str(out), Preprocessing(4), options)
 

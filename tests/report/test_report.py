@@ -40,7 +40,7 @@ def records(tmp_path_factory):
         videos.write(root / name, 6 + i, width=120, height=90)
     clips = [VideoClip(name, str(root / name), (name,)) for name in VIDEOS]
     preprocessing = Preprocessing(frames=5, short_side=90)
-    options = WriteOptions(2, isolated=False, progress=False)
+    options = WriteOptions(2, isolated=False)
     pack({"test": clips}, root / "packed", preprocessing, options=options)
     return {"data.records": str(root / "packed")}
 

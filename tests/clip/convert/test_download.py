@@ -29,12 +29,12 @@ def test_published_names_are_those_of_the_presets():
 def test_a_good_file_is_cached_and_a_broken_one_replaced(digest, tmp_path):
     cache = tmp_path / "new" / "cache"
     with serving(BODY) as (url, requested):
-        path = download.fetch(NAME, cache, url + "/", progress=False)
+        path = download.fetch(NAME, cache, url + "/")
         assert path.read_bytes() == BODY and list(cache.iterdir()) == [path]
-        assert download.fetch(NAME, cache, url, progress=False) == path
+        assert download.fetch(NAME, cache, url) == path
         assert requested == [f"/models/{digest}/ViT-B-32.pt"]
         path.write_bytes(BODY[:-1])
-        assert download.fetch(NAME, cache, url, progress=False).read_bytes() == BODY
+        assert download.fetch(NAME, cache, url).read_bytes() == BODY
     assert len(requested) == 2
 
 
@@ -52,7 +52,7 @@ def test_any_other_answer_is_refused_and_not_kept(answer, message, digest, tmp_p
         serving(**answer) as (url, _),
         pytest.raises(UserError, match=rf"{url}/{digest}/ViT-B-32\.pt: .*{message}"),
     ):
-        download.fetch(NAME, tmp_path, url, progress=False)
+        download.fetch(NAME, tmp_path, url)
     assert not list(tmp_path.iterdir())
 
 
@@ -61,5 +61,5 @@ def test_no_server(digest, tmp_path):
         bound.bind(("127.0.0.1", 0))
         for url in (f"http://127.0.0.1:{bound.getsockname()[1]}", "no-url"):
             with pytest.raises(UserError, match=r"cannot be downloaded .*--source=FILE"):
-                download.fetch(NAME, tmp_path, url, progress=False)
+                download.fetch(NAME, tmp_path, url)
     assert not list(tmp_path.iterdir())

@@ -15,7 +15,7 @@ from vop_jax.data.records.write import WriteOptions, pack
 from vop_jax.errors import UserError
 
 STORED = Preprocessing(frames=4, short_side=32)
-HERE = WriteOptions(workers=1, isolated=False, progress=False, clips_per_shard=2)
+HERE = WriteOptions(workers=1, isolated=False, clips_per_shard=2)
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from vop_jax.errors import UserError
 from vop_jax.video.frames import read_frames
 
 STORED = Preprocessing(4, short_side=32)
-HERE = WriteOptions(2, isolated=False, progress=False, clips_per_shard=3)
+HERE = WriteOptions(2, isolated=False, clips_per_shard=3)
 SIZES = {"train": 10, "val": 3, "test": 4}
 
 
@@ -318,7 +318,7 @@ def test_a_decoder_that_crashes_or_hangs_costs_its_clip(films, tmp_path, monkeyp
     clips = dataset(films)["test"]
     clips[2:2] = [clip(films / "crash.avi"), clip(films / "hang.avi")]
     monkeypatch.setattr(write, "encode_clip", calls.treacherous)
-    isolated = WriteOptions(2, seconds=2, progress=False)
+    isolated = WriteOptions(2, seconds=2)
     records = make({"test": clips}, tmp_path, options=isolated)
     assert records.splits["test"].ids == ["13", "14", "15", "16"]
     assert {row["id"]: row["reason"] for row in records.skipped} == {

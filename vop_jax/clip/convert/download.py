@@ -35,9 +35,7 @@ _CHUNK = 1 << 20
 _TIMEOUT = 60  # seconds without a byte
 
 
-def fetch(
-    name: str, cache: StrPath = CACHE, base_url: str = BASE_URL, *, progress: bool = True
-) -> Path:
+def fetch(name: str, cache: StrPath = CACHE, base_url: str = BASE_URL) -> Path:
     """Returns the file of a published CLIP from the cache; downloads it if it is not there.
 
     Args:
@@ -56,7 +54,7 @@ def fetch(
     partial = target.with_name(f".{file_name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
-            _download(url, file, progress)
+            _download(url, file)
         if (actual := sha256(partial)) != digest:
             raise UserError(f"{url}: SHA-256 is {actual}, not the published one; file deleted")
         partial.replace(target)
@@ -65,15 +63,13 @@ def fetch(
     return target
 
 
-def _download(url: str, file: BinaryIO, progress: bool) -> None:
+def _download(url: str, file: BinaryIO) -> None:
     from tqdm import tqdm
 
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT) as response:
             size = int(response.headers.get("Content-Length") or 0)
-            with tqdm(
-                total=size or None, unit="B", unit_scale=True, desc=url, disable=not progress
-            ) as bar:
+            with tqdm(total=size or None, unit="B", unit_scale=True, desc=url) as bar:
                 while chunk := response.read(_CHUNK):
                     file.write(chunk)
                     bar.update(len(chunk))

@@ -48,14 +48,12 @@ class WriteOptions:
         workers: clips decoded at once; 0: one for each core.
         isolated: decode in separate processes, so that a decoder may crash or hang.
         seconds: that a clip may take in such a process.
-        progress: show a bar.
         beam: Apache Beam's pipeline options; None: write on this machine.
     """
 
     workers: int = 0
     isolated: bool = True
     seconds: float = 300.0
-    progress: bool = True
     clips_per_shard: int = CLIPS_PER_SHARD
     beam: Any = None
 
@@ -205,14 +203,8 @@ class _Writer:
         clips = [clip for task in tasks for clip in task.to_encode]
         total = sum(len(shard.clips) for shard in shards)
         results = encode_clips(clips, self.preprocessing, self.options)
-        bar = tqdm(
-            results,
-            f"packing {self.name}",
-            total,
-            initial=total - len(clips),
-            unit="clip",
-            disable=not self.options.progress,
-        )
+        title, done = f"packing {self.name}", total - len(clips)
+        bar = tqdm(results, title, total, initial=done, unit="clip")
         with contextlib.closing(results), bar:
             encoded = iter(bar)
             for task in tasks:
