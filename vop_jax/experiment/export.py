@@ -16,10 +16,15 @@ from vop_jax.model import TextVideoModel
 from vop_jax.storage import files
 from vop_jax.storage.tensors import flatten, unflatten
 from vop_jax.training import hosts, sharding
-from vop_jax.tuning.prompt_set import PromptSet, check_released, load_prompts, save_prompts
+from vop_jax.tuning.prompt_set import (
+    VIDEO_KEYS,
+    PromptSet,
+    check_released,
+    load_prompts,
+    save_prompts,
+)
 
 BEST_FILE, BEST_NOTE = "best.safetensors", "best.json"
-VIDEO_KEYS = ("frames", "sampling", "short_side", "stored_fps", "folder_fps")  # how clips are read
 
 
 class Selection:

@@ -12,13 +12,14 @@ import numpy as np
 from absl import logging
 
 from vop_jax.clip.weights import ClipWeights, cast_frozen, check_shapes, load_clip
+from vop_jax.config.keys import DataSection
 from vop_jax.data.tokenizer import CaptionTokenizer
 from vop_jax.errors import UserError, VideoError
 from vop_jax.model import TextVideoModel
 from vop_jax.storage import tensors
 from vop_jax.training import sharding
 from vop_jax.tuning.methods import MethodConfig
-from vop_jax.tuning.prompt_set import check_same_clip, interpolate_frames, load_prompts
+from vop_jax.tuning.prompt_set import VIDEO_KEYS, check_same_clip, interpolate_frames, load_prompts
 from vop_jax.video.crops import eval_crop
 from vop_jax.video.frames import Frames, read_frames
 from vop_jax.video.moments import FrameSpec
@@ -124,13 +125,7 @@ class Backbone:
 
 
 # How video files are read without prompts; prompts say how training read them.
-DEFAULT_VIDEO: dict[str, Any] = {
-    "frames": 12,
-    "short_side": 256,
-    "sampling": "uniform",
-    "stored_fps": 0.0,
-    "folder_fps": 0.0,
-}
+DEFAULT_VIDEO: dict[str, Any] = {key: getattr(DataSection, key) for key in VIDEO_KEYS}
 
 DTYPES = ("float32", "bfloat16")
 Path = str | os.PathLike

@@ -23,6 +23,8 @@ from vop_jax.storage.tensors import Tree, flatten, unflatten
 from vop_jax.tuning.methods import MethodConfig
 
 FORMAT = "vop_jax.prompts"
+# Keys of the config's section `data` that say how clips are read.
+VIDEO_KEYS = ("frames", "sampling", "short_side", "stored_fps", "folder_fps")
 # Parameters with one row per frame position: (pattern of the name, axis F).
 FRAME_TABLES = (
     (r"prompts/position", 1),  # [L, F, P, D]
@@ -39,7 +41,7 @@ class PromptSet:
         method: the method and its sizes.
         clip_fingerprint, clip_name: the CLIP they were trained over.
         clip_config: its sizes.
-        video: how clips were read in training (`frames`, `short_side`, `stored_fps`), or {}.
+        video: how clips were read in training: `VIDEO_KEYS`, some of them or {}.
     """
 
     params: dict[str, Any]
