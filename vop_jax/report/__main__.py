@@ -36,7 +36,10 @@ def _report(argv: Sequence[str] | None) -> None:
     runs = find_runs(args.runs)
     files = {}
     if output:
-        from vop_jax.report.page import render  # raises UserError without its packages
+        try:
+            from vop_jax.report.page import render
+        except ImportError as error:
+            raise UserError(f'a page: {error}; pip install -e ".[report]"') from None
 
         files[output] = render(runs, pair).encode()
     if args.fill:

@@ -4,6 +4,9 @@ import importlib.resources
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jinja2
+from markupsafe import Markup
+
 from vop_jax.errors import UserError
 from vop_jax.report import plots
 from vop_jax.report.examples import HEIGHT, compare
@@ -20,12 +23,6 @@ from vop_jax.report.runs import (
     reference_rows,
 )
 from vop_jax.tuning.methods import METHODS
-
-try:
-    import jinja2
-    from markupsafe import Markup
-except ImportError:
-    raise UserError('a report needs the extra "report": pip install -e ".[report]"') from None
 
 
 def render(runs: Sequence[FinishedRun], pair: Sequence[str] = ()) -> str:

@@ -6,14 +6,10 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vop_jax.errors import UserError
-from vop_jax.report.runs import COLUMNS, Ablation, FinishedRun, Row
+import matplotlib
+from matplotlib.figure import Figure
 
-try:
-    import matplotlib
-    from matplotlib.figure import Figure
-except ImportError:
-    raise UserError('a report needs the extra "report": pip install -e ".[report]"') from None
+from vop_jax.report.runs import COLUMNS, Ablation, FinishedRun, Row
 
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
