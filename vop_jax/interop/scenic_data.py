@@ -12,11 +12,11 @@ from ml_collections import ConfigDict
 
 from vop_jax.config.base import validate
 from vop_jax.data import load
-from vop_jax.data.pipeline import Augmentation, Batch, BatchSpec, eval_videos, train_batches
+from vop_jax.data.pipeline import Batch, BatchSpec, eval_videos, train_batches
 from vop_jax.data.records.read import Split
 from vop_jax.data.tokenizer import CaptionTokenizer
 from vop_jax.errors import UserError
-from vop_jax.experiment.inputs import packed_once
+from vop_jax.experiment.inputs import augmentation_of, packed_once
 from vop_jax.interop import scenic_config
 
 # Fields of scenic's text-video projects; our own runs take both from the CLIP.
@@ -61,9 +61,9 @@ def build(
     validates = bool(data.val_share or fields.get("val_split"))
     train, valid, test = _splits(data, validates)
     tokenize = CaptionTokenizer(slots)
-    augmentation = Augmentation(tuple(data.crop_scale), data.flip) if data.augment else None
     loading = {"seed": shuffle_seed, "workers": data.workers, "cache_gb": data.cache_gb}
     train_spec = _batch_spec(data, batch_size, size)
+    augmentation = augmentation_of(data)
     training = train_batches(train, tokenize, train_spec, augmentation=augmentation, **loading)
 
     eval_spec = _batch_spec(data, eval_batch_size, size)
