@@ -5,7 +5,8 @@
     python -m benchmarks.everything --list                         # the commands alone
 
 The same on a CPU, where sizes are smaller. DIR gets what each printed, and `everything.md` with
-all of it. What fails or runs out of time says so, the others go on, and the exit status is 1.
+all of it. A part that fails or runs out of time is reported and the others go on; the exit status
+is then 1.
 """
 
 import argparse

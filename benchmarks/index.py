@@ -3,12 +3,12 @@
     python -m benchmarks.index catalog --index=/tmp/index
     python -m benchmarks.index decoding VIDEOS --workers=1,2
 
-The catalog is synthetic: as many moments as are asked for, over files in folders and on days;
+The catalog is synthetic: any number of moments, over files in folders and on days;
 its vectors are narrow (--dim), so that a search of them is quick, and the time of `Index.search`
-is told beside that of the store alone. Opening is that of a fresh process, without its imports.
+is stated next to that of the store alone. Opening is that of a fresh process, without its imports.
 
 Decoding is timed in processes, which survive a decoder that crashes or hangs, and in threads; and
-also each clip and moment by itself, not all of a file in one pass.
+also each clip and moment alone, not all of a file in one pass.
 """
 
 import argparse

@@ -282,8 +282,8 @@ def measure(args: argparse.Namespace) -> int:
     )
     print(f"{(time.time() - begin) / 60:.1f} minutes")
     output = args.output or os.path.join(args.workdir, args.study)
-    told = [{key: value for key, value in row.items() if key != "workdirs"} for row in rows]
-    files.write_json(f"{output}.json", told)
+    reported = [{key: value for key, value in row.items() if key != "workdirs"} for row in rows]
+    files.write_json(f"{output}.json", reported)
     table = report.markdown(rows)
     files.write_atomic(f"{output}.md", table.encode())
     print(table)

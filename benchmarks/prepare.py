@@ -1,4 +1,4 @@
-"""How fast videos become records: clips a second per core, beside a plain OpenCV loop.
+"""How fast videos become records: clips a second per core, next to a plain OpenCV loop.
 
     python -m benchmarks.prepare --clips=48 --workers=1
 

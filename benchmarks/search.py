@@ -7,8 +7,8 @@
 
 The vectors are random unit rows; an index that already holds as many is not filled again. A
 search is timed after one of its kind, as a server sees it; the first one reads the file.
-Opening is that of a fresh process, without its imports. Searches among allowed ids are told
-those in a random order.
+Opening is that of a fresh process, without its imports. Searches among allowed ids receive
+them in a random order.
 """
 
 import argparse
@@ -168,7 +168,7 @@ def ways(directory: str, dim: int, repeats: int) -> list[Row]:
         "NumPy, blocks of 32,768": blocks,
         "NumPy, blocks in two threads of our own": threads,
         "NumPy, all at once, a matrix of 1 query": lambda: query[None] @ vectors.T,
-        "jax, told the mapped file": lambda: on_jax(vectors, query).block_until_ready(),
+        "jax, from the mapped file": lambda: on_jax(vectors, query).block_until_ready(),
     }
     return [(name, milliseconds(call, repeats)) for name, call in calls.items()]
 
