@@ -20,7 +20,7 @@ from vop_jax.errors import UserError, VideoError
 from vop_jax.search.catalog import IndexedFile
 from vop_jax.search.query import Hit, make_filter
 from vop_jax.search.searcher import Searcher
-from vop_jax.serve import media as files
+from vop_jax.serve import media
 from vop_jax.serve.executor import Executor
 
 MAX_HITS = 100
@@ -42,7 +42,7 @@ class Services:
     max_seconds: float
 
 
-Text = Annotated[str, BeforeValidator(files.displayable)]
+Text = Annotated[str, BeforeValidator(media.displayable)]
 
 
 class ErrorResponse(BaseModel):
@@ -202,7 +202,7 @@ async def search_by_video(
 ) -> SearchResponse:
     """Moments that resemble a video, or captions that describe it."""
     retriever, limit = searcher.retriever, services.max_seconds
-    pixels = await _decode_upload(services, file, files.uploaded_video, retriever.frame_spec, limit)
+    pixels = await _decode_upload(services, file, media.uploaded_video, retriever.frame_spec, limit)
     (vector,) = await services.executor.run_model(retriever.embed_frames, pixels[None])
     hits = await _hits(services, searcher, vector, k, to=to, **filters)
     return SearchResponse(query=file.filename or "", cut=False, hits=hits)
@@ -214,7 +214,7 @@ async def search_by_image(
 ) -> SearchResponse:
     """Moments that resemble a picture."""
     retriever = searcher.retriever
-    pixels = await _decode_upload(services, file, files.uploaded_image, retriever.frame_spec)
+    pixels = await _decode_upload(services, file, media.uploaded_image, retriever.frame_spec)
     (vector,) = await services.executor.run_model(retriever.embed_images, [pixels])
     hits = await _hits(services, searcher, vector, k, **filters)
     return SearchResponse(query=file.filename or "", cut=False, hits=hits)
@@ -236,7 +236,7 @@ async def explain(
     folder, record = await _file(searcher, file_id)
     retriever = searcher.retriever
     segment = start, math.inf if end is None else end
-    call = files.moment_frames, folder, record, retriever.frame_spec, *segment
+    call = media.moment_frames, folder, record, retriever.frame_spec, *segment
     try:
         pixels, seconds = await services.executor.decode(*call)
     except VideoError as error:
@@ -258,7 +258,7 @@ async def thumbnail(
     # A cached picture is not sent when its file is gone.
     await anyio.to_thread.run_sync(lambda: _open(folder, record).close())
     try:
-        call = files.thumbnail, folder, record, round(t, 2)
+        call = media.thumbnail, folder, record, round(t, 2)
         picture = await services.executor.thumbnail(*call)
     except VideoError as error:
         raise type(error)(f"{record.path}: {error}") from None
@@ -268,7 +268,7 @@ async def thumbnail(
         "Last-Modified": email.utils.formatdate(record.mtime / 1e9, usegmt=True),
     }
     response = Response(picture, media_type="image/jpeg", headers=headers)
-    return files.not_modified(response, request.scope) or response
+    return media.not_modified(response, request.scope) or response
 
 
 @router.get(
@@ -279,11 +279,11 @@ async def thumbnail(
         206: {"description": "the requested range"},
     },
 )
-async def media(searcher: IndexOfPath, file_id: FileId) -> Response:
+async def video(searcher: IndexOfPath, file_id: FileId) -> Response:
     """A video, or ranges of it."""
     folder, record = await _file(searcher, file_id)
     file = await anyio.to_thread.run_sync(_open, folder, record)
-    return files.VideoResponse(file, record.path)
+    return media.VideoResponse(file, record.path)
 
 
 def _not_empty(query: str) -> str:
@@ -335,7 +335,7 @@ async def _file(searcher: Searcher, file_id: int) -> tuple[str, IndexedFile]:
 
 def _open(folder: str, record: IndexedFile) -> BinaryIO:
     try:
-        return files.open_indexed(folder, record)
+        return media.open_indexed(folder, record)
     except VideoError as error:
         raise type(error)(f"{record.path}: {error}") from None
 
