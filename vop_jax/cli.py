@@ -59,7 +59,7 @@ def raise_on_signals() -> Iterator[None]:
 def _handle(signum: int, frame: object) -> None:
     if _deferring and not _pending:
         _pending.append(signum)
-    else:  # nothing has to be finished first, or this is the second signal
+    else:  # nothing must be finished first, or this is the second signal
         raise Interrupted(signum)
 
 
@@ -92,7 +92,7 @@ def run(program: Callable[[], int | None], *, resumes: bool = False) -> int:
 
     Args:
         program: returns another status, or None for 0.
-        resumes: whether the same command continues after a signal; stderr then says so.
+        resumes: whether the same command continues after a signal; stderr then names this.
 
     Raises:
         Exception: any other error of the program.

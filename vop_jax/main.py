@@ -28,7 +28,7 @@ FORMATS = ("safetensors", "orbax", "pytorch", "stablehlo")  # see vop_jax/experi
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    """Defines the flags beside --config."""
+    """Defines all flags but --config."""
 
     def text(name: str, meaning: str) -> None:
         flags.DEFINE_string(name, None, meaning, flag_values=values)
@@ -111,7 +111,7 @@ def run(
     extend: bool = False,
 ) -> int:
     """Runs one mode and prints its result; `writer` and `extend` are those of `train.train`."""
-    # Imported here so that a wrong call is answered at once.
+    # Imported late, so that a wrong call is reported without delay.
     from vop_jax.experiment import export, results, train
     from vop_jax.storage import files
     from vop_jax.training import hosts

@@ -37,7 +37,7 @@ OPTIONS = WriteOptions()  # of decoding
 
 
 class Checker:
-    """Collects the rows of a config's dataset, and what is remarkable or wrong about them.
+    """Collects the rows of a config's dataset, and what is notable or wrong about them.
 
     Attributes:
         rows: split -> a row for each clip, as in the index of records.
@@ -234,7 +234,7 @@ def _share(part: int, total: int) -> str:
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    """Defines the flags beside --config."""
+    """Defines all flags but --config."""
     flags.DEFINE_string("json", None, "also write the result to this file", flag_values=values)
 
 

@@ -1,4 +1,4 @@
-"""What a dataset is before anything is decoded: splits of clips with captions."""
+"""A dataset before anything is decoded: splits of clips with captions."""
 
 import dataclasses
 

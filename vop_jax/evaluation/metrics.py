@@ -1,4 +1,4 @@
-"""Retrieval metrics: ranks of both directions, re-scored ranks, and what is reported of them.
+"""Retrieval metrics: ranks of both directions, re-scored ranks, and their summary.
 
 A query has one rank: 1 + the number of better candidates, ties counted at their mean rank. With
 several captions per video every caption is a text-to-video query. A video-to-text query is
@@ -54,7 +54,7 @@ def rank_pairs(
         texts: unit rows [N, E].
         videos: unit rows [M, E].
         video_of_text: int [N], the row of each text's video; every video has a text.
-        scores: what is ranked by, text to video and video to text; None: similarity.
+        scores: re-scorings to rank by, text to video and video to text; None: similarity.
         elements: bound on the similarities in memory, see `ranks.max_elements`.
 
     Raises:

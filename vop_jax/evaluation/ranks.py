@@ -118,7 +118,7 @@ def pair_ranks(
         texts: float32 [N, E].
         videos: float32 [M, E].
         owner: int [N], the row of each text's video; every video has a text.
-        scores: what is ranked by, text to video and video to text; None: similarity.
+        scores: re-scorings to rank by, text to video and video to text; None: similarity.
         elements: bound on the similarities in memory, see `max_elements`.
 
     Returns:

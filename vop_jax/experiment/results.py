@@ -156,9 +156,9 @@ def _sides(values: Mapping[str, Any]) -> list[str]:
 
 
 def format_accuracy(accuracy: dict[str, float]) -> str:
-    """direction 51.0 %, speed 60.4 % told from its opposite."""
+    """direction 51.0 %, speed 60.4 % distinguished from its opposite."""
     parts = ", ".join(f"{name} {percent:.1f} %" for name, percent in accuracy.items())
-    return f"{parts} told from its opposite"
+    return f"{parts} distinguished from its opposite"
 
 
 def format_summary(summary: dict[str, Any], workdir: str) -> str:

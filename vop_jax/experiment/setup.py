@@ -174,7 +174,7 @@ def _has_checkpoint(root: epath.Path) -> bool:
 
 
 def _shared_facts(config: ConfigDict) -> dict[str, str]:
-    """What all processes must have in common: whatever may change what is learned."""
+    """Facts that must be equal in all processes, since they may change what is learned."""
     package = pathlib.Path(__file__).parents[1]  # vop_jax
     code = "".join(file.read_text() for file in sorted(package.rglob("*.py")))
     packages = " ".join(f"{name} {version(name)}" for name in ("jax", "jaxlib", "flax", "optax"))

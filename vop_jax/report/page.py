@@ -103,7 +103,7 @@ def _queries(
     runs: Mapping[str, FinishedRun],
     labels: Sequence[str],
 ) -> dict[str, Any]:
-    """The comparison of two rows on the same queries, or why there is none."""
+    """The comparison of two rows on the same queries, or the reason why it is missing."""
     known = {row["label"]: row for row in rows}
     requested = bool(labels) and set(labels) <= known.keys()
     if requested:

@@ -1,4 +1,4 @@
-"""The paper's results beside those of finished runs: the tables of docs/benchmarks/paper.md."""
+"""The paper's results next to those of finished runs: the tables of docs/benchmarks/paper.md."""
 
 import importlib.resources
 import json

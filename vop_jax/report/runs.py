@@ -170,7 +170,7 @@ def find_runs(folders: Sequence[str]) -> list[FinishedRun]:
                 inside.clear()
         if not workdirs:
             raise UserError(f"{folder}: no finished run (a folder with summary.json) there")
-        # A run that is given twice, by itself and in a folder, counts once.
+        # A run that is given twice, alone and in a folder, counts once.
         runs.update({os.path.realpath(workdir): read_run(workdir) for workdir in workdirs})
     return list(runs.values())
 

@@ -1,7 +1,7 @@
 """What a decoding process does with a file; it starts without jax.
 
-Digest and pictures are of one content: a replaced or written file has another time of its last
-change, which nothing can set back.
+Digest and pictures belong to the same content: a file that is replaced or written gets a new time
+of change, which no program can set back.
 """
 
 import contextlib

@@ -53,7 +53,7 @@ class Protocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
         self.loop.call_later(self._limits.idle, self._close_if_idle)
 
     def send_400_response(self, msg: str) -> None:
-        """Refuses what is no HTTP; uvicorn's own text would mix with a response being sent."""
+        """Refuses what is not HTTP; uvicorn's own text would mix with a response being sent."""
         if self.cycle is None or self.cycle.response_complete:
             self._refuse(400, "not a valid HTTP request")
         self.transport.close()

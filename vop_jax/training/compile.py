@@ -194,7 +194,7 @@ def _with_width(batch: Batch, width: int) -> dict[str, Any]:
 def matmul_flops(jaxpr: Any) -> float:
     """FLOPs of a traced program's matrix products; inside `shard_map`, those of one device.
 
-    XLA's own count is of no use here: it counts the body of a loop once.
+    XLA's own count does not serve: it counts the body of a loop once.
     """
     total = 0.0
     for equation in jaxpr.eqns:

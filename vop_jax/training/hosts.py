@@ -95,7 +95,7 @@ def _check_flags(coordinator: str, processes: int, process: int) -> None:
 
 
 def _in_cluster(environment: Mapping[str, str]) -> bool:
-    """Whether jax can find the other processes by itself."""
+    """Whether jax can find the other processes without arguments."""
 
     def several(name: str) -> bool:
         value = environment.get(name, "1")
@@ -138,7 +138,7 @@ def _print_at_death(message: str) -> None:
 
 
 def finish() -> None:
-    """Ends the watch over this process, which has reported by itself how it ends."""
+    """Ends the watch over this process, which reports its own end."""
     global _watcher
     if _watcher is not None:
         _watcher.communicate(b"done\n")

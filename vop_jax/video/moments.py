@@ -52,7 +52,7 @@ class VideoInfo:
     Attributes:
         digest: SHA-256 of the file's bytes.
         duration: seconds, to the end of the last frame.
-        clip_times: seconds of the F frames of the whole clip; [] where packets do not tell.
+        clip_times: seconds of the F frames of the whole clip; [] where packets have no times.
         frame_times: seconds of all frames, ascending: float64 [n].
     """
 

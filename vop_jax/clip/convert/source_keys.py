@@ -86,7 +86,7 @@ OPEN_CLIP = ConfigKeys(
         preprocess_cfg.resize_mode
     """),
     # `custom_text` renames tensors; `patch_dropout` and `timm_drop` act in training only;
-    # `final_ln_after_pool` makes no difference for one token; the poolers' are of what is off.
+    # `final_ln_after_pool` makes no difference for one token; the `attn_pooler` is off.
     ignored=_words("""
         custom_text init_logit_scale nonscalar_logit_scale output_dict output_tokens patch_dropout
         final_ln_after_pool attn_pooler_queries attn_pooler_heads eos_id pad_id fill_color

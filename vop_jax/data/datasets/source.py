@@ -1,4 +1,4 @@
-"""What a dataset is: the base of all kinds, and of those with official files."""
+"""The base classes of datasets: of all kinds, and of those with official files."""
 
 import abc
 import dataclasses

@@ -262,7 +262,7 @@ def frame_shapes(split: Split, frames: int, sampling: str, threads: int) -> list
     """(h, w) of each clip; reads all records, decodes none.
 
     Raises:
-        UserError: the frames of a clip are of several sizes.
+        UserError: the frames of a clip have several sizes.
     """
 
     def shape(index: int) -> tuple[int, int]:
@@ -270,7 +270,7 @@ def frame_shapes(split: Split, frames: int, sampling: str, threads: int) -> list
         sizes = {Image.open(io.BytesIO(stored[i])).size for i in _sample(stored, frames, sampling)}
         if len(sizes) > 1:
             raise UserError(
-                f"config.data.device_cache_gb: the frames of {split.ids[index]!r} are of several "
+                f"config.data.device_cache_gb: the frames of {split.ids[index]!r} have several "
                 "sizes; set it to 0 to read from the records"
             )
         width, height = sizes.pop()

@@ -1,4 +1,4 @@
-"""What a store of vectors is."""
+"""The interface of a store of vectors."""
 
 import sqlite3
 from typing import Protocol
