@@ -7,7 +7,7 @@ import numpy as np
 
 SAMPLINGS = ("uniform", "rand", "linspace", "segments")
 # The frame of a segment [a, b) that "uniform" takes, as the released VoP, X-Pool and
-# frozen-in-time do. Records and indexes store the rule; those without it have the older one.
+# frozen-in-time do. Records store the rule; those without it have the older one.
 UNIFORM_RULE = "(a + b - 1) // 2"
 OLDER_RULE = "(a + b) // 2"
 
