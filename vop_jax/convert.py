@@ -38,14 +38,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """
     parser = cli.Parser(prog="vop convert", description=__doc__)
     add = parser.add_argument
-    unstated = "use it if no file beside the source states it"
+    unstated = "of the source, if no file beside it states this"
     add("--source", metavar="FILE_OR_NAME", help="what to convert")
     add("--output", metavar="FILE", help="the converted CLIP, safetensors")
     add("--prompts-output", metavar="FILE", help="the prompts of a released VoP checkpoint")
     add("--activation", choices=ACTIVATIONS, help=unstated)
     add("--vision-heads", type=cli.whole(1), metavar="N", help=unstated)
     add("--text-heads", type=cli.whole(1), metavar="N", help=unstated)
-    add("--ema", action="store_true", help="take the running average in the file")
+    add("--ema", action="store_true", help="convert the running average in the file")
     add("--verify", metavar="FILE", help="check a converted CLIP against its fingerprint")
     add("--cache", default=download.CACHE, metavar="DIR", help="for downloads; %(default)s")
     add("--base-url", default=download.BASE_URL, metavar="URL", help="a mirror of OpenAI's server")

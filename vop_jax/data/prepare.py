@@ -126,10 +126,12 @@ def _parser(kinds: list[str]) -> argparse.ArgumentParser:
     kind = functools.partial(_kind, kinds)
     add("--dataset", required=True, type=kind, help=", ".join(kinds))
     add("--videos", required=True, type=path, help="folder of videos or of frame folders")
-    add("--annotations", required=True, type=path, help="folder of official files; a file")
-    add("--output", required=True, type=path, help="a folder; config.data.records")
+    add(
+        "--annotations", required=True, type=path, help="folder of the official files, or your file"
+    )
+    add("--output", required=True, type=path, help="folder of the records: config.data.records")
     add("--splits", help="only these: test or train,test")
-    add("--other_sizes", action="store_true", help="not the official sizes")
+    add("--other_sizes", action="store_true", help="accept splits of other than the official sizes")
     add = parser.add_argument_group("how clips are stored, config.data's keys").add_argument
     add("--frames", type=whole(1), default=stored.frames)
     add("--sampling", choices=SAMPLINGS, default=stored.sampling)
@@ -140,9 +142,9 @@ def _parser(kinds: list[str]) -> argparse.ArgumentParser:
     add("--folder_fps", type=number(0), default=stored.folder_fps)
     add = parser.add_argument_group("how the work is done").add_argument
     add("--workers", type=whole(1), default=options.workers, help="default: one for each core")
-    add("--seconds", type=number(0), default=options.seconds, help="a clip may take")
-    add("--clips_per_shard", type=whole(1), default=options.clips_per_shard)
-    add("--beam_options", help="--runner=DirectRunner … of Apache Beam, quoted")
+    add("--seconds", type=number(0), default=options.seconds, help="time limit to decode a clip")
+    add("--clips_per_shard", type=whole(1), default=options.clips_per_shard, help="clips in a file")
+    add("--beam_options", help="options of Apache Beam, quoted: --runner=DirectRunner …")
     return parser
 
 

@@ -307,9 +307,9 @@ def load(
     """Opens a converted CLIP and prompts over it.
 
     Args:
-        clip: file of the converter, `python -m vop_jax.convert`.
+        clip: a CLIP file that the converter, `python -m vop_jax.convert`, wrote.
         prompts: prompts.safetensors of a run; None: plain CLIP.
-        frames: F, if other than in training; parameters of frame positions are interpolated to it.
+        frames: F, if it differs from training; tables of frame positions are resampled to it.
         dtype: of matmuls, float32 or bfloat16; the vectors are float32.
         devices: number of devices that share a batch; by default all local ones.
 

@@ -54,12 +54,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--store", default="", metavar="URI", help="Milvus: FILE.db or http://HOST:PORT")
     add("--workers", type=whole(1), default=0, help="decoding processes; default: one a core")
     add("--batch", type=whole(1), default=16, help="clips embedded at once")
-    add("--seconds", type=number(0.001), default=300.0, help="limit to decode one file, or part")
+    add("--seconds", type=number(0.001), default=300.0, help="time limit to decode one file")
     add("--retry", action="store_true", help="read unreadable files again")
 
     query = commands.add_parser("query", help="search", **parents)
     add = query.add_argument
-    add("text", nargs="?", metavar="TEXT", help="what to look for")
+    add("text", nargs="?", metavar="TEXT", help="what the videos show")
     add("--video", metavar="FILE", help="search by a video")
     add("--image", metavar="FILE", help="search by a picture")
     add("-k", type=whole(1), default=10, help="number of results; default: 10")
