@@ -48,10 +48,16 @@ class MetricLog:
     videos: int = 0
     start: float = dataclasses.field(default_factory=time.perf_counter)
 
-    def add(self, step: int, metrics: Metrics, wait: Callable[[], float]) -> None:
+    def add(self, step: int, metrics: Metrics, wait: Callable[[], float]) -> int | None:
+        """Adds a step; if many are queued on the devices, waits for an earlier one, returned."""
         self.metrics.append((step, metrics))
         self.waits.append(wait)
         self.videos += self.batch_size
+        if len(self.metrics) < MAX_PENDING_STEPS:
+            return None
+        earlier, arrays = self.metrics[-MAX_PENDING_STEPS]
+        jax.block_until_ready(arrays)
+        return earlier
 
     def fetch(self) -> list[dict[str, float]]:
         """Waits for the metrics of these steps; raises NonFiniteLoss at the first bad one."""
@@ -99,7 +105,6 @@ def fit(
 
     Args:
         step_fn: the jitted or compiled step; it may consume `state`.
-        frozen: the frozen parameters on the mesh.
         batches: this process's rows of batches `state.step`, `state.step + 1`, …
         config: the config's section `train`.
         meta: JSON saved with each checkpoint.
@@ -123,10 +128,8 @@ def fit(
             state, metrics = step_fn(state, frozen, batch)
             idle.step_started(metrics)
             step += 1
-            log.add(step, metrics, wait)
-            if len(log.metrics) >= MAX_PENDING_STEPS:
-                jax.block_until_ready(log.metrics[-MAX_PENDING_STEPS][1])
-                progress.advance(step - MAX_PENDING_STEPS + 1)
+            if (earlier := log.add(step, metrics, wait)) is not None:
+                progress.advance(earlier)
             preempted = hosts.preempted()
             stop = preempted or cli.stop_requested()
             compiling, last = step == first + 1, step == config.steps
@@ -138,13 +141,18 @@ def fit(
                 log.fetch()  # so that no state with a non-finite loss is saved
                 checkpoints.save(state, meta)
             if stop:
-                checkpoints.wait()
-                logging.info("stopped by a signal after step %d; the state is saved", step)
-                if preempted:
-                    raise cli.Interrupted(signal.SIGTERM)
+                _finish_early(checkpoints, step, preempted)
                 break
             if config.eval_every and step % config.eval_every == 0 and not last:
                 evaluate(state, step)
                 log.reset_rates()
     checkpoints.wait()
     return state
+
+
+def _finish_early(checkpoints: Checkpoints, step: int, preempted: bool) -> None:
+    """Waits until the state is on disk; a preempted process got no signal itself, so it raises."""
+    checkpoints.wait()
+    logging.info("stopped by a signal after step %d; the state is saved", step)
+    if preempted:
+        raise cli.Interrupted(signal.SIGTERM)
