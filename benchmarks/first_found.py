@@ -11,7 +11,7 @@ import collections
 import json
 import pathlib
 
-from vop_jax.data.datasets.clips import contrasts
+from vop_jax.data.datasets.clips import DATASET
 from vop_jax.experiment.results import RANKINGS_FILE
 from vop_jax.report.runs import format_mean, mean_std
 
@@ -28,7 +28,7 @@ def first_found(rankings: pathlib.Path) -> dict[str, float]:
     caption_of = {line["video"]: line["caption"] for line in lines}
     counts: collections.Counter[str] = collections.Counter()
     for line in lines:
-        turned = contrasts(line["caption"])
+        turned = DATASET.contrasts(line["caption"])
         kinds = {
             line["caption"]: "own",
             turned["direction"]: "reversal",

@@ -101,18 +101,18 @@ def test_a_still_shows_what_its_caption_says_in_words_without_motion(clips):
 def test_contrasts_change_one_thing_of_a_caption(clips):
     captions = {item.caption for item in clips if item.split == "train"}  # every one there is
     for caption in captions:
-        changed = moving.contrasts(caption)
+        changed = moving.DATASET.contrasts(caption)
         assert set(changed) == {"direction", "speed"}
         for name, other in changed.items():
             assert other in captions - {caption}
-            assert moving.contrasts(other)[name] == caption
+            assert moving.DATASET.contrasts(other)[name] == caption
             assert other.split()[1] == caption.split()[1]
     assert load.contrasts("clips", ["a red cross moves slowly up on the left"]) == {
         "direction": ["a red cross moves slowly down on the left"],
         "speed": ["a red cross moves quickly up on the left"],
     }
     with pytest.raises(ValueError, match="none of up, down"):
-        moving.contrasts("in the centre, a small red cross")
+        moving.DATASET.contrasts("in the centre, a small red cross")
     assert load.contrasts("stills", ["in the centre, a small red cross"]) == {}
 
 

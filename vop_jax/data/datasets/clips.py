@@ -50,8 +50,19 @@ class Clips(Folder):
         return render(videos, train=data.rendered), videos
 
     def contrasts(self, caption: str) -> dict[str, str]:
-        """See `contrasts`."""
-        return contrasts(caption)
+        """A clip's caption with one thing changed: {"direction": …, "speed": …}.
+
+        The first is the caption of the same frames in opposite order, the second that of the same
+        way travelled at the other speed.
+
+        Raises:
+            ValueError: not a clip's caption.
+        """
+        slow, quick = SPEEDS
+        return {
+            "direction": _exchange(caption, DIRECTIONS),
+            "speed": _exchange(caption, [(slow, quick)]),
+        }
 
 
 DATASET = Clips()
@@ -127,22 +138,6 @@ def _clip(
     direction = DIRECTIONS[axis][sense]
     caption = f"a {colour} {shape} moves {speed} {direction} {PLACES[axis][place]}"
     return Item(video, caption, split, scene)
-
-
-def contrasts(caption: str) -> dict[str, str]:
-    """A clip's caption with one thing changed: {"direction": …, "speed": …}.
-
-    The first is the caption of the same frames in opposite order, the second that of the same
-    way travelled at the other speed.
-
-    Raises:
-        ValueError: not a clip's caption.
-    """
-    slow, quick = SPEEDS
-    return {
-        "direction": _exchange(caption, DIRECTIONS),
-        "speed": _exchange(caption, [(slow, quick)]),
-    }
 
 
 def _exchange(caption: str, pairs: Sequence[tuple[str, str]]) -> str:
