@@ -39,7 +39,7 @@ OPEN = """
 import time
 from vop_jax.search.index import Index
 begin = time.perf_counter()
-index = Index.open({directory!r})
+index = Index({directory!r})
 index.open_vectors()
 opened = time.perf_counter() - begin
 import numpy as np, jax
@@ -91,7 +91,7 @@ def measure_catalog(args: argparse.Namespace) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     opened, first = map(float, done.stdout.split())
     print(json.dumps({"open_ms": round(1e3 * opened, 1), "first_search_ms": round(1e3 * first)}))
-    index = Index.open(directory)
+    index = Index(directory)
     print(json.dumps({**index.counts(), "catalog_mb": _megabytes(directory / "catalog.sqlite")}))
     dim = index.info.dim
     with reading(directory) as db:

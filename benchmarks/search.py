@@ -100,7 +100,7 @@ def growth(call: Callable[[], Any]) -> float:
 def searches(directory: str, dim: int, repeats: int) -> list[Row]:
     """Opening, then every kind of search."""
     begin = time.perf_counter()
-    index = Index.open(directory)
+    index = Index(directory)
     rows = [("open the catalog", f"{time.perf_counter() - begin:.2f} s")]
     begin = time.perf_counter()
     index.open_vectors()

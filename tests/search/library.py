@@ -54,7 +54,7 @@ def content(directory):
     statement = 'SELECT m.id, path, start, "end" FROM moments m JOIN files ON file = files.id'
     with catalog.reading(directory) as db:
         rows = list(db.execute(statement))
-        store = open_store(directory, Index.open(directory).info, "moments", write=False)
+        store = open_store(directory, Index(directory).info, "moments", write=False)
         vectors = store.snapshot(db).get(np.array([row[0] for row in rows], np.int64))
     return {row[1:]: vector for row, vector in zip(rows, vectors, strict=True)}
 

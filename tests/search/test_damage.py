@@ -31,7 +31,7 @@ def whole(tmp_path_factory):
 
 def answers(directory):
     """What a user sees of an index: (what it is, [hits])."""
-    index = Index.open(directory)
+    index = Index(directory)
     index.open_vectors()
     hits = []
     for to in ("videos", "captions"):

@@ -48,7 +48,7 @@ def synthetic(directory, files=60, moments=7, seed=0, prompts="", dim=DIM):
 @pytest.fixture(scope="module")
 def example(tmp_path_factory):
     directory = tmp_path_factory.mktemp("synthetic") / "index"
-    return (*synthetic(directory), Index.open(directory))
+    return (*synthetic(directory), Index(directory))
 
 
 def brute_force(vectors, paths, vector, passes, per_file=True):
@@ -111,7 +111,7 @@ def test_an_index_made_anew_under_an_open_one(tmp_path):
     """With as many vectors under the same names: the old vectors are not mixed with them."""
     directory = tmp_path / "index"
     synthetic(directory, files=4, moments=2)
-    index, vector = Index.open(directory), unit(1, seed=3)
+    index, vector = Index(directory), unit(1, seed=3)
     index.search(vector, 4)
     shutil.rmtree(directory)
     vectors, paths = synthetic(directory, files=4, moments=2, seed=7)
@@ -153,7 +153,7 @@ def test_folders_of_any_name_and_dead_vectors(tmp_path):
             name = names[int(path.removesuffix(".mp4"))]
             shelf.catalog.move(indexed, VideoFile(f"{name}/{path}", 1, 1))
     shelf.close()
-    index = Index.open(tmp_path / "index")
+    index = Index(tmp_path / "index")
     for i, name in enumerate(names):
         (hit,) = index.search(vector, 9, folder=name)[0]
         assert hit.path == f"{name}/{i}.mp4"
@@ -199,7 +199,7 @@ def test_a_commit_waits_for_a_search(tmp_path, monkeypatch):
     shelf = Shelf(tmp_path / "index", DIM)
     shelf.add(unit(3))
     shelf.close()
-    index, snapshot, writing = Index.open(tmp_path / "index"), heap.Heap.snapshot, []
+    index, snapshot, writing = Index(tmp_path / "index"), heap.Heap.snapshot, []
     index.open_vectors()
 
     def write():
@@ -227,16 +227,16 @@ def test_a_commit_waits_for_a_search(tmp_path, monkeypatch):
 
 def test_what_is_no_index(tmp_path, example):
     with pytest.raises(UserError, match="no index; make one with"):
-        Index.open(tmp_path)
+        Index(tmp_path)
     (tmp_path / "catalog.sqlite").write_bytes(b"something else" * 1000)
     with pytest.raises(UserError, match=r"damaged \(file is not a database\); remove"):
-        Index.open(tmp_path)
+        Index(tmp_path)
     newer = library.copy(example[2].directory, tmp_path / "newer")
     with sqlite3.connect(newer / "catalog.sqlite") as db:
         db.execute("PRAGMA user_version = 7")
     db.close()
     with pytest.raises(UserError, match=r"index of version 7, this program reads version 2; use"):
-        Index.open(newer)
+        Index(newer)
 
 
 def test_an_older_index(tmp_path):
@@ -248,7 +248,7 @@ def test_an_older_index(tmp_path):
         db.execute("INSERT INTO about VALUES ('info', ?)", (str(info).replace("'", '"'),))
         db.execute("PRAGMA user_version = 1")
     db.close()
-    for open_it in (Index.open, catalog.stored_info):
+    for open_it in (Index, catalog.stored_info):
         with pytest.raises(UserError) as error:
             open_it(tmp_path)
         assert str(error.value) == (

@@ -116,7 +116,7 @@ def test_unreadable_files_are_listed_and_left_alone(films, tmp_path, retriever, 
     (films / "notes.txt").write_text("neither a video nor named as one")
     report = library.make(index, films, retriever)
     assert (report.added, report.failed) == (4, 5)
-    reasons = dict(Index.open(index).failures())
+    reasons = dict(Index(index).failures())
     assert reasons["sound.mp4"] == "no video stream" and reasons["empty.avi"] == "zero bytes"
     for name in ("bad.mp4", "concat.mp4", "hls.TS"):
         assert "not readable as video" in reasons[name]
@@ -126,7 +126,7 @@ def test_unreadable_files_are_listed_and_left_alone(films, tmp_path, retriever, 
     library.write_film(films / "bad.mp4", 25)
     report = library.make(index, films, retriever, options={"retry": True})
     assert (report.changed, report.failed, report.unchanged) == (1, 4, 4)
-    assert Index.open(index).counts() == {"files": 5, "moments": 5, "captions": 0, "failed": 4}
+    assert Index(index).counts() == {"files": 5, "moments": 5, "captions": 0, "failed": 4}
 
 
 def test_a_bad_file_costs_only_itself(films, tmp_path, retriever, monkeypatch):
@@ -143,7 +143,7 @@ def test_a_bad_file_costs_only_itself(films, tmp_path, retriever, monkeypatch):
     monkeypatch.setattr(decoder, "decode_job", treacherous.decode)
     report = library.make(tmp_path / "index", films, retriever)
     assert (report.added, report.failed, report.unchanged, report.removed) == (0, 2, 4, 0)
-    reasons = dict(Index.open(tmp_path / "index").failures())
+    reasons = dict(Index(tmp_path / "index").failures())
     assert reasons.pop("crash.mp4") == "its decoder crashed (SIGSEGV)"
     assert "MemoryError" in reasons.pop("endless.mp4") and not reasons
     assert report.skipped == dict.fromkeys(
@@ -185,7 +185,7 @@ def test_captions_are_those_of_the_file(copied, tmp_path, retriever, no_decoding
     report = library.make(index, films, retriever, texts)
     assert (report.captions, report.truncated) == (1, 1)
     assert library.make(index, films, retriever).captions == 0  # without a file: unchanged
-    rows = Index.open(index).search(retriever.embed_text(["another text"]), 5, to="captions")[0]
+    rows = Index(index).search(retriever.embed_text(["another text"]), 5, to="captions")[0]
     assert rows[0].caption == "another text" and rows[0].score == pytest.approx(1, abs=1e-5)
     assert len(rows) == 2 and rows[0].file_id == 0 and rows[0].path == ""
 
@@ -197,7 +197,7 @@ def test_one_writer_at_a_time(films, tmp_path, retriever):
 
 
 def set_info(index, **fields):
-    info = dataclasses.replace(Index.open(index).info, **fields)
+    info = dataclasses.replace(Index(index).info, **fields)
     CatalogWriter(index, info).close()
 
 
@@ -210,7 +210,7 @@ def test_the_folder_may_move(copied, films, tmp_path, retriever, no_decoding):
     with pytest.raises(UserError, match="has none of its files"):
         library.make(index, tmp_path / "others", retriever)
     assert library.make(index, folder, retriever).unchanged == 4
-    assert Index.open(index).info.folder == str(folder)
+    assert Index(index).info.folder == str(folder)
 
 
 def test_an_index_cannot_become_another(copied, retriever, tmp_path, no_decoding):

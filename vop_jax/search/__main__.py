@@ -121,7 +121,7 @@ def _query(args: argparse.Namespace) -> None:
 def _info(args: argparse.Namespace) -> None:
     from vop_jax.search.index import Index
 
-    index = Index.open(args.index)
+    index = Index(args.index)
     if not args.json:
         print(_format_info(index))
         return
@@ -196,7 +196,7 @@ def format_report(directory: str, report: "IndexReport") -> str:
             f"not read: {len(skipped)}, first {path} ({reason}); their indexed moments stay; "
             "run it again when they can be read"
         )
-    if failures := Index.open(directory).failures():
+    if failures := Index(directory).failures():
         path, reason = failures[0]
         lines.append(
             f"not readable: {len(failures)}, first {path} ({reason}); info --index {directory} "

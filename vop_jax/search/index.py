@@ -27,21 +27,17 @@ class Index:
     """
 
     def __init__(self, directory: str | os.PathLike):
+        """Opens it to read.
+
+        Raises:
+            UserError: there is no index, it is damaged, or of another version.
+        """
         self.directory = pathlib.Path(directory)
         with catalog.reading(directory) as db:
             catalog.check(db, self.directory / catalog.FILE)
             self.info: IndexInfo = catalog.read_info(db)
         self._lock = threading.Lock()
         self._stores: dict[str, VectorStore] = {}
-
-    @classmethod
-    def open(cls, directory: str | os.PathLike) -> "Index":
-        """Opens it to read.
-
-        Raises:
-            UserError: there is no index, it is damaged, or of another version.
-        """
-        return cls(directory)
 
     def open_vectors(self) -> None:
         """Opens the vectors now instead of at the first search, which reports errors now.

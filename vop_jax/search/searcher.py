@@ -29,11 +29,9 @@ class Searcher:
         """The moments, or captions, nearest to a text."""
         return self.nearest(self.vector(query), k, **filters)
 
-    def video(
-        self, path: str | os.PathLike, k: int = 10, to: str = "videos", **filters
-    ) -> list[Hit]:
+    def video(self, path: str | os.PathLike, k: int = 10, **filters) -> list[Hit]:
         """The moments, or captions, nearest to a video."""
-        return self.nearest(self.retriever.embed_videos([path])[0], k, to=to, **filters)
+        return self.nearest(self.retriever.embed_videos([path])[0], k, **filters)
 
     def image(self, path: str | os.PathLike, k: int = 10, **filters) -> list[Hit]:
         """The moments, or captions, nearest to a picture."""
@@ -85,7 +83,7 @@ def open_searcher(
     Raises:
         UserError: there is no such index; the files are missing, or of another model.
     """
-    index = Index.open(directory)
+    index = Index(directory)
     index.open_vectors()
     if retriever is None:
         info = index.info

@@ -89,7 +89,7 @@ def test_a_full_disk_changes_nothing(shelf, monkeypatch, medium):
     shelf.catalog.compact()
     assert len(shelf.vectors) == 103
     assert list(content_of(shelf).values())[:100] == list(before.values())
-    assert len(Index.open(shelf.directory).search(drawn(1), 999)[0]) == 103
+    assert len(Index(shelf.directory).search(drawn(1), 999)[0]) == 103
 
 
 def test_a_write_that_stops_halfway(shelf):
@@ -103,7 +103,7 @@ def test_a_write_that_stops_halfway(shelf):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert shelf.ids.tolist() == [0, 1] and shelf.heap().stat().st_size == 2 * E * 4
-    assert len(Index.open(shelf.directory).search(drawn(1), 9)[0]) == 2
+    assert len(Index(shelf.directory).search(drawn(1), 9)[0]) == 2
 
 
 def test_the_remains_of_a_kill_are_ignored(shelf):
@@ -116,7 +116,7 @@ def test_the_remains_of_a_kill_are_ignored(shelf):
     other.write_bytes(b"a compaction's")
     stranger = name.with_name("0123-moments-0.f32")
     stranger.touch()
-    assert len(Index.open(shelf.directory).search(drawn(1), 9)[0]) == 2
+    assert len(Index(shelf.directory).search(drawn(1), 9)[0]) == 2
     assert other.exists()  # a reader changes nothing
     with contextlib.closing(Shelf(shelf.directory, E, files=2)) as again:
         again.add(drawn(1, seed=1))
@@ -142,7 +142,7 @@ def test_the_next_reader_rolls_a_killed_commit_back(shelf):
             page = old[number * 4096 :][:4096]
             total = sum(page[i] for i in range(4096 - 200, 0, -200)) % 2**32
             file.write((number + 1).to_bytes(4, "big") + page + total.to_bytes(4, "big"))
-    assert len(Index.open(shelf.directory).search(drawn(1), 9)[0]) == 2
+    assert len(Index(shelf.directory).search(drawn(1), 9)[0]) == 2
     assert not journal.exists() and path.read_bytes() == old
 
 
@@ -166,13 +166,13 @@ def test_where_nothing_can_be_written(shelf):
     """A search needs no right to write and leaves no files; a killed commit needs one, once."""
     shelf.add(drawn(1))
     shelf.close()
-    Index.open(shelf.directory).search(drawn(1), 1)  # imports, for which there may be no right
+    Index(shelf.directory).search(drawn(1), 1)  # imports, for which there may be no right
     with tempfile.TemporaryDirectory() as place:
         os.chmod(place, 0o755)
         directory = pathlib.Path(shutil.copytree(shelf.directory, f"{place}/index"))
         before = sorted(path.name for path in directory.iterdir())
         with without_rights(directory):
-            index = Index.open(directory)
+            index = Index(directory)
             with catalog.reading(directory):
                 assert len(index.search(drawn(1), 1)[0]) == 1
                 assert sorted(path.name for path in directory.iterdir()) == before
@@ -182,7 +182,7 @@ def test_where_nothing_can_be_written(shelf):
             without_rights(directory),
             pytest.raises(UserError, match="a writer was killed here; search it once where it can"),
         ):
-            Index.open(directory)
+            Index(directory)
 
 
 def test_vectors_in_another_folder(tmp_path):

@@ -149,7 +149,7 @@ def test_more_than_one_message_or_answer_holds(shelf, monkeypatch):
     vectors = drawn(40)
     shelf.add(vectors)
     np.testing.assert_array_equal(shelf.vectors.get(np.arange(40)), vectors)
-    with contextlib.closing(Index.open(shelf.directory)) as index:
+    with contextlib.closing(Index(shelf.directory)) as index:
         best = np.argsort(-(vectors @ vectors[0]))[:9]
         hits = index.search(vectors[:1], 9)[0]
         assert [hit.path for hit in hits] == [f"{number}.mp4" for number in best]

@@ -235,7 +235,7 @@ def test_searches_see_whole_states_while_one_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(heap, "SLACK", 0)
     shelf = Shelf(tmp_path, E)
     shelf.add(drawn(3))
-    index = Index.open(tmp_path)
+    index = Index(tmp_path)
 
     def search(_):
         return {hit.path: hit.score for hit in index.search(drawn(1), 1000)[0]}
