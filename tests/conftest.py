@@ -16,9 +16,13 @@ from absl import logging
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
-# Runs of the same model in different workdirs compile the same programs.
-_cache = tempfile.TemporaryDirectory(prefix="vop_jax_tests_")
-jax.config.update("jax_compilation_cache_dir", _cache.name)
+# Runs of the same model in different workdirs compile the same programs, which all workers of
+# pytest-xdist share: the first process makes the folder. A size makes jax lock its files.
+if "VOP_JAX_TESTS_CACHE" not in os.environ:
+    _cache = tempfile.TemporaryDirectory(prefix="vop_jax_tests_")
+    os.environ["VOP_JAX_TESTS_CACHE"] = _cache.name
+jax.config.update("jax_compilation_cache_dir", os.environ["VOP_JAX_TESTS_CACHE"])
+jax.config.update("jax_compilation_cache_max_size", xla.CACHE_BYTES)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 

@@ -5,6 +5,7 @@
 # and place and count, stay. What users run is in the tests with `quick=False`; `test_hosts` has
 # one in the quick suite.
 EMITTER = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"  # jax 0.10.0 to 0.11.2
+CACHE_BYTES = 1 << 33  # of compiled programs, more than tests make
 QUICK_TO_COMPILE = f"--xla_backend_optimization_level=0 {EMITTER}"
 
 
