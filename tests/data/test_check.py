@@ -152,6 +152,10 @@ def test_wrong_calls(msrvtt, tmp_path):
     assert status == 2 and "config.data.records='': no records there" in error
     status, _, error, _ = check(msrvtt, config="configs/msvd.py")
     assert status == 2 and "records of 'msrvtt9k', not of 'msvd'" in error
+    error = io.StringIO()
+    with contextlib.redirect_stderr(error):
+        assert runs.call(program=program.main) == 2
+    assert "--config=FILE is missing; shipped configs are activitynet," in error.getvalue()
     # In a process, with warnings as errors.
     module = (sys.executable, "-W", "error", "-m", "vop_jax.data.check")
     argv = [*module, *arguments(msrvtt, "--config.data.frame=3")]

@@ -47,10 +47,12 @@ def load_config(name: str) -> ConfigDict:
     """The config of FILE or FILE:METHOD, where FILE may be the name of a shipped config.
 
     Raises:
-        UserError: there is no such file, or its `get_config` does not return a config.
+        UserError: `name` is empty, no such file, or its `get_config` does not return a config.
     """
     file, colon, method = name.partition(":")
     shipped = shipped_configs()
+    if not name:
+        raise UserError(f"--config=FILE is missing; shipped configs are {', '.join(shipped)}")
     path = file if os.path.isfile(file) else os.fspath(shipped.get(file, ""))
     if not path:
         near = difflib.get_close_matches(file, shipped, n=1)

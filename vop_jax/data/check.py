@@ -244,8 +244,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     def program() -> int:
         arguments = sys.argv[1:] if argv is None else argv
         values, overrides = cli.parse_flags(arguments, __doc__, define_flags)
-        if not values.config:
-            raise UserError("--config=FILE is missing")
         config = cli.override(load_config(values.config), overrides)
         cli.set_up_logging()
         validate(config)
