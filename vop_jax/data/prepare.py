@@ -1,4 +1,4 @@
-"""Videos and official annotation files become packed records.
+"""Decodes the videos of a dataset into records.
 
     vop prepare --dataset=msrvtt9k --videos=VIDEOS \\
         --annotations=ANNOTATIONS --output=records/msrvtt9k
