@@ -69,7 +69,7 @@ class Checker:
         if data.annotations:
             dataset, _ = self.source.read(
                 data.annotations,
-                None,  # records need their videos no more
+                None,  # finished records do not need their videos
                 official_sizes=data.official_sizes,
                 splits=list(prints),
             )

@@ -140,7 +140,7 @@ class CaptionTokenizer:
 
 
 class TokenizedCaptions:
-    """A lookup of ids by caption: drawing a caption anew each epoch does not tokenize it again.
+    """A lookup of ids by caption: drawing another caption in each epoch does not tokenize it again.
 
     Args:
         captions: N.

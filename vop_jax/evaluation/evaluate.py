@@ -194,6 +194,6 @@ def _sides(ranks: metrics.Ranks) -> dict[str, dict[str, float]]:
 
 
 def _dual_softmax(texts: np.ndarray, videos: np.ndarray, params: Any) -> tuple[Score, Score]:
-    """Scores of both directions at the loss's scale, `Clip.temperature`."""
+    """Scores of texts [N, E] and videos [M, E], both directions, at the temperature of the loss."""
     scale = math.exp(float(params["clip"]["logit_scale"]))
     return metrics.dual_softmax(texts, videos, scale), metrics.dual_softmax(videos, texts, scale)

@@ -157,7 +157,7 @@ def contrast_accuracy(
 
 
 def summarize(ranks: np.ndarray) -> dict[str, float]:
-    """R@1, R@5, R@10 in percent, mean rank MnR and median rank MdR of one direction.
+    """Ranks [Q] of one direction -> R@1, R@5, R@10 in percent, mean rank MnR, median rank MdR.
 
     R@k is the share of ranks of at most k: a rank of 5.5, from a tie, is not in R@5.
     """

@@ -97,6 +97,7 @@ class _Tiles:
         return _Side(jnp.asarray(rows), numbers), jnp.asarray(own)
 
     def tile(self, texts: _Side, left: np.int32) -> tuple[jax.Array, ...]:
+        """See `_tile`."""
         functions = (self.scores[0].function, self.scores[1].function) if self.scores else None
         scores: tuple[jax.Array, ...] = _tile(texts, self.columns, left, self.wide, functions)
         return scores
@@ -167,7 +168,7 @@ def tile_sizes(texts: int, videos: int, elements: int) -> tuple[int, int]:
 def _columns(
     videos: np.ndarray, order: np.ndarray, wide: int, scores: tuple[Score, Score] | None
 ) -> _Side:
-    """All videos on the device in this order, filled up with zeros to a multiple of `wide`."""
+    """All videos [M, E] on the device in this order, padded with zeros to a multiple of `wide`."""
     count = math.ceil(len(videos) / wide) * wide
     rows = jnp.zeros((count, videos.shape[1]), jnp.float32)
     for left in range(0, len(videos), wide):  # a second copy of all is too much for the host
@@ -333,6 +334,7 @@ def _blocks(
 
 
 def _padded(rows: np.ndarray, size: int) -> np.ndarray:
+    """[n, …] -> [size, …], zeros at the end."""
     return np.pad(rows, [(0, size - len(rows)), *[(0, 0)] * (rows.ndim - 1)])
 
 
@@ -342,6 +344,7 @@ def _check_finite(finite: jax.Array | bool) -> None:
 
 
 def _similarities(block: jax.Array, candidates: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Rows [B, E] and [C, E] -> (similarities [B, C], whether all are finite)."""
     similar = jnp.matmul(block, candidates.T, precision=jax.lax.Precision.HIGHEST)
     return similar, jnp.isfinite(similar).all()
 

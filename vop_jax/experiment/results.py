@@ -214,6 +214,7 @@ def count(clip: ClipConfig, method: MethodConfig) -> tuple[int, int]:
 
 
 def format_counts(counts: dict[str, dict[str, float]]) -> str:
+    """The result of `count_parameters` as a table."""
     rows = [f"{'method':<14}{'trainable':>14}{'paper':>14}{'percent':>10}"]
     rows += [
         f"{name:<14}{c['trainable']:>14,}{c['paper']:>14,}{c['percent']:>9.3f}%"

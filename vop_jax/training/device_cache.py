@@ -149,7 +149,7 @@ class DeviceCache:
 def _crop_rows(
     frames: jax.Array, rows: tuple[jax.Array, jax.Array], *, image_size: int
 ) -> jax.Array:
-    """This device's share of a batch's pictures, from its clips and the crops of all rows."""
+    """Its clips [m, F, H, W, 3], and all rows of a batch -> this device's rows [b, F, S, S, 3]."""
     zeros = jnp.zeros((frames.shape[1], image_size, image_size, 3), jnp.uint8)
     first_clip = sharding.row_shard_index() * frames.shape[0]
 

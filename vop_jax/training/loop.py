@@ -69,7 +69,7 @@ class MetricLog:
         return rows
 
     def write(self, step: int, *, compiling: bool) -> str:
-        """Writes the mean of the metrics and starts anew; returns a note for the progress line."""
+        """Writes the mean of the metrics and resets them; returns a note for the progress line."""
         rows = self.fetch()
         scalars = {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
         scalars["learning_rate"] = float(self.schedule(step - 1))

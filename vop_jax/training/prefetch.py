@@ -21,7 +21,7 @@ AHEAD = 2  # batches on the devices besides those of steps that were started
 def prefetch_batches(
     mesh: Mesh, batches: Iterator[Mapping[str, np.ndarray]]
 ) -> Generator[dict[str, jax.Array], None, None]:
-    """This process's rows of batches -> the global batches; a thread reads `AHEAD`.
+    """This process's rows of batches -> the global batches; a thread reads `AHEAD` batches early.
 
     An error of the reader is raised after all batches before it. Use `contextlib.closing` where
     the generator may not be read to its end: closing it ends the thread and drops the batches that

@@ -70,7 +70,7 @@ def embed(model: TextVideoModel, params: Any, batch: Batch) -> tuple[jax.Array, 
 def embed_in_microbatches(
     model: TextVideoModel, params: Any, batch: Batch, microbatches: int
 ) -> tuple[jax.Array, jax.Array]:
-    """`embed`, one microbatch after the other; only the embeddings stay in memory.
+    """`embed`, one microbatch after the other; only the embeddings [B, E] stay in memory.
 
     The backward pass embeds each microbatch again and propagates the gradient of the loss with
     respect to its embeddings (GradCache, arXiv 2101.06983). The gradients of microbatches are
@@ -91,6 +91,7 @@ def batch_loss(model: TextVideoModel, params: Any, batch: Batch) -> jax.Array:
 
 
 def _loss(model: TextVideoModel, params: Any, text: jax.Array, video: jax.Array) -> jax.Array:
+    """Unit rows [B, E] of captions and clips -> the loss at the model's temperature, a scalar."""
     temperature: Any = model.apply({"params": params}, method="temperature")
     return symmetric_cross_entropy(text, video, temperature)
 
@@ -103,7 +104,7 @@ def loss_and_gradient(
     mesh: Mesh | None = None,
     microbatches: int = 1,
 ) -> tuple[jax.Array, Any]:
-    """The loss of a batch and its gradient with respect to the trainable parameters.
+    """The loss of a batch, a scalar, and its gradient, a tree like `trainable`.
 
     Args:
         mesh, microbatches: as in `make_train_step`.

@@ -108,7 +108,7 @@ def recurrence(from_input: jax.Array, hidden_kernel: jax.Array) -> jax.Array:
 
 
 def _advance(from_input: jax.Array, kernel: jax.Array) -> tuple[jax.Array, ...]:
-    """(hidden, cell, gates after their activations) of each frame."""
+    """(hidden, cell [F, K, B, D], gates after their activations [F, 4, K, B, D])."""
 
     def step(state: Carry, gates: jax.Array) -> tuple[Carry, States]:
         hidden, cell = state  # [K, B, D], float32

@@ -149,6 +149,7 @@ def _frame_axis(name: str) -> int | None:
 
 
 def _resample(table: np.ndarray, frames: int, axis: int) -> np.ndarray:
+    """A table with `frames` rows along the axis, interpolated linearly."""
     # Row j stands for the middle of the j-th of F equal segments of the clip, as in uniform
     # sampling; before the first and after the last middle the outermost rows apply.
     old = table.shape[axis]

@@ -67,6 +67,7 @@ def _loadable(mask: jax.Array, queries: int) -> jax.Array:
 def _attend(
     packed: jax.Array, bias: jax.Array, extra: tuple, masks: Masks, interpret: bool
 ) -> jax.Array:
+    """[N, T, H, K]; the arguments are those of `attention`, with `extra` (keys, values) or ()."""
     count, tokens, _, heads, width = packed.shape
     shapes: list[tuple[int, ...]] = [(count, tokens, heads, width)]
     return _call(_forward, (packed, bias, *extra), masks, (), shapes, interpret)[0]
@@ -149,6 +150,7 @@ def _padded(length: int) -> int:
 
 
 def _before(shape: tuple[int, ...], axis: int, length: int) -> jax.Array:
+    """bool of this shape: whether the index along the axis is less than `length`."""
     return jax.lax.broadcasted_iota(jnp.int32, shape, axis) < length
 
 

@@ -29,7 +29,7 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def branch(self, x: jax.Array, fused: bool = False) -> tuple[jax.Array, jax.Array]:
-        """(x, normalised x): the residual path, and the input of a residual branch.
+        """x [..., D] -> (x, normalised x): the residual path, and the input of a residual branch.
 
         Args:
             fused: the kernel computes the backward pass.

@@ -82,7 +82,7 @@ class Item:
 
 
 def draw_backdrop(rng: np.random.Generator) -> np.ndarray:
-    """A random grey `Scene.backdrop`."""
+    """A random grey `Scene.backdrop`, uint8 [4, 4, 3]."""
     grey = rng.uniform(50, 110)
     return np.rint(grey + rng.uniform(-25, 25, (4, 4, 3))).astype(np.uint8)
 

@@ -227,10 +227,11 @@ class Heap:
 
 
 def _bytes(vectors: np.ndarray) -> memoryview:
+    """The bytes of contiguous rows [M, E], not copied."""
     return vectors.reshape(-1).view(np.uint8).data
 
 
 def _sums(vectors: np.ndarray) -> np.ndarray:
-    """uint32 CRC-32 of each block of rows."""
+    """CRC-32 of each block of rows [M, E]: uint32 [blocks]."""
     starts = range(0, len(vectors), BLOCK)
     return np.array([zlib.crc32(_bytes(vectors[i : i + BLOCK])) for i in starts], SUM)

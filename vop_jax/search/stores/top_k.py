@@ -47,7 +47,7 @@ def on_host(
 def _best(
     similar: np.ndarray, vectors: np.ndarray, rows: np.ndarray | None, query: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The best k of `rows` and their scores, by their similarities with one query."""
+    """(int64 [k], float32 [k]): the best of `rows` by similarities with a query [E]."""
     last = np.argpartition(similar, len(similar) - k)[len(similar) - k]  # the k-th best
     kth = vectors[last if rows is None else rows[last]]
     margin = ROUNDING * float(np.linalg.norm(query) * np.linalg.norm(kth))
