@@ -78,7 +78,7 @@ def collectives(text: str) -> list[Collective]:
     """
     entry, bodies = _computations(text)
     devices = math.prod(map(int, re.findall(r"(?:num_partitions|replica_count)=(\d+)", text)))
-    found: list[Collective] = []
+    results: list[Collective] = []
     seen: dict[tuple[str, str, tuple[str, ...]], str] = {}  # where it was met first
 
     def visit(name: str, times: int | None) -> None:
@@ -86,10 +86,10 @@ def collectives(text: str) -> list[Collective]:
             if match := _OPERATION.search(line):
                 arrays = list(_arrays(match, devices, times))
                 channel = re.search(r"channel_id=(\d+)", line)
-                part = channel[1] if channel else f"line {len(found)}"
+                part = channel[1] if channel else f"line {len(results)}"
                 key = (match[2], part, tuple(array.where for array in arrays))
                 if seen.setdefault(key, name) == name:
-                    found.extend(arrays)
+                    results.extend(arrays)
                 continue  # what it calls is the sum of two numbers
             inner = times
             if " while(" in line:
@@ -99,7 +99,7 @@ def collectives(text: str) -> list[Collective]:
                 visit(called, inner)
 
     visit(entry, 1)
-    return found
+    return results
 
 
 def _computations(text: str) -> tuple[str, dict[str, list[str]]]:

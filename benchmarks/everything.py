@@ -120,8 +120,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not (args.output or args.list):
         parser.error("--output=DIR is missing")
     output = os.path.abspath(args.output) if args.output else "DIR"
-    there = what_is_there()
-    cpu = there["backend"] == "cpu"
+    machine = what_is_there()
+    cpu = machine["backend"] == "cpu"
     commands = {n: command_of(TASKS[n], output, cpu) for n in TASKS if n in args.only}
     if args.list:
         print("\n".join(shlex.join(["python", *command[1:]]) for command in commands.values()))
@@ -153,7 +153,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             ended += f", {time.monotonic() - started:.0f} s"
             print(f"{name}: {ended}", flush=True)
             called = shlex.join(["python", *command[1:]])
-            about = f"{there['device']}, jax {there['jax']}, {time.strftime('%Y-%m-%d')}; {ended}"
+            about = (
+                f"{machine['device']}, jax {machine['jax']}, {time.strftime('%Y-%m-%d')}; {ended}"
+            )
             section = f"## {name}\n\n```\n{called}\n```\n\n{about}\n\n{_text(log)}\n"
             files.write_atomic(os.path.join(output, f"{name}.md"), section.encode())
             _assemble(output)

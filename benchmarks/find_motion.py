@@ -30,13 +30,13 @@ def places(workdir: str, index: str) -> np.ndarray:
         if status := search(["index", folder, f"--index={index}", *model]):
             raise SystemExit(status)
         searcher = vop_jax.search.open(index)
-        found = []
+        ranks = []
         for clip in held_out:
             own = os.path.basename(clip.path)
             for caption in clip.captions:
                 hits = [os.path.basename(hit.path) for hit in searcher.text(caption, WITHIN)]
-                found.append(hits.index(own) + 1 if own in hits else WITHIN + 1)
-    return np.array(found)
+                ranks.append(hits.index(own) + 1 if own in hits else WITHIN + 1)
+    return np.array(ranks)
 
 
 def main() -> None:
@@ -44,9 +44,9 @@ def main() -> None:
     parser.add_argument("--workdir", required=True, help="of a finished run of configs/demo.py")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as index:
-        found = places(args.workdir, os.path.join(index, "held_out.index"))
-    first, within = 100 * np.mean(found == 1), 100 * np.mean(found <= WITHIN)
-    print(f"{len(found)} captions: own clip first {first:.1f} %, within {WITHIN} {within:.1f} %")
+        ranks = places(args.workdir, os.path.join(index, "held_out.index"))
+    first, within = 100 * np.mean(ranks == 1), 100 * np.mean(ranks <= WITHIN)
+    print(f"{len(ranks)} captions: own clip first {first:.1f} %, within {WITHIN} {within:.1f} %")
 
 
 if __name__ == "__main__":

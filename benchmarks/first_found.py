@@ -49,8 +49,8 @@ def table(workdir: pathlib.Path) -> str:
     if not runs:
         raise SystemExit(f"--workdir={workdir}: no METHOD/SEED/{RANKINGS_FILE} in it")
     rows = [f"| run | {' | '.join(KINDS)} |", f"| --- |{' ---: |' * len(KINDS)}"]
-    for method, found in runs.items():
-        cells = [format_mean(*mean_std([one[kind] for one in found])) for kind in KINDS]
+    for method, shares in runs.items():
+        cells = [format_mean(*mean_std([one[kind] for one in shares])) for kind in KINDS]
         rows.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(rows)
 

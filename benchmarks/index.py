@@ -1,4 +1,4 @@
-"""What an index costs beside its vectors: its catalog when searched, and decoding when made.
+"""What an index costs besides its vectors: its catalog when searched, and decoding when made.
 
     python -m benchmarks.index catalog --index=/tmp/index
     python -m benchmarks.index decoding VIDEOS --workers=1,2
@@ -75,12 +75,12 @@ def fill(directory: pathlib.Path, moments: int, per_file: int, dim: int) -> None
 
 def best(call: Callable, times: int = 7) -> float:
     """Milliseconds, of the middle one of several calls."""
-    found = []
+    durations = []
     for _ in range(times):
         begin = time.perf_counter()
         call()
-        found.append(1e3 * (time.perf_counter() - begin))
-    return sorted(found)[times // 2]
+        durations.append(1e3 * (time.perf_counter() - begin))
+    return sorted(durations)[times // 2]
 
 
 def measure_catalog(args: argparse.Namespace) -> None:

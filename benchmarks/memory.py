@@ -41,12 +41,12 @@ class Settings:
     @classmethod
     def parse(cls, text: str) -> "Settings":
         """Of "remat=full frame_chunk=32", or "plain"; unknown names are a TypeError."""
-        given: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         for pair in text.split():
             if pair != "plain":
                 key, value = pair.split("=")
-                given[key] = int(value) if value.isdigit() else value
-        return cls(**given)
+                values[key] = int(value) if value.isdigit() else value
+        return cls(**values)
 
     def programs(self, method: str, args: argparse.Namespace, device: Any) -> Programs:
         sizes = PRESETS[args.arch], MethodConfig(method), args.frames, args.batch

@@ -51,7 +51,7 @@ def ours(paths: list[str], workers: int) -> None:
     clips = [VideoClip(path, path, ("",)) for path in paths]
     encode = functools.partial(encode_clip, preprocessing=PREPROCESSING)
     with contextlib.closing(in_processes(encode, clips, workers, seconds=300)) as results:
-        assert all(isinstance(found, Encoded) for found in results)
+        assert all(isinstance(result, Encoded) for result in results)
 
 
 def with_opencv(paths: list[str], workers: int) -> None:

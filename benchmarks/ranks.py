@@ -47,8 +47,8 @@ def measure(texts: int, videos: int, width: int, what: str) -> dict[str, Any]:
         twice = (similar > own).sum(1) + (similar >= own).sum(1) - 1
         mean = float(1 + twice.mean() / 2)
     seconds = time.perf_counter() - begin
-    found = {"seconds": seconds, "before": started, "peak": bytes_so_far(), "MnR": mean}
-    return found | (on_device() if what != "dense" else {})
+    measurement = {"seconds": seconds, "before": started, "peak": bytes_so_far(), "MnR": mean}
+    return measurement | (on_device() if what != "dense" else {})
 
 
 def on_device() -> dict[str, Any]:

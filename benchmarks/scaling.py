@@ -55,7 +55,7 @@ class Machine:
     torus: bool
     share: float = 0.4
 
-    def seconds(self, found: list[Collective], devices: int) -> float:
+    def seconds(self, operations: list[Collective], devices: int) -> float:
         """Of all collectives, one after the other: first between groups, then inside them.
 
         A gather of S bytes sends (m-1)/n S between m groups and (g-1)/g S inside those of g
@@ -65,11 +65,11 @@ class Machine:
         m = devices // g
         outer = (m - 1) / devices
         inner = (g - 1) / g
-        total = sum(c.sent for c in found) / max(outer + inner, 1e-9)  # S, twice where reduced
+        total = sum(c.sent for c in operations) / max(outer + inner, 1e-9)  # S, twice where reduced
         hops_inside = 2 * (math.sqrt(g) - 1) if self.torus else math.log2(g)
         hop = hops_inside * self.hop_inside + math.log2(m) * self.hop_between
         # Those of one operation on a tuple have the same `where`.
-        kinds = [kind for kind, _ in {(c.kind, c.where) for c in found}]
+        kinds = [kind for kind, _ in {(c.kind, c.where) for c in operations}]
         passes = len(kinds) + kinds.count("all-reduce")
         return total * (outer / self.between + inner / self.inside) + passes * hop
 
@@ -137,11 +137,11 @@ def measure(args: argparse.Namespace, mesh: Mesh) -> dict[str, Any]:
     program, trainable = compile_step(
         args.arch, args.method, args.frames, args.per_device, args.dtype, mesh
     )
-    found = collectives(program.as_text())
+    operations = collectives(program.as_text())
     batch, width = args.per_device * mesh.size, PRESETS[args.arch].embed_dim
     parts = {"embeddings": 0.0, "gradient": 0.0, "rest": 0.0}
     sizes = {x.size for x in jax.tree.leaves(trainable)}
-    for c in found:
+    for c in operations:
         size = math.prod(c.shape)
         trained = "gradient" if size in sizes else "rest"
         parts["embeddings" if size == batch * width else trained] += c.sent
@@ -152,7 +152,7 @@ def measure(args: argparse.Namespace, mesh: Mesh) -> dict[str, Any]:
         "gathered": 4 * batch * width,
         "logits": 4 * args.per_device * batch,
         **parts,
-        "collectives": [dataclasses.asdict(c) for c in found],
+        "collectives": [dataclasses.asdict(c) for c in operations],
     }
 
 

@@ -31,11 +31,11 @@ def start(index: str) -> tuple[subprocess.Popen, str, int, str]:
     began = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    found = re.search(r"(\S+): http://([\d.]+):(\d+)/", process.stdout.readline())
-    if not found:
+    match = re.search(r"(\S+): http://([\d.]+):(\d+)/", process.stdout.readline())
+    if not match:
         raise SystemExit("the server did not start")
     print(f"ready after {time.perf_counter() - began:.1f} s")
-    return process, found[2], int(found[3]), found[1]
+    return process, match[2], int(match[3]), match[1]
 
 
 def resident(pid: int) -> tuple[float, float]:
@@ -47,8 +47,8 @@ def resident(pid: int) -> tuple[float, float]:
 
 
 def _rss(pid: str) -> float:
-    found = re.search(r"VmRSS:\s+(\d+) kB", pathlib.Path(f"/proc/{pid}/status").read_text())
-    return int(found[1]) / 1024 if found else 0.0
+    match = re.search(r"VmRSS:\s+(\d+) kB", pathlib.Path(f"/proc/{pid}/status").read_text())
+    return int(match[1]) / 1024 if match else 0.0
 
 
 def ask(
@@ -70,10 +70,10 @@ def ask(
 
     for query in queries:
         asked = urllib.parse.urlencode({"q": query, "k": HITS})
-        found = json.loads(get("query", f"/api/search?{asked}"))
-        if found["query"] != query:
-            raise SystemExit(f"asked {query!r}, answered {found['query']!r}")
-        for hit in found["hits"][:pictures]:
+        response = json.loads(get("query", f"/api/search?{asked}"))
+        if response["query"] != query:
+            raise SystemExit(f"asked {query!r}, answered {response['query']!r}")
+        for hit in response["hits"][:pictures]:
             t = (hit["start"] + hit["end"]) / 2
             get("picture", f"/api/thumbnail/{index}/{hit['file_id']}?t={t:.2f}")
     connection.close()

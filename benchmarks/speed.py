@@ -55,24 +55,24 @@ class Contender:
         make: puts everything on the device, compiles where that is apart from running.
         wait: for what a run returned.
         compiles: whether the first run compiles.
-        found: what the measurement fills, "error" alone where it failed.
+        measurement: filled when it runs; "error" alone where it failed.
     """
 
     name: str
     make: Callable[[], Made]
     wait: Callable[[Any], Any]
     compiles: bool
-    found: Row = dataclasses.field(default_factory=dict)
+    measurement: Row = dataclasses.field(default_factory=dict)
 
     def warm_up(self) -> None:
         self.run, peak = self.make()
         first, again = self.seconds(1), self.seconds(1)
-        self.found |= {"peak_bytes": peak(), "seconds": []}
+        self.measurement |= {"peak_bytes": peak(), "seconds": []}
         if self.compiles:
-            self.found["compile"] = max(first - again, 0.0)
+            self.measurement["compile"] = max(first - again, 0.0)
 
     def repeat(self, calls: int) -> None:
-        self.found["seconds"].append(self.seconds(calls))
+        self.measurement["seconds"].append(self.seconds(calls))
 
     def seconds(self, calls: int) -> float:
         """Of one run, the mean of some that are started before the last is waited for."""
@@ -83,12 +83,12 @@ class Contender:
         return (time.perf_counter() - begin) / calls
 
     def survives(self, work: Callable[..., None], *arguments: Any) -> bool:
-        """Whether `work` went well; what went wrong stands in `found`."""
+        """Whether `work` went well; what went wrong stands in `measurement`."""
         try:
             work(*arguments)
         except Exception as error:  # out of memory, no compiler: the others go on
             text = " ".join(str(error).split()) or "no message"
-            self.found = {"error": f"{type(error).__name__}: {text[:120]}"}
+            self.measurement = {"error": f"{type(error).__name__}: {text[:120]}"}
             return False
         return True
 
@@ -117,15 +117,15 @@ class Competition:
 
     def rows_of(self, what: str) -> list[Row]:
         """The table's rows for "forward", "step" or "evaluation"."""
-        found = [self._of_jax(kernel, what) for kernel in self.args.attention]
-        found += [self._of_torch(mode, what) for mode in (None, *self.args.compile_modes)]
-        race(found, self.args.repeats, self.args.calls)
+        contenders = [self._of_jax(kernel, what) for kernel in self.args.attention]
+        contenders += [self._of_torch(mode, what) for mode in (None, *self.args.compile_modes)]
+        race(contenders, self.args.repeats, self.args.calls)
         videos = self.args.eval_videos if what == "evaluation" else self.args.batch
         # Of a batch; of an evaluation those of its forward pass.
         flops = self.programs["xla"].flops_of("step" if what == "step" else "forward")
         flops *= videos / self.args.batch
-        given = {"method": self.name, "what": what, "videos": videos, "flops": flops}
-        return [{**given, "variant": c.name, **c.found} for c in found]
+        setting = {"method": self.name, "what": what, "videos": videos, "flops": flops}
+        return [{**setting, "variant": c.name, **c.measurement} for c in contenders]
 
     def _of_jax(self, kernel: str, what: str) -> Contender:
         def make() -> Made:
@@ -135,7 +135,7 @@ class Competition:
             side = JaxPrograms(programs, self.clip, self.method, self.flat, self.rows)
             run = side.program(what, self.args.eval_videos)
             if what in programs.compile_seconds:
-                contender.found["compile"] = programs.compile_seconds[what]
+                contender.measurement["compile"] = programs.compile_seconds[what]
             return run, lambda: side.peak_bytes(what)
 
         first = kernel == self.args.attention[0]
@@ -172,10 +172,11 @@ def matmul_peak(size: int, dtype: str, calls: int) -> float:
         Contender("JAX", lambda: (matmul(size, dtype), lambda: None), jax.block_until_ready, True)
     ]
     if torch is not None:
-        made = speed_torch.matmul(size, dtype), lambda: None
-        contenders.append(Contender("torch", lambda: made, lambda _: speed_torch.wait(), False))
+        product = speed_torch.matmul(size, dtype), lambda: None
+        contenders.append(Contender("torch", lambda: product, lambda _: speed_torch.wait(), False))
     race(contenders, 10, calls)
-    return 2 * size**3 / min(min(c.found["seconds"]) for c in contenders if "seconds" in c.found)
+    measurements = [c.measurement for c in contenders if "seconds" in c.measurement]
+    return 2 * size**3 / min(min(each["seconds"]) for each in measurements)
 
 
 def format_table(rows: list[Row], peak: float) -> str:
@@ -240,9 +241,9 @@ def main() -> None:
     for name in args.methods:
         competition = Competition(name, args)
         for what in args.what:
-            found = competition.rows_of(what)
-            print(*map(json.dumps, found), sep="\n", flush=True)
-            rows += found
+            measured_rows = competition.rows_of(what)
+            print(*map(json.dumps, measured_rows), sep="\n", flush=True)
+            rows += measured_rows
             gc.collect()  # what the contenders held
     peak = max(peak, matmul_peak(args.matmul, args.dtype, args.calls))  # the machine may be noisy
     device = jax.devices()[0]

@@ -64,25 +64,25 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm [N, T, D] -> [N, T, D], perhaps with an adapter beside "attn" or "mlp"."""
+    """Pre-norm [N, T, D] -> [N, T, D], perhaps with an adapter parallel to "attn" or "mlp"."""
 
     def __init__(self, width, heads, activation, causal, adapter: str, bottleneck: int):
         super().__init__()
         self.ln_1, self.ln_2 = LayerNorm(width), LayerNorm(width)
         self.attn = Attention(width, heads, causal)
         self.mlp = Mlp(width, activation)
-        self.beside = adapter
+        self.adapter_place = adapter
         if adapter:
             self.adapter = Adapter(width, bottleneck)
 
     def forward(self, x):
         h = self.ln_1(x)
         x = x + self.attn(h)
-        if self.beside == "attn":
+        if self.adapter_place == "attn":
             x = x + self.adapter(h)
         h = self.ln_2(x)
         x = x + self.mlp(h)
-        return x + self.adapter(h) if self.beside == "mlp" else x
+        return x + self.adapter(h) if self.adapter_place == "mlp" else x
 
 
 class Vision(nn.Module):

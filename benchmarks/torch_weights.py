@@ -49,10 +49,10 @@ def load(model: TorchVop, flat: Mapping[str, np.ndarray], trained: Iterable[str]
     Raises:
         ValueError: a parameter that one of the two does not have.
     """
-    found = model.load_state_dict(to_state(flat), strict=False)
-    missing = [name for name in found.missing_keys if "bias_hh" not in name]
-    if missing or found.unexpected_keys:
-        raise ValueError(f"not filled: {missing}; unknown: {found.unexpected_keys}")
+    difference = model.load_state_dict(to_state(flat), strict=False)
+    missing = [name for name in difference.missing_keys if "bias_hh" not in name]
+    if missing or difference.unexpected_keys:
+        raise ValueError(f"not filled: {missing}; unknown: {difference.unexpected_keys}")
     names = to_state({name: flat[name] for name in trained}).keys()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in names)
