@@ -22,9 +22,9 @@ from vop_jax.search.writer import CatalogWriter
 
 
 @pytest.fixture
-def films(tmp_path):
-    library.write_films(tmp_path / "films")
-    return tmp_path / "films"
+def films(tmp_path, shared):
+    """A copy: encoded again, a film may have other bytes."""
+    return shutil.copytree(shared[0], tmp_path / "films")
 
 
 def test_clips_and_moments_are_embedded_as_the_retriever_does(shared, retriever):
