@@ -111,7 +111,7 @@ def test_an_index_made_anew_under_an_open_one(tmp_path):
     """With as many vectors under the same names: the old vectors are not mixed with them."""
     directory = tmp_path / "index"
     synthetic(directory, files=4, moments=2)
-    index, vector = Index(directory), unit(1, seed=3)
+    index, vector = Index.open(directory), unit(1, seed=3)
     index.search(vector, 4)
     shutil.rmtree(directory)
     vectors, paths = synthetic(directory, files=4, moments=2, seed=7)

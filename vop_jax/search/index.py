@@ -39,6 +39,11 @@ class Index:
         self._lock = threading.Lock()
         self._stores: dict[str, VectorStore] = {}
 
+    @classmethod
+    def open(cls, directory: str | os.PathLike) -> "Index":
+        """The same as `Index(directory)`, for scripts that were written for version 0.1."""
+        return cls(directory)
+
     def open_vectors(self) -> None:
         """Opens the vectors now instead of at the first search, which reports errors now.
 
