@@ -29,9 +29,11 @@ class Searcher:
         """The moments, or captions, nearest to a text."""
         return self.nearest(self.vector(query), k, **filters)
 
-    def video(self, path: str | os.PathLike, k: int = 10, **filters) -> list[Hit]:
+    def video(
+        self, path: str | os.PathLike, k: int = 10, to: str = "videos", **filters
+    ) -> list[Hit]:
         """The moments, or captions, nearest to a video."""
-        return self.nearest(self.retriever.embed_videos([path])[0], k, **filters)
+        return self.nearest(self.retriever.embed_videos([path])[0], k, to=to, **filters)
 
     def image(self, path: str | os.PathLike, k: int = 10, **filters) -> list[Hit]:
         """The moments, or captions, nearest to a picture."""
