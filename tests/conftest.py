@@ -1,6 +1,7 @@
 """A strict process: eight fake devices, no implicit promotion, exact matmuls, quick to compile."""
 
 import os
+import signal
 import tempfile
 
 from tests import xla
@@ -37,8 +38,12 @@ def quiet():
 
 
 @pytest.fixture(autouse=True)
-def log_level():
-    """What a command line sets in one test holds in no other."""
+def process_state():
+    """Restores what a command line sets for its process: the level of logs, signal handlers."""
     level = logging.get_verbosity()
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     yield
     logging.set_verbosity(level)
+    for number, handler in handlers.items():
+        if handler is not None:  # None: one of C
+            signal.signal(number, handler)

@@ -95,6 +95,7 @@ def test_an_interrupt_waits_for_the_end_of_a_start():
         started.wait()
         signal.raise_signal(signal.SIGINT)
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     thread = threading.Thread(target=interrupt)
     thread.start()
     with pytest.raises(KeyboardInterrupt), block_interrupts():
