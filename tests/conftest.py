@@ -24,7 +24,7 @@ if "VOP_JAX_TESTS_CACHE" not in os.environ:
     os.environ["VOP_JAX_TESTS_CACHE"] = _cache.name
 jax.config.update("jax_compilation_cache_dir", os.environ["VOP_JAX_TESTS_CACHE"])
 jax.config.update("jax_compilation_cache_max_size", xla.CACHE_BYTES)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)
 
 
 @pytest.fixture(scope="module")

@@ -105,5 +105,5 @@ def environment(devices: int = 1, *, quick: bool = True) -> dict[str, str]:
         "XLA_FLAGS": xla.flags(devices, quick=quick),
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or "",
         "JAX_COMPILATION_CACHE_MAX_SIZE": str(xla.CACHE_BYTES),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.02",
     }
