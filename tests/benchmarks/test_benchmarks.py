@@ -206,7 +206,7 @@ def test_the_best_checkpoint_is_chosen_on_held_out_training_clips(tmp_path, clip
 
 
 def test_held_out_clips_stay_out(tmp_path, clip):
-    """Disjoint from training, fixed, and about the share asked for."""
+    """Disjoint from training, fixed, and about the configured share."""
     write_miniature("msrvtt9k", tmp_path)
     assert prepared("msrvtt9k", tmp_path) == 0
     data = base_config().data

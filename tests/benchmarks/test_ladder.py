@@ -115,7 +115,7 @@ def test_records_are_packed_as_asked(tmp_path, monkeypatch):
 
 
 def test_rates_are_of_the_val_split_and_its_records(monkeypatch, tmp_path):
-    """As the runs are told; with the runs themselves below, which is slow."""
+    """From summaries alone; with the runs themselves below, which is slow."""
     asked = []
     monkeypatch.setattr(ladder, "use_compile_cache", lambda workdir: None)
     monkeypatch.setattr(ladder, "_backbone", lambda config, workdir: {"init.clip": "clip"})

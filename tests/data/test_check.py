@@ -1,4 +1,4 @@
-"""Checking a dataset before a run: what is told, and the exit status."""
+"""Checking a dataset before a run: what it prints, and the exit status."""
 
 import contextlib
 import io
@@ -68,10 +68,10 @@ def check(root, *overrides, **options):
 
 
 def test_a_split_that_is_not_whole(msrvtt):
-    status, told, _, found = check(msrvtt)
+    status, printed, _, found = check(msrvtt)
     assert status == 1
-    assert "train: 1 not usable: zero bytes" in told
-    assert "problem: split 'train': 1 of 6 videos not usable, more than" in told
+    assert "train: 1 not usable: zero bytes" in printed
+    assert "problem: split 'train': 1 of 6 videos not usable, more than" in printed
     within = check(msrvtt, "--config.data.max_skipped=0.5")
     assert within[0] == 1 and "0.5: a run goes on without them" in within[1]
     train, test = found["splits"]["train"], found["splits"]["test"]
@@ -82,8 +82,8 @@ def test_a_split_that_is_not_whole(msrvtt):
     assert found["slots"] == 69 and test["cut_captions"] == 0
     assert test["caption_tokens"][0] >= 3
     assert (train["captions_with_sides"], test["captions_with_sides"]) == (3, 0)
-    assert "note: train: 3 of 18 captions (16.7 %) say left" in told
-    assert "train with --config.data.flip=False" in told
+    assert "note: train: 3 of 18 captions (16.7 %) say left" in printed
+    assert "train with --config.data.flip=False" in printed
 
 
 def test_sides_are_whole_words():
@@ -110,10 +110,10 @@ def test_the_slots_are_the_methods(msrvtt):
 
 def test_records_that_do_not_fit_the_config(msrvtt):
     other = ("--config.data.short_side=48", "--config.data.train_split=training")
-    status, told, _, _ = check(msrvtt, *other)
+    status, printed, _, _ = check(msrvtt, *other)
     assert status == 1
-    assert "config.data.train_split='training': no such split; found t" in told
-    assert "records were made with data.short_side=32, the config says 48" in told
+    assert "config.data.train_split='training': no such split; found t" in printed
+    assert "records were made with data.short_side=32, the config says 48" in printed
     official = check(msrvtt, "--config.data.official_sizes=True")
     assert official[0] == 1 and "msrvtt9k train has 6 videos, 9,000 are expected" in official[1]
 
@@ -125,9 +125,9 @@ def test_without_records_the_videos_are_decoded(msrvtt, monkeypatch):
         f"--config.data.videos={msrvtt / 'videos'}",
     )
     other = "--config.data.train_split=training"
-    status, told, _, found = check(msrvtt, *sources, other, records=False)
+    status, printed, _, found = check(msrvtt, *sources, other, records=False)
     assert status == 1
-    assert "config.data.train_split='training': no such split; found t" in told
+    assert "config.data.train_split='training': no such split; found t" in printed
     assert found["splits"] == check(msrvtt)[3]["splits"]
 
 
@@ -143,8 +143,8 @@ def test_records_of_the_older_rule_whose_videos_are_gone(msrvtt, tmp_path):
     )
     found = check(tmp_path, *sources)[3]
     assert found["splits"]["train"]["usable"]
-    told = f"{tmp_path / 'records'}: the frames were sampled by the older rule"
-    assert sum(note.startswith(told) for note in found["notes"]) == 1
+    start = f"{tmp_path / 'records'}: the frames were sampled by the older rule"
+    assert sum(note.startswith(start) for note in found["notes"]) == 1
 
 
 def test_wrong_calls(msrvtt, tmp_path):

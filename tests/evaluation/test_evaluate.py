@@ -232,7 +232,7 @@ def test_tables_have_a_row_for_every_side():
     sides = [line.split()[0] for line in results.format_results(found).splitlines()[1:]]
     assert sides == list(found)
     assert {len(line) for line in results.format_results(found).splitlines()} == {58}
-    plain = {name: found[name] for name in ("t2v", "v2t")}  # before had not asked for more
+    plain = {name: found[name] for name in ("t2v", "v2t")}  # the training run had no extra rows
     table = results.format_summary(summary_of(found, plain), "DIR").splitlines()[2:-1]
     rows = [line.split()[:2] for line in table]
     expected = [[s, w] for s in found for w in ("before", "after") if s in plain or w == "after"]

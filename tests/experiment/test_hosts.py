@@ -187,7 +187,7 @@ def test_when_one_is_killed_the_other_ends_and_says_so(places, dies):
     assert "the same command on all processes continues" in hosts.said(1 - dies)
 
 
-def test_processes_that_differ_are_told(places):
+def test_processes_that_differ_are_reported(places):
     hosts = start(places, "differ", own=[[], ["--config.seed=1"]])
     assert hosts.wait() == [2, 2], hosts.said(0) + hosts.said(1)
     for process in range(2):
@@ -202,7 +202,7 @@ def test_processes_that_differ_are_told(places):
         pytest.param("init.clip", "here: no such file", marks=pytest.mark.slow),
     ],
 )
-def test_what_one_machine_lacks_is_told_by_all(places, alone, tmp_path, key, message):
+def test_what_one_machine_lacks_is_reported_by_all(places, alone, tmp_path, key, message):
     """A copy that is there for the first process alone."""
     given = {"data.records": alone / "records", "init.clip": places / "clip.safetensors"}[key]
     folders = [tmp_path / "0", tmp_path / "1"]
@@ -225,7 +225,7 @@ def test_what_one_machine_lacks_is_told_by_all(places, alone, tmp_path, key, mes
         ("data.device_cache_gb=1e-05", "16 clips of 3 frames of 32 x 32 pixels take"),
     ],
 )
-def test_a_mistake_is_told_by_all(places, mistake, message):
+def test_a_mistake_is_reported_by_all(places, mistake, message):
     hosts = start(places, "wrong", f"--config.{mistake}")
     assert hosts.wait() == [2, 2], hosts.said(0) + hosts.said(1)
     for process in range(2):

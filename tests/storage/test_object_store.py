@@ -22,7 +22,7 @@ STEPS = 40
 
 
 class Bucket:
-    """Objects of gs://vop, asked for over HTTP: file systems are kept for a whole process."""
+    """Objects of gs://vop, over HTTP: file systems are kept for a whole process."""
 
     def __init__(self):
         with socket.socket() as free:
