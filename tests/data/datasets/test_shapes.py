@@ -3,6 +3,7 @@
 import collections
 import csv
 import functools
+import time
 
 import av
 import numpy as np
@@ -169,6 +170,7 @@ def test_interrupted_rendering_is_continued(rendered, tmp_path, monkeypatch):
     def fail(scene, frames):
         drawn.append(scene)
         if len(drawn) > 3:
+            time.sleep(0.05)  # 400 of these last far longer than the first takes to be noticed
             raise OSError("no space left")
         return draw(scene, frames)
 
