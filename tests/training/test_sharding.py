@@ -11,7 +11,8 @@ from vop_jax.config.base import base_config
 from vop_jax.errors import UserError
 from vop_jax.storage.tensors import flatten
 from vop_jax.training import sharding
-from vop_jax.training.step import TrainState, make_optimizer, symmetric_cross_entropy
+from vop_jax.training.sharding import make_mesh
+from vop_jax.training.step import TrainState, make_optimizer
 from vop_jax.tuning.methods import MethodConfig
 from vop_jax.tuning.partition import partition
 
@@ -21,46 +22,47 @@ TREE = {"clip": {"a": np.arange(6.0).reshape(2, 3), "b": np.float32(1)}, "prompt
 def test_a_mesh_has_the_devices_of_the_config():
     sizes = {-1: 8, 1: 1, 4: 4, 8: 8}
     for data, devices in sizes.items():
-        shape = dict(sharding.make_mesh(data).shape)
+        shape = dict(make_mesh(data).shape)
         assert shape == {"data": devices, "fsdp": 1, "model": 1}
+    sharding.check_batch(make_mesh(), "train.batch_size", 24)
+    sharding.check_microbatches(make_mesh(4), 48, 6)
+    sharding.check_heads(make_mesh(1, 1, 8), {"visual": 16, "text": 8})
 
 
 @pytest.mark.parametrize(
-    ("shape", "message"),
+    ("check", "message"),
     [
-        ((9,), "config.mesh.data=9: takes 9 devices; available: 8"),
-        ((-1, 3, 1), "mesh.model=1: 3 does not divide the number of devices, 8; 1, 2, 4, 8"),
-        ((4, 2, 2), "mesh.data=4, mesh.fsdp=2, mesh.model=2: takes 16 devices; available: 8"),
+        (lambda: make_mesh(9), "config.mesh.data=9: takes 9 devices; available: 8"),
+        (
+            lambda: make_mesh(-1, 3, 1),
+            "mesh.model=1: 3 does not divide the number of devices, 8; 1, 2, 4, 8",
+        ),
+        (
+            lambda: make_mesh(4, 2, 2),
+            "mesh.data=4, mesh.fsdp=2, mesh.model=2: takes 16 devices; available: 8",
+        ),
+        (
+            lambda: sharding.check_batch(make_mesh(), "train.batch_size", 3),
+            "config.train.batch_size=3: not a multiple of the 8 devices.*; 8 or 16 would",
+        ),
+        (
+            lambda: sharding.check_batch(make_mesh(), "eval.batch_size", 33),
+            "config.eval.batch_size=33: not a multiple of the 8 devices.*; 32 or 40 would",
+        ),
+        (
+            lambda: sharding.check_microbatches(make_mesh(4), 48, 8),
+            "config.train.microbatches=8: does not divide the 12 of train.batch_size=48 that each "
+            "device has; 1, 2, 3, 4, 6, 12 would",
+        ),
+        (
+            lambda: sharding.check_heads(make_mesh(1, 1, 8), {"visual": 12, "text": 8}),
+            "mesh.model=8: does not divide the 12 attention heads of the visual tower; 1, 2, 4 w",
+        ),
     ],
 )
-def test_a_mesh_that_these_devices_cannot_form_is_refused(shape, message):
+def test_what_these_devices_cannot_share_is_refused(check, message):
     with pytest.raises(UserError, match=message):
-        sharding.make_mesh(*shape)
-
-
-@pytest.mark.parametrize(("batch", "near"), [(12, "8 or 16"), (3, "8 or 16"), (33, "32 or 40")])
-def test_a_batch_that_the_mesh_does_not_divide_is_refused(batch, near):
-    mesh = sharding.make_mesh()
-    sharding.check_batch(mesh, "train.batch_size", 24)
-    message = rf"config.train.batch_size={batch}: not a multiple of the 8 devices.*; {near} would"
-    with pytest.raises(UserError, match=message):
-        sharding.check_batch(mesh, "train.batch_size", batch)
-
-
-def test_microbatches_and_heads_that_the_mesh_does_not_divide_are_refused():
-    mesh = sharding.make_mesh(4)
-    sharding.check_microbatches(mesh, 48, 6)
-    message = (
-        "config.train.microbatches=8: does not divide the 12 of train.batch_size=48 that each "
-        "device has; 1, 2, 3, 4, 6, 12 would"
-    )
-    with pytest.raises(UserError, match=message):
-        sharding.check_microbatches(mesh, 48, 8)
-    mesh = sharding.make_mesh(1, 1, 8)
-    sharding.check_heads(mesh, {"visual": 16, "text": 8})
-    message = "mesh.model=8: does not divide the 12 attention heads of the visual tower; 1, 2, 4 w"
-    with pytest.raises(UserError, match=message):
-        sharding.check_heads(mesh, {"visual": 12, "text": 8})
+        check()
 
 
 @pytest.mark.parametrize(
@@ -79,18 +81,10 @@ def test_a_wrong_placement_is_refused(placement, message):
         sharding.check_rules(sharding.placement_rules(placement), ["clip/a"])
 
 
-def test_parameters_are_whole_on_every_device_of_the_data_axis():
-    placed = flatten(sharding.place(sharding.make_mesh(), TREE))
-    assert placed.keys() == flatten(TREE).keys()
-    for name, leaf in placed.items():
-        np.testing.assert_array_equal(leaf, flatten(TREE)[name])
-        assert leaf.sharding.is_fully_replicated and len(leaf.sharding.device_set) == 8
-
-
 def test_the_first_matching_rule_places_a_parameter(monkeypatch):
     rules = [(r"clip/a", P("data", None)), (r"clip/.*", P()), (r".*", P("data"))]
     monkeypatch.setattr(sharding, "PARAMETER_RULES", rules)
-    placed = flatten(sharding.parameter_shardings(sharding.make_mesh(2), TREE))
+    placed = flatten(sharding.parameter_shardings(make_mesh(2), TREE))
     specs = {name: leaf.spec for name, leaf in placed.items()}
     # Two rows can be halved; five cannot, so they are whole.
     assert specs == {"clip/a": P("data", None), "clip/b": P(), "prompts": P(None)}
@@ -98,7 +92,7 @@ def test_the_first_matching_rule_places_a_parameter(monkeypatch):
 
 def placed_state(name, shape, placement=()):
     """(frozen parameters, train state) of a method on a mesh."""
-    method, mesh = MethodConfig(name, frames=tiny.FRAMES), sharding.make_mesh(*shape)
+    method, mesh = MethodConfig(name, frames=tiny.FRAMES), make_mesh(*shape)
     _, params = tiny.model_and_params(method)
     trainable, frozen = partition(params, method.trainable_patterns(tiny.CLIP))
     state = TrainState.create(trainable, make_optimizer(base_config().train))
@@ -131,9 +125,8 @@ def test_moments_live_where_their_parameter_does_and_the_configs_placement_goes_
     assert leaf.sharding.spec == P(None, "model")
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2)])
-def test_rows_of_a_batch_are_sharded_in_order(shape):
-    rows, mesh = np.arange(48).reshape(16, 3), sharding.make_mesh(*shape)
+def test_rows_of_a_batch_are_sharded_in_order():
+    rows, mesh = np.arange(48).reshape(16, 3), make_mesh(2, 2, 2)
     np.testing.assert_array_equal(sharding.process_rows(mesh, 16), np.arange(16))
     placed = sharding.to_global(mesh, {"rows": rows})["rows"]
     np.testing.assert_array_equal(placed, rows)
@@ -144,22 +137,10 @@ def test_rows_of_a_batch_are_sharded_in_order(shape):
         np.testing.assert_array_equal(shard.data, rows[start : start + size])
 
 
-def test_the_loss_is_over_the_global_batch():
-    rng = np.random.default_rng(0)
-    text, video = rng.normal(size=(2, 16, 6)).astype(np.float32)
-    batch = sharding.to_global(sharding.make_mesh(), {"text": text, "video": video})
-    step = jax.jit(jax.value_and_grad(symmetric_cross_entropy, argnums=(0, 1)))
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6),
-        step(batch["text"], batch["video"], 3.0),
-        step(text, video, 3.0),
-    )
-
-
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 1, 8), (1, 8, 1)])
 def test_devices_on_their_own_rows_give_the_same_values_and_gradients(shape):
     """Of parameters that are copied and of CLIP's, which are not."""
-    mesh = sharding.make_mesh(*shape)
+    mesh = make_mesh(*shape)
     rng = np.random.default_rng(0)
     tree = {"clip": {"w": rng.normal(size=(3, 4))}, "prompts": {"p": rng.normal(size=(2, 4))}}
     tree, frozen = jax.tree.map(np.float32, (tree, rng.normal(size=(1, 4))))
