@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import sys
+from unittest import mock
 
 import pytest
 
@@ -47,10 +48,6 @@ def first_of_two(monkeypatch):
     return make
 
 
-def raises(error):
-    raise error
-
-
 @pytest.mark.parametrize("run", [hosts.on_first, hosts.on_all])
 @pytest.mark.parametrize(
     ("error", "message"),
@@ -66,20 +63,16 @@ def raises(error):
 def test_an_error_of_the_user_is_sent_to_the_other_processes(first_of_two, run, error, message):
     store = first_of_two({"result": None})
     with pytest.raises(type(error)):
-        run(lambda: raises(error))
+        run(mock.Mock(side_effect=error))
     assert store.sent == [{"error": message}]
 
 
-def test_a_bug_is_not_sent(first_of_two):
+def test_results_are_sent_and_bugs_are_not(first_of_two):
     store = first_of_two({"result": None})
     for run in (hosts.on_all, hosts.on_first):
         with pytest.raises(ZeroDivisionError):
             run(lambda: 1 // 0)
     assert store.sent == []
-
-
-def test_results_and_errors_of_another_process(first_of_two):
-    first_of_two({"result": None})
     assert hosts.on_all(lambda: "done") == "done" and hosts.on_first(lambda: 3) == 3
     first_of_two({"error": "not there"})
     with pytest.raises(UserError, match="not there"):
@@ -92,30 +85,35 @@ def test_facts_that_differ_are_named(first_of_two):
         hosts.agree({"config": "x", "code": "y"})
 
 
-def test_every_wait_of_jax_has_the_same_timeout(monkeypatch):
-    arguments = {}
-    monkeypatch.setattr(hosts.jax.distributed, "initialize", lambda **k: arguments.update(k))
-    with runs.restore_signals():
-        hosts.start("127.0.0.1:1", 2, 1, timeout=7)
-    timeouts = [value for key, value in arguments.items() if "timeout" in key]
-    assert timeouts == [7] * 3
+def test_an_end_while_jax_waits_for_the_others_is_explained(monkeypatch, capfd):
+    def abort(**arguments):
+        """As jax's C++ runtime does: all pipes of the process are closed, and nothing is raised."""
+        timeouts = [value for key, value in arguments.items() if "timeout" in key]
+        assert timeouts == [7] * 3  # every wait has the same
+        hosts._watcher.stdin.close()
+        hosts._watcher.wait()
+        monkeypatch.setattr(hosts, "_watcher", None)
+        raise SystemExit
+
+    monkeypatch.setattr(hosts.jax.distributed, "initialize", abort)
+    with pytest.raises(SystemExit):
+        hosts.start("127.0.0.1:1", 2, 0, timeout=7)
+    assert "error: no run to join at 127.0.0.1:1: not all" in capfd.readouterr().err
 
 
-ALONE = """
-from vop_jax.training import hosts
-hosts.start("127.0.0.1:{port}", 2, {process}, timeout=2)
-"""
-
-
-@pytest.mark.parametrize("process", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("process", [0, 1])
 def test_a_process_that_nobody_joins_says_where(process):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    alone = ALONE.format(port=port, process=process)
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    alone = f"""if True:
+        from vop_jax.training import hosts
+        hosts.start("{address}", 2, {process}, timeout=2)
+    """
     done = processes.run([sys.executable, "-c", alone], env=runs.environment())
     assert done.returncode
-    assert f"error: no run to join at 127.0.0.1:{port}: " in done.stderr
+    assert f"error: no run to join at {address}: " in done.stderr
 
 
 @pytest.mark.parametrize(
