@@ -11,6 +11,7 @@ import vop_jax
 from tests import runs
 from tests.video import videos
 from vop_jax.clip.weights import load_clip
+from vop_jax.inference.retriever import BATCH_SIZES
 from vop_jax.model import TextVideoModel
 from vop_jax.storage.tensors import flatten, unflatten
 from vop_jax.tuning.methods import MethodConfig
@@ -66,22 +67,16 @@ def test_videos_are_read_as_in_training(retriever, places, monkeypatch):
 
 def test_no_rows_give_no_vectors(retriever):
     empty = (0, runs.CLIP.embed_dim)
-    assert retriever.embed_images([]).shape == empty
-    assert retriever.embed_text([]).shape == empty
-    assert retriever.embed_videos([]).shape == empty
+    for method in ("images", "text", "videos"):
+        assert getattr(retriever, f"embed_{method}")([]).shape == empty
     assert retriever.embed_frames(frames(0, 3, 16, 16, 3)).shape == empty
 
 
-def test_a_row_does_not_depend_on_its_neighbours(retriever):
-    many = frames(3, 2, 16, 16, 3)
-    alone = retriever.embed_frames(many[1:2])
-    np.testing.assert_allclose(retriever.embed_frames(many)[1:2], alone, atol=1e-6)
-
-
-def test_long_texts_are_cut_and_said_so(retriever, caplog):
+def test_long_texts_are_truncated_and_counted(retriever, caplog):
     long = retriever.embed_text(["word " * 100])
     assert "1 of 1 texts truncated to 24 tokens" in caplog.text
     np.testing.assert_allclose(long, retriever.embed_text(["word " * 22]), atol=1e-6)
+    assert retriever.count_truncated(["short", "word " * 100, "word " * 99]) == 2
 
 
 @pytest.mark.parametrize(
@@ -138,10 +133,6 @@ def write_prompts(path, clip, seed, name="vop"):
     return path
 
 
-def leaves(retriever):
-    return flatten(retriever._params)
-
-
 @pytest.fixture(scope="module")
 def prompts(places):
     return [write_prompts(places[0] / f"{i}.safetensors", places[1], i) for i in range(2)]
@@ -161,7 +152,8 @@ def test_prompt_sets_share_the_clip_and_the_programs(retriever, places, prompts)
     np.testing.assert_array_equal(again.embed_text(text), vectors[0][0])
     assert again.prompts_fingerprint == sets[0].prompts_fingerprint
     assert len(retriever._backbone._programs) == programs
-    own = {name for name, leaf in leaves(sets[0]).items() if leaf is not leaves(sets[1])[name]}
+    first, second = (flatten(r._params) for r in sets)
+    own = {name for name, leaf in first.items() if leaf is not second[name]}
     assert own == {"prompts/text", "prompts/visual"}
     plain = sets[0].with_prompts(None)
     np.testing.assert_array_equal(plain.embed_text(text), retriever.embed_text(text))
@@ -182,26 +174,27 @@ def test_prompts_of_another_clip_are_refused(retriever, places):
         retriever.with_prompts(path)
 
 
-def test_compiled_ahead(places):
-    fresh = vop_jax.load(places[1], frames=3, devices=1)
-    fresh.compile()
-    programs = set(fresh._backbone._programs)
+def test_compiled_ahead(retriever, monkeypatch):
+    monkeypatch.setattr(retriever._backbone, "_programs", {})
+    retriever.compile()
+    programs = set(retriever._backbone._programs)
     assert len(programs) == 3
     pixels = frames(1, 3, 24, 32, 3)
-    fresh.embed_text(["a dog"])
-    fresh.embed_frames(pixels)
-    fresh.embed_each_frame(pixels)
-    fresh.embed_images([pixels[0, 0]])
-    assert set(fresh._backbone._programs) == programs
+    retriever.embed_text(["a dog"])
+    retriever.embed_frames(pixels)
+    retriever.embed_each_frame(pixels)
+    retriever.embed_images([pixels[0, 0]])
+    assert set(retriever._backbone._programs) == programs
 
 
-def test_few_programs_for_all_sizes_of_batch(places):
-    retriever = vop_jax.load(places[1], devices=1)
-    texts = [f"text number {i}" for i in range(300)]
+def test_two_programs_for_all_sizes_of_batch(retriever, monkeypatch):
+    monkeypatch.setattr(retriever._backbone, "_programs", {})
+    monkeypatch.setitem(BATCH_SIZES, "encode_text", (1, 4))
+    texts = [f"text number {i}" for i in range(11)]
     whole = retriever.embed_text(texts)
-    for count in (1, 2, 3, 4, 255, 256, 257):
+    for count in range(1, 10):
         np.testing.assert_allclose(retriever.embed_text(texts[:count]), whole[:count], atol=1e-6)
-    assert len(retriever._backbone._programs) <= 4
+    assert len(retriever._backbone._programs) == 2
 
 
 def test_all_devices_give_the_vectors_of_one(retriever, places):
@@ -237,7 +230,3 @@ def test_a_picture_is_a_video_that_stands_still(retriever, prompts):
     images = [frames(20, 30, 3), frames(16, 40, 3)[:, ::-1]]
     still = [retriever.embed_frames(image[None, None].repeat(3, axis=1)) for image in images]
     np.testing.assert_allclose(retriever.embed_images(images), np.concatenate(still), atol=1e-6)
-
-
-def test_texts_that_are_cut_are_counted(retriever):
-    assert retriever.count_truncated(["short", "word " * 100, "word " * 99]) == 2
