@@ -2,6 +2,7 @@
 
 import dataclasses
 from datetime import timedelta
+from unittest import mock
 
 import jax
 import numpy as np
@@ -81,27 +82,22 @@ def test_memory_and_duration_are_logged(caplog, monkeypatch):
     assert size <= estimate.arguments < 1.5 * size + 1000  # also metrics
 
 
-class Device:
-    """One that reports its memory."""
-
-    def __init__(self, **stats):
-        self.stats = stats
-
-    def memory_stats(self):
-        return self.stats or None
+SIZES = {"argument": 3 * GB, "output": 2 * GB, "alias": 1 * GB, "temp": 10 * GB}
+MEMORY = mock.Mock(**{f"{name}_size_in_bytes": size for name, size in SIZES.items()})
+PROGRAM = mock.Mock(**{"memory_analysis.return_value": MEMORY})
 
 
-class Program:
-    """One whose compiler reports its memory."""
-
-    def memory_analysis(self):
-        sizes = {"argument": 3 * GB, "output": 2 * GB, "alias": 1 * GB, "temp": 10 * GB}
-        names = {f"{name}_size_in_bytes": size for name, size in sizes.items()}
-        return type("Memory", (), names)
+def device(**stats):
+    """One that reports its memory, or nothing."""
+    return mock.Mock(**{"memory_stats.return_value": stats or None})
 
 
 def test_a_step_that_does_not_fit_is_refused_before_it_runs(monkeypatch):
-    estimate = MemoryEstimate.of(Program(), Device(bytes_limit=16 * GB, bytes_in_use=6 * GB))
+    fits = None, device(), device(bytes_in_use=GB), device(bytes_limit=14 * GB)
+    for estimate in (MemoryEstimate.of(PROGRAM, one) for one in fits):
+        assert estimate.total == 14 * GB and estimate.other == 0
+        estimate.check()
+    estimate = MemoryEstimate.of(PROGRAM, device(bytes_limit=16 * GB, bytes_in_use=6 * GB))
     assert estimate == MemoryEstimate(4 * GB, 10 * GB, other=3 * GB, limit=16 * GB)
     message = (
         "a step needs 17.0 GB of a device: 4.0 parameters, state and batch, 10.0 activations, 3.0 "
@@ -118,26 +114,20 @@ def test_a_step_that_does_not_fit_is_refused_before_it_runs(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "device", [None, Device(), Device(bytes_in_use=GB), Device(bytes_limit=14 * GB)]
+    ("message", "error", "match"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory.\nUsed 20G of 16G hbm.",
+            *(UserError, r"does not fit a device .*Used 20G of 16G.*remat='full'"),
+        ),
+        ("INTERNAL: something else", jax.errors.JaxRuntimeError, "INTERNAL"),
+    ],
 )
-def test_a_step_that_fits_or_a_device_that_reports_nothing(device):
-    estimate = MemoryEstimate.of(Program(), device)
-    assert estimate.total == 14 * GB and estimate.other == 0
-    estimate.check()
-
-
-def test_a_compiler_that_lacks_memory_is_an_error_of_the_user_and_others_are_not():
-    def compile_with(message):
-        def step(state, frozen, batch):
-            raise jax.errors.JaxRuntimeError(message)
-
-        mesh, _, _, state, frozen = rows.prepare(1)
+def test_a_compiler_that_lacks_memory_is_an_error_of_the_user(message, error, match):
+    mesh, _, _, state, frozen = rows.prepare(1)
+    step = mock.Mock(side_effect=jax.errors.JaxRuntimeError(message), __name__="step")
+    with pytest.raises(error, match=match):
         CompiledStep(step, mesh)(state, frozen, sharding.to_global(mesh, rows.batch(0)))
-
-    with pytest.raises(UserError, match=r"does not fit a device .*Used 20G of 16G.*remat='full'"):
-        compile_with("RESOURCE_EXHAUSTED: Ran out of memory.\nUsed 20G of 16G hbm.")
-    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-        compile_with("INTERNAL: something else")
 
 
 def flops_of(clip, method, frames, what="forward"):

@@ -60,9 +60,10 @@ def assert_equal(a, b, atol=0.0):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """(workdir, final state) of a run on one device that nothing interrupts."""
+    """(workdir, run, final state) of a run on one device that nothing interrupts."""
     workdir = tmp_path_factory.mktemp("whole")
-    return workdir, Run(workdir).fit()
+    run = Run(workdir)
+    return workdir, run, run.fit()
 
 
 class Killed(Exception):
@@ -96,44 +97,35 @@ def test_a_run_that_is_killed_and_signalled_ends_with_the_same_bits(whole, tmp_p
         run.fit()
     assert caught.value.exit_status == 143
     assert saved_steps(tmp_path)[-1] == 3  # the step under way is saved
-    assert_equal(whole[1].trainable, Run(tmp_path).fit().trainable)
+    assert_equal(whole[2].trainable, Run(tmp_path).fit().trainable)
     steps = [line["step"] for line in read_metrics(tmp_path)]
     assert steps == sorted(set(steps)) and steps[-1] == STEPS
 
 
 def test_one_and_eight_devices_learn_the_same(whole, tmp_path):
     """With CLIP in place of the two products: see test_meshes."""
-    workdir, state = whole
+    workdir, _, state = whole
     assert_equal(Run(tmp_path, devices=8).fit().trainable, state.trainable, atol=1e-6)
     losses = [[line["loss"] for line in read_metrics(d)] for d in (workdir, tmp_path)]
     np.testing.assert_allclose(*losses, atol=1e-5)
 
 
-def test_frozen_parameters_stay_and_the_rest_learns_in_one_program(tmp_path, caplog):
-    logging.set_verbosity(logging.INFO)
-    run = Run(tmp_path)
-    frozen = jax.tree.map(np.array, run.frozen)
-    before = flatten(jax.tree.map(np.array, run.state.trainable))
-    with caplog.at_level("INFO", logger="absl"):
-        state = run.fit()
-    assert_equal(frozen, run.frozen)
-    after = flatten(state.trainable)
+def test_frozen_parameters_stay_and_the_rest_learns_in_one_program(whole):
+    workdir, run, state = whole
+    start, after = flatten(rows.params()), flatten(state.trainable)
     assert after.keys() == {"clip/logit_scale", "prompts/text", "prompts/video"}
-    assert all((after[name] != before[name]).all() for name in after)
-    # Optimizer moments exist for the trainable tree alone.
+    assert all((after[name] != start[name]).all() for name in after)
+    frozen = flatten(run.frozen)
+    assert frozen.keys() == start.keys() - after.keys()
+    assert_equal(frozen, {name: start[name] for name in frozen})
+    # Optimizer moments exist for the trainable tree alone, and nothing else is saved.
     moments = sum(x.size for x in jax.tree.leaves(state.opt_state))
     assert moments <= 2 * parameter_count(state.trainable) + 2
-    assert run.step._cache_size() == 1  # no recompilation after the first step
-    line = next(m for m in caplog.messages if m.startswith(f"step {STEPS}/{STEPS}"))
-    assert "videos/s" in line and "waiting for data" in line
-
-
-def test_checkpoints_hold_the_trainable_tree_only_and_are_pruned(whole):
-    folder = whole[0] / "checkpoints"
-    assert saved_steps(whole[0]) == [4, 6]
-    metadata = (folder / "6" / "state" / "_METADATA").read_text()
+    assert saved_steps(workdir) == [4, 6]
+    metadata = (workdir / "checkpoints/6/state/_METADATA").read_text()
     assert "prompts" in metadata and "logit_scale" in metadata
-    assert "'clip', 'video'" not in metadata  # frozen
+    assert "'clip', 'video'" not in metadata
+    assert run.step._cache_size() == 1  # no recompilation after the first step
 
 
 def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
@@ -150,7 +142,9 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_
     assert saved_steps(tmp_path)[-1] == 4
 
 
-def test_the_time_that_devices_wait_for_batches_is_logged(tmp_path, monkeypatch):
+def test_the_time_that_devices_wait_for_batches_is_logged(tmp_path, monkeypatch, caplog):
+    logging.set_verbosity(logging.INFO)
+    caplog.set_level("INFO", logger="absl")
     outputs, noted = [], []
 
     class Noted(prefetch.IdleTimer):
@@ -177,6 +171,8 @@ def test_the_time_that_devices_wait_for_batches_is_logged(tmp_path, monkeypatch)
     assert "data_wait" not in compiling and [line["step"] for line in lines] == [2, 4, 6]
     for line in lines:  # both are divided by the same time
         assert line["data_wait"] / line["videos_per_second"] == pytest.approx(1.5 / rows.BATCH)
+    line = next(m for m in caplog.messages if m.startswith(f"step {STEPS}/{STEPS}"))
+    assert "videos/s" in line and "waiting for data" in line
 
 
 def test_a_few_steps_are_queued_on_the_devices_and_no_more(tmp_path):
