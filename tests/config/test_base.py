@@ -2,16 +2,16 @@
 
 import json
 import math
+import sys
 
+import absl.flags
 import pytest
+from ml_collections import config_flags
 
 from vop_jax.config import base as configs
-from vop_jax.config.keys import KEYS, table
+from vop_jax.config.keys import EXTRAS, KEYS, table
 from vop_jax.errors import UserError
 from vop_jax.tuning.methods import MethodConfig
-
-CHOICES = {name: key for name, key in KEYS.items() if key.choices}
-NUMBERS = {name: key for name, key in KEYS.items() if key.low is not None or key.above is not None}
 
 
 def with_value(key, value):
@@ -49,6 +49,8 @@ def test_the_reference_table_has_a_row_for_each_key():
     assert list(rows) == list(KEYS)
     assert all(row.default and row.allowed and row.meaning for row in rows.values())
     assert rows["seed"].allowed == "0 to 4294967295"
+    assert rows["train.batch_size"].allowed == "1 or more"
+    assert rows["train.clip_norm"].allowed == "more than 0"
     assert rows["pretrain.learning_rate"].meaning == "Peak learning rate."
     assert rows["data.short_clips"].allowed == "skip, repeat"
 
@@ -71,16 +73,18 @@ def test_unknown_and_missing_keys_are_named(change, message):
 
 
 def test_choices_are_listed():
-    assert {"train.select", "compute.remat", "method.cmm", "clip.arch"} <= CHOICES.keys()
-    for name, key in CHOICES.items():
+    keys = {name: key for name, key in KEYS.items() if key.choices}
+    assert {"train.select", "compute.remat", "method.cmm", "clip.arch"} <= keys.keys()
+    for name, key in keys.items():
         message = refusal(name, "wrong")
         assert message.startswith(f"config.{name}='wrong': allowed are ")
         assert all(choice in message for choice in key.choices)
 
 
 def test_numbers_out_of_range_are_refused():
-    assert {"seed", "train.clip_norm", "data.max_skipped", "method.split_layer"} <= NUMBERS.keys()
-    for name, key in NUMBERS.items():
+    keys = {name: key for name, key in KEYS.items() if key.low is not None or key.above is not None}
+    assert {"seed", "train.clip_norm", "data.max_skipped", "method.split_layer"} <= keys.keys()
+    for name, key in keys.items():
         bad = [-2, math.nan, math.inf]
         bad += [key.high + 1] if key.high < math.inf else []
         bad += [key.above] if key.above is not None else [key.low - 1]
@@ -96,10 +100,6 @@ def test_numbers_out_of_range_are_refused():
 @pytest.mark.parametrize(
     ("key", "values", "message"),
     [
-        ("seed", [2**32], "config.seed=4294967296: must be 0 to 4294967295"),
-        ("train.warmup", [1.5], "config.train.warmup=1.5: must be 0 to 1"),
-        ("train.batch_size", [0], "config.train.batch_size=0: must be 1 or more"),
-        ("train.clip_norm", [0.0], "config.train.clip_norm=0.0: must be more than 0"),
         (
             "data.text_buckets",
             [32, "32", (1,), (32.0,), (True,), ("32",), None],
@@ -109,6 +109,11 @@ def test_numbers_out_of_range_are_refused():
             "data.crop_scale",
             [(0.0, 1.0), (0.6, 0.5), (0.5, 1.5), (0.5,), (math.nan, 1.0), (0.5, math.nan)],
             "must be (low, high), 0 < low <= high <= 1",
+        ),
+        (
+            "eval.extra",
+            [("softmax",), "dual", 3, (3,), ("dual_softmax", "x")],
+            ": allowed are dual_softmax, query_bank",
         ),
         ("data.sampling", ["rand"], "set data.stored_fps > 0"),
         ("mesh.data", [0, -2], "a number of devices, or -1"),
@@ -122,9 +127,34 @@ def test_values_with_a_rule_of_their_own(key, values, message):
         assert refused.startswith(f"config.{key}=") and message in refused
 
 
-@pytest.mark.parametrize("widths", [(), (32,), (48, 16), [2]])
-def test_text_buckets_that_are_valid(widths):
-    configs.validate(with_value("data.text_buckets", widths))
+def test_text_buckets_that_are_valid():
+    for widths in ((), (32,), (48, 16), [2]):
+        configs.validate(with_value("data.text_buckets", widths))
+
+
+def test_extras_may_be_a_list_or_a_string(monkeypatch):
+    both = "dual_softmax,query_bank"
+    for value in (list(EXTRAS), both, (both.replace(",", ", "),), EXTRAS * 2):
+        configs.validate(with_value("eval.extra", value))
+        assert configs.extra_rows(with_value("eval.extra", value)) == EXTRAS
+    for value in ((), "", ("",)):
+        assert configs.extra_rows(with_value("eval.extra", value)) == ()
+    one_by_one = [f"--config.eval.extra={name}" for name in EXTRAS]
+    for flags in ([f"--config.eval.extra={both}"], one_by_one, [f"--config.eval.extra={EXTRAS}"]):
+        monkeypatch.setattr(sys, "argv", ["main", *flags])  # overrides are looked up there
+        values = absl.flags.FlagValues()
+        config_flags.DEFINE_config_dict("config", configs.base_config(), flag_values=values)
+        values(sys.argv)
+        assert configs.extra_rows(values.config) == EXTRAS
+
+
+def test_a_bank_of_the_evaluated_split_is_refused():
+    config = with_value("eval.extra", ("query_bank",))
+    config.data.eval_split = "train"
+    with pytest.raises(UserError, match=r"'query_bank': the bank comes from .*'train' is also"):
+        configs.validate(config)
+    config.eval.extra = ("dual_softmax",)
+    configs.validate(config)
 
 
 def test_a_difference_is_named_with_both_values():
