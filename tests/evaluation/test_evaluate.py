@@ -64,10 +64,10 @@ def test_texts_are_embedded_in_the_narrowest_bucket_of_each_block():
 
 
 def test_every_protocol_and_extra_has_a_row_of_its_own():
-    pairs = texts, videos, owner = random_pairs(17, 7, similar=0.3)
+    texts, videos, owner = random_pairs(17, 7, similar=0.3)
     bank = bank_texts, bank_videos = random_pairs(5, 5, seed=1)[:2]
     assert list(evaluated(texts[:7], videos, np.arange(7), bank)) == ["t2v", "v2t"]
-    found = evaluated(*pairs, bank, extra=EXTRAS)
+    found = evaluated(texts, videos, owner, bank, extra=EXTRAS)
     extras = [f"{side}_{name}" for name in EXTRAS for side in ("t2v", "v2t")]
     assert list(found) == ["t2v", "v2t", "v2t_per_caption", "v2t_grouped", *extras]
     mean = {side: values["MnR"] for side, values in found.items()}
@@ -84,7 +84,7 @@ def test_every_protocol_and_extra_has_a_row_of_its_own():
         ),
     }
     for name, rescored in scores.items():
-        ranks = vars(metrics.rank_pairs(*pairs, scores=rescored))
+        ranks = vars(metrics.rank_pairs(texts, videos, owner, scores=rescored))
         for side in ranks if not name else ("t2v", "v2t"):
             assert found[side + name] == metrics.summarize(ranks[side])
     assert len({found[f"t2v{name}"]["MnR"] for name in scores}) == 3
