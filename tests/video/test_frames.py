@@ -1,6 +1,5 @@
 """Sampled frames of files whose frames are known, of folders, and reasons why there are none."""
 
-import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -47,12 +46,6 @@ def test_frames_at_a_rate(tmp_path):
     assert read_frames(path, 2, fps=1).indices == [0, 30, 60, 90]
 
 
-def half(path):
-    videos.write(path, 200, width=320, height=240, options={"movflags": "faststart"})
-    data = path.read_bytes()
-    path.write_bytes(data[: len(data) // 2])
-
-
 def no_header(path):
     videos.write(path, COUNT)  # its index is at the end
     data = path.read_bytes()
@@ -73,7 +66,6 @@ def holes(path):
     ("damage", "reason"),
     [
         (lambda path: path.write_bytes(b""), "zero bytes"),
-        (half, "truncated|damaged"),
         (no_header, "not readable as video"),
         (lambda path: path.write_text("<html>not found</html>"), "not readable as video"),
         (holes, "truncated|damaged"),
@@ -101,7 +93,7 @@ def test_a_file_of_another_extension_is_suggested(tmp_path):
 def test_a_segment_that_a_truncated_file_lacks(tmp_path):
     """The segment misses more than the tenth of the whole file that may be missing."""
     path = tmp_path / "a.mp4"
-    videos.write(path, 400, width=320, height=240, options={"movflags": "faststart"})  # 40 s
+    videos.write(path, 400, options={"movflags": "faststart"})  # 40 s
     data = path.read_bytes()
     path.write_bytes(data[: len(data) * 3 // 4])
     end = SegmentReader(path).packet_times()[-1]
@@ -113,29 +105,26 @@ def test_a_segment_that_a_truncated_file_lacks(tmp_path):
 @pytest.fixture(scope="module")
 def film(tmp_path_factory):
     """A video of 25 frames a second, and a folder of what ffmpeg would extract of it."""
-    root = tmp_path_factory.mktemp("film")
-    path = videos.write(root / "film.mp4", 60, rate=25, width=320, height=240)
-    folder = root / "film"
+    path = tmp_path_factory.mktemp("film") / "film.mp4"
+    videos.write(path, 60, rate=25)
+    folder = path.with_suffix("")
     folder.mkdir()
-    with av.open(str(path)) as container:
-        for i, frame in enumerate(container.decode(video=0)):
-            Image.fromarray(frame.to_ndarray(format="rgb24")).save(folder / f"{i + 1}.png")
+    for i, pixels in enumerate(read_frames(path, 60).pixels):
+        Image.fromarray(pixels).save(folder / f"{i + 1}.png")
     return path, folder
 
 
 @pytest.mark.parametrize("sampling", ["uniform", "linspace", "segments"])
-def test_a_file_and_its_extracted_frames_are_the_same(film, sampling):
+@pytest.mark.parametrize("fps", [0.0, 5.0])
+def test_a_file_and_its_extracted_frames_are_the_same(film, sampling, fps):
     path, folder = film
+    options = {"sampling": sampling, "fps": fps, "short_side": 24}
     for segment in ({}, {"start": 0.5, "end": 2.0}, {"end": 1.0}):
-        for fps in (0.0, 5.0):
-            options = {**segment, "sampling": sampling, "fps": fps, "short_side": 96}
-            of_file = read_frames(path, 7, **options)
-            of_folder = read_frames(folder, 7, folder_fps=25.0, **options)
-            assert of_file.indices == of_folder.indices
-            assert of_file.count == of_folder.count
-            np.testing.assert_allclose(of_file.timestamps, of_folder.timestamps, atol=1e-6)
-            for one, other in zip(of_file.pixels, of_folder.pixels, strict=True):
-                np.testing.assert_array_equal(one, other)
+        of_file = read_frames(path, 7, **segment, **options)
+        of_folder = read_frames(folder, 7, folder_fps=25.0, **segment, **options)
+        assert (of_file.indices, of_file.count) == (of_folder.indices, of_folder.count)
+        np.testing.assert_allclose(of_file.timestamps, of_folder.timestamps, atol=1e-6)
+        np.testing.assert_array_equal(of_file.pixels, of_folder.pixels)
 
 
 def test_folders_that_cannot_be_used(film, tmp_path):

@@ -35,7 +35,7 @@ def check_clip(clip, path, segment, spec=SPEC):
         path,
         spec.frames,
         start=start,
-        end=None if math.isinf(end) else end,
+        end=end,
         short_side=spec.short_side,
         sampling=spec.sampling,
         fps=spec.fps,
@@ -71,22 +71,22 @@ def test_moments_cover_a_video_to_its_end(duration, window, stride, expected):
 
 
 def test_moments_without_a_frame_are_left_out_and_many_take_little_memory():
-    few = np.array([0.0, 3.0, 3.1, 1000.25])
-    many = np.sort(np.random.default_rng(0).uniform(0, 1e3, 40))
+    few = np.array([0.0, 3.0, 3.1, 200.25])
+    many = np.sort(np.random.default_rng(0).uniform(0, 200, 40))
     for times in (few, many):
-        for window, stride in ((2.0, 0.5), (2.0, 1.5), (0.3, 0.3), (900.0, 450.0), (3.2, 0.5)):
-            count = math.ceil((1001 - window) / stride)
-            starts = [*(i * stride for i in range(count)), 1001 - window]
+        for window, stride in ((2.0, 0.5), (2.0, 1.5), (0.3, 0.3), (180.0, 90.0), (3.2, 0.5)):
+            count = math.ceil((201 - window) / stride)
+            starts = [*(i * stride for i in range(count)), 201 - window]
             edges = [(round(start, 3), round(start + window, 3)) for start in starts]
             expected = [(a, b) for a, b in edges if ((times >= a) & (times < b)).any()]
-            assert list_moments(VideoInfo("", 1001.0, [], times), window, stride) == expected
+            assert list_moments(VideoInfo("", 201.0, [], times), window, stride) == expected
     assert len(list_moments(VideoInfo("", 1e12, [], np.array([0.0, 5e11])), 10.0, 5.0)) == 3
 
     tracemalloc.start()
-    assert len(list_moments(VideoInfo("", 6e4, [], np.arange(0, 6e4, 5.0)), 2000, 5)) == 11_601
+    assert len(list_moments(VideoInfo("", 2e4, [], np.arange(0, 2e4, 5.0)), 2000, 5)) == 3601
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 15e6  # bytes; 39e6 by listing the moments of each frame
+    assert peak < 5e6  # bytes; 26e6 by listing the moments of each frame
 
 
 @pytest.mark.parametrize(
@@ -154,15 +154,3 @@ def test_moments_between_the_pictures_of_a_slide_show_have_no_clip(tmp_path):
     assert decoded.clip(1) is not None and decoded.clip(2) is None
     with pytest.raises(VideoError, match="no frame between 4 and 8 s"):
         read_segment(film, SPEC, 4.0, 8.0)
-
-
-def test_unusable_files_have_a_reason(tmp_path):
-    text = tmp_path / "text.mp4"
-    text.write_text("not a video")
-    for path, reason in ((text, "not readable as video"), (tmp_path / "none.mp4", "no such file")):
-        with pytest.raises(VideoError, match=reason):
-            inspect_video(path, SPEC)
-    half = videos.write(tmp_path / "half.mkv", 100)
-    half.write_bytes(half.read_bytes()[: half.stat().st_size // 3])
-    with pytest.raises(VideoError, match="truncated"):
-        decode_task(DecodeTask(str(half), SPEC, (WHOLE_FILE,)))

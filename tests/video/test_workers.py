@@ -1,7 +1,7 @@
 """Worker processes: results in order, whatever happens to one of them."""
 
-import contextlib
 import errno
+import itertools
 import os
 import signal
 import sys
@@ -15,15 +15,11 @@ from vop_jax.errors import VideoError
 from vop_jax.video.workers import block_interrupts, in_processes, in_threads
 
 
-def outcomes(tasks, workers=2, seconds=processes.HANG):
-    with contextlib.closing(in_processes(calls.obey, tasks, workers, seconds=seconds)) as results:
-        return [str(r) if isinstance(r, VideoError) else r[0] for r in results]
-
-
 def test_results_come_in_order_and_a_failure_costs_one_task():
     tasks = [f"task {i}" for i in range(20)]
     failing = ["crash", "b", "exit", "bug", "unusable", "c"]
-    assert outcomes([*tasks, *failing]) == [
+    results = list(in_processes(calls.obey, [*tasks, *failing], 2, seconds=processes.HANG))
+    assert [str(r) if isinstance(r, VideoError) else r[0] for r in results] == [
         *tasks,
         "its decoder crashed (SIGSEGV)",
         "b",
@@ -34,22 +30,19 @@ def test_results_come_in_order_and_a_failure_costs_one_task():
     ]
 
 
-def test_a_task_that_hangs_is_stopped():
-    results = outcomes(["hang", "a"], workers=1, seconds=2)
-    assert results == ["its decoder took more than 2 s and was stopped", "a"]
-
-
 def test_the_reason_why_no_process_starts_is_raised(monkeypatch):
     def no_memory(process):
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
     monkeypatch.setattr("multiprocessing.context.SpawnProcess.start", no_memory)
     with pytest.raises(OSError, match=os.strerror(errno.ENOMEM)):
-        outcomes(["a"])
+        list(in_processes(calls.obey, ["a"], 2, seconds=processes.HANG))
 
 
-def test_processes_have_their_own_group_and_end_with_a_closed_iterator():
-    results = in_processes(calls.obey, (f"{i}" for i in range(10**9)), 1, seconds=processes.HANG)
+def test_a_task_that_hangs_is_stopped_and_processes_end_with_a_closed_iterator():
+    tasks = itertools.chain(["hang"], map(str, itertools.count()))
+    results = in_processes(calls.obey, tasks, 1, seconds=3)
+    assert str(next(results)) == "its decoder took more than 3 s and was stopped"
     _, process = next(results)
     assert os.getpgid(process) == process != os.getpgrp()
     results.close()
