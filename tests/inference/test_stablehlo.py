@@ -33,7 +33,7 @@ def export_encoder(model, params, name, rows):
     return make_program(model, name, params, jax.ShapeDtypeStruct(shape, rows.dtype))
 
 
-@pytest.mark.parametrize("name", ["zero_shot", "adapter_ffn", "vop_f+c"])
+@pytest.mark.parametrize("name", ["adapter_ffn", "vop_f+c"])
 def test_each_program_has_the_weights_of_its_own_tower(name):
     model, params = make_model(name)
     frames, ids = model.example()
@@ -52,7 +52,8 @@ def test_bfloat16_weights_travel_as_bits_and_give_the_same_vectors():
     program, weights = export_encoder(model, params, "encode_text", ids)
     assert {str(leaf.dtype) for leaf in weights.values()} == {"uint16", "float32"}
     assert sum(w.nbytes for w in weights.values()) < 0.7 * 4 * sum(w.size for w in weights.values())
-    ours = model.apply({"params": params}, ids, method="encode_text")
+    encode = jax.jit(lambda p, rows: model.apply({"params": p}, rows, method="encode_text"))
+    ours = encode(params, ids)
     theirs = np.asarray(jax.jit(jax.export.deserialize(program).call)(weights, ids))
     assert theirs.dtype == np.float32
     assert (theirs * np.asarray(ours)).sum(axis=1).min() > 0.999
