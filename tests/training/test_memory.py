@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from vop_jax.tuning.methods import MethodConfig
 from vop_jax.tuning.partition import merge, partition
 
 BATCH = 16
+CLIP = dataclasses.replace(tiny.CLIP, vision_layers=2, text_layers=1)
 METHODS = ("vop", "vop_c", "vop_f", "adapter_attn", "full")
 OPTIONS: dict[str, dict[str, Any]] = {
     "dots": {"remat": "dots"},
@@ -29,15 +31,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "blocks": {"kernel": "blocks"},
     "all": {"remat": "full", "frame_chunk": 1, "microbatches": 2, "kernel": "blocks"},
 }
-# Compiling takes seconds each; the case that has most in it stands for all.
-QUICK = [("vop_f", "all", 8)]
 CASES = [
-    pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
-    for case in ((m, o, d) for m in METHODS for o in OPTIONS for d in (1, 8))
+    # Compiling takes seconds each; the case that has most in it stands for all. Here prompts are
+    # shared by frames of one position, and then all frames are one sequence.
+    ("vop_f+p", "all", 2),
+    *(
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in itertools.product(METHODS, OPTIONS, (1, 8))
+    ),
 ]
-OPTIONS["quarters"] = {"microbatches": 4}  # more than eight devices have rows for
-CASES.append(pytest.param("vop_p", "chunks", 1))  # prompts shared by frames of one position
-CASES.append(pytest.param("vop_p", "quarters", 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Setting:
     def plain(self):
         """(model, params) without the options."""
         method = MethodConfig(self.method, visual_prompts=2, specific_prompts=1, frames=tiny.FRAMES)
-        return tiny.model_and_params(method)
+        return tiny.model_and_params(method, clip=CLIP)
 
     @property
     def model(self):
@@ -69,8 +71,8 @@ class Setting:
     def arguments(self):
         """(trainable, frozen, batch)."""
         model, params = self.plain
-        slots = model.method.text_slots(tiny.CLIP)
-        trees = partition(params, model.method.trainable_patterns(tiny.CLIP))
+        slots = model.method.text_slots(CLIP)
+        trees = partition(params, model.method.trainable_patterns(CLIP))
         batch = {"frames": tiny.frames(BATCH), "ids": tiny.captions(BATCH, slots)}
         return *sharding.place(self.mesh, trees), sharding.to_global(self.mesh, batch)
 
@@ -102,8 +104,9 @@ def test_loss_and_gradient_are_the_same(method, options, devices):
         np.testing.assert_allclose(gradient[name], leaf, atol=1e-5, err_msg=name)
     # By the account of the CPU's compiler, which is of no use for `remat` without chunks: it
     # schedules what is computed again as early as it can.
-    if method == "vop_p":
-        assert setting.program.memory_analysis().temp_size_in_bytes < 0.8 * activations
+    if devices == 2:
+        held = setting.program.memory_analysis().temp_size_in_bytes
+        assert held * devices < 0.45 * activations
 
 
 @pytest.mark.slow
@@ -125,18 +128,8 @@ def test_chunks_are_equal_and_at_most_as_large_as_configured():
         assert Remat(frame_chunk=limit).chunk_count(12) == chunks
 
 
-def test_parameters_keep_their_names():
-    thrifty, (_, params) = (
-        Setting("adapter_ffn", **OPTIONS["all"]).model,
-        Setting("adapter_ffn").plain,
-    )
-    assert {k: v.shape for k, v in thrifty.shapes().items()} == {
-        k: v.shape for k, v in flatten(params).items()
-    }
-
-
 def test_frozen_parameters_in_the_compute_dtype_give_the_same_bits():
-    setting = Setting("vop_f+c")
+    setting = Setting("vop")
     trainable, frozen, batch = setting.arguments
     model = setting.model.clone(dtype=jnp.bfloat16)
 
