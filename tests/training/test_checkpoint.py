@@ -1,10 +1,11 @@
 """Damaged checkpoints: a run continues from the one before and says so, or stops with one line."""
 
+import contextlib
 import shutil
 import threading
-import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -25,16 +26,15 @@ DAMAGES = {
 def state_of(step):
     rng = np.random.default_rng(step)
     params = {"prompts": {name: rng.random((9, 33), np.float32) for name in "ab"}}
-    return TrainState(np.int32(step), params, (params, np.int32(step)))
+    return jax.tree.map(jnp.asarray, TrainState(np.int32(step), params, (params, np.int32(step))))
 
 
 def save(workdir, *steps):
-    checkpoints = Checkpoints(workdir, keep=2)
-    for step in steps:
-        checkpoints.save(jax.tree.map(jax.numpy.asarray, state_of(step)), META)
-        checkpoints.wait()
-    checkpoints.close()
-    return workdir / "checkpoints"
+    with contextlib.closing(Checkpoints(workdir, keep=2)) as checkpoints:
+        for step in steps:
+            checkpoints.save(state_of(step), META)
+            checkpoints.wait()
+    return workdir
 
 
 def check(meta):
@@ -43,20 +43,15 @@ def check(meta):
 
 
 def restore(workdir):
-    checkpoints = Checkpoints(workdir, keep=2)
-    try:
-        state, _ = checkpoints.restore(jax.tree.map(jax.numpy.asarray, state_of(0)), check)
-    finally:
-        checkpoints.close()
+    with contextlib.closing(Checkpoints(workdir, keep=2)) as checkpoints:
+        state, _ = checkpoints.restore(state_of(0), check)
     jax.tree.map(np.testing.assert_array_equal, state, state_of(int(state.step)))
     return int(state.step)
 
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("original")
-    save(workdir, 2, 4)
-    return workdir
+    return save(tmp_path_factory.mktemp("original"), 2, 4)
 
 
 @pytest.fixture
@@ -90,7 +85,7 @@ def test_a_readable_checkpoint_with_other_numbers_is_damaged_and_the_run_goes_on
 ):
     other = save(tmp_path / "other", 6)
     shutil.rmtree(saved / "checkpoints/4/state")
-    shutil.copytree(other / "6/state", saved / "checkpoints/4/state")
+    shutil.copytree(other / "checkpoints/6/state", saved / "checkpoints/4/state")
     assert restore(saved) == 2
     assert "the checkpoint of step 4 is damaged (state/" in caplog.text
     save(saved, 4, 6)  # the next checkpoints are the newest again
@@ -118,30 +113,33 @@ def test_nothing_waits_for_a_folder_that_cannot_be_made(tmp_path):
     checkpoints, before = Checkpoints(tmp_path, keep=2), set(threading.enumerate())
     (tmp_path / "checkpoints").rmdir()
     (tmp_path / "checkpoints").touch()
-    try:
-        with pytest.raises(NotADirectoryError):
-            checkpoints.save(jax.tree.map(jax.numpy.asarray, state_of(2)), META)
-            checkpoints.wait()
-    finally:
-        checkpoints.close()
-    started = set(threading.enumerate()) - before
+    with contextlib.closing(checkpoints), pytest.raises(NotADirectoryError):
+        checkpoints.save(state_of(2), META)
+        checkpoints.wait()
     # The process would not end before its threads; those of asyncio are idle.
-    assert not [thread for thread in started if not thread.name.startswith("asyncio_")]
+    names = [thread.name for thread in set(threading.enumerate()) - before]
+    assert all(name.startswith("asyncio_") for name in names)
 
 
 def test_digests_are_written_for_the_step_that_is_saved(tmp_path, monkeypatch):
-    written = []
+    written, second_waits = [], threading.Event()
 
-    def slowly(self):
-        time.sleep(0.3)
+    def write(self):
+        assert second_waits.wait(10)
         written.append(self._saving)
 
-    monkeypatch.setattr(Checkpoints, "_write_digests", slowly)
-    checkpoints = Checkpoints(tmp_path, keep=2)
-    for step in (2, 4):  # the second while the first is being written
-        checkpoints.save(jax.tree.map(jax.numpy.asarray, state_of(step)), META)
-    checkpoints.wait()
-    checkpoints.close()
+    monkeypatch.setattr(Checkpoints, "_write_digests", write)
+    with contextlib.closing(Checkpoints(tmp_path, keep=2)) as checkpoints:
+        checkpoints.save(state_of(2), META)
+        finish = checkpoints._manager.wait_until_finished
+
+        def wait_until_finished():
+            second_waits.set()  # the first is still being written
+            finish()
+
+        monkeypatch.setattr(checkpoints._manager, "wait_until_finished", wait_until_finished)
+        checkpoints.save(state_of(4), META)
+        checkpoints.wait()
     assert written == [2, 4]
 
 
