@@ -47,6 +47,13 @@ def evaluated(texts, videos, owner, bank, **options):
     return evaluate.evaluate_split((encode, encode), params, mesh, data, BATCH).results
 
 
+@pytest.mark.parametrize(
+    ("devices", "count", "expected"), [(1, 1, 1), (8, 1, 8), (8, 9, 16), (1, 1000, 32)]
+)
+def test_a_few_clips_are_not_padded_to_a_whole_batch(devices, count, expected):
+    assert evaluate.batch_size_for(sharding.make_mesh(devices), count, 32) == expected
+
+
 def test_texts_are_embedded_in_the_narrowest_bucket_of_each_block():
     ids = np.zeros((10, 20), np.int32)
     lengths = np.array([2, 3, 4, 5, 5, 8, 2, 2, 9, 2])  # slots
