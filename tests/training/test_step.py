@@ -70,7 +70,7 @@ def test_gradients_are_finite_even_of_a_collapsed_or_separated_batch(temperature
 
 def test_the_gradient_equals_finite_differences():
     text, video = unit_rows(0, 4), unit_rows(1, 4)
-    gradient = jax.grad(symmetric_cross_entropy)(text, video, 5.0)
+    gradient = jax.jit(jax.grad(symmetric_cross_entropy))(text, video, 5.0)
     step = 1e-5
     for i, j in ((0, 0), (2, 3), (3, 5)):
         up, down = text.astype(np.float64), text.astype(np.float64)
@@ -167,10 +167,8 @@ def test_the_temperature_learns_between_1_and_100(start, videos, moves):
 
 
 def test_the_temperature_of_a_frozen_clip_stays_as_it_is():
-    optimizer = optax.sgd(0.1)
-    state = TrainState.create({"prompts": {"text": jnp.ones(3)}}, optimizer)
     frozen = {"clip": {"logit_scale": jnp.float32(math.log(120))}}
     batch = {"ids": PAIRED, "frames": SHUFFLED}
-    state, metrics = jax.jit(make_train_step(Rows(), optimizer))(state, frozen, batch)
-    assert metrics["loss"] == pytest.approx(120, rel=1e-5)  # OpenAI's forward pass has no bound
-    assert state.trainable.keys() == {"prompts"}
+    loss, gradient = loss_and_gradient(Rows(), {"prompts": {"text": jnp.ones(3)}}, frozen, batch)
+    assert loss == pytest.approx(120, rel=1e-5)  # OpenAI's forward pass has no bound
+    assert gradient.keys() == {"prompts"}
