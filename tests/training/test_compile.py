@@ -15,9 +15,7 @@ from vop_jax.config.clip import PRESETS, ClipConfig
 from vop_jax.errors import UserError
 from vop_jax.training import compile, sharding
 from vop_jax.training.compile import CompiledStep, MemoryEstimate, matmul_flops
-from vop_jax.training.step import batch_loss
 from vop_jax.tuning.methods import MethodConfig
-from vop_jax.tuning.partition import merge
 
 GB = 10**9
 # Few layers, but widths at which matrix products outweigh the rest as in a real CLIP.
@@ -133,12 +131,9 @@ def test_a_compiler_that_lacks_memory_is_an_error_of_the_user(message, error, ma
 def flops_of(clip, method, frames, what="forward"):
     """FLOPs of "forward", the loss of two clips, or of a whole "step"; traced only."""
     programs = Programs(clip, method, frames, batch=2)
-
-    def loss(state, frozen, rows):
-        return batch_loss(programs.model, merge(state.trainable, frozen), rows)
-
-    function = {"forward": loss, "step": programs.train_step}[what]
-    return matmul_flops(jax.make_jaxpr(function)(*programs.shapes).jaxpr)
+    shapes = programs.shapes if what == "step" else programs._forward_shapes()
+    function = programs.train_step if what == "step" else programs._forward
+    return matmul_flops(jax.make_jaxpr(function)(*shapes).jaxpr)
 
 
 def cost_ratio(clip, name, frames):
