@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import shutil
 import signal
 import socket
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,77 +16,129 @@ from vop_jax.storage import tensors
 from vop_jax.training.writer import read_metrics
 
 PROMPTS = "prompts.safetensors"
-STEPS = 30
-SETTINGS = ("--config.train.log_every=1", "--config.train.eval_every=20")
+SETTINGS = ("--config.train.log_every=1", "--config.train.eval_every=2")
+
+ENDLESS = (
+    "--config.train.steps=1000000",
+    "--config.train.eval_every=0",
+    "--config.train.checkpoint_every=1000000",
+)
+
+# Runs one command line after the other: starting and joining takes longer than most of them.
+SESSION = """
+import json, sys
+from vop_jax import main
+
+for line in sys.stdin:
+    print("status", main.main(json.loads(line)), flush=True)
+"""
+
+
+def flags_to_join(timeout=processes.HANG):
+    """The flags with which each of two processes joins the other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        coordinator = f"--coordinator=127.0.0.1:{free.getsockname()[1]}"
+    shared = [coordinator, "--processes=2", f"--timeout={timeout}"]
+    return [[*shared, f"--process={i}"] for i in range(2)]
 
 
 @dataclasses.dataclass
-class Hosts:
-    """The processes of a run, and where each one's stderr goes."""
+class Pair:
+    """Two processes, each in a folder of its own, where `log` is its stderr."""
 
     processes: list[processes.Process]
-    logs: list[Path]
+    folders: list[Path]
 
-    def wait(self) -> list[int]:
+    @classmethod
+    def start(cls, root, *commands):
+        """Starts a command in `root/0` and one in `root/1`."""
+        pair = cls([], [root / "0", root / "1"])
+        for folder, command in zip(pair.folders, commands, strict=True):
+            folder.mkdir(parents=True, exist_ok=True)
+            options = {"cwd": folder, "env": runs.environment(4), "stdin": processes.PIPE}
+            with (folder / "log").open("w") as log:
+                pair.processes.append(processes.Process(command, stderr=log, **options))
+        return pair
+
+    def wait(self):
         """Their exit statuses."""
         return [process.wait() for process in self.processes]
 
-    def said(self, process: int) -> str:
-        return self.logs[process].read_text()
+    def logs(self):
+        return [(folder / "log").read_text() for folder in self.folders]
+
+
+class Session(Pair):
+    """Two processes that run command lines together."""
+
+    def call(self, argv, own=((), ()), meanwhile=lambda: None):
+        """The exit statuses of a command line, and what each process logged.
+
+        Args:
+            own: what is added to the command line of each process, and not of the other.
+            meanwhile: called while the processes run it.
+        """
+        before = self.logs()
+        for process, flags in zip(self.processes, own, strict=True):
+            process.stdin.write(json.dumps([*argv, *flags]) + "\n")
+            process.stdin.flush()
+        meanwhile()
+        statuses = [self._status(process) for process in self.processes]
+        return statuses, [a[len(b) :] for a, b in zip(self.logs(), before, strict=True)]
+
+    @staticmethod
+    def _status(process):
+        lines = (line.split() for line in process.stdout)
+        return next((int(words[1]) for words in lines if words[:1] == ["status"]), None)
 
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    root = tmp_path_factory.mktemp("hosts")
-    runs.write_folder(root)
+    root = runs.write_folder(tmp_path_factory.mktemp("hosts"))
     runs.write_clip(root / "clip.safetensors")
-    (root / "workdirs").mkdir()
     return root
 
 
-def start(
-    root,
-    name,
-    *overrides,
-    count=2,
-    devices=4,
-    timeout=processes.HANG,
-    own=None,
-    quick=True,
-    folders=None,
-):
-    """The processes of a run, on their way.
-
-    Args:
-        count: how many.
-        folders: where each process is.
-        own: what is added to the command line of each process, and of no other.
-        quick: see `xla.flags`.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    hosts = Hosts([], [])
-    env = runs.environment(devices, quick=quick)
-    for i in range(count):
-        given = runs.arguments(root, root / "clip.safetensors", root / "workdirs" / name)
-        argv = runs.command([*given, *SETTINGS, *overrides, *(own[i] if own else ())])
-        if count > 1:
-            argv += [f"--coordinator=127.0.0.1:{port}", f"--processes={count}"]
-            argv += [f"--process={i}", f"--timeout={timeout}"]
-        hosts.logs.append(root / f"{name}.{i}.log")
-        with hosts.logs[-1].open("w") as log:
-            where = folders[i] if folders else None
-            process = processes.Process(argv, env=env, cwd=where, stdout=log, stderr=log)
-        hosts.processes.append(process)
-    return hosts
+def arguments(places, workdir, *overrides):
+    return runs.arguments(places, places / "clip.safetensors", workdir, *SETTINGS, *overrides)
 
 
-def until(hosts, workdir, step):
-    """Waits for a step to be logged."""
-    processes.until(
-        lambda: any(line["step"] >= step for line in read_metrics(workdir)), *hosts.processes
-    )
+@pytest.fixture(scope="module")
+def alone(places, tmp_path_factory, quiet):
+    """The workdir of a run by this process with eight devices."""
+    workdir = tmp_path_factory.mktemp("alone")
+    assert runs.call(*arguments(places, workdir)) == 0
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def session(places, alone, tmp_path_factory):
+    """Two processes that were joined by a run, which a signal to one of them stopped."""
+    root = tmp_path_factory.mktemp("session")
+    workdir = root / "stopped"
+    shutil.copytree(alone, workdir)  # saved by one process, continued by two
+    session = Session.start(root, *[[sys.executable, "-c", SESSION]] * 2)
+
+    def stop():
+        processes.until(lambda: "continuing" in session.logs()[0], *session.processes)
+        session.processes[1].send_signal(signal.SIGTERM)  # while they load
+
+    try:
+        argv = arguments(places, workdir, *ENDLESS)
+        statuses, logs = session.call(argv, flags_to_join(), meanwhile=stop)
+        assert statuses == [143, 143], logs
+        saved = max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+        assert saved == max(losses(workdir)) > 4
+        assert f"stopped by a signal after step {saved};" in logs[0]
+        assert "stopped by SIGTERM; the same command continues" in logs[0]
+        yield session
+        for process in session.processes:
+            process.stdin.close()
+        assert session.wait() == [0, 0], session.logs()
+    finally:
+        for process in session.processes:
+            process.end()
 
 
 def losses(workdir):
@@ -93,140 +147,100 @@ def losses(workdir):
 
 def assert_same_run(left, right, atol=1e-5):
     """Losses and prompts equal, up to the order of sums."""
-    assert losses(left).keys() == losses(right).keys()
-    for step, loss in losses(left).items():
-        assert abs(loss - losses(right)[step]) <= atol, step
+    assert losses(left) == pytest.approx(losses(right), abs=atol)
     a, b = (tensors.flatten(tensors.load(w / PROMPTS)[0]) for w in (left, right))
     assert a.keys() == b.keys()
     for name in a:
         np.testing.assert_allclose(a[name], b[name], atol=atol, err_msg=name)
 
 
-@pytest.fixture(scope="module")
-def alone(places, quiet):
-    """The workdir of the same run by one process with eight devices."""
-    workdir = places / "workdirs/alone"
-    argv = runs.arguments(places, places / "clip.safetensors", workdir, *SETTINGS)
-    assert runs.call(*argv, f"--config.train.steps={STEPS}") == 0
-    return workdir
-
-
-@pytest.mark.slow
-def test_two_processes_train_from_frames_on_their_devices(places, alone):
-    steps = f"--config.train.steps={STEPS}"
-    hosts = start(places, "cached", steps, "--config.data.device_cache_gb=1")
-    assert hosts.wait() == [0, 0], hosts.said(0) + hosts.said(1)
-    # Devices round crops otherwise than the host.
-    assert_same_run(alone, places / "workdirs/cached", atol=1e-3)
-    assert "16 clips on the devices" in hosts.said(0)
-
-
-def test_two_processes_train_as_one_though_stopped_twice(places, alone):
-    steps = f"--config.train.steps={STEPS}"
-    hosts = start(places, "two", steps, "--config.train.checkpoint_every=100")
-    two = places / "workdirs/two"
-    until(hosts, two, 1)  # the signal is looked for once a second, and the run must be under way
-    hosts.processes[1].send_signal(signal.SIGTERM)
-    assert hosts.wait() == [143, 143], hosts.said(0) + hosts.said(1)
-    assert "stopped by SIGTERM; the same command continues" in hosts.said(0)
-    saved = [int(p.name) for p in (two / "checkpoints").iterdir() if p.name.isdigit()]
-    assert saved and max(losses(two)) == max(saved) < STEPS
-    # A signal while a run that continues still loads stops it after its first step.
-    hosts = start(places, "two", steps)
-    processes.until(lambda: "continuing" in hosts.said(0), *hosts.processes)
-    hosts.processes[1].send_signal(signal.SIGTERM)
-    assert hosts.wait() == [143, 143], hosts.said(0) + hosts.said(1)
-    assert f"stopped by a signal after step {max(saved) + 1};" in hosts.said(0)
-    # Saved by processes with four devices each, continued with two each.
-    hosts = start(places, "two", steps, devices=2)
-    assert hosts.wait() == [0, 0], hosts.said(0) + hosts.said(1)
+def test_two_processes_train_as_one(places, alone, session, tmp_path):
+    two = tmp_path / "two"
+    statuses, logs = session.call(arguments(places, two))
+    assert statuses == [0, 0], logs
     assert_same_run(alone, two)
     # One writer: every line once; and nothing is dropped or repeated in evaluation.
-    assert sorted({x["step"] for x in read_metrics(two)}) == [*range(STEPS + 1)]
-    evaluated = [[x["step"] for x in read_metrics(w) if "t2v/R@1" in x] for w in (alone, two)]
-    assert evaluated == [[0, 20, STEPS]] * 2
+    assert [x["step"] for x in read_metrics(two)] == [x["step"] for x in read_metrics(alone)]
+    evaluated = [x["step"] for x in read_metrics(two) if "t2v/R@1" in x]
+    assert evaluated == [0, 2, 4]
     summaries = [json.loads((w / "summary.json").read_text()) for w in (alone, two)]
     for key in ("t2v", "v2t", "before", "num_texts", "num_videos", "steps"):
         assert summaries[0][key] == summaries[1][key], key
-    last = f"step {STEPS}/{STEPS}"
-    assert last in hosts.said(0) and last not in hosts.said(1)
+    assert "step 4/4" in logs[0] and "step 4/4" not in logs[1]
+    # What they saved is continued by one process.
+    shutil.rmtree(two / "checkpoints/4")
+    (two / PROMPTS).unlink()
+    assert runs.call(*arguments(places, two)) == 0
+    assert_same_run(alone, two)
 
 
 @pytest.mark.slow
-def test_two_processes_export_as_one(places, alone):
+def test_two_processes_train_from_frames_on_their_devices(places, alone, session, tmp_path):
+    statuses, logs = session.call(arguments(places, tmp_path, "--config.data.device_cache_gb=1"))
+    assert statuses == [0, 0], logs
+    # Devices round crops otherwise than the host.
+    assert_same_run(alone, tmp_path, atol=1e-3)
+    assert "16 clips on the devices" in logs[0]
+
+
+@pytest.mark.slow
+def test_two_processes_export_as_one(places, alone, session, tmp_path):
     """An orbax folder, from which both start again; and programs, which one alone makes."""
-    given, workdir = alone / PROMPTS, places / "workdirs/exported"
-    for form in ("orbax", "stablehlo"):
-        if form == "stablehlo":
-            pytest.importorskip("flatbuffers", reason="with which jax writes programs")
-        flags = ("--mode=export", f"--format={form}", f"--config.init.prompts={given}")
-        hosts = start(places, "exported", *flags)
-        assert hosts.wait() == [0, 0], hosts.said(0) + hosts.said(1)
-        if form == "orbax":
-            folder = workdir / "prompts.orbax"
-            flags = ("--mode=export", f"--config.init.prompts={folder}")
-            hosts = start(places, "from_orbax", *flags)
-            assert hosts.wait() == [0, 0], hosts.said(0) + hosts.said(1)
-            again = places / "workdirs/from_orbax" / PROMPTS
-            one, other = (tensors.load(path)[0] for path in (given, again))
-            assert tensors.fingerprint(one) == tensors.fingerprint(other)
-    assert (workdir / "encoders/video.stablehlo").stat().st_size
-    assert not list(workdir.rglob(".*partial*"))
+    pytest.importorskip("flatbuffers", reason="with which jax writes programs")
+
+    def export(workdir, prompts, form):
+        prompts = f"--config.init.prompts={prompts}"
+        flags = ("--mode=export", f"--format={form}", prompts)
+        statuses, logs = session.call(arguments(places, workdir, *flags))
+        assert statuses == [0, 0], logs
+
+    export(tmp_path / "first", alone / PROMPTS, "orbax")
+    export(tmp_path / "again", tmp_path / "first/prompts.orbax", "safetensors")
+    one, other = (tensors.load(folder / PROMPTS)[0] for folder in (alone, tmp_path / "again"))
+    assert tensors.fingerprint(one) == tensors.fingerprint(other)
+    export(tmp_path / "first", alone / PROMPTS, "stablehlo")
+    assert (tmp_path / "first/encoders/video.stablehlo").stat().st_size
+    assert not list(tmp_path.rglob(".*partial*"))
+
+
+@pytest.mark.parametrize(
+    ("override", "own", "message"),
+    [
+        ("--config.seed=0", "--config.seed=1", "process 1 has another config than process 0"),
+        # These two are in the folder of the first process alone.
+        ("--config.data.records=records", "", "config.data.annotations is not set"),
+        ("--config.init.clip=clip", "", "clip: no such file"),
+        ("--config.train.batch_size=12", "", "batch_size=12: not a multiple of the 8 devices"),
+        (
+            "--config.data.device_cache_gb=1e-05",
+            *("", "device_cache_gb=1e-05: 16 clips of 3 frames of 32 x 32 pixels take"),
+        ),
+    ],
+)
+def test_a_mistake_is_reported_by_both(places, alone, session, tmp_path, override, own, message):
+    first = session.folders[0]
+    if not (first / "records").exists():
+        (first / "records").symlink_to(alone / "records")
+        (first / "clip").symlink_to(places / "clip.safetensors")
+    flags = (f"--config.data.records={alone / 'records'}", "--config.data.annotations=", override)
+    statuses, logs = session.call(
+        arguments(places, tmp_path / "run", *flags), [(), (own,) if own else ()]
+    )
+    assert statuses == [2, 2], logs
+    for log in logs:
+        assert message in log and "Traceback" not in log
 
 
 @pytest.mark.parametrize("dies", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_when_one_is_killed_the_other_ends_and_says_so(places, dies):
-    name = f"killed{dies}"
-    hosts = start(places, name, "--config.train.steps=1000000", timeout=10)
-    until(hosts, places / "workdirs" / name, 4)
-    hosts.processes[dies].kill()
-    statuses = hosts.wait()
+def test_when_one_is_killed_the_other_ends_and_says_so(places, alone, tmp_path, dies):
+    workdir = tmp_path / "run"
+    shutil.copytree(alone, workdir)
+    argv = runs.command(arguments(places, workdir, *ENDLESS))
+    pair = Pair.start(tmp_path, *([*argv, *flags] for flags in flags_to_join(timeout=10)))
+    processes.until(lambda: max(losses(workdir)) >= 6, *pair.processes)
+    pair.processes[dies].kill()
+    statuses = pair.wait()
     assert statuses[dies] == -signal.SIGKILL and statuses[1 - dies] not in (0, None)
     # A shell says it when the process has ended.
-    processes.until(lambda: "ended before the run did" in hosts.said(1 - dies))
-    assert "the same command on all processes continues" in hosts.said(1 - dies)
-
-
-def test_processes_that_differ_are_reported(places):
-    hosts = start(places, "differ", own=[[], ["--config.seed=1"]])
-    assert hosts.wait() == [2, 2], hosts.said(0) + hosts.said(1)
-    for process in range(2):
-        assert "process 1 has another config than process 0" in hosts.said(process)
-        assert "Traceback" not in hosts.said(process)
-
-
-@pytest.mark.parametrize(
-    ("key", "message"),
-    [
-        ("data.records", "config.data.annotations is not set"),
-        pytest.param("init.clip", "here: no such file", marks=pytest.mark.slow),
-    ],
-)
-def test_what_one_machine_lacks_is_reported_by_all(places, alone, tmp_path, key, message):
-    """A copy that is there for the first process alone."""
-    given = {"data.records": alone / "records", "init.clip": places / "clip.safetensors"}[key]
-    folders = [tmp_path / "0", tmp_path / "1"]
-    for folder in folders:
-        folder.mkdir()
-    (folders[0] / "here").symlink_to(given)
-    flags = (f"--config.{key}=here", "--config.data.annotations=")
-    hosts = start(places, "lacks", *flags, folders=folders)
-    assert hosts.wait() == [2, 2], hosts.said(0) + hosts.said(1)
-    for process in range(2):
-        assert message in hosts.said(process)
-        assert "Traceback" not in hosts.said(process)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("mistake", "message"),
-    [
-        ("train.batch_size=12", "not a multiple of the 8 devices"),
-        ("data.device_cache_gb=1e-05", "16 clips of 3 frames of 32 x 32 pixels take"),
-    ],
-)
-def test_a_mistake_is_reported_by_all(places, mistake, message):
-    hosts = start(places, "wrong", f"--config.{mistake}")
-    assert hosts.wait() == [2, 2], hosts.said(0) + hosts.said(1)
-    for process in range(2):
-        assert f"config.{mistake}: {message}" in hosts.said(process)
+    processes.until(lambda: "ended before the run did" in pair.logs()[1 - dies])
+    assert "the same command on all processes continues" in pair.logs()[1 - dies]
