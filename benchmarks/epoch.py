@@ -25,7 +25,7 @@ from vop_jax.config.base import base_config
 from vop_jax.config.clip import PRESETS
 from vop_jax.data.pipeline import BatchSpec, train_batches
 from vop_jax.data.records.read import Part
-from vop_jax.experiment.setup import best_kernel
+from vop_jax.experiment.kernels import best_kernel
 from vop_jax.training import device_cache, prefetch, sharding
 from vop_jax.training.step import TrainState, make_optimizer
 from vop_jax.tuning.methods import MethodConfig

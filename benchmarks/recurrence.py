@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks.speed_jax import JaxPrograms, draw
 from benchmarks.step_cost import Programs
 from vop_jax.config.clip import PRESETS, ClipConfig
-from vop_jax.experiment.setup import best_kernel
+from vop_jax.experiment.kernels import best_kernel
 from vop_jax.training.sharding import make_mesh
 from vop_jax.tuning.context import Lstm
 from vop_jax.tuning.methods import MethodConfig

@@ -27,7 +27,7 @@ import jax
 from benchmarks.speed_jax import JaxPrograms, draw, matmul
 from benchmarks.step_cost import Programs
 from vop_jax.config.clip import PRESETS
-from vop_jax.experiment.setup import best_kernel
+from vop_jax.experiment.kernels import best_kernel
 from vop_jax.storage.tensors import flatten
 from vop_jax.training.sharding import make_mesh
 from vop_jax.tuning.methods import METHODS, MethodConfig

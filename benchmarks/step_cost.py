@@ -22,7 +22,7 @@ from vop_jax.clip.remat import Remat
 from vop_jax.clip.weights import cast_frozen
 from vop_jax.config.base import base_config
 from vop_jax.config.clip import PRESETS, ClipConfig
-from vop_jax.experiment.setup import best_kernel
+from vop_jax.experiment.kernels import best_kernel
 from vop_jax.model import TextVideoModel
 from vop_jax.storage import tensors
 from vop_jax.training.sharding import make_mesh

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 from etils import epath
 
-from tests import runs
 from vop_jax.config import base as configs
 from vop_jax.errors import UserError
-from vop_jax.experiment import setup
+from vop_jax.experiment import kernels, setup
 
 
 class Devices:
@@ -38,9 +37,9 @@ class Devices:
 def test_attention_is_by_default_what_the_device_has(platform, version, shape, dtype, kernel):
     config = configs.base_config()
     config.compute.dtype = dtype
-    assert setup.attention_kernel(config, Devices(platform, version, *shape)) == kernel
+    assert kernels.attention_kernel(config, Devices(platform, version, *shape)) == kernel
     config.compute.attention = "blocks"
-    assert setup.attention_kernel(config, Devices(platform, version, *shape)) == "blocks"
+    assert kernels.attention_kernel(config, Devices(platform, version, *shape)) == "blocks"
 
 
 def test_a_store_without_its_package_is_told_by_its_key(monkeypatch):
@@ -78,29 +77,4 @@ def test_a_kernel_that_the_devices_lack_is_refused(asked, devices, says):
     config = configs.base_config()
     config.compute.attention = asked
     with pytest.raises(UserError, match=re.escape(says)):
-        setup.check_kernel(config, devices)
-
-
-@pytest.mark.usefixtures("quiet")
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["--mode=eval"], "no checkpoint; train first, or set config.init.prompts"),
-        (["--mode=export"], "no checkpoint; train first"),
-        (
-            ["--mode=eval", "--config.init.clip=", "--config.pretrain.steps=1"],
-            "no clip.safetensors",
-        ),
-        (["--config.data.kind=foldr"], "did you mean 'folder'?"),
-        (["--config.init.clip=no.safetensors"], "no.safetensors: no such file"),
-        (["--config.init.prompts=no.safetensors"], "no.safetensors: no such file"),
-        (["--config.train.batch_size=1", "--config.mesh.data=1"], "of one it is always 0"),
-        (["--config.train.batch_size=9"], "config.train.batch_size=9"),
-    ],
-)
-def test_a_refused_call_writes_nothing(tmp_path, capsys, overrides, message):
-    (tmp_path / "clip.safetensors").touch()
-    argv = runs.arguments(tmp_path, tmp_path / "clip.safetensors", tmp_path / "typo", *overrides)
-    assert runs.call(*argv) == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "typo").exists()
+        kernels.check_kernel(config, devices)

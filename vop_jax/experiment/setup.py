@@ -18,7 +18,6 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vop_jax.clip.layers import Kernel
 from vop_jax.clip.model import Clip
 from vop_jax.clip.remat import Remat
 from vop_jax.clip.weights import ClipWeights, cast_frozen, check_shapes, load_clip
@@ -27,6 +26,7 @@ from vop_jax.config.clip import ClipConfig, preset
 from vop_jax.data.datasets import registry
 from vop_jax.errors import UserError
 from vop_jax.evaluation.evaluate import Encode, make_encoders
+from vop_jax.experiment import kernels
 from vop_jax.model import TextVideoModel
 from vop_jax.storage import files, tensors
 from vop_jax.training import hosts, sharding
@@ -132,7 +132,7 @@ def check(config: ConfigDict, root: epath.Path, *, training: bool) -> tuple[Meth
     _check_paths(config)
     method = method_of(config)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.model)
-    check_kernel(config, mesh)
+    kernels.check_kernel(config, mesh)
     sharding.check_batch(mesh, "train.batch_size", config.train.batch_size)
     sharding.check_batch(mesh, "eval.batch_size", config.eval.batch_size)
     sharding.check_microbatches(mesh, config.train.batch_size, config.train.microbatches)
@@ -188,44 +188,6 @@ def _shared_facts(config: ConfigDict) -> dict[str, str]:
 def pretrains(config: ConfigDict) -> bool:
     """Whether the run starts with training its own CLIP."""
     return bool(config.pretrain.steps) and not config.init.clip
-
-
-def check_kernel(config: ConfigDict, mesh: Mesh) -> None:
-    """Raises UserError if these devices lack the configured `compute.attention`."""
-    kernel, platform = config.compute.attention, _platform(mesh)
-    if kernel in configs.ON_CUDA and not _on_cuda(mesh):
-        raise UserError(f"config.compute.attention={kernel!r}: needs an NVIDIA GPU, not {platform}")
-    if kernel == "splash" and platform != "tpu":
-        raise UserError(f"config.compute.attention={kernel!r}: needs a TPU, not {platform}")
-    if kernel in ("fused", "splash") and sharding.shards_parameters(mesh):
-        # The compiler cannot divide a kernel among devices.
-        cudnn = "cudnn, " if _on_cuda(mesh) else ""
-        raise UserError(
-            f"config.compute.attention={kernel!r}: needs all parameters on every device, set "
-            f"mesh.fsdp and mesh.model to 1; allowed on this mesh are auto, {cudnn}xla, blocks"
-        )
-
-
-def attention_kernel(config: ConfigDict, mesh: Mesh) -> Kernel:
-    """The configured `compute.attention`, with auto resolved for these devices."""
-    kernel = config.compute.attention
-    return best_kernel(config.compute.dtype, mesh) if kernel == "auto" else kernel
-
-
-def best_kernel(dtype: str, mesh: Mesh) -> Kernel:
-    """The fastest attention kernel for this dtype on these devices."""
-    if not _on_cuda(mesh) or dtype != "bfloat16":
-        return "xla"
-    return "cudnn" if sharding.shards_parameters(mesh) else "fused"
-
-
-def _on_cuda(mesh: Mesh) -> bool:
-    version = mesh.devices.flat[0].client.platform_version
-    return _platform(mesh) == "gpu" and "rocm" not in version.lower()
-
-
-def _platform(mesh: Mesh) -> str:
-    return mesh.devices.flat[0].platform
 
 
 # ---- Claim
@@ -298,7 +260,7 @@ def _set_compile_cache(cache: str, root: epath.Path, mesh: Mesh) -> None:
     elif cache:
         jax.config.update("jax_compilation_cache_dir", cache)
     # A CPU's programs may use instructions that the next machine does not have.
-    elif not jax.config.values["jax_compilation_cache_dir"] and _platform(mesh) != "cpu":
+    elif not jax.config.values["jax_compilation_cache_dir"] and kernels.platform_of(mesh) != "cpu":
         jax.config.update("jax_compilation_cache_dir", str(root / "compiled"))
 
 
@@ -377,7 +339,7 @@ def _load_state(
     checkpoints: Checkpoints,
 ) -> Run:
     """Restores the newest state: the workdir's, else `init.prompts`, else new prompts."""
-    kernel, dtype = attention_kernel(config, mesh), jnp.dtype(config.compute.dtype)
+    kernel, dtype = kernels.attention_kernel(config, mesh), jnp.dtype(config.compute.dtype)
     remat = Remat(config.compute.remat, config.compute.frame_chunk)
     model = TextVideoModel(clip.config, method, dtype, kernel, remat)
     params = {"clip": clip.params} | jax.jit(model.init_added)(jax.random.key(config.seed))
