@@ -37,6 +37,22 @@ def quiet():
         yield
 
 
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """Videos and their captions, see `runs.write_folder`; tests only read them."""
+    from tests import runs
+
+    return runs.write_folder(tmp_path_factory.mktemp("folder"))
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory):
+    """The file of a random CLIP, see `runs.write_clip`."""
+    from tests import runs
+
+    return runs.write_clip(tmp_path_factory.mktemp("clip") / "clip.safetensors")
+
+
 @pytest.fixture(autouse=True)
 def process_state():
     """Restores what a command line sets for its process: the level of logs, signal handlers."""

@@ -78,6 +78,15 @@ def call(*argv: str, program: Callable[[list[str]], int] = main.main) -> int:
         return program([*argv])
 
 
+def assert_refused(result: tuple[int, str, str], *messages: str) -> None:
+    """Checks (status, stdout, stderr) of a wrong call: one line, with these messages."""
+    status, _, err = result
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert status == 2 and len(lines) == 1, err
+    for message in messages:
+        assert message in lines[0]
+
+
 @contextlib.contextmanager
 def restore_signals():
     """Afterwards the signal handlers of the process are as they were."""

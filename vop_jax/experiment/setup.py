@@ -195,7 +195,11 @@ def pretrains(config: ConfigDict) -> bool:
 
 @contextmanager
 def _claim(root: epath.Path, config: ConfigDict, training: bool, extend: bool) -> Iterator[None]:
-    """Locks the workdir, and writes its config unless it belongs to a run with another one."""
+    """Locks the workdir, and writes its config unless it belongs to a run with another one.
+
+    A new workdir is removed again if the run is refused before it writes anything else.
+    """
+    new = not (files.is_remote(root) or root.exists())
     with contextlib.ExitStack() as stack:
         if files.is_remote(root):  # object stores have no locks
             _check_bucket(root)
@@ -208,7 +212,13 @@ def _claim(root: epath.Path, config: ConfigDict, training: bool, extend: bool) -
             _check_same_run(root, config, training, extend)
         if training or not _has_checkpoint(root) or not (root / configs.CONFIG_FILE).exists():
             files.write_json(root / configs.CONFIG_FILE, config.to_dict())
-        yield
+        try:
+            yield
+        except UserError:
+            unused = {".lock", configs.CONFIG_FILE, "checkpoints"}
+            if new and not _has_checkpoint(root) and {p.name for p in root.iterdir()} <= unused:
+                root.rmtree()
+            raise
 
 
 def _start_over(root: epath.Path, config: ConfigDict) -> None:
