@@ -13,6 +13,7 @@ import pytest
 
 import vop_jax
 from tests import readers, runs
+from tests.runs import assert_refused
 from vop_jax import main
 from vop_jax.clip.convert.pytorch import convert
 from vop_jax.clip.weights import load_clip
@@ -38,11 +39,6 @@ VIDEO = {
 
 
 pytestmark = pytest.mark.usefixtures("quiet")
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    return runs.write_clip(tmp_path_factory.mktemp("clip") / "clip.safetensors")
 
 
 @pytest.fixture
@@ -81,14 +77,6 @@ def export(clip, tmp_path, capsys):
     return export
 
 
-def assert_refused(result, *messages):
-    status, _, err = result
-    lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert status == 2 and len(lines) == 1, err
-    for message in messages:
-        assert message in lines[0]
-
-
 def rows(*counts):
     """(frames, ids) in batches of these sizes."""
     rng, size = np.random.default_rng(1), runs.CLIP.image_size
@@ -97,33 +85,10 @@ def rows(*counts):
     return frames, [CaptionTokenizer(slots).with_truncation(TEXTS[:n])[0] for n in counts]
 
 
-def test_the_command_line_knows_every_format():
+def test_the_command_line_and_python_know_the_same_formats():
     assert set(main.FORMATS) == set(exports.FORMATS)
-
-
-@pytest.mark.parametrize(
-    ("flags", "messages"),
-    [
-        (["--mode=export", "--format=onnx"], ["onnx", *main.FORMATS]),
-        (["--format=orbax"], ["--format goes with --mode=export, not with --mode=train"]),
-        (["--format=safetensors", "--mode=eval"], ["--mode=export, not with --mode=eval"]),
-    ],
-)
-def test_wrong_calls(clip, tmp_path, capsys, flags, messages):
-    status = runs.call(*runs.arguments(tmp_path, clip, tmp_path / "run", *flags))
-    assert_refused((status, "", capsys.readouterr().err), *messages)
-
-
-def test_a_format_unknown_to_python(tmp_path):
     with pytest.raises(vop_jax.UserError, match="--format=onnx: allowed are safetensors, "):
         exports.check("onnx")
-
-
-def test_safetensors_is_the_default(trained, export):
-    given = trained(BASE)
-    status, path, _ = export(given, BASE)
-    assert status == 0 and path.endswith("run/prompts.safetensors")
-    assert load_prompts(path).fingerprint == load_prompts(given).fingerprint
 
 
 @pytest.mark.parametrize("name", ["vop_f+c", "bias"])
@@ -138,16 +103,11 @@ def test_an_orbax_folder_is_read_wherever_prompts_are(clip, trained, export, nam
     assert dataclasses.replace(theirs, params={}) == dataclasses.replace(ours, params={})
     assert vop_jax.load(clip, path).prompts_fingerprint == ours.fingerprint
     status, again, err = export(path, method)
-    assert status == 0 and load_prompts(again).fingerprint == ours.fingerprint, err
+    assert status == 0 and again.endswith("run/prompts.safetensors")  # the default
+    assert load_prompts(again).fingerprint == ours.fingerprint, err
     with ocp.StandardCheckpointer() as checkpointer:
         restored = checkpointer.restore(path + "/params")
     assert tensors.fingerprint(restored) == tensors.fingerprint(ours.params)
-
-
-def test_nothing_trained_is_no_orbax_folder(trained, export):
-    method = dataclasses.replace(BASE, name="zero_shot")
-    refused = export(trained(method), method, "--format=orbax")
-    assert_refused(refused, "--format=orbax: method zero_shot trains nothing")
 
 
 def test_a_folder_that_holds_no_prompts(clip, tmp_path):
@@ -166,11 +126,11 @@ def test_encoders_run_without_us(clip, trained, export, tmp_path, method):
     assert status == 0, err
     encoders = tmp_path / "run/encoders"
     assert path == str(encoders)
-    frames, ids = rows(1, 3, 5)
+    frames, ids = rows(1, 3)
     found = readers.embed(encoders, tmp_path, video=frames, text=ids)
     retriever = vop_jax.load(clip, given)
     for count, batch, video, text in zip(
-        (1, 3, 5), frames, found["video"], found["text"], strict=True
+        (1, 3), frames, found["video"], found["text"], strict=True
     ):
         np.testing.assert_allclose(video, retriever.embed_frames(batch), atol=1e-6)
         np.testing.assert_allclose(text, retriever.embed_text(TEXTS[:count]), atol=1e-6)
@@ -180,12 +140,6 @@ def test_encoders_run_without_us(clip, trained, export, tmp_path, method):
     assert (meta["frames"], meta["image_size"], meta["text_slots"]) == (3, 16, 22)
 
 
-def test_without_flatbuffers_the_extra_is_named(trained, export, monkeypatch):
-    monkeypatch.setitem(sys.modules, "flatbuffers", None)
-    refused = export(trained(BASE), BASE, "--format=stablehlo")
-    assert_refused(refused, "--format=stablehlo", "flatbuffers", 'pip install -e ".[export]"')
-
-
 @pytest.fixture(scope="module")
 def released_clip(tmp_path_factory):
     """With the heads that the released code would give it."""
@@ -193,27 +147,17 @@ def released_clip(tmp_path_factory):
     return runs.write_clip(tmp_path_factory.mktemp("released") / "clip.safetensors", 0, config)
 
 
-def test_what_is_trained_as_released_is_exported_whole(released_clip, tmp_path, capsys, caplog):
-    """From the first step to the authors' model and back, by the settings that the docs name."""
+def test_what_is_trained_as_released_is_exported_whole(released_clip, trained, export, tmp_path):
+    """To the authors' model and back, by the settings that the docs name."""
     torch = pytest.importorskip("torch", reason="writes PyTorch files")
     from tests.reference_vop import ReferenceVop
 
     method = dataclasses.replace(RELEASED, text_prefix=2, text_suffix=2)
-    workdir = tmp_path / "run"
-    argv = runs.arguments(runs.write_folder(tmp_path), released_clip, workdir)
-    sizes = ("--config.method.text_prefix=2", "--config.method.text_suffix=2")
-    argv += [*sizes, "--config.method.suffix=released", "--config.train.steps=1"]
-    argv += ["--config.mesh.data=1"]
-    assert runs.call(*argv, "--config.train.warmup=0") == 0
-    assert "cannot be exported" not in caplog.text
-    assert runs.call(*argv, "--config.train.warmup=0", "--mode=export", "--format=pytorch") == 0
-    path = workdir / "vop.pt"
-    assert capsys.readouterr().out.strip().endswith(str(path))
+    given, path = trained(method, released_clip), tmp_path / "run/vop.pt"
+    status, printed, err = export(given, method, "--format=pytorch", clip=released_clip)
+    assert status == 0 and printed == str(path), err
     state = torch.load(path, weights_only=True)["state_dict"]
-    reference, ours = (
-        ReferenceVop(state),
-        vop_jax.load(released_clip, workdir / exports.PROMPTS_FILE),
-    )
+    reference, ours = ReferenceVop(state), vop_jax.load(released_clip, given)
     [frames], _ = rows(3)
     pooled = reference.encode_video(torch.from_numpy(frames))
     expected = torch.nn.functional.normalize(pooled, dim=-1).numpy()
@@ -228,7 +172,7 @@ def test_what_is_trained_as_released_is_exported_whole(released_clip, tmp_path, 
     first, again = load_clip(released_clip), convert(path)
     assert again.config == first.config
     assert tensors.fingerprint(again.params) == tensors.fingerprint(first.params)
-    learnt = load_prompts(workdir / exports.PROMPTS_FILE).params["prompts"]
+    learnt = load_prompts(given).params["prompts"]
     assert tensors.fingerprint(again.prompts) == tensors.fingerprint(learnt)
 
 
@@ -290,13 +234,30 @@ def test_what_the_released_code_cannot_compute_is_refused(changes, message):
         check_released(method, runs.CLIP)
 
 
-def test_a_method_that_pytorch_cannot_hold_is_refused_by_export(trained, export):
-    pytest.importorskip("torch", reason="checked before the method")
-    refused = export(trained(BASE), BASE, "--format=pytorch")
-    assert_refused(refused, "train with --config.method.suffix=released")
-
-
-def test_without_torch_the_extra_is_named(trained, export, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", None)
-    refused = export(trained(RELEASED), RELEASED, "--format=pytorch")
-    assert_refused(refused, "--format=pytorch needs torch", 'pip install -e ".[convert]"')
+@pytest.mark.parametrize(
+    ("method", "form", "missing", "messages"),
+    [
+        (
+            *(dataclasses.replace(BASE, name="zero_shot"), "orbax", ""),
+            ["--format=orbax: method zero_shot trains nothing"],
+        ),
+        (
+            *(BASE, "stablehlo", "flatbuffers"),
+            ["--format=stablehlo", "flatbuffers", 'pip install -e ".[export]"'],
+        ),
+        (
+            *(RELEASED, "pytorch", "torch"),
+            ["--format=pytorch needs torch", 'pip install -e ".[convert]"'],
+        ),
+        (BASE, "pytorch", "", ["train with --config.method.suffix=released"]),
+    ],
+)
+def test_what_a_format_cannot_hold_or_needs(
+    trained, export, monkeypatch, method, form, missing, messages
+):
+    """The method, or the package of an extra."""
+    if missing:
+        monkeypatch.setitem(sys.modules, missing, None)
+    elif form == "pytorch":
+        pytest.importorskip("torch", reason="checked before the method")
+    assert_refused(export(trained(method), method, f"--format={form}"), *messages)

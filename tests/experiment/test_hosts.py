@@ -94,38 +94,42 @@ class Session(Pair):
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory):
-    root = runs.write_folder(tmp_path_factory.mktemp("hosts"))
-    runs.write_clip(root / "clip.safetensors")
-    return root
+def arguments(folder, clip):
+    """(workdir, overrides) -> a command line."""
 
+    def arguments(workdir, *overrides):
+        return runs.arguments(folder, clip, workdir, *SETTINGS, *overrides)
 
-def arguments(places, workdir, *overrides):
-    return runs.arguments(places, places / "clip.safetensors", workdir, *SETTINGS, *overrides)
+    return arguments
 
 
 @pytest.fixture(scope="module")
-def alone(places, tmp_path_factory, quiet):
+def alone(arguments, tmp_path_factory, quiet):
     """The workdir of a run by this process with eight devices."""
     workdir = tmp_path_factory.mktemp("alone")
-    assert runs.call(*arguments(places, workdir)) == 0
+    assert runs.call(*arguments(workdir)) == 0
     return workdir
 
 
 @pytest.fixture(scope="module")
-def session(places, alone, tmp_path_factory):
-    """Two processes that were joined by a run, which a signal to one of them stopped."""
+def session(arguments, clip, alone, tmp_path_factory):
+    """Two processes that were joined by a run, which a signal to one of them stopped.
+
+    Links to the clip and to records are in the folder of the first alone.
+    """
     root = tmp_path_factory.mktemp("session")
     workdir = root / "stopped"
     shutil.copytree(alone, workdir)  # saved by one process, continued by two
     session = Session.start(root, *[[sys.executable, "-c", SESSION]] * 2)
+    (root / "0/clip").symlink_to(clip)
+    (root / "0/records").symlink_to(alone / "records")
 
     def stop():
         processes.until(lambda: "continuing" in session.logs()[0], *session.processes)
         session.processes[1].send_signal(signal.SIGTERM)  # while they load
 
     try:
-        argv = arguments(places, workdir, *ENDLESS)
+        argv = arguments(workdir, *ENDLESS)
         statuses, logs = session.call(argv, flags_to_join(), meanwhile=stop)
         assert statuses == [143, 143], logs
         saved = max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
@@ -154,9 +158,9 @@ def assert_same_run(left, right, atol=1e-5):
         np.testing.assert_allclose(a[name], b[name], atol=atol, err_msg=name)
 
 
-def test_two_processes_train_as_one(places, alone, session, tmp_path):
+def test_two_processes_train_as_one(arguments, alone, session, tmp_path):
     two = tmp_path / "two"
-    statuses, logs = session.call(arguments(places, two))
+    statuses, logs = session.call(arguments(two))
     assert statuses == [0, 0], logs
     assert_same_run(alone, two)
     # One writer: every line once; and nothing is dropped or repeated in evaluation.
@@ -170,13 +174,13 @@ def test_two_processes_train_as_one(places, alone, session, tmp_path):
     # What they saved is continued by one process.
     shutil.rmtree(two / "checkpoints/4")
     (two / PROMPTS).unlink()
-    assert runs.call(*arguments(places, two)) == 0
+    assert runs.call(*arguments(two)) == 0
     assert_same_run(alone, two)
 
 
 @pytest.mark.slow
-def test_two_processes_train_from_frames_on_their_devices(places, alone, session, tmp_path):
-    statuses, logs = session.call(arguments(places, tmp_path, "--config.data.device_cache_gb=1"))
+def test_two_processes_train_from_frames_on_their_devices(arguments, alone, session, tmp_path):
+    statuses, logs = session.call(arguments(tmp_path, "--config.data.device_cache_gb=1"))
     assert statuses == [0, 0], logs
     # Devices round crops otherwise than the host.
     assert_same_run(alone, tmp_path, atol=1e-3)
@@ -184,14 +188,14 @@ def test_two_processes_train_from_frames_on_their_devices(places, alone, session
 
 
 @pytest.mark.slow
-def test_two_processes_export_as_one(places, alone, session, tmp_path):
+def test_two_processes_export_as_one(arguments, alone, session, tmp_path):
     """An orbax folder, from which both start again; and programs, which one alone makes."""
     pytest.importorskip("flatbuffers", reason="with which jax writes programs")
 
     def export(workdir, prompts, form):
         prompts = f"--config.init.prompts={prompts}"
         flags = ("--mode=export", f"--format={form}", prompts)
-        statuses, logs = session.call(arguments(places, workdir, *flags))
+        statuses, logs = session.call(arguments(workdir, *flags))
         assert statuses == [0, 0], logs
 
     export(tmp_path / "first", alone / PROMPTS, "orbax")
@@ -217,25 +221,19 @@ def test_two_processes_export_as_one(places, alone, session, tmp_path):
         ),
     ],
 )
-def test_a_mistake_is_reported_by_both(places, alone, session, tmp_path, override, own, message):
-    first = session.folders[0]
-    if not (first / "records").exists():
-        (first / "records").symlink_to(alone / "records")
-        (first / "clip").symlink_to(places / "clip.safetensors")
+def test_a_mistake_is_reported_by_both(arguments, alone, session, tmp_path, override, own, message):
     flags = (f"--config.data.records={alone / 'records'}", "--config.data.annotations=", override)
-    statuses, logs = session.call(
-        arguments(places, tmp_path / "run", *flags), [(), (own,) if own else ()]
-    )
+    statuses, logs = session.call(arguments(tmp_path / "run", *flags), [(), (own,) if own else ()])
     assert statuses == [2, 2], logs
     for log in logs:
         assert message in log and "Traceback" not in log
 
 
 @pytest.mark.parametrize("dies", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_when_one_is_killed_the_other_ends_and_says_so(places, alone, tmp_path, dies):
+def test_when_one_is_killed_the_other_ends_and_says_so(arguments, alone, tmp_path, dies):
     workdir = tmp_path / "run"
     shutil.copytree(alone, workdir)
-    argv = runs.command(arguments(places, workdir, *ENDLESS))
+    argv = runs.command(arguments(workdir, *ENDLESS))
     pair = Pair.start(tmp_path, *([*argv, *flags] for flags in flags_to_join(timeout=10)))
     processes.until(lambda: max(losses(workdir)) >= 6, *pair.processes)
     pair.processes[dies].kill()

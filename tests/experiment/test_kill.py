@@ -40,23 +40,17 @@ def learnt(workdir):
     return [{k: v for k, v in line.items() if k not in speed} for line in read_metrics(workdir)]
 
 
-@pytest.fixture(scope="module")
-def places(tmp_path_factory):
-    root = tmp_path_factory.mktemp("kill")
-    return runs.write_folder(root), runs.write_clip(root / "clip.safetensors")
-
-
 @pytest.mark.slow
-def test_five_kills_change_nothing(places, tmp_path):
+def test_five_kills_change_nothing(folder, clip, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    status, err = finish(start(*places, whole))
+    status, err = finish(start(folder, clip, whole))
     assert status == 0, err
     for step in KILLED_AT:
-        process = start(*places, killed)
+        process = start(folder, clip, killed)
         processes.until(lambda: reached(killed, step), process)  # noqa: B023
         process.send_signal(signal.SIGKILL)
         assert finish(process)[0] == -signal.SIGKILL
-    status, err = finish(start(*places, killed))
+    status, err = finish(start(folder, clip, killed))
     assert status == 0, err
     name = "prompts.safetensors"
     assert (killed / name).read_bytes() == (whole / name).read_bytes()
@@ -68,26 +62,16 @@ def test_five_kills_change_nothing(places, tmp_path):
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_says_so(places, tmp_path):
-    process = start(*places, tmp_path / "run")
-    processes.until(lambda: reached(tmp_path / "run", 7), process)
-    process.send_signal(signal.SIGTERM)
-    status, err = finish(process)
-    assert status == 143
-    assert "stopped by SIGTERM; the same command continues" in err
+def test_two_processes_cannot_share_a_workdir(folder, clip, tmp_path):
+    first = start(folder, clip, tmp_path / "run", steps=10**6)
+    processes.until(lambda: reached(tmp_path / "run", 1), first)
+    status, err = finish(start(folder, clip, tmp_path / "run", steps=10**6))
+    assert status == 2 and "another run is using it" in err
+    first.send_signal(signal.SIGTERM)
+    status, err = finish(first)
+    assert status == 143 and "stopped by SIGTERM; the same command continues" in err
     saved = max(int(p.name) for p in (tmp_path / "run/checkpoints").iterdir() if p.name.isdigit())
     assert saved == read_metrics(tmp_path / "run")[-1]["step"]
-
-
-@pytest.mark.slow
-def test_two_processes_cannot_share_a_workdir(places, tmp_path):
-    first = start(*places, tmp_path / "run", steps=10**6)
-    processes.until(lambda: reached(tmp_path / "run", 1), first)
-    status, err = finish(start(*places, tmp_path / "run", steps=10**6))
-    assert first.poll() is None
-    first.send_signal(signal.SIGTERM)
-    assert finish(first)[0] == 143
-    assert status == 2 and "another run is using it" in err
 
 
 def damage(rng, content):
@@ -102,10 +86,10 @@ def damage(rng, content):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("quiet")
-def test_thirty_damaged_workdirs(places, tmp_path, capsys):
+def test_thirty_damaged_workdirs(folder, clip, tmp_path, capsys):
     """The right end, or one line; never a traceback."""
     whole = tmp_path / "whole"
-    assert runs.call(*runs.arguments(*places, whole)) == 0
+    assert runs.call(*runs.arguments(folder, clip, whole)) == 0
     prompts, trained = (whole / "prompts.safetensors").read_bytes(), learnt(whole)[-1]
     rng, ends = random.Random(0), []
     for number in range(30):
@@ -119,7 +103,7 @@ def test_thirty_damaged_workdirs(places, tmp_path, capsys):
                 damage(rng, path.read_bytes())
             )
         capsys.readouterr()
-        ends.append(runs.call(*runs.arguments(*places, workdir)))
+        ends.append(runs.call(*runs.arguments(folder, clip, workdir)))
         err = capsys.readouterr().err
         if ends[-1] == 2:
             lines = [line for line in err.splitlines() if line.startswith("error: ")]
