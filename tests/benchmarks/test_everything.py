@@ -61,11 +61,8 @@ def test_what_is_out_of_time_is_killed_with_its_children(call, tmp_path, monkeyp
                 raise real.TimeoutExpired(self.args, timeout)
             return super().wait()
 
-    monkeypatch.setattr(
-        everything,
-        "subprocess",
-        types.SimpleNamespace(Popen=Popen, TimeoutExpired=real.TimeoutExpired),
-    )
+    patched = types.SimpleNamespace(Popen=Popen, TimeoutExpired=real.TimeoutExpired)
+    monkeypatch.setattr(everything, "subprocess", patched)
     child = f"import os, time; open({str(file)!r}, 'w').write(str(os.getpid())); time.sleep(1e6)"
     code = "import subprocess, sys, time; print('be' + 'gun', flush=True); "
     code += f"subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(1e6)"
@@ -75,30 +72,23 @@ def test_what_is_out_of_time_is_killed_with_its_children(call, tmp_path, monkeyp
     processes.until(lambda: not processes.is_alive(pid))
 
 
-def test_no_time_at_all(call):
-    call({"one": "print('fir' + 'st')"})
-    status, printed, report = call({"one": "print(1)", "two": "print(2)"}, "--minutes=0")
-    assert printed == "one: no time was left for it\ntwo: no time was left for it\n"
-    assert status == 1 and "first" in report  # what an earlier call measured stays
-
-
-def test_a_list_needs_no_folder(capsys, monkeypatch):
+def test_a_list_needs_no_folder_and_a_run_does(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(everything, "what_is_there", lambda: {"backend": "cpu"})
     everything.main(["--list"])
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == len(everything.TASKS)
     assert any(line.startswith("python -m benchmarks.ladder --workdir=DIR/") for line in printed)
-    with pytest.raises(SystemExit, match="2"):
-        everything.main([])
-    assert "--output=DIR is missing" in capsys.readouterr().err
-
-
-def test_a_folder_that_cannot_be(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(everything, "what_is_there", lambda: {"backend": "cpu"})
     (tmp_path / "file").touch()
-    with pytest.raises(SystemExit, match="2"):
-        everything.main([f"--output={tmp_path / 'file'}", "--only", "ranks"])
-    assert "file: not a folder to write in (File exists)" in capsys.readouterr().err
+    for argv, message in (
+        ([], "--output=DIR is missing"),
+        (
+            [f"--output={tmp_path / 'file'}", "--only", "ranks"],
+            "file: not a folder to write in (File exists)",
+        ),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            everything.main(argv)
+        assert message in capsys.readouterr().err
 
 
 def test_one_cache_of_programs_for_all_and_none_from_before(call, monkeypatch):
@@ -115,6 +105,9 @@ def test_some_of_them_one_call_after_the_other(call):
     assert printed.startswith("two: done") and "first" not in report
     _, _, report = call(tasks, "--only", "one")
     assert report.index("first") < report.index("second")
+    status, printed, report = call(tasks, "--minutes=0")
+    assert printed == "one: no time was left for it\ntwo: no time was left for it\n"
+    assert status == 1 and "first" in report  # what an earlier call measured stays
 
 
 @pytest.mark.parametrize("cpu", [True, False])

@@ -145,14 +145,6 @@ def test_wrong_calls_are_one_line(monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().err == "error: --config=nowhere.py: no such file\n"
 
 
-@pytest.mark.slow
-def test_learning_rates_are_judged_on_the_val_split(run_study):
-    (row,) = run_study("learning_rates", [0], only=["vop"], rates=[1e-3])
-    config = json.loads((run_study.root / "learning_rates/vop_0.001/seed0/config.json").read_text())
-    assert config["data"]["eval_split"] == "val" and row["learning_rate"] == 1e-3
-    assert config["data"]["records"] != str(run_study.root / "records_test")
-
-
 @pytest.mark.parametrize("config_file", ["demo.py", "motion.py"])
 @pytest.mark.parametrize("study", ladder.STUDIES)
 def test_every_study_is_of_settings_that_can_be(study, config_file):

@@ -64,14 +64,14 @@ def test_a_program_that_does_not_compile_leaves_the_peers_time(call, monkeypatch
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(speed.Programs, "_compiled", broken)
-    ours, theirs = call("--methods", "vop", "--what", "step")[0]["rows"]
+    ours, theirs = call("--methods", "vop", "--what", "forward")[0]["rows"]
     assert ours["error"] == "RuntimeError: out of memory"
     assert len(theirs["seconds"]) == 2 and theirs["flops"] > 0
 
 
 def test_without_torch_the_table_is_of_jax(call, monkeypatch):
     monkeypatch.setattr(speed, "torch", None)
-    ours, theirs = call("--methods", "vop", "--what", "step")[0]["rows"]
+    ours, theirs = call("--methods", "vop", "--what", "forward")[0]["rows"]
     assert len(ours["seconds"]) == 2 and theirs["error"].endswith("torch is not installed")
 
 
