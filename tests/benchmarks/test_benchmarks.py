@@ -87,9 +87,10 @@ def summary_of(workdir):
 )
 def test_from_official_files_to_a_summary(name, tmp_path, trained):
     sizes = write_miniature(name, tmp_path)
-    assert prepared(name, tmp_path) == 0
-    run, direct = tmp_path / "run", tmp_path / "direct"
-    assert trained(name, tmp_path, run)[0] == 0
+    run, prepared_run = tmp_path / "run", tmp_path / "prepared"
+    places = [f"data.{key}={tmp_path / key}" for key in ("annotations", "videos")]
+    places.append(f"data.records={tmp_path / 'packed'}")  # by the run itself
+    assert trained(name, tmp_path, run, *places)[0] == 0
     summary = summary_of(run)
     assert summary["method"] == "vop" and summary["steps"] == 2
     assert summary["dataset"] == name and summary["eval_split"] == "test"
@@ -98,12 +99,11 @@ def test_from_official_files_to_a_summary(name, tmp_path, trained):
     texts = 2 if name in ("msvd", "vatex") else 1
     assert summary["num_texts"] == texts * sizes["test"]
     assert ("v2t_per_caption" in summary) == (texts > 1)
-    # The same from the files, without `prepare`: packed by the run, equal ranks.
-    places = [f"data.{key}={tmp_path / key}" for key in ("annotations", "videos")]
-    places.append(f"data.records={tmp_path / 'direct_records'}")
-    assert trained(name, tmp_path, direct, *places, "train.steps=0")[0] == 0
+    # Equal ranks from prepared records, of which an evaluation needs its own split only.
+    assert prepared(name, tmp_path, "--splits=test") == 0
+    assert trained(name, tmp_path, prepared_run, "train.steps=0")[0] == 0
     for side in ("t2v", "v2t"):
-        assert summary_of(direct)[side] == summary["before"][side]
+        assert summary_of(prepared_run)[side] == summary["before"][side]
 
 
 def test_what_a_run_refuses(tmp_path, miniature, trained):
@@ -158,14 +158,6 @@ def test_a_share_can_be_held_out_beside_the_test_split_that_was(tmp_path):
     data.update(frames=3, short_side=32, val_share=0.1)
     splits = load.load(data, str(tmp_path / "run"), select="best").splits
     assert sum(map(len, splits.values())) == 40 and 1 <= len(splits["val"]) <= 9
-
-
-def test_evaluation_needs_its_own_split_only(tmp_path, trained):
-    write_miniature("msrvtt9k", tmp_path)
-    assert prepared("msrvtt9k", tmp_path, "--splits=test") == 0
-    assert trained("msrvtt9k", tmp_path, tmp_path / "run", "train.steps=0")[0] == 0
-    summary = summary_of(tmp_path / "run")
-    assert summary["steps"] == 0 and summary["num_videos"] == TEST
 
 
 def test_the_best_checkpoint_is_chosen_on_held_out_training_clips(tmp_path, miniature, trained):
