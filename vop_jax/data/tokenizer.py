@@ -5,6 +5,7 @@ truncated to the slots of the text tower, padded with zeros; a batch then keeps 
 as the smallest bucket that holds its longest caption.
 """
 
+import functools
 import gzip
 import html
 from collections.abc import Sequence
@@ -188,6 +189,7 @@ def bucket_widths(ids: np.ndarray, buckets: Sequence[int], batch_size: int) -> t
     return tuple(width for width, share in zip(allowed, shares, strict=True) if share >= RARE)
 
 
+@functools.cache
 def _load_bpe() -> BPE:
     packed = resources.files("vop_jax.data") / "bpe_simple_vocab_16e6.txt.gz"
     lines = gzip.decompress(packed.read_bytes()).decode().split("\n")
