@@ -1,7 +1,7 @@
 """Token ids against OpenAI's, truncation, and the widths of batches."""
 
-import csv
-import os
+import importlib.util
+import pathlib
 import pickle
 import unicodedata
 
@@ -35,10 +35,17 @@ GOLDEN = {
     "&amp;amp; ☕️ don’t": [261, 15499, 847, 713],
 }
 
-ODD = (
+# Mixed-up encodings, other entities, and a letter that is an s to one engine alone.
+NOT_PORTABLE = (
+    "&lt;b&gt; R&amp;D &amp;amp;lt; &eacute;t&eacute; &#39;quoted&#39; &#x1F600; &nosuch;",
+    "schÃ¶n â€œmojibakeâ€\x9d donâ€™t L&AMP;AMP;ATILDE;&AMP;AMP;SUP3;PEZ",
+    "'S 'T it's IT'LL we'Re 'ſ",
+)
+SURROGATES = "\ud800 lone surrogate \udfff"  # which `tokenizers` cannot take
+
+PORTABLE = (
     *GOLDEN,
     "   spaces\tand\nlines\r\n ",
-    "&lt;b&gt; R&amp;D &amp;amp;lt; &eacute;t&eacute; &#39;quoted&#39; &#x1F600; &nosuch;",
     "<b>bold</b> &amp;amp; &amp;lt;i&amp;gt; &amp;#39;",  # ftfy unescapes only without tags
     "👩‍👩‍👧‍👦 family 🏳️‍🌈 flag 👍🏽 🇩🇪",
     "一只猫在弹钢琴。猫が歌う 고양이",
@@ -51,22 +58,13 @@ ODD = (
     "a" * 300,
     "!?" * 60,
     "0123456789" * 9,
-    "schÃ¶n â€œmojibakeâ€\x9d donâ€™t L&AMP;AMP;ATILDE;&AMP;AMP;SUP3;PEZ",
     "ﬁne ﬀ ＦＵＬＬ ｗｉｄｔｈ ① ½ Ⅷ ²",
     "İstanbul STRASSE straße ſ ΌΣΟΣ ǅ",
-    "\ud800 lone surrogate \udfff",
-    "'S 'T it's IT'LL we'Re 'ſ",
     "¿qué? naïve café — “quotes” … «»",
     "\U0010ffff \U000e0001 \ufffe",
 )
 
-# Mixed-up encodings, other entities, and a letter that is an s to one engine alone.
-NOT_PORTABLE = (
-    "&lt;b&gt; R&amp;D &amp;amp;lt; &eacute;t&eacute; &#39;quoted&#39; &#x1F600; &nosuch;",
-    "schÃ¶n â€œmojibakeâ€\x9d donâ€™t L&AMP;AMP;ATILDE;&AMP;AMP;SUP3;PEZ",
-    "'S 'T it's IT'LL we'Re 'ſ",
-)
-assert set(NOT_PORTABLE) < set(ODD)
+ODD = (*PORTABLE, *NOT_PORTABLE, SURROGATES)
 
 
 def row(text: str) -> list[int]:
@@ -85,9 +83,8 @@ def test_every_caption_is_framed_and_within_the_vocabulary():
     assert ids.dtype == np.int32 and not truncated.any()
     for caption_ids in ids:
         eot = caption_ids.argmax()  # as the model reads it
-        assert (
-            caption_ids[0] == SOT and caption_ids[eot] == EOT and not caption_ids[eot + 1 :].any()
-        )
+        assert (caption_ids[0], caption_ids[eot]) == (SOT, EOT)
+        assert not caption_ids[eot + 1 :].any()
     assert (ids >= 0).all() and (ids < VOCAB_SIZE).all()
 
 
@@ -130,26 +127,18 @@ def test_tokenizer_and_lookup_survive_pickling():
         np.testing.assert_array_equal(ids, TOKENIZER(order))
 
 
-_LIBRARIES: list = []  # operators last as long as their library object
-
-
 @pytest.fixture(scope="module")
 def open_clip_ids():
-    """open_clip's tokenizer: texts -> int [N, 77]."""
-    torch = pytest.importorskip("torch", reason="open_clip needs torch")
-    try:
-        import open_clip.tokenizer
-    except ModuleNotFoundError:
+    """open_clip's tokenizer: texts -> int [N, 77]. Its file alone is imported, not its models."""
+    pytest.importorskip("torch", reason="open_clip needs torch")
+    package = importlib.util.find_spec("open_clip")
+    if package is None:
         pytest.skip("open_clip is not installed")
-    except RuntimeError:
-        # torchvision was built for another device than torch and lacks operators, which
-        # open_clip's tokenizer does not use: it imports once they have names.
-        operators = torch.library.Library("torchvision", "DEF")
-        operators.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        operators.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _LIBRARIES.append(operators)
-        import open_clip.tokenizer
-    return open_clip.tokenizer.SimpleTokenizer()
+    file = pathlib.Path(package.origin).with_name("tokenizer.py")
+    spec = importlib.util.spec_from_file_location("open_clip_tokenizer", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.SimpleTokenizer()
 
 
 def any_text(**options) -> st.SearchStrategy[str]:
@@ -174,36 +163,17 @@ def test_equals_open_clip_on_odd_captions(open_clip_ids):
         check_equal(open_clip_ids, text)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(any_text(max_size=30).filter(lambda text: not special(text)))
 def test_equals_open_clip_on_any_text(open_clip_ids, text):
     check_equal(open_clip_ids, text)
-
-
-@pytest.mark.slow
-@settings(max_examples=10_000, deadline=None)
-@given(any_text(max_size=120).filter(lambda text: not special(text)))
-def test_equals_open_clip_on_much_text(open_clip_ids, text):
-    check_equal(open_clip_ids, text)
-
-
-def test_equals_open_clip_on_the_given_captions(open_clip_ids):
-    path = os.environ.get("VOP_JAX_CAPTIONS")
-    if not path:
-        pytest.skip("VOP_JAX_CAPTIONS names no CSV with a column `sentence`")
-    with open(path, newline="", encoding="utf-8") as file:
-        captions = [line["sentence"] for line in csv.DictReader(file)]
-    assert captions
-    ids, truncated = TOKENIZER.with_truncation(captions)
-    np.testing.assert_array_equal(ids, open_clip_ids(captions).numpy())
-    print(f"{len(captions)} captions equal, {truncated.sum()} of them truncated")
 
 
 def test_the_portable_tokenizer_makes_the_same_rows():
     ours = CaptionTokenizer(40)
     portable = tokenizers.Tokenizer.from_str(ours.portable())
     texts = [
-        *(text for text in ODD if text not in NOT_PORTABLE and not set(text) & set("\ud800\udfff")),
+        *PORTABLE,
         "it\u2019s a \u201cred\u201d \u2018ball\u2019, \u201elow\u201a",
         "\ufb01ne \ufb00 \uff26\uff35\uff2c\uff2c \uff76\uff9e \uffe5",
         "a\x07b\x00c\x7f\ufeff d\x1b[1;31me don\x92t",
@@ -235,14 +205,7 @@ def captions(*lengths, slots=20):
 
 @pytest.mark.parametrize(
     ("lengths", "buckets", "width"),
-    [
-        ((2, 5), (5, 8), 5),
-        ((2, 6), (5, 8), 8),
-        ((6, 2), (8, 5), 8),
-        ((9,), (5, 8), 20),
-        ((9,), (5, 32), 20),
-        ((2,), (), 20),
-    ],
+    [((2, 5), (5, 8), 5), ((6, 2), (8, 5), 8), ((9,), (5, 32), 20), ((2,), (), 20)],
 )
 def test_the_smallest_bucket_that_holds_all(lengths, buckets, width):
     ids = captions(*lengths)
@@ -255,7 +218,6 @@ def test_the_smallest_bucket_that_holds_all(lengths, buckets, width):
     ("long", "batch_size", "expected"),
     [
         (0, 4, (5,)),  # none is long
-        (1, 4, (5, 20)),
         (1, 99, (5, 20)),  # once in a hundred times the long one is left out
         (1, 100, (20,)),  # the whole split
         (1, 300, (20,)),
@@ -267,11 +229,11 @@ def test_the_smallest_bucket_that_holds_all(lengths, buckets, width):
 def test_widths_that_batches_will_have(long, batch_size, expected):
     ids = captions(*[4] * (100 - long), *[9] * long)
     assert bucket_widths(ids, (5,), batch_size) == expected
+    assert bucket_widths(ids, (), batch_size) == (20,)
 
 
 def test_widths_are_those_that_are_met():
     rng = np.random.default_rng(0)
     ids = captions(*rng.integers(2, 21, 300))
     met = {fit_bucket(ids[rng.integers(300, size=3)], (8, 12, 30)).shape[1] for _ in range(2000)}
-    assert bucket_widths(ids, (), 3) == (20,)
     assert bucket_widths(ids, (8, 12, 30), 3) == tuple(sorted(met)) == (8, 12, 20)
