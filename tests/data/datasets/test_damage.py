@@ -9,7 +9,7 @@ import pytest
 from tests.data.datasets.official import BENCHMARKS, read_benchmark, write_official
 from vop_jax.errors import UserError
 
-ROUNDS = 30  # of each benchmark
+ROUNDS = 20  # of each benchmark
 SIZES = {"train": 4, "val": 3, "test": 3}
 VALUES = (None, True, -1, 1e400, float("nan"), 10**400, "", " ", "a\0b", "\ud800", "../x", [], {})
 
@@ -25,19 +25,9 @@ def truncate(data, chance):
     return data[: chance.randrange(len(data))]
 
 
-def garbage(data, chance):
-    at = chance.randrange(len(data))
-    return data[:at] + chance.randbytes(chance.randint(1, 200)) + data[at:]
-
-
-def delete_lines(data, chance):
+def drop_and_repeat_lines(data, chance):
     lines = data.splitlines(keepends=True)
-    return b"".join(line for line in lines if chance.random() < 0.8)
-
-
-def duplicate_lines(data, chance):
-    lines = data.splitlines(keepends=True)
-    return b"".join(line * chance.choice((1, 1, 1, 2)) for line in lines)
+    return b"".join(line * chance.choice((0, 1, 1, 1, 2)) for line in lines)
 
 
 def swap_values(data, chance):
@@ -61,7 +51,7 @@ def swapped(value, chance):
     return [*value[:i], swapped(value[i], chance), *value[i + 1 :]]
 
 
-DAMAGES = (flip, truncate, garbage, delete_lines, duplicate_lines, swap_values, swap_values)
+DAMAGES = (flip, truncate, drop_and_repeat_lines, swap_values, swap_values)
 
 
 @pytest.mark.parametrize("name", [*BENCHMARKS, "msvd pickled"])
@@ -91,7 +81,7 @@ def test_damaged_files_are_read_or_named(name, tmp_path):
             assert all(note.isprintable() for note in notes)
             for clip in [clip for clips in dataset.values() for clip in clips]:
                 assert clip.captions and all(text.strip() for text in clip.captions)
-                assert "\0" not in f"{clip}".encode().decode()
+                assert "\0" not in f"{clip}".encode().decode()  # nor half a character
             outcomes.append("read")
         file.write_bytes(whole)
     assert set(outcomes) == {"named", "read"}
