@@ -50,8 +50,9 @@ def test_json_lines_take_lists(read):
     assert dataset["test"][0].end == 2.0
 
 
-def test_tabs_and_a_byte_order_mark(read):
-    dataset = read("\ufeffvideo\tcaption\tsplit\na.mp4\tx, y\ttrain\n", "captions.tsv")
+def test_tabs_a_byte_order_mark_and_repeated_columns_that_are_ignored(read):
+    header = "\ufeffvideo\tcaption\tsplit\tnote\tnote\n"
+    dataset = read(header + "a.mp4\tx, y\ttrain\t1\t2\n", "captions.tsv")
     assert dataset["train"][0].captions == ("x, y",)
 
 
@@ -84,27 +85,12 @@ def test_segments_of_a_video_are_held_out_together(read, caplog):
     assert len({clip.path for clip in few["test"]}) == 1
 
 
-@pytest.mark.parametrize(
-    ("clip_id", "start", "end", "video"),
-    [
-        ("a@b.mp4@2-12.5", 2.0, 12.5, "a@b.mp4"),
-        ("a.mp4@1e-05-end", 1e-5, None, "a.mp4"),
-        ("a@1-2", None, None, "a@1-2"),
-        ("54322086@N00_2408.mov", None, 30.0, "54322086@N00_2408.mov"),  # of DiDeMo
-    ],
-)
-def test_the_video_of_a_clip(clip_id, start, end, video):
-    assert video_of(clip_id, start, end) == video
-
-
-def test_columns_that_are_ignored_may_be_there_twice(read):
-    assert read("video,caption,note,note\na.mp4,x,1,2\n")
-
-
-def test_a_video_in_two_splits_is_told(read, caplog):
-    with caplog.at_level("WARNING"):
-        read("video,caption,split,start,end\na.mp4,x,train,0,5\na.mp4,y,test,3,8\n")
-    assert "videos with clips both in train and in test: 1" in caplog.text
+def test_the_video_of_a_clip():
+    assert video_of("a@b.mp4@2-12.5", 2.0, 12.5) == "a@b.mp4"
+    assert video_of("a.mp4@1e-05-end", 1e-5, None) == "a.mp4"
+    assert video_of("a@1-2", None, None) == "a@1-2"
+    didemo = "54322086@N00_2408.mov"
+    assert video_of(didemo, None, 30.0) == didemo
 
 
 def test_spellings_of_a_path_are_one_video(read, tmp_path, caplog):
@@ -118,29 +104,18 @@ def test_spellings_of_a_path_are_one_video(read, tmp_path, caplog):
     assert stored["train"][0].path == "gs://bucket/b.mp4"
 
 
-@pytest.mark.parametrize("split", ["train", "test-dev", "Ünï", "val_1", " train "])
-def test_names_of_splits(read, split):
-    assert list(read(f"video,caption,split\na.mp4,x,{split}\n")) == [split.strip()]
-
-
-@pytest.mark.parametrize(
-    "split", ["my split", "val.1", "all", "train+x", "train[:50%]", "../x", "-", "train-"]
-)
-def test_names_that_splits_cannot_have(read, split):
-    with pytest.raises(UserError, match=r"c.csv:2: split is .*; a name of letters, digits and _"):
-        read(f"video,caption,split\na.mp4,x,{split}\n", "c.csv")
+def test_names_of_splits(read):
+    for split in ("train", "test-dev", "Ünï", "val_1", " train "):
+        assert list(read(f"video,caption,split\na.mp4,x,{split}\n")) == [split.strip()]
+    for split in ("my split", "val.1", "all", "train+x", "train[:50%]", "../x", "-", "train-"):
+        with pytest.raises(UserError, match=r"csv:2: split is .*; a name of letters, digits and _"):
+            read(f"video,caption,split\na.mp4,x,{split}\n")
 
 
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
         ("c.csv", "video,caption,caption\na.mp4,x,y\n", "c.csv:1: several columns 'caption'"),
-        (
-            "c.jsonl",
-            '{"video": "a", "caption": "x", "start": ' + "9" * 5000 + "}",
-            "1: no readable JSON (a number",
-        ),
-        ("c.jsonl", "[" * 100000, "c.jsonl:1: no readable JSON (too deeply"),
         ("c.csv", "", "c.csv:1: no column 'video'; found nothing"),
         ("c.csv", "video,captoin\n", "unknown column 'captoin'; did you mean 'caption'"),
         ("c.csv", "video,caption,spilt\n", "unknown column 'spilt'; did you mean 'split'"),

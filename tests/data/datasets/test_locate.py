@@ -46,22 +46,13 @@ def test_official_places_are_taken_without_a_look_elsewhere(put, monkeypatch):
 
 def test_other_extensions_places_names_and_frames(put):
     root = put(
-        "video1.mp4",
-        "video2.WEBM",
-        "video2.txt",
-        "more/video3.mp4",
-        "film_00.01.02/1.jpg",
-        "empty/notes.txt",
-        "abc.mkv",
+        *("video1.mp4", "video2.WEBM", "video2.txt", "more/video3.mp4", "film_00.01.02/1.jpg"),
+        *("empty/notes.txt", "abc.mkv"),
     )
     names = ["video1.mp4", "video2.mp4", "video3.mp4", "film/film_00.01.02.avi", "v_abc.mp4"]
     found, notes = locate(clips(*names, "empty.mp4"), root)
     assert located(found, root) == [
-        "video1.mp4",
-        "video2.WEBM",
-        "more/video3.mp4",
-        "film_00.01.02",
-        "abc.mkv",
+        *("video1.mp4", "video2.WEBM", "more/video3.mp4", "film_00.01.02", "abc.mkv"),
         "empty.mp4",  # what is not found is reported when it is to be read
     ]
     assert notes == [
@@ -87,18 +78,13 @@ def test_names_that_downloads_and_file_systems_change(put):
     assert f"{root}: 1 of 8 videos are missing, first f.mp4" in notes
 
 
-@pytest.mark.parametrize(
-    ("asked", "there", "hint"),
-    [
-        ("b.mp4", "b.mp4.webm", "b.mp4.webm"),
-        ("b", "b.ts", "b.ts"),
-        ("caf\u00e9.mp4", "cafe\u0301.mp4", r"'cafe\u0301.mp4'"),
-    ],
-)
-def test_a_file_of_nearly_that_name_is_pointed_at(put, asked, there, hint):
-    with pytest.raises(VideoError) as error:
-        stat(put(there) / asked)
-    assert str(error.value) == f"no such file, but there is {hint}"
+def test_a_file_of_nearly_that_name_is_pointed_at(put):
+    root = put("a.mp4.webm", "b.ts", "cafe\u0301.mp4")
+    hints = {"a.mp4": "a.mp4.webm", "b": "b.ts", "caf\u00e9.mp4": r"'cafe\u0301.mp4'"}
+    for name, hint in hints.items():
+        with pytest.raises(VideoError) as error:
+            stat(root / name)
+        assert str(error.value) == f"no such file, but there is {hint}"
 
 
 def test_of_two_the_official_extension_then_the_alphabet(put):
