@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import hashlib
 import io
+import itertools
 import json
 import os
 import shutil
@@ -49,7 +50,7 @@ def dataset(films, *splits):
 
 
 def clip(path):
-    return VideoClip(path.stem, str(path), (f"film {path.stem}", "again"), None, None)
+    return VideoClip(path.stem, str(path), (f"film {path.stem}", "again"))
 
 
 def make(clips, root, preprocessing=STORED, **options):
@@ -89,16 +90,32 @@ def digest_records(root):
     return {path: value for path, value in digest(root).items() if "array_record" in path}
 
 
-def disk_full(path, *args):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+def disk_full(path):
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
+def fail_at(monkeypatch, module, function, call, error):
+    """Raises an error in place of one call of a function, counted from 0."""
+    real, numbers = getattr(module, function), itertools.count()
+
+    def failing(*args):
+        if next(numbers) == call:
+            raise error
+        return real(*args)
+
+    monkeypatch.setattr(module, function, failing)
 
 
 def full_at(monkeypatch, name):
     """The disk is full when the shard of that name is opened."""
     real = shards.record_writer
-    monkeypatch.setattr(
-        shards, "record_writer", lambda p: disk_full(p) if p.name.startswith(name) else real(p)
-    )
+
+    def writer(path):
+        if path.name.startswith(name):
+            raise disk_full(path)
+        return real(path)
+
+    monkeypatch.setattr(shards, "record_writer", writer)
 
 
 def test_records_contain_the_sampled_frames(films, whole):
@@ -131,20 +148,17 @@ def test_tfds_reads_the_records(films, whole):
 def test_files_and_records_are_those_of_earlier_versions(films, whole):
     """Records from `tfds` builders (before December 2026) are read, completed and added to."""
     records = whole / "films" / "2.0.0"
-    assert sorted(path.name for path in records.iterdir()) == sorted(
-        [
-            *("dataset_info.json", "features.json", "metadata.json", "shards.json"),
-            *("clips-test.jsonl", "clips-train.jsonl", "clips-val.jsonl"),
-            *(f"films-test.array_record-0000{i}-of-00002" for i in range(2)),
-            *(f"films-train.array_record-0000{i}-of-00004" for i in range(4)),
-            "films-val.array_record-00000-of-00001",
-        ]
-    )
+    assert {path.name for path in records.iterdir()} == {
+        *("dataset_info.json", "features.json", "metadata.json", "shards.json"),
+        *("clips-test.jsonl", "clips-train.jsonl", "clips-val.jsonl"),
+        *(f"films-test.array_record-0000{i}-of-00002" for i in range(2)),
+        *(f"films-train.array_record-0000{i}-of-00004" for i in range(4)),
+        "films-val.array_record-00000-of-00001",
+    }
     made = json.loads((records / "shards.json").read_text())
     assert made["clips_per_shard"] == 3
-    assert set(made["shards"][0]) == {
-        *("split", "file", "clips", "fingerprint", "bytes", "size", "sha256")
-    }
+    keys = {"split", "file", "clips", "fingerprint", "bytes", "size", "sha256"}
+    assert set(made["shards"][0]) == keys
     assert layout.staging_folder(whole, "films") == whole / "films/2.0.0.shards"
     # Ids and captions: the hash that earlier versions wrote into `metadata.json`.
     content = json.dumps([["13", ["film 13", "again"], None, None]])
@@ -152,22 +166,15 @@ def test_files_and_records_are_those_of_earlier_versions(films, whole):
     assert layout.fingerprint([clip(films / "13.avi")]) == expected
     # A record: what the serializer of `tfds` makes of it.
     builder = tfds.builder_from_directory(os.fspath(records))
-    serializer = tfds.core.example_serializer.ExampleSerializer(
-        builder.info.features.get_serialized_info()
-    )
+    features = builder.info.features
+    serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
     result = encode.encode_clip(clip(films / "13.avi"), STORED)
-    by_tfds = serializer.get_tf_example(
-        builder.info.features.encode_example(
-            {
-                "id": "13",
-                "captions": ["film 13", "again"],
-                "frames": [io.BytesIO(jpeg) for jpeg in result.jpegs],
-                "indices": result.indices,
-                "timestamps": result.timestamps,
-            }
-        )
-    ).SerializeToString(deterministic=True)
-    assert example.serialize(clip(films / "13.avi"), result) == by_tfds
+    frames = [io.BytesIO(jpeg) for jpeg in result.jpegs]
+    values = {"id": "13", "captions": ["film 13", "again"], "frames": frames}
+    values |= {"indices": result.indices, "timestamps": result.timestamps}
+    by_tfds = serializer.get_tf_example(features.encode_example(values))
+    expected = by_tfds.SerializeToString(deterministic=True)
+    assert example.serialize(clip(films / "13.avi"), result) == expected
 
 
 def test_records_that_exist_are_opened_and_not_written_again(films, whole, encoded):
@@ -186,23 +193,16 @@ def test_an_interrupted_attempt_is_continued(films, whole, encoded, tmp_path, mo
     mine = tmp_path / "films" / "incomplete" / "of others"
     mine.touch()
     expected = KeyboardInterrupt if failure == "interrupt" else OSError
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, pytest.raises(expected):
         if failure == "interrupt":
-            patch.setattr(encode, "_jpeg", interrupt_at(30))
+            fail_at(patch, encode, "_jpeg", 30, KeyboardInterrupt)
         elif failure == "shard":
             full_at(patch, "train-00002")
         elif failure == "note":
-            calls_of_write_json = iter([False, False, True])
-            real = shards.write_json
-            patch.setattr(
-                shards,
-                "write_json",
-                lambda *a: disk_full(*a) if next(calls_of_write_json) else real(*a),
-            )
+            fail_at(patch, shards, "write_json", 2, disk_full("note"))
         else:
-            patch.setattr(write, "write_json", disk_full)
-        with pytest.raises(expected):
-            make(dataset(films), tmp_path)
+            fail_at(patch, write, "write_json", 0, disk_full("metadata"))
+        make(dataset(films), tmp_path)
     staging = layout.staging_folder(tmp_path, "films")
     finished = len(list(staging.glob("*.json")))
     assert finished == 7 if failure == "metadata" else finished in (1, 2)
@@ -213,18 +213,6 @@ def test_an_interrupted_attempt_is_continued(films, whole, encoded, tmp_path, mo
     assert len(encoded) == max(0, 17 - 3 * finished)
     mine.unlink()
     assert digest(tmp_path) == digest(whole)
-
-
-def interrupt_at(count):
-    """`_jpeg` that is interrupted at one of the frames."""
-    real, frames = encode._jpeg, iter(range(1000))
-
-    def jpeg(pixels, quality):
-        if next(frames) == count:
-            raise KeyboardInterrupt
-        return real(pixels, quality)
-
-    return jpeg
 
 
 def test_a_clip_whose_file_came_later_is_added_to_an_unfinished_shard(films, tmp_path):
@@ -279,7 +267,7 @@ def test_a_skipped_clip_is_tried_again_when_its_file_has_changed(
     encoded.clear()
     if interrupted:  # between a shard and its note, which describes the older file
         with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-            patch.setattr(shards, "write_json", disk_full)
+            fail_at(patch, shards, "write_json", 0, disk_full("note"))
             make(dataset(mine), out)
         shutil.copytree(films, mine, dirs_exist_ok=True)
     make(dataset(mine), out)
@@ -292,7 +280,7 @@ def test_a_failed_or_interrupted_replacement_loses_nothing(films, whole, tmp_pat
     make(dataset(films, "train", "test"), tmp_path)
     before = digest(tmp_path)
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        patch.setattr(write, "_write_tfds_metadata", lambda *_: disk_full("records"))
+        fail_at(patch, write, "_write_tfds_metadata", 0, disk_full("records"))
         make(dataset(films), tmp_path)
     now = digest(tmp_path)
     assert {path: now[path] for path in now if ".shards/" not in path} == before
@@ -315,19 +303,16 @@ def test_two_writers_at_once_write_the_records_once(films, whole, encoded, tmp_p
 
 
 def test_a_decoder_that_crashes_or_hangs_costs_its_clip(films, tmp_path, monkeypatch):
-    clips = dataset(films)["test"]
-    clips[2:2] = [clip(films / "crash.avi"), clip(films / "hang.avi")]
     monkeypatch.setattr(write, "encode_clip", calls.treacherous)
-    isolated = WriteOptions(2, seconds=2)
-    records = make({"test": clips}, tmp_path, options=isolated)
-    assert records.splits["test"].ids == ["13", "14", "15", "16"]
-    assert {row["id"]: row["reason"] for row in records.skipped} == {
-        "crash": "its decoder crashed (SIGSEGV)",
-        "hang": "its decoder took more than 2 s and was stopped",
-    }
+    clips = [clip(films / "crash.avi"), clip(films / "13.avi")]
+    records = make({"test": clips}, tmp_path / "crash", options=WriteOptions(1))
+    assert records.splits["test"].ids == ["13"]
+    assert records.skipped[0]["reason"] == "its decoder crashed (SIGSEGV)"
+    hanging = {"test": [clip(films / "hang.avi")]}
+    with pytest.raises(UserError, match=r"its decoder took more than 0.5 s and was stopped"):
+        make(hanging, tmp_path / "hang", options=WriteOptions(1, seconds=0.5))
 
 
-BAD = ["empty.mp4", "sound.mp4", "one.mp4", "gone.mp4"]
 # (video of a row, why it is skipped)
 ROWS = [
     ("", "no such file"),
@@ -342,24 +327,19 @@ ROWS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def bad(films, tmp_path_factory):
-    """Four clips that can be used, after four that cannot."""
-    folder = tmp_path_factory.mktemp("bad")
-    (folder / "empty.mp4").write_bytes(b"")
-    videos.write_audio(folder / "sound.mp4")
-    videos.write(folder / "one.mp4", 1)
-    return {"train": [*(clip(folder / name) for name in BAD), *dataset(films)["test"]]}
-
-
-def test_unusable_clips_are_skipped_with_their_reasons(bad, encoded, tmp_path):
+def test_unusable_clips_are_skipped_with_their_reasons(films, encoded, tmp_path):
+    (tmp_path / "empty.mp4").touch()
+    videos.write_audio(tmp_path / "sound.mp4")
+    videos.write(tmp_path / "one.mp4", 1)
+    unusable = [clip(tmp_path / f"{name}.mp4") for name in ("empty", "sound", "one", "gone")]
+    bad = {"train": [*unusable, *dataset(films)["test"]]}
     with pytest.raises(UserError) as error:
-        make(bad, tmp_path, max_skipped=0.05)
+        make(bad, tmp_path / "records", max_skipped=0.05)
     assert "4 of 8 videos cannot be used" in str(error.value)
     assert "config.data.max_skipped=0.05" in str(error.value)
     assert "empty.mp4 (zero bytes), and 3 more" in str(error.value)
     encoded.clear()
-    records = make(bad, tmp_path, max_skipped=0.5)
+    records = make(bad, tmp_path / "records", max_skipped=0.5)
     assert not encoded  # with a higher limit nothing is decoded again
     split = records.splits["train"]
     assert split.ids == ["13", "14", "15", "16"]
@@ -369,9 +349,9 @@ def test_unusable_clips_are_skipped_with_their_reasons(bad, encoded, tmp_path):
     assert reasons[2].startswith("1 frames, fewer than config.data.frames=4")
     assert np.asarray(Image.open(io.BytesIO(split[3][0]))).shape[0] == 32
     with pytest.raises(UserError, match=r"split 'train': none of 2 videos can be used: .*empty"):
-        make({"train": bad["train"][:2]}, tmp_path / "none")
+        make({"train": unusable[:2]}, tmp_path / "none")
     repeat = dataclasses.replace(STORED, short_clips="repeat")
-    short = make({"train": bad["train"][2:3]}, tmp_path / "short", repeat)
+    short = make({"train": unusable[2:3]}, tmp_path / "short", repeat)
     assert len(short.splits["train"][0]) == 4 and not short.skipped
 
 
@@ -391,23 +371,13 @@ def test_rows_without_a_file_are_reported_by_their_line(films, tmp_path, caplog)
         assert label.isprintable() and f"skipped {label}: {reason}" in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("message", "code"),
-    [
-        ("No space left on device", errno.ENOSPC),
-        ("Disk quota exceeded", errno.EDQUOT),
-        ("something else", errno.EIO),
-    ],
-)
-def test_array_records_errors_become_os_errors(tmp_path, message, code):
-    with pytest.raises(OSError) as error, shards._disk_errors(tmp_path):
-        raise RuntimeError(message)
-    assert error.value.errno == code
-
-
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")
 def test_a_full_disk_is_an_os_error(tmp_path):
     (tmp_path / "full").symlink_to("/dev/full")
     with pytest.raises(OSError) as error, shards.record_writer(tmp_path / "full") as append:
         append(bytes(1000))
     assert error.value.errno == errno.ENOSPC
+    for message, code in (("Disk quota exceeded", errno.EDQUOT), ("something else", errno.EIO)):
+        with pytest.raises(OSError) as error, shards._disk_errors(tmp_path):
+            raise RuntimeError(message)
+        assert error.value.errno == code
