@@ -3,7 +3,7 @@
 import functools
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from vop_jax.data.datasets import registry
 
@@ -34,9 +34,8 @@ def numbered(sizes: Sizes) -> dict[str, range]:
     return splits
 
 
-def write_lists(root: pathlib.Path, names: Paths) -> None:
-    for split, own in names.items():
-        (root / f"{split}_list.txt").write_text("".join(f"{name}\n" for name in own))
+def lines(texts: Iterable[str]) -> str:
+    return "".join(f"{text}\n" for text in texts)
 
 
 def write_json(path: pathlib.Path, value: object) -> None:
@@ -54,30 +53,27 @@ def write_msrvtt(part: str, root: pathlib.Path, sizes: Sizes, captions: int) -> 
     videos = [{"video_id": f"video{i}", "id": i} for i in every]
     write_json(root / "MSRVTT_data.json", {"videos": videos, "sentences": texts})
     if "train" in splits:
-        rows = "".join(f"video{i}\n" for i in splits["train"])
+        rows = lines(f"video{i}" for i in splits["train"])
         (root / f"MSRVTT_train.{part}.csv").write_text(f"video_id\n{rows}")
     if "test" in splits:
-        rows = "".join(
-            f'ret{k},msr{i},video{i},"{sentence(i, 0)}"\n' for k, i in enumerate(splits["test"])
-        )
+        rows = lines(f'ret{i},msr{i},video{i},"{sentence(i, 0)}"' for i in splits["test"])
         (root / "MSRVTT_JSFUSION_test.csv").write_text(f"key,vid_key,video_id,sentence\n{rows}")
     return {split: [f"video{i}.mp4" for i in own] for split, own in splits.items()}
 
 
 def write_didemo(root: pathlib.Path, sizes: Sizes, captions: int) -> Paths:
-    names = {
-        split: [f"{i}@N00_{i:05}_ab.{'mov' if i % 3 else 'avi'}" for i in own]
-        for split, own in numbered(sizes).items()
-    }
+    paths: Paths = {}
     for split, own in numbered(sizes).items():
+        names = {i: f"{i}@N00_{i:05}_ab.{'mov' if i % 3 else 'avi'}" for i in own}
         entries = [
             {"video": name, "description": text, "times": [[0, 1], [0, 0]], "annotation_id": i}
-            for i, name in zip(own, names[split], strict=True)
+            for i, name in names.items()
             for text in sentences(i, captions)
         ]
         write_json(root / f"{split}_data.json", entries)
-    write_lists(root, names)
-    return names
+        (root / f"{split}_list.txt").write_text(lines(names.values()))
+        paths[split] = [*names.values()]
+    return paths
 
 
 def write_activitynet(root: pathlib.Path, sizes: Sizes, captions: int) -> Paths:
@@ -119,15 +115,14 @@ def write_lsmdc(root: pathlib.Path, sizes: Sizes, captions: int) -> Paths:
 def write_by_id(
     file: str, extension: str, root: pathlib.Path, sizes: Sizes, captions: int
 ) -> Paths:
-    ids = {split: [f"-{i:010}_1_{9 + i}" for i in own] for split, own in numbered(sizes).items()}
-    texts = {
-        name: sentences(i, captions)
-        for split, own in numbered(sizes).items()
-        for i, name in zip(own, ids[split], strict=True)
-    }
+    texts, paths = {}, {}
+    for split, own in numbered(sizes).items():
+        names = {f"-{i:010}_1_{9 + i}": sentences(i, captions) for i in own}
+        (root / f"{split}_list.txt").write_text(lines(names))
+        paths[split] = [name + extension for name in names]
+        texts |= names
     write_json(root / file, texts)
-    write_lists(root, ids)
-    return {split: [name + extension for name in own] for split, own in ids.items()}
+    return paths
 
 
 WRITERS: dict[str, Callable[[pathlib.Path, Sizes, int], Paths]] = {

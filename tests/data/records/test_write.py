@@ -8,7 +8,7 @@ import itertools
 import json
 import os
 import shutil
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -289,11 +289,8 @@ def test_a_failed_or_interrupted_replacement_loses_nothing(films, whole, tmp_pat
 
 
 def test_two_writers_at_once_write_the_records_once(films, whole, encoded, tmp_path):
-    threads = [threading.Thread(target=make, args=(dataset(films), tmp_path)) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: make(dataset(films), tmp_path), range(2)))
     assert len(encoded) == 17 and digest(tmp_path) == digest(whole)
 
 
@@ -306,20 +303,6 @@ def test_a_decoder_that_crashes_or_hangs_costs_its_clip(films, tmp_path, monkeyp
     hanging = {"test": [clip(films / "hang.avi")]}
     with pytest.raises(UserError, match=r"its decoder took more than 0.5 s and was stopped"):
         make(hanging, tmp_path / "hang", options=WriteOptions(1, seconds=0.5))
-
-
-# (video of a row, why it is skipped)
-ROWS = [
-    ("", "no such file"),
-    ("https://youtu.be/x", "an address (https://), not a file"),
-    ("s3://bucket/x.mp4", "Install s3fs"),
-    ("drawer", "a folder without"),
-    ("nul\0.mp4", "not the name of a file"),
-    ("bell\a.mp4", "no such file"),
-    ("half \ud800.mp4", "not the name of a file"),
-    ("long" * 99, "cannot be opened (File name too long)"),
-    ("13.avi/x.mp4", "no such file"),
-]
 
 
 def test_unusable_clips_are_skipped_with_their_reasons(films, encoded, tmp_path):
@@ -352,14 +335,25 @@ def test_unusable_clips_are_skipped_with_their_reasons(films, encoded, tmp_path)
 
 def test_rows_without_a_file_are_reported_by_their_line(films, tmp_path, caplog):
     (films / "drawer").mkdir(exist_ok=True)
-    rows = [{"video": name, "caption": "x", "split": "test"} for name, _ in ROWS]
-    rows.append({"video": "13.avi", "caption": "x", "split": "test"})
+    reasons = {
+        "": "no such file",
+        "https://youtu.be/x": "an address (https://), not a file",
+        "s3://bucket/x.mp4": "Install s3fs",
+        "drawer": "a folder without",
+        "nul\0.mp4": "not the name of a file",
+        "bell\a.mp4": "no such file",
+        "half \ud800.mp4": "not the name of a file",
+        "long" * 99: "cannot be opened (File name too long)",
+        "13.avi/x.mp4": "no such file",
+    }
+    rows = [{"video": v, "caption": "x", "split": "test"} for v in (*reasons, "13.avi")]
     annotations = tmp_path / "rows.jsonl"
     annotations.write_text("".join(json.dumps(row) + "\n" for row in rows))
     clips, _ = registry.get("folder").read(annotations, films)
     records = make(clips, tmp_path / "records")
     assert records.splits["test"].ids == ["13.avi"]
-    for line, (row, (_, reason)) in enumerate(zip(records.skipped, ROWS, strict=True), 1):
+    skipped = zip(records.skipped, reasons.values(), strict=True)
+    for line, (row, reason) in enumerate(skipped, 1):
         assert row["where"] == f"{annotations}:{line}"
         assert row["reason"].startswith(reason)
         label = layout.label_of(row)
