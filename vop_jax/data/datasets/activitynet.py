@@ -8,7 +8,6 @@ from vop_jax.data.datasets.parsing import (
     captions_by_id,
     expect,
     identifier,
-    member,
 )
 from vop_jax.data.datasets.source import Benchmark, SplitSize
 
@@ -25,9 +24,7 @@ IDS = {
 def read_split(files: AnnotationFiles, split: str) -> list[VideoClip]:
     """Clips of a split, one paragraph each: the sentences, stripped, joined by one space."""
     path = files.find(FILES[split])
-    sentences = captions_by_id(
-        path, files.read_json(path), lambda where, entry: member(where, entry, "sentences", list)
-    )
+    sentences = captions_by_id(path, files.read_json(path), "sentences")
     clips = files.clips((path, list(sentences)), (path, sentences), "{}.mp4".format, paragraph=True)
     if (id_file := files.find_optional(IDS[split])) is not None:
         _compare_ids(files, id_file, path, set(sentences))

@@ -243,19 +243,17 @@ def identifier(where: str, value: object) -> str:
     return name
 
 
-def captions_by_id(
-    path: epath.Path, value: object, texts_of: Callable[[str, Any], list] | None = None
-) -> Captions:
-    """The captions of a JSON object {id: entry}; each is a text or a list of words.
+def captions_by_id(path: epath.Path, value: object, key: str = "") -> Captions:
+    """The captions of a JSON object {id: list}, each a text or a list of words.
 
     Args:
-        texts_of: (place, entry) -> list of captions; None: the entry is that list.
+        key: of each list in an object {id: {key: list}}.
     """
     captions: Captions = {}
-    for key, entry in expect(str(path), value, dict).items():
-        name = identifier(str(path), key)
+    for own_id, entry in expect(str(path), value, dict).items():
+        name = identifier(str(path), own_id)
         where = f"{path}: {name}"
-        texts = texts_of(where, entry) if texts_of else expect(where, entry, list)
+        texts = member(where, entry, key, list) if key else expect(where, entry, list)
         own = captions.setdefault(name, [])
         for text in texts:
             words = text if isinstance(text, list) else [text]
