@@ -11,7 +11,7 @@ from vop_jax.data.datasets import registry
 from vop_jax.data.datasets.folder import hash_of, video_of
 from vop_jax.data.datasets.source import Source
 from vop_jax.data.records.encode import Preprocessing
-from vop_jax.data.records.layout import find_records, splits_of
+from vop_jax.data.records.layout import METADATA, find_records, read_json
 from vop_jax.data.records.read import Part, Records, open_records
 from vop_jax.data.records.write import WriteOptions, check_local, pack
 from vop_jax.errors import UserError
@@ -101,7 +101,7 @@ def _from_annotations(
 ) -> Records:
     """From the annotations, and from the videos unless all records are finished."""
     records = find_records(root)
-    finished = records is not None and splits_of(records) >= set(splits)
+    finished = records is not None and set(splits) <= set(read_json(records / METADATA)["clips"])
     if not finished and not videos:
         raise UserError(
             f"config.data.videos is not set: data.kind={data.kind!r} needs it, because {root} "

@@ -70,11 +70,6 @@ def read_json(path: epath.Path) -> Any:
         raise UserError(f"{path}: {what}; copy the records again") from None
 
 
-def splits_of(records: epath.Path) -> set[str]:
-    """The splits that finished records have."""
-    return set(read_json(records / METADATA)["clips"])
-
-
 def shards_of(records: epath.Path, split: str) -> list[dict[str, Any]]:
     """What `shards.json` says of a split: "file" (None: no usable clip), "clips", "size", …"""
     return [shard for shard in read_json(records / SHARDS)["shards"] if shard["split"] == split]
@@ -110,6 +105,11 @@ def row_of(clip: VideoClip, result: Encoded | VideoError) -> Row:
         return {**row, "skipped": str(result), **({"where": clip.where} if clip.where else {})}
     stored, distinct = len(result.jpegs), len(set(result.indices))
     return {**row, "stored": stored, "distinct": distinct, "frames": result.count}
+
+
+def clip_of(row: Row) -> VideoClip:
+    """The clip of a row."""
+    return VideoClip(row["id"], row["path"], tuple(row["captions"]), row["start"], row["end"])
 
 
 def skipped_of(rows: Sequence[Row]) -> list[dict[str, str]]:

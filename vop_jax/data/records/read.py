@@ -4,7 +4,7 @@ import dataclasses
 import io
 import os
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from absl import logging
@@ -19,6 +19,7 @@ from vop_jax.data.records.example import parse_frames
 from vop_jax.data.records.layout import (
     METADATA,
     REMEDY,
+    clip_of,
     find_records,
     index_name,
     label_of,
@@ -32,6 +33,7 @@ from vop_jax.storage.files import sha256
 from vop_jax.video.sampling import sample_indices
 from vop_jax.video.workers import in_threads
 
+T = TypeVar("T")
 RANDOM = ("rand", "segments")  # samplings that draw
 
 
@@ -64,11 +66,7 @@ class Split:
         readable = [row for row in self.rows if "skipped" not in row]
         self.ids = [row["id"] for row in readable]
         self.captions = [tuple(row["captions"]) for row in readable]
-        self.skipped = [
-            VideoClip(row["id"], row["path"], tuple(row["captions"]))
-            for row in self.rows
-            if "skipped" in row
-        ]
+        self.skipped = [clip_of(row) for row in self.rows if "skipped" in row]
         files, rows = [], iter(self.rows)
         for shard in shards:
             count = sum("skipped" not in next(rows) for _ in range(shard["clips"]))
@@ -112,7 +110,7 @@ class Records:
 
     splits: dict[str, Split]
     skipped: list[dict[str, str]]
-    preprocessing: dict[str, Any] = dataclasses.field(default_factory=dict)
+    preprocessing: dict[str, Any]
 
 
 def open_records(
@@ -253,9 +251,7 @@ def decode_clips(
         return np.stack(decode_frames(split[index], frames, sampling))
 
     clips = in_threads(decode, members, threads)
-    # Of several processes only the first logs.
-    silent = not logging.level_info()
-    yield from tqdm(clips, "frames to the devices", len(members), unit="clip", disable=silent)
+    yield from _progress(clips, "frames to the devices", len(members))
 
 
 def frame_shapes(split: Split, frames: int, sampling: str, threads: int) -> list[tuple[int, int]]:
@@ -277,5 +273,9 @@ def frame_shapes(split: Split, frames: int, sampling: str, threads: int) -> list
         return height, width
 
     shapes = in_threads(shape, range(len(split)), threads)
-    silent = not logging.level_info()
-    return list(tqdm(shapes, "sizes of frames", len(split), unit="clip", disable=silent))
+    return list(_progress(shapes, "sizes of frames", len(split)))
+
+
+def _progress(clips: Iterator[T], title: str, count: int) -> Iterator[T]:
+    """Shows a bar where the process logs: of several, the first alone."""
+    return iter(tqdm(clips, title, count, unit="clip", disable=not logging.level_info()))

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import os
 from collections.abc import Generator, Sequence
@@ -18,6 +19,7 @@ from vop_jax.data.records.layout import (
     METADATA,
     SHARDS,
     VERSION,
+    clip_of,
     find_records,
     fingerprint,
     has_changed,
@@ -180,10 +182,7 @@ class _Writer:
         dataset: Dataset = {}
         for split in read_json(records / METADATA)["clips"]:
             rows = read_index(records, split)
-            dataset[split] = [
-                VideoClip(row["id"], row["path"], tuple(row["captions"]), row["start"], row["end"])
-                for row in rows
-            ]
+            dataset[split] = [clip_of(row) for row in rows]
             remaining = iter(rows)
             for number, shard in enumerate(shards_of(records, split)):
                 note = {key: shard[key] for key in NOTE_KEYS}
@@ -243,10 +242,11 @@ class _Writer:
             check_share(split, len(rows), of_split, max_skipped=1.0)
             counts = [sum("skipped" not in row for row in note["clips"]) for note in notes]
             lengths[split] = [count for count in counts if count]  # of none there is no file
-            names = iter(_file_names(self.name, split, len(lengths[split])))
+            numbers, total = itertools.count(), len(lengths[split])
             for shard, note, count in zip(own, notes, counts, strict=True):
-                file = next(names) if count else None
-                if file:
+                file = None
+                if count:  # the names that `tfds` gives the files of a split
+                    file = f"{self.name}-{split}.array_record-{next(numbers):05d}-of-{total:05d}"
                     _link(shard.path, folder / file)
                 entry = {"split": split, "file": file, "clips": len(note["clips"])}
                 entries.append(entry | {key: note[key] for key in NOTE_KEYS})
@@ -282,11 +282,6 @@ def _write_alone(task: PendingShard, preprocessing: Preprocessing, options: Writ
         results = encode_clips(unfinished.to_encode, preprocessing, options)
         with contextlib.closing(results):
             write_shard(unfinished, results)
-
-
-def _file_names(name: str, split: str, count: int) -> list[str]:
-    """The names that `tfds` gives the files of a split."""
-    return [f"{name}-{split}.array_record-{i:05d}-of-{count:05d}" for i in range(count)]
 
 
 def _write_tfds_metadata(
