@@ -38,9 +38,3 @@ def treacherous(clip, preprocessing):
         if what in clip.path:
             obey(what)
     return encode_clip(clip, preprocessing)
-
-
-def slow(clip, preprocessing):
-    """`encode_clip` that gives a signal time to come."""
-    time.sleep(0.05)
-    return encode_clip(clip, preprocessing)

@@ -1,10 +1,8 @@
 """The command that prepares records; `test_write.py` tests the writing itself."""
 
 import os
-import random
 import signal
 import sys
-import time
 
 import pytest
 import tensorflow_datasets as tfds
@@ -12,12 +10,27 @@ import tensorflow_datasets as tfds
 from tests import processes
 from tests.data.datasets.official import write_official
 from tests.video import videos
-from vop_jax.data import prepare
+from vop_jax.config import base
+from vop_jax.data import check, datasets, load, prepare
 from vop_jax.data.records import layout
 from vop_jax.data.records.encode import Preprocessing
 from vop_jax.data.records.write import WriteOptions
 from vop_jax.errors import UserError
 from vop_jax.storage.files import folder_lock
+
+NEW = """
+from vop_jax.data.datasets.source import Benchmark, SplitSize
+
+FILES = {"train": ("train.csv",), "test": ("test.csv",)}
+
+def read_split(files, split):
+    path = files.find(FILES[split])
+    captions = files.captions_of_rows(path, files.read_csv(path, ("clip", "text")))
+    return files.clips((path, list(captions)), (path, captions), "{}.mp4".format)
+
+SIZES = {"train": SplitSize(3, 3), "test": SplitSize(2, 2)}
+DATASET = Benchmark("toy", "Toy, test", SIZES, FILES, read_split)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -57,34 +70,6 @@ def test_the_command_reports_and_repeats_nothing(msvd, tmp_path, capsys, caplog,
     records = layout.find_records(tmp_path)
     assert records.parent.name == "msvd"
     assert len(tfds.builder_from_directory(str(records)).as_data_source("train")) == 4
-
-
-@pytest.mark.slow
-def test_kills_change_nothing(msvd, tmp_path):
-    """Each kill comes at a random moment; the shards that were finished are kept."""
-    program = (
-        "import sys; from tests.data import calls; from vop_jax.data import prepare; "
-        "from vop_jax.data.records import write; "
-        "write.encode_clip = calls.slow; sys.exit(prepare.main(sys.argv[1:]))"
-    )
-    env = {**os.environ, "PYTHONPATH": os.getcwd()}
-
-    def start(output):
-        argv = [sys.executable, "-c", program, *command(msvd, output)]
-        return processes.Process(argv, env=env)
-
-    begin = time.monotonic()
-    assert start(tmp_path / "whole").wait() == 0
-    duration = time.monotonic() - begin
-    rng = random.Random(0)
-    for attempt in range(6):
-        process = start(tmp_path / f"killed {attempt // 2}")
-        time.sleep(rng.uniform(0.3, 1.0) * duration)
-        process.kill()
-        process.wait()
-    for number in range(3):
-        assert start(tmp_path / f"killed {number}").wait() == 0
-        assert content(tmp_path / f"killed {number}") == content(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(
@@ -129,21 +114,33 @@ def test_wrong_videos_and_a_busy_folder_leave_nothing_in_the_way(tmp_path):
     assert prepare.report(call(str(films))) == "test: 1 of 1 videos, 1 captions"
 
 
-def test_control_c_is_one_line(msvd, tmp_path):
-    """To the whole group, as a terminal sends it, while the processes start."""
+@pytest.mark.parametrize(
+    ("signum", "moment"),
+    [
+        (signal.SIGINT, "msvd test: 2 videos"),  # while the processes start
+        pytest.param(signal.SIGKILL, "packing msvd", marks=pytest.mark.slow),
+    ],
+)
+def test_a_stopped_command_is_continued(msvd, tmp_path, signum, moment):
+    """The signal goes to the whole group, as a terminal sends Ctrl-C."""
     program = [sys.executable, "-m", "vop_jax.data.prepare", *command(msvd, tmp_path)]
     process = processes.Process(program)
     for line in process.stderr:
         assert "flag parsing" not in line
-        if "msvd test: 2 videos" in line:
+        if moment in line:
             break
-    time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, signum)
     printed = process.stderr.read()
-    assert process.wait() in (0, 130)  # it may have been done
+    status = process.wait()
     assert "Traceback" not in printed
-    if process.returncode == 130:
+    if status == 130:
         assert printed.strip().splitlines()[-1] == "stopped by SIGINT; the same command continues"
+    else:  # it may have been done
+        assert status in (0, -signum)
+    assert prepare.main(command(msvd, tmp_path)) == 0
+    records = layout.find_records(tmp_path)
+    assert len(tfds.builder_from_directory(str(records)).as_data_source("train")) == 4
+    assert [path.name for path in records.parent.iterdir()] == [layout.VERSION]
 
 
 @pytest.mark.filterwarnings("ignore")  # Beam's own, and those of the protobuf it pins
@@ -153,3 +150,26 @@ def test_beam_writes_the_same_bytes(msvd, tmp_path):
     assert prepare.main(command(msvd, beam, "--beam_options=--runner=DirectRunner")) == 0
     assert prepare.main(command(msvd, here)) == 0
     assert content(beam) == content(here)
+
+
+def test_a_file_in_the_folder_is_a_dataset(tmp_path, monkeypatch):
+    """A dataset is one file: one is added, prepared, checked and loaded here."""
+    monkeypatch.setattr(datasets, "__path__", [*datasets.__path__, str(tmp_path)])
+    (tmp_path / "toy.py").write_text(NEW)
+    for split, clips in (("train", "abc"), ("test", "de")):
+        rows = [f"{clip},a film of {clip}\n" for clip in clips]
+        (tmp_path / f"{split}.csv").write_text("clip,text\n" + "".join(rows))
+        for clip in clips:
+            videos.write(tmp_path / f"{clip}.mp4", 8)
+    places = [f"--{key}={tmp_path}" for key in ("annotations", "videos")]
+    output = f"--output={tmp_path / 'records'}"
+    options = ("--frames=4", "--short_side=32", "--workers=1")
+    assert prepare.main(["--dataset=toy", *places, output, *options]) == 0
+    config = base.base_config()
+    config.data.update(kind="toy", records=str(tmp_path / "records"), frames=4, short_side=32)
+    packed = load.load(config.data, str(tmp_path / "run"))
+    assert {name: split.ids for name, split in packed.splits.items()} == {
+        "train": ["a", "b", "c"],
+        "test": ["d", "e"],
+    }
+    assert check.check(config)["problems"] == []
