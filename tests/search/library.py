@@ -2,17 +2,17 @@
 
 import os
 import shutil
-import sys
+from unittest import mock
 
 import numpy as np
 
-from tests import processes, runs
 from tests.video import videos
-from vop_jax.search import catalog
+from vop_jax.search import catalog, updater
 from vop_jax.search.build import IndexRequest, build_index
 from vop_jax.search.index import Index
 from vop_jax.search.stores.open import open_store
 from vop_jax.search.updater import IndexOptions
+from vop_jax.video.workers import in_processes, in_threads
 
 DATE = 1_700_000_000  # of the first file; one day later each
 
@@ -33,11 +33,22 @@ def write_films(folder, count=4, seconds=3):
     return paths
 
 
-def make(directory, folder, retriever, captions="", options=None, **fields):
-    """Builds or updates an index of a folder; its report."""
+def make(directory, folder, retriever, captions="", options=None, processes=False, **fields):
+    """Builds or updates an index of a folder; its report.
+
+    Args:
+        processes: decodes in processes, as users do; threads start at once.
+    """
     request = IndexRequest(str(folder), captions=str(captions), **fields)
-    options = IndexOptions(workers=1, batch=4, **(options or {}))
-    return build_index(directory, request, options, retriever)
+    options = IndexOptions(**{"workers": 1, "batch": 4} | (options or {}))
+
+    def decode(call, tasks, workers, *, seconds):
+        if processes:
+            return in_processes(call, tasks, workers, seconds=seconds)
+        return in_threads(call, tasks, workers)
+
+    with mock.patch.object(updater, "in_processes", decode):
+        return build_index(directory, request, options, retriever)
 
 
 def make_with_captions(root, retriever, **fields):
@@ -64,12 +75,6 @@ def assert_same(one, other):
     assert one.keys() == other.keys()
     for key in one:
         np.testing.assert_allclose(one[key], other[key], atol=1e-5)
-
-
-def start(*argv):
-    """The command line in a process of its own."""
-    command = [sys.executable, "-m", "vop_jax.search", *map(str, argv)]
-    return processes.Process(command, env=runs.environment())
 
 
 def copy(source, target):

@@ -16,9 +16,10 @@ from tests.video import videos
 from vop_jax import UserError
 from vop_jax.search import decoder, updater
 from vop_jax.search.__main__ import format_report
-from vop_jax.search.build import IndexRequest, absolute, build_index, locked
+from vop_jax.search.build import absolute, locked
 from vop_jax.search.index import Index
 from vop_jax.search.writer import CatalogWriter
+from vop_jax.video import moments
 
 
 @pytest.fixture
@@ -31,8 +32,8 @@ def test_clips_and_moments_are_embedded_as_the_retriever_does(shared, retriever)
     folder, index = shared
     vectors = library.content(index)
     assert len({path for path, *_ in vectors}) == 4
-    moments = sorted((start, end) for path, start, end in vectors if path == "sub/b.mp4")
-    assert moments == [(0, 1), (0, 3.1), (0.5, 1.5), (1, 2), (1.5, 2.5), (2, 3), (2.1, 3.1)]
+    segments = sorted((start, end) for path, start, end in vectors if path == "sub/b.mp4")
+    assert segments == [(0, 1), (0, 3.1), (0.5, 1.5), (1, 2), (1.5, 2.5), (2, 3), (2.1, 3.1)]
     for (path, start, end), vector in vectors.items():
         frames = np.stack(retriever.sample(folder / path, start, end).pixels)
         np.testing.assert_allclose(vector, retriever.embed_frames(frames[None])[0], atol=1e-5)
@@ -141,7 +142,7 @@ def test_a_bad_file_costs_only_itself(films, tmp_path, retriever, monkeypatch):
         (films / f"{name}.mp4").write_bytes(content)
     monkeypatch.setattr(decoder, "plan_file", treacherous.plan)
     monkeypatch.setattr(decoder, "decode_job", treacherous.decode)
-    report = library.make(tmp_path / "index", films, retriever)
+    report = library.make(tmp_path / "index", films, retriever, processes=True)
     assert (report.added, report.failed, report.unchanged, report.removed) == (0, 2, 4, 0)
     reasons = dict(Index(tmp_path / "index").failures())
     assert reasons.pop("crash.mp4") == "its decoder crashed (SIGSEGV)"
@@ -156,10 +157,10 @@ def test_a_bad_file_costs_only_itself(films, tmp_path, retriever, monkeypatch):
 
 def test_parts_and_batches_do_not_matter(shared, tmp_path, retriever, monkeypatch):
     folder, index = shared
-    monkeypatch.setattr(decoder, "plan_file", treacherous.plan_in_parts)
+    monkeypatch.setattr(moments, "MAX_PICTURES", 6)  # as if every file were long
     monkeypatch.setattr(updater, "AHEAD", 0)
-    options = updater.IndexOptions(workers=2, batch=1)
-    build_index(tmp_path / "parts", IndexRequest(str(folder), window=1.0), options, retriever)
+    options = {"workers": 2, "batch": 1}
+    library.make(tmp_path / "parts", folder, retriever, options=options, window=1.0)
     library.assert_same(library.content(tmp_path / "parts"), library.content(index))
 
 

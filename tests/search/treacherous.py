@@ -9,19 +9,12 @@ import shutil
 import signal
 
 from vop_jax.search import decoder
-from vop_jax.video import moments
 
 
 def plan(path, **options):
     """Takes all memory for one file."""
     if path.endswith("/endless.mp4"):
         raise MemoryError
-    return decoder.plan_file(path, **options)
-
-
-def plan_in_parts(path, **options):
-    """As if every file were long."""
-    moments.MAX_PICTURES = 6
     return decoder.plan_file(path, **options)
 
 
