@@ -5,8 +5,10 @@ test. If the test's own process dies first, a shell that waits at a pipe kills t
 of pytest-xdist die with the pytest that started them.
 """
 
+import contextlib
 import ctypes
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -77,6 +79,17 @@ def until(condition: Callable[[], Any], *processes: subprocess.Popen) -> None:
                 pytest.fail(f"{process.args} ended with status {process.returncode}: {output}")
         assert time.monotonic() < deadline, "the condition stays false"
         time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def file_limit(size: int) -> Iterator[None]:
+    """No file of this process grows beyond it: the nearest to a full disk that needs no rights."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def is_alive(pid: int) -> bool:

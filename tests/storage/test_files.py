@@ -4,14 +4,13 @@ import errno
 import json
 import os
 import pathlib
-import resource
 import stat
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
 from safetensors import SafetensorError
 
+from tests import processes
 from vop_jax.errors import UserError
 from vop_jax.storage import files, tensors
 
@@ -25,43 +24,28 @@ def fill(folder, text):
     (folder / "file").write_text(text)
 
 
-def test_json_is_indented_and_in_a_new_folder(tmp_path):
-    files.write_json(tmp_path / "new/x.json", {"a": [1, 2.5, "é"]})
-    text = (tmp_path / "new/x.json").read_text()
+def test_written_files_are_readable_and_in_a_new_folder(tmp_path):
+    """JSON is indented, and permissions are the usual ones."""
+    files.write_json(tmp_path / "new/x", {"a": [1, 2.5, "é"]})
+    text = (tmp_path / "new/x").read_text()
     assert json.loads(text) == {"a": [1, 2.5, "é"]} and text.endswith("}\n")
-
-
-def test_files_have_usual_permissions(tmp_path):
-    files.write_atomic(tmp_path / "x", b"")
-    tensors.save(tmp_path / "y", {"a": np.zeros(2)}, {})
-    (tmp_path / "z").write_bytes(b"")
-    assert len({stat.S_IMODE(os.stat(tmp_path / name).st_mode) for name in "xyz"}) == 1
-
-
-@contextmanager
-def full_disk():
-    """Files cannot grow beyond 10 kB: a write ends half way, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    tensors.save(tmp_path / "new/y", {"a": np.zeros(2)}, {})
+    (tmp_path / "new/z").write_bytes(b"")
+    assert len({stat.S_IMODE(os.stat(tmp_path / "new" / name).st_mode) for name in "xyz"}) == 1
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path, large = tmp_path / "x.safetensors", {"w": np.zeros(10_000, np.float32)}
-    tensors.save(path, {"w": np.zeros(2)}, {"version": "old"})
+    tensors.save(path, {"w": np.zeros(2)}, {})
     old = path.read_bytes()
     for write in (
-        lambda: tensors.save(path, large, {"version": "new"}),
+        lambda: tensors.save(path, large, {}),
         lambda: files.write_atomic(path, bytes(20_000)),
     ):
-        with full_disk(), pytest.raises((OSError, SafetensorError), match="File too large"):
+        error = pytest.raises((OSError, SafetensorError), match="File too large")
+        with processes.file_limit(10_000), error:
             write()
         assert path.read_bytes() == old and names(tmp_path) == [path.name]
-    tensors.save(path, large, {"version": "new"})
-    assert tensors.read_metadata(path)["version"] == "new"
 
 
 @pytest.mark.parametrize("failure", ["the write", "the last rename"])
@@ -96,14 +80,14 @@ def test_a_folder_outlives_a_kill_between_the_renames(tmp_path):
     assert (tmp_path / "f/file").read_text() == "old"
 
 
-@pytest.mark.parametrize("leftover", ["a folder", "a file of an older version"])
-def test_a_kill_leaves_nothing_in_the_way(tmp_path, leftover):
-    if leftover == "a folder":
-        fill(tmp_path / ".x.partial", "half")
-    else:
-        (tmp_path / ".x.partial").write_text("half")
-    files.write_atomic(tmp_path / "x", b"whole")
-    assert (tmp_path / "x").read_bytes() == b"whole" and names(tmp_path) == ["x"]
+def test_a_kill_leaves_nothing_in_the_way(tmp_path):
+    """Neither a folder, nor a file of an older version."""
+    fill(tmp_path / ".a.partial", "half")
+    (tmp_path / ".b.partial").write_text("half")
+    for name in "ab":
+        files.write_atomic(tmp_path / name, b"whole")
+        assert (tmp_path / name).read_bytes() == b"whole"
+    assert names(tmp_path) == ["a", "b"]
 
 
 def test_a_local_file_is_used_where_it_is(tmp_path):
