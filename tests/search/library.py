@@ -6,6 +6,7 @@ from unittest import mock
 
 import numpy as np
 
+from tests.search.shelf import DATE
 from tests.video import videos
 from vop_jax.search import catalog, updater
 from vop_jax.search.build import IndexRequest, build_index
@@ -13,8 +14,6 @@ from vop_jax.search.index import Index
 from vop_jax.search.stores.open import open_store
 from vop_jax.search.updater import IndexOptions
 from vop_jax.video.workers import in_processes, in_threads
-
-DATE = 1_700_000_000  # of the first file; one day later each
 
 
 def write_film(path, frames):

@@ -10,14 +10,15 @@ from vop_jax.search.scan import VideoFile
 from vop_jax.search.stores.base import named_ids
 from vop_jax.search.writer import CatalogWriter
 
+DATE = 1_700_000_000  # of the first file
 PLAIN = ("", "c", "CLIP", "")
 
 
 class Shelf:
-    """An index of files with one moment each: 0.mp4, 1.mp4, …"""
+    """An index of files 0.mp4, 1.mp4, … in some folders: one changes each day."""
 
-    def __init__(self, directory, dim=8, store="", prompts="", files=0):
-        self.directory, self.files = pathlib.Path(directory), files
+    def __init__(self, directory, dim=8, store="", prompts="", files=0, folders=("",)):
+        self.directory, self.files, self.folders = pathlib.Path(directory), files, folders
         self.directory.mkdir(exist_ok=True)
         model = (*PLAIN, prompts, "zero_shot", 3, dim)
         self.info = IndexInfo(catalog.VERSION, *model, 2.0, 1.0, "/", store)
@@ -26,11 +27,16 @@ class Shelf:
         self.db.execute("PRAGMA synchronous = OFF")  # no test cuts the power
 
     def add(self, vectors, also=lambda: None):
-        """Adds a file for each vector; their ids. `also` runs in the same transaction."""
+        """Adds a file for each [E], or for each [moments, E]; the ids of the moments.
+
+        `also` runs in the same transaction.
+        """
         files = []
-        for number, vector in enumerate(np.asarray(vectors), self.files):
-            file = VideoFile(f"{number}.mp4", 1, 1)
-            files.append((file, "", [(0.0, 1.0)], vector[None]))
+        for number, rows in enumerate(np.asarray(vectors), self.files):
+            path = f"{self.folders[number % len(self.folders)]}{number}.mp4"
+            file = VideoFile(path, 1, (DATE + 86400 * number) * 10**9)
+            rows = np.atleast_2d(rows)
+            files.append((file, "", [(float(i), i + 2.0) for i in range(len(rows))], rows))
         self.files += len(files)
         with self.catalog.transaction():
             ids = self.catalog.add_files(files)

@@ -12,7 +12,7 @@ from PIL import Image
 
 import vop_jax.search
 from tests.search import library
-from tests.search.shelf import Shelf
+from tests.search.shelf import DATE, Shelf
 from tests.search.test_updater import set_info
 from vop_jax import UserError
 from vop_jax.search import catalog, query
@@ -29,18 +29,12 @@ def unit(count, seed=0, dim=DIM):
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
-def synthetic(directory, files=60, moments=7, seed=0, prompts="", dim=DIM):
+def synthetic(directory, files=60, moments=7, seed=0, dim=DIM, **options):
     """Writes an index of files that do not exist: (vectors [files, moments, E], their paths)."""
-    shelf = Shelf(directory, dim, prompts=prompts)
+    shelf = Shelf(directory, dim, folders=FOLDERS, **options)
     vectors = unit(files * moments, seed, dim).reshape(files, moments, dim)
-    paths = [f"{FOLDERS[i % len(FOLDERS)]}{i}.mp4" for i in range(files)]
-    segments = [(float(j), j + 2.0) for j in range(moments)]
-    rows = []
-    for i, path in enumerate(paths):
-        file = VideoFile(path, 1, (library.DATE + 86400 * i) * 10**9)
-        rows.append((file, f"{i}", segments, vectors[i]))
-    with shelf.catalog.transaction():
-        shelf.catalog.add_files(rows)
+    shelf.add(vectors)
+    paths = [*shelf.catalog.files()]
     shelf.close()
     return vectors, paths
 
@@ -69,7 +63,7 @@ def assert_hits(hits, rows):
 
 
 def day(i):
-    return datetime.datetime.fromtimestamp(library.DATE + 86400 * i)
+    return datetime.datetime.fromtimestamp(DATE + 86400 * i)
 
 
 FILTERS = {
@@ -128,18 +122,15 @@ def test_an_index_made_anew_under_an_open_one(tmp_path):
 
 
 def test_errors_of_sqlite(tmp_path):
-    locked = sqlite3.OperationalError("database is locked")
-    locked.sqlite_errorcode = sqlite3.SQLITE_BUSY
-    error = sqlite3.OperationalError("disk I/O error")
-    error.sqlite_errorcode = sqlite3.SQLITE_IOERR_SHMSIZE
-    for raised, message in (
-        (error, "index: cannot be read or written .disk I/O error"),
-        (sqlite3.OperationalError("Could not decode to UTF-8"), "damaged .* index the videos"),
-        (locked, "index: cannot be read or written .database is locked"),
+    for text, code, message in (
+        ("disk I/O error", sqlite3.SQLITE_IOERR_SHMSIZE, "cannot be read or written .disk I/O err"),
+        ("Could not decode to UTF-8", 0, "damaged .* index the videos"),
+        ("database is locked", sqlite3.SQLITE_BUSY, "cannot be read or written .database is lock"),
     ):
-        path = tmp_path / "index/catalog.sqlite"
-        with pytest.raises(UserError, match=message), catalog.sqlite_errors(path):
-            raise raised
+        error = sqlite3.OperationalError(text)
+        error.sqlite_errorcode = code
+        with pytest.raises(UserError, match=message), catalog.sqlite_errors(tmp_path / "index/x"):
+            raise error
 
 
 def test_folders_of_any_name_and_dead_vectors(tmp_path):
@@ -228,34 +219,24 @@ def test_a_commit_waits_for_a_search(tmp_path, monkeypatch):
 def test_what_is_no_index(tmp_path, example):
     with pytest.raises(UserError, match="no index; make one with"):
         Index(tmp_path)
-    (tmp_path / "catalog.sqlite").write_bytes(b"something else" * 1000)
+    (tmp_path / catalog.FILE).write_bytes(b"something else" * 1000)
     with pytest.raises(UserError, match=r"damaged \(file is not a database\); remove"):
         Index(tmp_path)
-    newer = library.copy(example[2].directory, tmp_path / "newer")
-    with sqlite3.connect(newer / "catalog.sqlite") as db:
-        db.execute("PRAGMA user_version = 7")
-    db.close()
-    with pytest.raises(UserError, match=r"index of version 7, this program reads version 2; use"):
-        Index(newer)
-
-
-def test_an_older_index(tmp_path):
-    info = {"clip": "/c.safetensors", "window": 10.0, "stride": 5.0, "folder": "/films"}
-    texts = ("clip_fingerprint", "clip_name", "prompts", "prompts_fingerprint", "method", "store")
-    with sqlite3.connect(tmp_path / catalog.FILE) as db:
-        db.execute("CREATE TABLE about (key TEXT, value TEXT)")
-        info = {**dict.fromkeys(texts, ""), **info, "frames": 3, "dim": 8}
-        db.execute("INSERT INTO about VALUES ('info', ?)", (str(info).replace("'", '"'),))
-        db.execute("PRAGMA user_version = 1")
-    db.close()
-    for open_it in (Index, catalog.stored_info):
-        with pytest.raises(UserError) as error:
-            open_it(tmp_path)
-        assert str(error.value) == (
-            f"{tmp_path}: an index of version 1, this program reads version 2; remove it, then: "
-            "python -m vop_jax.search index /films --clip=/c.safetensors --window=10.0 "
-            f"--stride=5.0 --index={tmp_path}"
-        )
+    index = library.copy(example[2].directory, tmp_path / "index")
+    set_info(index, clip="/c.safetensors", folder="/films")
+    command = "index /films --clip=/c.safetensors --window=2.0 --stride=1.0"
+    for version, advice in (
+        (7, "use a newer program, or give another --index"),
+        (1, f"remove it, then: python -m vop_jax.search {command} --index={index}"),
+    ):
+        with sqlite3.connect(index / catalog.FILE) as db:
+            db.execute(f"PRAGMA user_version = {version}")
+        db.close()
+        message = f"{index}: an index of version {version}, this program reads version 2; {advice}"
+        for open_it in (Index, catalog.stored_info):
+            with pytest.raises(UserError) as error:
+                open_it(index)
+            assert str(error.value) == message
 
 
 def test_the_searcher(shared, retriever, tmp_path):

@@ -43,6 +43,7 @@ def place(tmp_path_factory, clip):
     root = tmp_path_factory.mktemp("main")
     library.write_films(root / "films")
     (root / "films/bad.mp4").write_bytes(b"no video")
+    (root / "empty").mkdir()
     (root / "texts.txt").write_text("first text\nsecond text\n")
     argv = ["index", root / "films", "--clip", clip, "--index", root / "index", "--window=2"]
     argv += ["--workers=1", "--captions", root / "texts.txt"]
@@ -61,25 +62,26 @@ def test_index_reports_what_it_did(place, call, tmp_path):
 
 def test_query_as_json(place, call):
     films, index = place
-    status, out, _ = call("query", "a dog", "--index", index, "-k", 3, "--json")
-    rows = json.loads(out)
-    assert status == 0 and len(rows) == 3
+
+    def query(*argv):
+        status, out, _ = call("query", *argv, "--index", index, "--json")
+        assert status == 0
+        return json.loads(out)
+
+    rows = query("a dog", "-k", 3)
+    assert len(rows) == 3
     for row in rows:
         assert row.keys() == {"path", "score", "start", "end", "missing"}
         assert row["missing"] == row["path"].endswith("b.mp4")
     assert [row["score"] for row in rows] == sorted((row["score"] for row in rows), reverse=True)
-    _, out, _ = call("query", "a dog", "--index", index, "--json", "--all-moments", "--folder=sub")
-    assert len(json.loads(out)) > 2 and "/sub/" in out and "a.mp4" not in out
-    _, out, _ = call("query", "a dog", "--index", index, "--json", "--since=2023-11-17")
-    assert {row["path"][-5:] for row in json.loads(out)} == {"d.mp4"}
-    _, out, _ = call("query", "--video", films / "c.mp4", "--index", index, "--json", "-k1")
-    assert json.loads(out)[0]["path"] == str(films / "c.mp4")
-    _, out, _ = call(
-        "query", "--video", films / "c.mp4", "--index", index, "--json", "--to=captions"
-    )
-    assert {row["caption"] for row in json.loads(out)} == {"first text", "second text"}
-    _, out, _ = call("query", "a dog", "--index", index, "--json", "--explain")
-    for row in json.loads(out):
+    rows = query("a dog", "--all-moments", "--folder=sub")
+    assert len(rows) > 2 and all("/sub/" in row["path"] for row in rows)
+    assert {row["path"][-5:] for row in query("a dog", "--since=2023-11-17")} == {"d.mp4"}
+    film = ["--video", films / "c.mp4"]
+    assert query(*film, "-k1")[0]["path"] == str(films / "c.mp4")
+    captions = {row["caption"] for row in query(*film, "--to=captions")}
+    assert captions == {"first text", "second text"}
+    for row in query("a dog", "--explain"):
         if row["missing"]:
             assert row["unexplained"].endswith("b.mp4: no such file")
         else:
@@ -133,6 +135,13 @@ def test_info(place, call):
         ("index ROOT/films --index ROOT/new", "give the model, --clip and --prompts"),
         ("index --index ROOT/new --clip CLIP", "name the folder of videos"),
         ("index ROOT/none --index ROOT/new --clip CLIP", "no such folder of videos"),
+        ("index ROOT/empty --index ROOT/new --clip CLIP", "no videos in this folder"),
+        ("index ROOT/films --index ROOT/texts.txt --clip CLIP", "a file; an index is a folder"),
+        ("index ROOT/films --index ROOT --clip CLIP", "holds empty, but no index"),
+        ("NEW --stride=1", "needs --window"),
+        ("NEW --window=1 --stride=2", "at most --window=1"),
+        ("NEW --captions=ROOT/none.txt", "No such file"),
+        ("NEW --store=ftp://x", "must be a local folder"),
         ("index ROOT/films --index INDEX --window=9", "made with --window=2, not 9"),
         ("index ROOT/films --index ROOT/new --clip ROOT/none", "none: no such file"),
         ("index ROOT/films --index INDEX --window=0", "--window: '0': a number, 0.001 or more"),
@@ -140,12 +149,14 @@ def test_info(place, call):
 )
 def test_wrong_calls(place, call, clip, argv, message):
     films, index = place
+    argv = argv.replace("NEW", "index ROOT/films --index ROOT/new --clip CLIP")
     words = [word.strip("'") for word in argv.split()]
     for name, path in (("ROOT", films.parent), ("INDEX", index), ("CLIP", clip)):
         words = [word.replace(name, str(path)) for word in words]
     status, out, err = call(*words)
     assert status == 2 and out == ""
     assert err.startswith("error: ") and message in err and err.count("\n") == 1
+    assert not (films.parent / "new").exists()
 
 
 def test_an_index_without_captions(place, call, tmp_path):

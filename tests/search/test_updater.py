@@ -191,9 +191,9 @@ def test_captions_are_those_of_the_file(copied, tmp_path, retriever, no_decoding
     assert len(rows) == 2 and rows[0].file_id == 0 and rows[0].path == ""
 
 
-def test_one_writer_at_a_time(films, tmp_path, retriever):
+def test_one_writer_at_a_time(shared, tmp_path, retriever):
     with locked(tmp_path / "index"), pytest.raises(UserError, match="another process is writing"):
-        library.make(tmp_path / "index", films, retriever)
+        library.make(tmp_path / "index", shared[0], retriever)
     assert not (tmp_path / "index").exists()
 
 
@@ -236,27 +236,6 @@ def test_an_index_cannot_become_another(copied, retriever, tmp_path, no_decoding
             library.make(index, films, model)
         with pytest.raises(UserError, match=message):
             vop_jax.search.open(index, retriever=model)
-
-
-def test_what_cannot_be_indexed(films, tmp_path, retriever):
-    for name in ("nothing", "full"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "file").touch()
-    (tmp_path / "full/letter.txt").touch()
-    for directory, folder, fields, message in (
-        ("index", "nothing", {}, "no videos in this folder"),
-        ("index", "none", {}, "no such folder"),
-        ("file", "films", {}, "a file; an index is a folder"),
-        ("full", "films", {}, "holds letter.txt, but no index"),
-        ("index", "films", {"stride": 1.0}, "needs --window"),
-        ("index", "films", {"window": 1.0, "stride": 2.0}, "at most --window=1"),
-        ("index", "films", {"captions": tmp_path / "none.txt"}, "No such file"),
-        ("index", "films", {"store": "ftp://x"}, "must be a local folder"),
-    ):
-        with pytest.raises(UserError, match=message):
-            library.make(tmp_path / directory, tmp_path / folder, retriever, **fields)
-    assert not (tmp_path / "index").exists()
-    assert os.listdir(tmp_path / "full") == ["letter.txt"]
 
 
 def test_paths_that_are_valid_anywhere(monkeypatch, tmp_path):

@@ -94,18 +94,6 @@ def test_search_equals_brute_force(shelf):
         np.testing.assert_array_equal(again.vectors.get([300, 5]), [drawn(1, 1)[0], vectors[5]])
 
 
-def test_ties_go_to_the_smaller_id(tmp_path):
-    shelf = Shelf(tmp_path, E)
-    same = np.tile(np.arange(E, dtype=np.float32), (400, 1))  # sums of integers are exact
-    shelf.add(same)
-    shelf.add(2 * same[:1])
-    ids, scores = shelf.vectors.search(same[:1], 6)
-    assert ids[0].tolist() == [400, 0, 1, 2, 3, 4]
-    assert len(set(scores[0, 1:])) == 1
-    assert shelf.vectors.search(same[:1], 2, np.arange(50, 90))[0][0].tolist() == [50, 51]
-    shelf.close()
-
-
 def test_a_failed_transaction_and_bad_vectors_add_nothing(shelf):
     shelf.add(drawn(3))
 
@@ -202,11 +190,9 @@ def after(steps):
     return content
 
 
-@pytest.mark.parametrize("committed", [2, 100])
-def test_a_killed_writer(uri, tmp_path, committed):
+def test_a_killed_writer(uri, tmp_path):
     """Killed at a random moment of a change: all of the change is there or nothing."""
-    if uri and committed != 2:
-        pytest.skip("once is enough for a database that takes care of itself")
+    committed = 2 if uri else random.randrange(2, 60)
     command = [sys.executable, "-c", WRITER, str(tmp_path / "index"), uri]
     writer = processes.Process(command, cwd=ROOT)
     for line in writer.stdout:
@@ -221,7 +207,7 @@ def test_a_killed_writer(uri, tmp_path, committed):
             vectors = store.snapshot(db).get(named_ids(db, "moments"))
             store.close()
         assert vectors[:, 0].astype(int).tolist() in (after(last + 1), after(last + 2))
-    shelf = Shelf(tmp_path / "index", E, uri, files=10**6)
+    shelf = Shelf(tmp_path / "index", E, uri, files=10**4)
     ids = shelf.add(drawn(1))
     np.testing.assert_array_equal(shelf.vectors.get(ids), drawn(1))
     shelf.catalog.compact()
