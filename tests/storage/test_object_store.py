@@ -6,8 +6,10 @@ import socket
 import sys
 import urllib.parse
 import urllib.request
+from functools import partial
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -19,6 +21,10 @@ pytest.importorskip("gcsfs", reason="needs the extra gcs")
 emulator = pytest.importorskip("gcp_storage_emulator.server", reason="the bucket is emulated")
 
 STEPS = 40
+SETTINGS = [
+    f"--config.train.{setting}"
+    for setting in (f"steps={STEPS}", "log_every=1", "checkpoint_every=100")
+]
 
 
 class Bucket:
@@ -84,38 +90,21 @@ def local(tmp_path_factory, bucket):
 def trained(local, bucket):
     """The prompts of a run on this machine's disk, whose records are in the bucket then."""
     run = local / "run"
-    argv = runs.command([*runs.arguments(local, local / "clip.safetensors", run), *settings()])
+    argv = runs.command([*runs.arguments(local, local / "clip.safetensors", run), *SETTINGS])
     processes.run(argv, env=bucket.environment(8), check=True)
     bucket.put("records", run / "records")
-    return prompts(run / "prompts.safetensors")
-
-
-def settings() -> list[str]:
-    given = {"steps": STEPS, "log_every": 1, "checkpoint_every": 100}
-    return [f"--config.train.{key}={value}" for key, value in given.items()]
+    return tensors.load(run / "prompts.safetensors")[0]
 
 
 def command(local, workdir, *overrides):
     """The local run's, with everything in the bucket."""
-    given = runs.arguments(local, "gs://vop/clip.safetensors", workdir, *settings())
+    given = runs.arguments(local, "gs://vop/clip.safetensors", workdir, *SETTINGS)
     given += ["--config.data.annotations=", "--config.data.videos="]
     return runs.command([*given, "--config.data.records=gs://vop/records", *overrides])
 
 
-def call(bucket, argv):
-    """(exit status, the last line of stderr)."""
-    done = processes.run(argv, env=bucket.environment())
-    return done.returncode, (done.stderr.splitlines() or [""])[-1]
-
-
-def prompts(file: Path) -> dict[str, np.ndarray]:
-    return tensors.flatten(tensors.load(file)[0])
-
-
-def assert_same(left, right):
-    assert left.keys() == right.keys()
-    for name in left:
-        np.testing.assert_allclose(left[name], right[name], atol=1e-5, err_msg=name)
+def assert_same(file, trained):
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), tensors.load(file)[0], trained)
 
 
 @pytest.mark.slow
@@ -142,7 +131,7 @@ def test_two_processes_stop_in_a_bucket_and_one_goes_on(bucket, local, trained, 
     assert done.returncode == 0, done.stderr
     assert f"continuing gs://vop/run from step {max(steps)}" in done.stderr
     (tmp_path / "prompts.safetensors").write_bytes(bucket.get("run/prompts.safetensors"))
-    assert_same(prompts(tmp_path / "prompts.safetensors"), trained)
+    assert_same(tmp_path / "prompts.safetensors", trained)
     lines = [json.loads(line) for line in bucket.get("run/metrics.jsonl").splitlines()]
     assert [x["step"] for x in lines if "loss" in x] == list(range(1, STEPS + 1))
     (events, *_), summary = bucket.names("run/events"), json.loads(bucket.get("run/summary.json"))
@@ -152,11 +141,11 @@ def test_two_processes_stop_in_a_bucket_and_one_goes_on(bucket, local, trained, 
 
 @pytest.mark.slow
 def test_records_are_made_of_videos_in_a_bucket(bucket, local, trained, tmp_path):
-    given = runs.arguments(local, local / "clip.safetensors", tmp_path / "run", *settings())
+    given = runs.arguments(local, local / "clip.safetensors", tmp_path / "run", *SETTINGS)
     there = {"annotations": "gs://vop/captions.csv", "videos": "gs://vop/videos"}
     argv = runs.command([*given, *(f"--config.data.{k}={v}" for k, v in there.items())])
-    assert call(bucket, argv)[0] == 0
-    assert_same(prompts(tmp_path / "run/prompts.safetensors"), trained)
+    processes.run(argv, env=bucket.environment(), check=True)
+    assert_same(tmp_path / "run/prompts.safetensors", trained)
 
 
 # (workdir, changes to the command, the line on stderr)
