@@ -219,6 +219,8 @@ def test_a_commit_waits_for_a_search(tmp_path, monkeypatch):
 def test_what_is_no_index(tmp_path, example):
     with pytest.raises(UserError, match="no index; make one with"):
         Index(tmp_path)
+    with pytest.raises(UserError, match="does not name its CLIP; give --clip=FILE"):
+        vop_jax.search.open(example[2].directory)
     (tmp_path / catalog.FILE).write_bytes(b"something else" * 1000)
     with pytest.raises(UserError, match=r"damaged \(file is not a database\); remove"):
         Index(tmp_path)
@@ -277,12 +279,3 @@ def test_the_searcher(shared, retriever, tmp_path):
     alone = [searcher.text(text, 3) for text in texts]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         assert list(pool.map(lambda text: searcher.text(text, 3), texts)) == alone
-
-
-def test_an_index_without_its_clip(copied, tmp_path):
-    _, index = copied
-    with pytest.raises(UserError, match=r"missing, but .* was made with it; give --clip=FILE"):
-        vop_jax.search.open(index, clip=tmp_path / "gone.safetensors")
-    set_info(index, clip="")
-    with pytest.raises(UserError, match=r"does not name its CLIP; give --clip=FILE"):
-        vop_jax.search.open(index)
