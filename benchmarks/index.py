@@ -27,7 +27,7 @@ import numpy as np
 from vop_jax.search.catalog import VERSION, IndexInfo, reading
 from vop_jax.search.index import Index
 from vop_jax.search.scan import VideoFile, find_videos
-from vop_jax.search.stores.open import open_store
+from vop_jax.search.stores.heap import open_store
 from vop_jax.search.writer import CatalogWriter
 from vop_jax.video.moments import FrameSpec, decode_task, inspect_video, list_moments, plan_tasks
 from vop_jax.video.workers import in_processes, in_threads

@@ -30,8 +30,7 @@ from vop_jax.search.catalog import VERSION, IndexInfo, read_info, reading
 from vop_jax.search.index import Index
 from vop_jax.search.scan import VideoFile
 from vop_jax.search.stores.base import Snapshot, named_ids
-from vop_jax.search.stores.heap import HeapSnapshot
-from vop_jax.search.stores.open import open_store
+from vop_jax.search.stores.heap import HeapSnapshot, open_store
 from vop_jax.search.writer import CatalogWriter
 
 K = 10

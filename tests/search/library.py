@@ -11,7 +11,7 @@ from tests.video import videos
 from vop_jax.search import catalog, updater
 from vop_jax.search.build import IndexRequest, build_index
 from vop_jax.search.index import Index
-from vop_jax.search.stores.open import open_store
+from vop_jax.search.stores.heap import open_store
 from vop_jax.search.updater import IndexOptions
 from vop_jax.video.workers import in_processes, in_threads
 

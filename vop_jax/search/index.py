@@ -11,7 +11,7 @@ from vop_jax.search import catalog, query
 from vop_jax.search.catalog import IndexedFile, IndexInfo
 from vop_jax.search.query import Date, Hit, make_filter
 from vop_jax.search.stores.base import TABLES, VectorStore, checked_vectors
-from vop_jax.search.stores.open import open_store
+from vop_jax.search.stores.heap import open_store
 
 __all__ = ["Hit", "Index"]
 

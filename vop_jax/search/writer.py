@@ -29,7 +29,7 @@ from vop_jax.search.catalog import (
 )
 from vop_jax.search.scan import VideoFile
 from vop_jax.search.stores.base import TABLES, VectorStore, checked_vectors
-from vop_jax.search.stores.open import open_store
+from vop_jax.search.stores.heap import open_store
 from vop_jax.video.moments import Segment
 
 Caption = tuple[str, str, float, float]  # text, path of a video or "", start, end

@@ -21,7 +21,7 @@ from vop_jax.search import catalog
 from vop_jax.search.index import Index
 from vop_jax.search.stores import heap
 from vop_jax.search.stores.base import named_ids
-from vop_jax.search.stores.open import open_store
+from vop_jax.search.stores.heap import open_store
 
 E = 8
 ROOT = pathlib.Path(__file__).parents[3]
