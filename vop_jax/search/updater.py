@@ -205,9 +205,7 @@ class Updater:
         own = next((twin for twin in twins if twin.path == file.path), None)
         moved = own or next((twin for twin in twins if twin.path in self._gone), None)
         if moved is None:
-            moments = self._catalog.moments(twins[0])
-            vectors = self._catalog.vectors([number for number, _ in moments])
-            segments = [segment for _, segment in moments]
+            segments, vectors = self._catalog.embedded(twins[0])
             self._add([PendingFile(file, digest, segments, dict(enumerate(vectors)))])
             return True
         with self._catalog.transaction():

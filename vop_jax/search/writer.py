@@ -146,16 +146,12 @@ class CatalogWriter:
         rows = self._db.execute(f"SELECT {FILE_COLUMNS} FROM files WHERE {condition}", values)
         return [IndexedFile(*row) for row in rows]
 
-    def moments(self, file: IndexedFile) -> list[tuple[int, Segment]]:
-        """(id, segment) of a file's moments."""
-        rows = self._db.execute(
-            'SELECT id, start, "end" FROM moments WHERE file = ? ORDER BY id', (file.id,)
-        )
-        return [(number, (start, end)) for number, start, end in rows]
-
-    def vectors(self, ids: Sequence[int]) -> np.ndarray:
-        """float32 [M, E] of moments."""
-        return self._stores["moments"].snapshot(self._db).get(np.array(ids, np.int64))
+    def embedded(self, file: IndexedFile) -> tuple[list[Segment], np.ndarray]:
+        """The segments of a file and their vectors, float32 [M, E]."""
+        statement = 'SELECT start, "end", id FROM moments WHERE file = ? ORDER BY id'
+        rows = self._db.execute(statement, (file.id,)).fetchall()
+        ids = np.array([row[2] for row in rows], np.int64)
+        return [row[:2] for row in rows], self._stores["moments"].snapshot(self._db).get(ids)
 
     def add_files(
         self, files: Sequence[tuple[VideoFile, str, Sequence[Segment], np.ndarray]]
