@@ -19,6 +19,8 @@ from vop_jax.serve.api import search_hit
 from vop_jax.serve.media import VideoResponse
 from vop_jax.serve.middleware import error_response
 
+OLD = "Sat, 01 Jan 2000 00:00:00 GMT"
+
 
 @pytest.fixture
 def uploads(tmp_path, monkeypatch):
@@ -41,15 +43,10 @@ def expected(hits):
 def test_indexes_are_described(client, films, searcher):
     (about,) = client.get("/api/indexes").json()
     assert about.pop("clip")
-    assert about == {
-        "name": "films",
-        "method": "zero_shot",
-        "folder": str(films[0]),
-        "files": 4,
-        "moments": searcher.index.counts()["moments"],
-        "captions": 2,
-        "frames": 3,
-    }
+    counts = searcher.index.counts()
+    assert counts["captions"] == 2 and counts.pop("failed") == 0
+    facts = {"name": "films", "method": "zero_shot", "folder": str(films[0]), "frames": 3}
+    assert about == counts | facts
 
 
 def test_a_text_finds_what_the_searcher_finds(client, searcher):
@@ -65,16 +62,12 @@ def test_a_text_finds_what_the_searcher_finds(client, searcher):
 
 
 def test_filters_narrow_a_search(client, searcher):
-    for filters in (
-        *({"since": "0001-01-01"}, {"until": "9999-12-31"}, {"until": "9999-12-31T23"}),
-        {"folder": "", "since": "", "until": ""},
-    ):
+    every = {"since": "0001-01-01", "until": "9999-12-31T23"}, {"folder": "", "since": ""}
+    for filters in (*every, {"folder": "sub"}, {"since": "2023-11-16"}, {"until": "2023-11-15"}):
         response = client.get("/api/search", params={"q": "white", **filters})
-        assert len(response.json()["hits"]) == 4
-    for filters in ({"folder": "sub"}, {"since": "2023-11-16"}, {"until": "2023-11-15"}):
-        response = client.get("/api/search", params={"q": "white", **filters})
-        assert listed(response) == expected(searcher.text("white", **filters))
-        assert 0 < len(response.json()["hits"]) < 4
+        hits = searcher.text("white", **{k: v for k, v in filters.items() if v})
+        assert listed(response) == expected(hits)
+        assert len(hits) == 4 if filters in every else 0 < len(hits) < 4
 
 
 def test_a_video_and_a_picture_find_what_the_searcher_finds(
@@ -90,8 +83,8 @@ def test_a_video_and_a_picture_find_what_the_searcher_finds(
     assert response.json()["query"] == "a.mp4"
     captions = {(hit["caption"], hit["end"]) for hit in response.json()["hits"]}
     assert captions == {("grey becomes white", None), ("another film", None)}
-    picture = tmp_path / "a.jpg"
-    Image.fromarray(np.full((40, 60, 3), 200, np.uint8)).save(picture)
+    picture = tmp_path / "a.png"
+    Image.new("RGB", (60, 40), "grey").save(picture)
     upload = {"file": picture.read_bytes()}
     response = client.post("/api/search/image", params={"k": 3}, files=upload)
     assert listed(response) == expected(searcher.image(picture, 3))
@@ -106,13 +99,14 @@ def test_explain_scores_each_frame_of_a_moment(client, searcher):
     assert body["scores"] == pytest.approx(scores, abs=1e-5)
 
 
+def picture_of(response):
+    assert response.headers["content-type"] == "image/jpeg"
+    return Image.open(io.BytesIO(response.content))
+
+
 def test_thumbnails_show_the_video_at_a_time(client):
-    levels = []
-    for t in (0, 1, 2.9, 99):
-        response = client.get("/api/thumbnail/films/1", params={"t": t})
-        assert response.headers["content-type"] == "image/jpeg"
-        with Image.open(io.BytesIO(response.content)) as picture:
-            levels.append(videos.level_of(np.asarray(picture.convert("RGB"))))
+    answers = [client.get("/api/thumbnail/films/1", params={"t": t}) for t in (0, 1, 2.9, 99)]
+    levels = [videos.level_of(np.asarray(picture_of(r).convert("RGB"))) for r in answers]
     assert levels[0] < levels[1] < levels[2] == levels[3]
 
 
@@ -124,16 +118,9 @@ def test_media_are_sent_whole_and_in_ranges(client, films):
     for span, part in [("0-9", content[:10]), ("10-", content[10:]), ("-7", content[-7:])]:
         response = client.get("/media/films/1", headers={"Range": f"bytes={span}"})
         assert (response.status_code, response.content) == (206, part)
-    parts = client.get("/media/films/1", headers={"Range": "bytes=0-1,-2"})
-    assert parts.status_code == 206 and content[-2:] in parts.content
-    for span, status in [
-        (f"bytes={len(content)}-", 416),
-        ("bytes=-0", 416),
-        (f"bytes=0-1,{10**30}-", 416),
-        ("bytes=5-2", 400),
-        ("bytes=a-b", 400),
-        ("lines=1-2", 400),
-    ]:
+    outside = f"bytes={len(content)}-", "bytes=-0", f"bytes=0-1,{10**30}-"
+    invalid = "bytes=5-2", "bytes=a-b", "lines=1-2"
+    for span, status in [*((s, 416) for s in outside), *((s, 400) for s in invalid)]:
         wrong = client.get("/media/films/1", headers={"Range": span})
         assert wrong.status_code == status and list(wrong.json()) == ["error"]
         assert (wrong.headers.get("content-range") == f"bytes */{len(content)}") == (status == 416)
@@ -149,12 +136,10 @@ def test_a_client_is_not_sent_what_it_has(client):
         first = client.get(address)
         tag, date = first.headers["etag"], first.headers["last-modified"]
         for name, value, status in [
-            ("If-None-Match", tag, 304),
-            ("If-None-Match", f'"other", W/{tag}', 304),
+            *(("If-None-Match", value, 304) for value in (tag, f'"other", W/{tag}')),
+            *(("If-Modified-Since", value, 200) for value in ("yesterday", OLD)),
             ("If-None-Match", '"other"', 200),
             ("If-Modified-Since", date, 304),
-            ("If-Modified-Since", "Sat, 01 Jan 2000 00:00:00 GMT", 200),
-            ("If-Modified-Since", "yesterday", 200),
         ]:
             response = client.get(address, headers={name: value})
             assert response.status_code == status, (address, name, value)
@@ -172,8 +157,7 @@ def test_a_client_is_not_sent_what_it_has(client):
 def test_head_is_answered_as_get_and_other_methods_are_refused(client, address):
     whole, head = client.get(address), client.head(address)
     assert (whole.status_code, head.status_code) == (200, 200)
-    for name in ("content-length", "content-type"):
-        assert head.headers[name] == whole.headers[name]
+    assert all(head.headers[k] == whole.headers[k] for k in ("content-length", "content-type"))
     for method in ("POST", "PUT", "DELETE", "OPTIONS", "TRACE", "NONSENSE"):
         response = client.request(method, address)
         assert response.status_code == 405 and list(response.json()) == ["error"], method
@@ -203,23 +187,17 @@ def test_the_docs_list_every_path_and_load_nothing_from_elsewhere(client):
     ("address", "status", "message"),
     [
         ("/api/search", 422, "q: "),
-        ("/api/search?q=", 400, "empty"),
         ("/api/search?q=%20%0A", 400, "empty"),
         (f"/api/search?q={'a' * 2001}", 422, "q: "),
-        ("/api/search?q=a&k=0", 422, "k: "),
-        ("/api/search?q=a&k=101", 422, "k: "),
-        ("/api/search?q=a&k=many", 422, "k: "),
+        *((f"/api/search?q=a&k={k}", 422, "k: ") for k in ("0", "101", "many")),
         ("/api/search?q=a&index=other", 404, "allowed are films"),
-        ("/api/search?q=a&since=yesterday", 400, "since"),
+        *((f"/api/search?q=a&since={s}", 400, "since") for s in ("yesterday", "nan", "10000-1-1")),
         ("/api/search?q=a&until=2026-02-30", 400, "until"),
-        *((f"/api/search?q=a&since={s}", 400, "since") for s in ("nan", "inf", "1e9", "10000-1-1")),
-        ("/api/search?q=a&folder=../x", 400, "folder"),
-        ("/api/search?q=a&folder=%00", 400, "folder"),
+        *((f"/api/search?q=a&folder={path}", 400, "folder") for path in ("../x", "%00")),
         ("/api/explain?q=a", 422, "file_id"),
         ("/api/explain?q=&file_id=1", 400, "empty"),
         ("/api/explain?q=a&file_id=99", 404, "not in the index"),
-        ("/api/explain?q=a&file_id=1&start=nan", 422, "start"),
-        ("/api/explain?q=a&file_id=1&start=-1", 422, "start"),
+        *((f"/api/explain?q=a&file_id=1&start={s}", 422, "start") for s in ("nan", "-1")),
         ("/api/explain?q=a&file_id=1&end=inf", 422, "end"),
         ("/api/explain?q=a&file_id=1&start=2&end=1", 400, "end"),
         ("/api/explain?q=a&file_id=1&start=50&end=51", 422, "no frame"),
@@ -229,10 +207,8 @@ def test_the_docs_list_every_path_and_load_nothing_from_elsewhere(client):
         ("/api/thumbnail/other/1", 404, "films"),
         ("/media/films/99", 404, "not in the index"),
         ("/media/films/a.mp4", 422, "file_id"),
-        ("/media/films/../../etc/passwd", 404, ""),
-        ("/media/films/%2e%2e%2f%2e%2e%2fetc%2fpasswd", 404, ""),
-        ("/static/__init__.py", 404, ""),
-        ("/static/..%2f__init__.py", 404, ""),
+        *((f"/media/films/{up}{up}etc/passwd", 404, "") for up in ("../", "%2e%2e%2f")),
+        *((f"/static/{path}", 404, "") for path in ("__init__.py", "..%2f__init__.py")),
         ("/none", 404, ""),
     ],
 )
@@ -243,16 +219,15 @@ def test_wrong_requests_get_one_line(client, address, status, message):
     assert message in line and "\n" not in line and list(response.json()) == ["error"]
 
 
-def test_uploads_that_are_no_pictures_or_videos_are_refused(client, serve, films, uploads):
+def test_uploads_that_are_no_pictures_or_videos_are_refused(client, films, uploads, monkeypatch):
     film = films[0] / "a.mp4"
     hls = f"#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:3,\n{film}\n#EXT-X-ENDLIST\n"
     large = io.BytesIO()
     Image.new("1", (8000, 8000)).save(large, "PNG")
     damaged = "not readable as video ("
+    wrong = b"", b"no video", b"\xff\xd8\xff\xe0" + b"\0" * 99
     for kind, content, message in [
-        *((kind, b"", "") for kind in ("video", "image")),
-        *((kind, b"no video", "") for kind in ("video", "image")),
-        *((kind, b"\xff\xd8\xff\xe0" + b"\0" * 99, "") for kind in ("video", "image")),
+        *((kind, content, "") for kind in ("video", "image") for content in wrong),
         # FFmpeg would open the files that a playlist names.
         ("video", hls.encode(), damaged),
         ("video", f"ffconcat version 1.0\nfile '{film}'\n".encode(), damaged),
@@ -262,8 +237,9 @@ def test_uploads_that_are_no_pictures_or_videos_are_refused(client, serve, films
         assert response.status_code == 400
         error = response.json()["error"]
         assert error.startswith("name.x: ") and message in error
+    monkeypatch.setitem(vars(client.app.state.services), "max_seconds", 2.0)
     long = {"file": ("a.mp4", film.read_bytes())}
-    response = serve(max_seconds=2.0).post("/api/search/video", files=long)
+    response = client.post("/api/search/video", files=long)
     assert response.status_code == 400
     assert response.json() == {"error": "a.mp4: 3 s long; at most 2 s are allowed"}
 
@@ -339,11 +315,10 @@ def test_a_thumbnail_is_small_and_made_once(changed, monkeypatch):
     (about, _) = client.get("/api/indexes").json()
     assert about["folder"].endswith("films \ufffd\x1b[2J") and about["files"] == 5
     address = f"/api/thumbnail/own/{ids['large.mp4']}"
-    first = client.get(address).content
-    with Image.open(io.BytesIO(first)) as picture:
-        assert picture.size == (320, 240)
+    first = client.get(address)
+    assert picture_of(first).size == (320, 240)
     monkeypatch.setattr("vop_jax.serve.executor.Executor.decode", None)
-    assert client.get(address).content == first
+    assert client.get(address).content == first.content
 
 
 def test_an_index_that_is_gone_is_reported_and_the_others_are_served(changed, serve):
@@ -364,23 +339,16 @@ def test_an_index_that_is_gone_is_reported_and_the_others_are_served(changed, se
 def test_failures_of_decoders_and_of_the_server_show_nothing_of_its_inside(
     client, monkeypatch, searcher
 ):
-    for function, line in (
-        (treacherous.crash, "its decoder crashed (SIGABRT)"),
-        (treacherous.fail, "not decodable"),
-    ):
-        with monkeypatch.context() as patch:
-            patch.setattr("vop_jax.serve.media.thumbnail", function)
-            patch.setattr("vop_jax.serve.media.uploaded_video", function)
-            response = client.get("/api/thumbnail/films/1?t=0.33")
-            assert (response.status_code, response.json()) == (422, {"error": f"a.mp4: {line}"})
-            response = client.post("/api/search/video", files={"file": ("f.mp4", b"0")})
-            assert (response.status_code, response.json()) == (400, {"error": f"f.mp4: {line}"})
+    with monkeypatch.context() as patch:
+        patch.setattr("vop_jax.serve.media.thumbnail", treacherous.fail)
+        patch.setattr("vop_jax.serve.media.uploaded_video", treacherous.crash)
+        response = client.get("/api/thumbnail/films/1?t=0.33")
+        assert (response.status_code, response.json()) == (422, {"error": "a.mp4: not decodable"})
+        response = client.post("/api/search/video", files={"file": ("f.mp4", b"0")})
+        line = "f.mp4: its decoder crashed (SIGABRT)"
+        assert (response.status_code, response.json()) == (400, {"error": line})
     assert client.get("/api/thumbnail/films/1?t=0.33").status_code == 200
-
-    def fail(*arguments):
-        raise RuntimeError("secret /inside/path")
-
-    monkeypatch.setattr(searcher.index, "counts", fail)
+    monkeypatch.setattr(searcher.index, "counts", treacherous.fail)
     response = client.get("/api/indexes")
     assert response.status_code == 500
     assert response.json() == {"error": "the server failed; its log says more"}

@@ -16,26 +16,13 @@ def folder(tmp_path):
     return tmp_path / "films"
 
 
-def read(folder, path):
-    with open_inside(folder, path) as file:
-        return file.read()
-
-
-def test_files_and_links_inside_the_folder_are_opened(folder):
+@pytest.mark.parametrize("path", ["films/sub/a.mp4", "films/b.mp4", "films/up/a.mp4", "link/b.mp4"])
+def test_files_and_links_inside_the_folder_are_opened_and_stay_themselves(folder, path):
     (folder / "b.mp4").symlink_to("sub/a.mp4")
-    (folder / "other").symlink_to("sub")
+    (folder / "up").symlink_to("sub")
     (folder.parent / "link").symlink_to(folder)
-    for root, path in (
-        (folder, "sub/a.mp4"),
-        (folder, "b.mp4"),
-        (folder, "other/a.mp4"),
-        (folder.parent / "link", "sub/a.mp4"),
-    ):
-        assert read(root, path) == b"a film"
-
-
-def test_an_open_file_stays_itself_when_its_name_is_swapped(folder):
-    with open_inside(folder, "sub/a.mp4") as file:
+    root, _, name = path.partition("/")
+    with open_inside(folder.parent / root, name) as file:
         (folder / "sub" / "a.mp4").unlink()
         (folder / "sub" / "a.mp4").symlink_to(folder.parent / "secret")
         with open(path_of(file), "rb") as again:

@@ -1,10 +1,8 @@
 """The page in a real browser, over a real server."""
 
 import contextlib
-import json
 import re
-import urllib.parse
-import urllib.request
+import shutil
 
 import numpy as np
 import pytest
@@ -12,12 +10,12 @@ from PIL import Image
 
 from tests.processes import HANG
 from tests.search import library
-from tests.serve import browser as browsers
+from tests.serve.conftest import served
 from tests.video import videos
 from vop_jax.search.searcher import open_searcher
+from vop_jax.serve.app import Settings, make_app
 
 pytestmark = pytest.mark.slow
-pytest.importorskip("fastapi", reason="needs the extra serve")
 
 HTML = "<img src=x onerror=\"document.title='run'\">.mp4"
 CAPTION = "<b>grey</b> becomes white"
@@ -27,7 +25,7 @@ VIDEO = f"document.querySelector('{OPENED}')"
 
 @pytest.fixture(scope="module")
 def films(tmp_path_factory, retriever):
-    """Two indexes of a folder, in which browsers cannot play one file and one is gone."""
+    """(folder, {name: searcher} of two indexes): browsers cannot play one file, and one is gone."""
     root = tmp_path_factory.mktemp("page")
     folder = root / "films"
     library.write_films(folder, count=3, seconds=4)
@@ -38,23 +36,28 @@ def films(tmp_path_factory, retriever):
     library.make(root / "moments", folder, retriever, root / "captions.csv", window=1.0)
     library.make(root / "whole", folder, retriever)
     (folder / "gone.mp4").unlink()
-    return root
+    names = ("moments", "whole")
+    return folder, {name: open_searcher(root / name, retriever=retriever) for name in names}
 
 
 @pytest.fixture(scope="module")
-def address(films, retriever):
-    from vop_jax.serve.app import Settings, make_app
-
-    names = ("moments", "whole")
-    searchers = {name: open_searcher(films / name, retriever=retriever) for name in names}
-    with browsers.served(make_app(searchers, Settings(workers=1)), shutdown=0.5) as (at, _):
-        yield at
+def address(films):
+    with served(make_app(films[1], Settings(workers=1)), shutdown=0.5) as (port, _):
+        yield f"http://127.0.0.1:{port}"
 
 
 @pytest.fixture(scope="module")
 def browser():
-    with browsers.chromium() as started:
-        yield started
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("needs Chromium or Chrome")
+    switches = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    with (
+        playwright.sync_playwright() as started,
+        started.chromium.launch(executable_path=path, args=switches) as browser,
+    ):
+        yield browser
 
 
 @pytest.fixture
@@ -69,10 +72,7 @@ def open_page(browser, address):
         page = context.new_page()
         page.on("request", lambda request: urls.append(request.url))
         page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on(
-            "console",
-            lambda line: "Content Security Policy" in line.text and wrong.append(line.text),
-        )
+        page.on("console", lambda line: "Security Policy" in line.text and wrong.append(line.text))
         page.goto(f"{address}/{hash}")
         page.wait_for_selector("#empty:visible, .card")
         return page
@@ -81,8 +81,7 @@ def open_page(browser, address):
     for context in contexts:
         context.close()
     assert not wrong
-    assert urls
-    assert [url for url in urls if not url.startswith(f"{address}/")] == []
+    assert urls and all(url.startswith(f"{address}/") for url in urls)
 
 
 @pytest.fixture
@@ -90,9 +89,13 @@ def page(open_page):
     return open_page()
 
 
-def search(page, query):
+def submit(page, query):
     page.fill("#query", query)
     page.press("#query", "Enter")
+
+
+def search(page, query):
+    submit(page, query)
     page.wait_for_selector(f'#status:has-text("results for “{query}”")')
 
 
@@ -109,30 +112,23 @@ def card(page, name):
     return page.locator(".card", has=page.locator(".name", has_text=re.compile(re.escape(name))))
 
 
-def a_moment(address):
-    """(query, hit) of a moment that begins later than its clip."""
-    for query in ("grey", "white", "a dog", "red", "it moves", "night", "sea", "two", "b", "z"):
-        parameters = urllib.parse.urlencode({"q": query, "index": "moments"})
-        with urllib.request.urlopen(f"{address}/api/search?{parameters}") as answer:
-            for hit in json.load(answer)["hits"]:
-                if hit["start"] > 0 and hit["name"] in ("a.mp4", "sub/b.mp4", "c.mp4"):
-                    return query, hit
-    raise AssertionError("no query finds a late moment")
+def count(page):
+    """Results that the page shows."""
+    return page.locator(".card").count()
 
 
-def test_the_start_page_describes_the_index(page):
+def test_the_start_page_describes_the_index_and_keeps_a_text_typed_before_it_is_ready(
+    page, address
+):
     assert page.inner_text("#empty-title") == "6 videos to search"
     assert "films" in page.inner_text("#facts")
     assert page.evaluate("document.activeElement.id") == "query"
-    assert page.locator(".card").count() == 0
-
-
-def test_text_typed_before_the_page_is_ready_stays(page, address):
     routes = []
     page.route("**/api/indexes*", lambda route: routes.append(route))
     page.goto(f"{address}/?again", wait_until="commit")
     page.fill("#query", "a dog")
-    until(page, "document.body.classList.contains('busy')")
+    while not routes:
+        page.wait_for_timeout(50)
     routes[0].continue_()
     page.wait_for_selector("#empty:visible")
     assert page.input_value("#query") == "a dog"
@@ -140,13 +136,18 @@ def test_text_typed_before_the_page_is_ready_stays(page, address):
     page.wait_for_selector(".card")
 
 
-def test_type_click_play_and_seek(page, address):
-    query, hit = a_moment(address)
+def test_type_click_play_and_seek(page, films):
+    # A moment that begins later than its clip.
+    queries = ("grey", "white", "a dog", "red", "it moves", "night", "sea", "two", "b", "z")
+    hits = ((query, hit) for query in queries for hit in films[1]["moments"].text(query))
+    query, hit = next(
+        (q, h) for q, h in hits if h.start > 0 and h.path in ("a.mp4", "sub/b.mp4", "c.mp4")
+    )
     search(page, query)
-    card(page, hit["name"]).click()
-    until(page, f"{VIDEO}?.currentTime > {hit['start'] + 0.2}")
+    card(page, hit.path).click()
+    until(page, f"{VIDEO}?.currentTime > {hit.start + 0.2}")
     began, duration = page.evaluate(f"[{VIDEO}.played.start(0), {VIDEO}.duration]")
-    assert began == pytest.approx(hit["start"], abs=0.15)
+    assert began == pytest.approx(hit.start, abs=0.15)
     # The slider goes with the video, the video with the slider.
     page.wait_for_selector(".chart")
     assert page.locator(".chart .best").count() == 1
@@ -161,7 +162,7 @@ def test_type_click_play_and_seek(page, address):
     page.keyboard.press("ArrowRight")
     assert page.evaluate(f"{VIDEO}.currentTime") > duration / 4
     # A second click closes it.
-    card(page, hit["name"]).click()
+    card(page, hit.path).click()
     assert page.locator(".moment").count() == 0
 
 
@@ -175,11 +176,9 @@ def test_keyboard_alone(page):
     focused = "[...document.querySelectorAll('.card')].indexOf(document.activeElement)"
     page.keyboard.press("ArrowDown")
     assert page.evaluate(focused) == 0
-    outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
-    assert outline != "none"
-    page.keyboard.press("ArrowRight")
-    page.keyboard.press("ArrowRight")
-    page.keyboard.press("ArrowLeft")
+    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") != "none"
+    for arrow in ("Right", "Right", "Left"):
+        page.keyboard.press(f"Arrow{arrow}")
     assert page.evaluate(focused) == 1
     page.keyboard.press("Enter")
     page.wait_for_selector(".moment")
@@ -196,8 +195,7 @@ def test_keyboard_alone(page):
     assert page.evaluate("document.activeElement.id") == "query"
 
 
-def test_the_address_keeps_the_query(open_page):
-    page = open_page()
+def test_the_address_keeps_the_query(open_page, page):
     search(page, "a dog")
     page.select_option("#index", "whole")
     until(page, "!document.body.classList.contains('busy')")
@@ -215,7 +213,7 @@ def test_the_address_keeps_the_query(open_page):
 
 def test_filters(page):
     search(page, "a dog")
-    assert page.locator(".card").count() == 6
+    assert count(page) == 6
     page.click("summary")
     page.fill("#folder", "sub")
     page.press("#folder", "Enter")
@@ -229,7 +227,7 @@ def test_filters(page):
 
 
 def test_upload_of_a_clip(page, films):
-    page.set_input_files("#file", films / "films" / "a.mp4")
+    page.set_input_files("#file", films[0] / "a.mp4")
     page.wait_for_selector(".card")
     # Itself first, and what is said of it; the caption's HTML is text.
     assert "a.mp4" in page.inner_text("#status")
@@ -253,11 +251,9 @@ def test_upload_of_a_clip(page, films):
 
 
 def test_upload_of_a_picture_and_of_no_video(page, tmp_path):
-    pixels = np.full((32, 32, 3), 120, np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "grey.png")
+    Image.new("RGB", (32, 32), "grey").save(tmp_path / "grey.png")
     page.set_input_files("#file", tmp_path / "grey.png")
-    page.wait_for_selector('#status:has-text("results like grey.png")')
-    assert page.locator(".card").count() == 6
+    page.wait_for_selector('#status:has-text("6 results like grey.png")')
     # The same, dropped.
     page.evaluate(
         """bytes => {
@@ -273,8 +269,8 @@ def test_upload_of_a_picture_and_of_no_video(page, tmp_path):
     (tmp_path / "clip.mp4").write_bytes(b"no video at all")
     page.set_input_files("#file", tmp_path / "clip.mp4")
     page.wait_for_selector("#error:visible")
-    assert page.inner_text("#reason").strip()
-    assert "\n" not in page.inner_text("#reason").strip()
+    reason = page.inner_text("#reason").strip()
+    assert reason and "\n" not in reason
 
 
 def test_files_with_html_names_without_codec_or_gone(page):
@@ -307,7 +303,7 @@ def test_errors_are_shown_and_retried(page):
     page.press("#query", "Enter")
     page.wait_for_selector("#error:visible")
     assert "does not answer" in page.inner_text("#reason")
-    assert page.locator(".card").count() == 0
+    assert count(page) == 0
     page.unroute("**/api/search?*")
     message = "the index <i>is</i> broken"
     page.route("**/api/search?*", lambda route: route.fulfill(status=503, json={"error": message}))
@@ -319,58 +315,33 @@ def test_errors_are_shown_and_retried(page):
     assert not page.is_visible("#error")
 
 
-LONG = "x" * 150
-MANY = {
-    "file_id": 10**6,
-    "name": f"{LONG}/{LONG}.mp4",
-    "score": -0.512,
-    "caption": "",
-    "missing": False,
-}
-MANY |= {"start": 3599.25, "end": 3725.0}
-
-
-def answer_many(page, count):
-    """Answers searches with `count` results, or as many as requested."""
+@pytest.mark.parametrize("width", [390, 768, 1280])
+def test_many_results_with_long_names(open_page, width):
+    page = open_page(viewport={"width": width, "height": 600})
+    assert page.locator("#choose").inner_text().startswith("Index")
+    name = "/".join(["x" * 150] * 2) + ".mp4"
+    hit = {"file_id": 10**6, "name": name, "score": -0.512, "caption": "", "missing": False}
+    hit |= {"start": 3599.25, "end": 3725.0}
 
     def answer(route):
-        requested = int(
-            urllib.parse.parse_qs(urllib.parse.urlsplit(route.request.url).query)["k"][0]
-        )
-        hits = [MANY] * min(requested, count)
-        route.fulfill(json={"query": "many", "cut": False, "hits": hits})
+        requested = int(re.search(r"\bk=(\d+)", route.request.url)[1])
+        route.fulfill(json={"query": "many", "cut": False, "hits": [hit] * min(requested, 40)})
 
     page.route("**/api/search?*", answer)
-
-
-def test_more(page):
-    answer_many(page, 40)
-    page.fill("#query", "many")
-    page.press("#query", "Enter")
-    for shown, count in [(12, "First 12"), (24, "First 24"), (40, "40")]:
-        until(page, f"document.querySelectorAll('.card').length === {shown}")
-        assert page.inner_text("#status") == f"{count} results for “many”"
+    submit(page, "many")
+    for shown, title in [(12, "First 12"), (24, "First 24"), (40, "40")]:
+        page.wait_for_selector(f'#status:text-is("{title} results for “many”")')
+        assert count(page) == shown
         assert page.is_visible("#more") == (shown < 40)
         if shown < 40:
             page.click("#more")
     assert page.locator(".when").first.inner_text() == "59:59.3 – 1:02:05"
     page.wait_for_selector('.picture:has-text("no preview")')  # there is no such file
-
-
-@pytest.mark.parametrize("width", [390, 768, 1280])
-def test_many_results_with_long_names(open_page, width):
-    page = open_page(viewport={"width": width, "height": 600})
-    assert page.locator("#choose").inner_text().startswith("Index")
-    answer_many(page, 12)
-    page.fill("#query", "many")
-    page.press("#query", "Enter")
-    page.wait_for_selector('#status:text-is("12 results for “many”")')
-    assert not page.is_visible("#more")
-    # The name in two full lines, the score in one.
+    # The name in two full lines without a break before it, the score in one.
     lines = "node => Math.round(node.clientHeight / parseFloat(getComputedStyle(node).lineHeight))"
     assert page.eval_on_selector(".card .name", lines) == 2
     assert page.eval_on_selector(".card .name", "node => node.scrollHeight > node.clientHeight")
-    first = "node => node.firstChild.nodeType === Node.TEXT_NODE"  # no break before it
+    first = "node => node.firstChild.nodeType === Node.TEXT_NODE"
     assert page.eval_on_selector(".card .name", first)
     rows = """node => {
         const range = document.createRange();
@@ -388,20 +359,10 @@ def test_many_results_with_long_names(open_page, width):
     assert max(0, header["y"] + header["height"]) <= status["y"] < 300
 
 
-def test_a_truncated_query_is_reported(page):
-    search(page, "dog")
-    assert not page.is_visible("#cut")
-    page.fill("#query", "dog " * 60)
-    page.press("#query", "Enter")
-    page.wait_for_selector("#cut:visible")
-    assert page.locator(".card").count() == 6
-
-
-def test_an_older_answer_never_replaces_a_newer_one(page):
+def test_an_older_answer_never_replaces_a_newer_one_and_a_truncated_query_is_reported(page):
     routes = []
     page.route("**/api/search?q=slow*", lambda route: routes.append(route))
-    page.fill("#query", "slow")
-    page.press("#query", "Enter")
+    submit(page, "slow")
     page.wait_for_selector('#status:has-text("slow")')
     assert page.evaluate("document.body.classList.contains('busy')")
     search(page, "quick")
@@ -409,39 +370,32 @@ def test_an_older_answer_never_replaces_a_newer_one(page):
         routes[0].fulfill(json={"query": "slow", "cut": False, "hits": []})
     page.wait_for_timeout(300)
     assert "quick" in page.inner_text("#status")
-    assert page.locator(".card").count() == 6
-
-
-def luminance(colour):
-    """Of rgb(r, g, b), as WCAG defines it."""
-    values = np.array([int(v) for v in re.findall(r"\d+", colour)[:3]]) / 255
-    linear = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
-    return float(linear @ [0.2126, 0.7152, 0.0722])
+    assert count(page) == 6 and not page.is_visible("#cut")
+    submit(page, "dog " * 60)
+    page.wait_for_selector("#cut:visible")
+    assert count(page) == 6
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_phone_in_light_and_dark(open_page, scheme):
     size = {"width": 390, "height": 844}
     page = open_page(viewport=size, color_scheme=scheme, has_touch=True)
-    width = "document.documentElement.scrollWidth"
-    assert page.evaluate(width) <= 390
     page.click("summary")
     search(page, "a rather long query that a phone cannot show in one line")
-    assert page.evaluate(width) <= 390
 
-    def colour(selector, which):
+    def luminance(selector, which):
+        """Of rgb(r, g, b), as WCAG defines it."""
         value = page.eval_on_selector(selector, f"node => getComputedStyle(node).{which}")
-        return luminance(value)
+        values = np.array([int(v) for v in re.findall(r"\d+", value)[:3]]) / 255
+        linear = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+        return float(linear @ [0.2126, 0.7152, 0.0722])
 
-    paper = colour("body", "backgroundColor")
+    paper = luminance("body", "backgroundColor")
     assert paper < 0.05 if scheme == "dark" else paper > 0.8
-    for text, under in (
-        (colour("body", "color"), paper),
-        (colour("#status", "color"), paper),
-        (colour(".card .score", "color"), colour(".card", "backgroundColor")),
-        (colour("#search", "color"), colour("#search", "backgroundColor")),
-    ):
-        assert (max(text, under) + 0.05) / (min(text, under) + 0.05) > 4.5
+    pairs = ("body", "body"), ("#status", "body"), (".card .score", ".card"), ("#search", "#search")
+    for text, under in pairs:
+        colours = luminance(text, "color"), luminance(under, "backgroundColor")
+        assert (max(colours) + 0.05) / (min(colours) + 0.05) > 4.5
     card(page, HTML).tap()
     page.wait_for_selector(".chart")
-    assert page.evaluate(width) <= 390
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
