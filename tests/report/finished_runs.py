@@ -36,22 +36,21 @@ def write_run(
         "clip": CLIP,
     }
     lines = [{"step": 0, "t2v/R@1": 1.0}, {"step": 1, "loss": 3.0}, {"step": 20, "loss": 1.0}]
+    rankings = [
+        {
+            "caption": f"<i>{film}</i> {i}",
+            "video": name,
+            "rank": rank,
+            "top": [*[name] * (rank == 1), *(v for v in VIDEOS if v != name)],
+        }
+        for i, (name, rank) in enumerate(zip(VIDEOS, ranks, strict=True))
+    ]
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
     (folder / "summary.json").write_text(json.dumps(results | (summary or {})))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    if film:
-        rankings = [
-            {
-                "caption": f"<i>{film}</i> {i}",
-                "video": name,
-                "rank": rank,
-                "top": [*VIDEOS[i : i + 1] * (rank == 1), *(v for v in VIDEOS if v != name)][:5],
-                "similarities": [0.5] * 4,
-            }
-            for i, (name, rank) in enumerate(zip(VIDEOS, ranks, strict=True))
-        ]
-        text = "".join(json.dumps(ranking) + "\n" for ranking in rankings)
-        (folder / "rankings.jsonl").write_text(text)
+    for name, values in {"metrics": lines, "rankings": rankings if film else []}.items():
+        if values:
+            text = "".join(json.dumps(value) + "\n" for value in values)
+            (folder / f"{name}.jsonl").write_text(text)
     return folder
 
 
