@@ -1,10 +1,17 @@
-"""scenic itself, for the tests that need it; requirements-scenic.txt installs it."""
+"""A folder of videos; and scenic itself, which requirements-scenic.txt installs."""
 
 import importlib.util
 import warnings
 
 import jax
 import pytest
+
+from tests import runs
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return runs.write_folder(tmp_path_factory.mktemp("folder"))
 
 
 @pytest.fixture

@@ -13,17 +13,6 @@ from vop_jax.interop.scenic_config import FIXED, LAST_STEP, NAMES, dataset_keys,
 from vop_jax.training.step import learning_rate
 
 
-def nested(**fields):
-    """{"a__b": 1} -> a ConfigDict."""
-    config = ConfigDict()
-    for name, value in fields.items():
-        section, _, key = name.rpartition("__")
-        if section and section not in config:
-            config[section] = ConfigDict()
-        (config[section] if section else config)[key] = value
-    return config
-
-
 def differences(config):
     """The keys that translation sets to other values than their defaults."""
     declared = flatten_config(base_config())
@@ -37,45 +26,36 @@ def test_each_of_scenic_s_names_sets_ours():
         expected = {key: value}
         if name == "batch_size":
             expected["eval.batch_size"] = value
-        assert differences(nested(**{name.replace(".", "__"): value})) == expected
+        assert differences({name: value}) == expected
     assert differences(ConfigDict()) == {}
 
 
 @pytest.mark.parametrize("name", FIXED)
 def test_a_field_with_a_fixed_value_allows_no_other(name):
-    field = name.replace(".", "__")
     for value in (*FIXED[name], None):
-        assert differences(nested(**{field: value})) == {}
+        assert differences({name: value}) == {}
     with pytest.raises(UserError, match=rf"config\.{name}='other': allowed is only"):
-        translate(nested(**{field: "other"}))
+        translate({name: "other"})
 
 
 def test_our_names_and_those_of_a_dataset():
-    config = nested(
-        method__name="vop_f",
-        mesh__fsdp=2,
-        train__clip_norm=2.0,
-        dataset_configs__num_frames=4,
-        dataset_configs__min_resize=64,
-        dataset_configs__kind="msrvtt9k",
-        experiment_name="mine",
-    )
+    data = {"num_frames": 4, "min_resize": 64, "kind": "msrvtt9k"}
+    config = {"method": {"name": "vop_f"}, "dataset_configs": data, "experiment_name": "mine"}
     assert differences(config) == {
         "method.name": "vop_f",
-        "mesh.fsdp": 2,
-        "train.clip_norm": 2.0,
         "data.frames": 4,
         "data.short_side": 64,
         "data.kind": "msrvtt9k",
     }
-    keys = dataset_keys({"num_frames": 4, "flip": False, "videos": None})
-    assert keys == {"frames": 4, "flip": False}
-    ours = base_config()  # a config of ours needs only scenic's seed
-    ours.train.steps = 7
-    with ours.unlocked():
-        ours.rng_seed = 0
+    assert dataset_keys(data | {"videos": None}) == {
+        "frames": 4,
+        "short_side": 64,
+        "kind": "msrvtt9k",
+    }
+    ours = base_config().to_dict() | {"rng_seed": 0}  # a config of ours needs only scenic's seed
+    ours["train"]["steps"] = 7
     assert differences(ours) == {"train.steps": 7}
-    assert translate(nested(batch_size=8, train__batch_size=8)).train.batch_size == 8
+    assert translate({"batch_size": 8, "train.batch_size": 8}).train.batch_size == 8
 
 
 @pytest.mark.parametrize(
@@ -83,19 +63,19 @@ def test_our_names_and_those_of_a_dataset():
     [
         ({"num_trainig_steps": 3}, r"num_trainig_steps: .*mean config\.num_training_steps\?"),
         ({"num_training_epochs": 3}, "num_training_epochs: .*num_training_steps"),
-        ({"mixup__alpha": 0.5}, r"mixup\.alpha: not a field of vop_jax"),
-        ({"dataset_configs__num_fames": 3}, r"dataset_configs\.num_fames"),
-        ({"dataset_configs__stride": 2}, r"dataset_configs\.stride: not a field"),
-        ({"lr_configs__factors": "constant*rsqrt_decay"}, "factors='constant.*linear_warmup"),
-        ({"lr_configs__total_steps": 5}, r"total_steps=5: .*num_training_steps=1000"),
+        ({"mixup.alpha": 0.5}, r"mixup\.alpha: not a field of vop_jax"),
+        ({"dataset_configs.num_fames": 3}, r"dataset_configs\.num_fames"),
+        ({"dataset_configs.stride": 2}, r"dataset_configs\.stride: not a field"),
+        ({"lr_configs.factors": "constant*rsqrt_decay"}, "factors='constant.*linear_warmup"),
+        ({"lr_configs.total_steps": 5}, r"total_steps=5: .*num_training_steps=1000"),
         ({"num_training_steps": "many"}, r"train\.steps='many'"),
-        ({"batch_size": 8, "train__batch_size": 16}, r"train\.batch_size is set twice.*8"),
-        ({"lr_configs__warmup_steps": 8, "train__warmup": 0.5}, r"train\.warmup is set as well"),
+        ({"batch_size": 8, "train.batch_size": 16}, r"train\.batch_size is set twice.*8"),
+        ({"lr_configs.warmup_steps": 8, "train.warmup": 0.5}, r"train\.warmup is set as well"),
     ],
 )
 def test_a_field_that_cannot_be_honoured_is_an_error(fields, message):
     with pytest.raises(UserError, match=message) as error:
-        translate(nested(**fields))
+        translate(fields)
     assert "\n" not in str(error.value)
 
 

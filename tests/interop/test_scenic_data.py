@@ -1,9 +1,7 @@
 """Our datasets in scenic's registry: in a stand-in for it, and in the real one."""
 
-import dataclasses
 import sys
 import types
-from typing import Any
 
 import jax
 import numpy as np
@@ -14,14 +12,6 @@ from tests import runs
 from vop_jax.data.tokenizer import CaptionTokenizer
 from vop_jax.errors import UserError
 from vop_jax.interop import scenic, scenic_data
-
-
-@dataclasses.dataclass(frozen=True)
-class Dataset:
-    train_iter: Any = None
-    valid_iter: Any = None
-    test_iter: Any = None
-    meta_data: dict = dataclasses.field(default_factory=dict)
 
 
 @pytest.fixture
@@ -38,19 +28,14 @@ def registry(monkeypatch):
     datasets.add_dataset = add_dataset
     datasets.DatasetRegistry = types.SimpleNamespace(list=lambda: list(builders))
     utils = types.ModuleType("scenic.dataset_lib.dataset_utils")
-    utils.Dataset = Dataset
+    utils.Dataset = types.SimpleNamespace
     for module in (*modules.values(), datasets, utils):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     return builders
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return runs.write_folder(tmp_path_factory.mktemp("folder"))
-
-
 @pytest.fixture
-def configs(folder, tmp_path_factory):
+def configs(folder):
     return {
         "annotations": str(folder / "captions.csv"),
         "videos": str(folder / "videos"),
@@ -77,15 +62,17 @@ def build(configs, **changed):
     return scenic_data.build(**{**arguments, **changed}, dataset_configs=ConfigDict(configs))
 
 
-def test_batches_have_scenic_s_axes_and_mask(registry, configs):
-    scenic.register_dataset()
-    scenic.register_dataset()
+def test_batches_have_scenic_s_axes_mask_and_seed(registry, configs):
+    for _ in range(2):
+        scenic.register_dataset()
     assert registry == {"vop_jax": scenic_data.build}
     data = build(configs)
     batch = next(data.train_iter)
     assert batch["frames"].shape == (8, 1, 3, 16, 16, 3) and batch["frames"].dtype == np.uint8
     assert batch["ids"].shape == (8, 1, 24) and batch["ids"].dtype == np.int32
     np.testing.assert_array_equal(batch["batch_mask"], np.ones((8, 1), np.float32))
+    other = next(build(configs, rng=jax.random.PRNGKey(1)).train_iter)
+    assert (batch["ids"] != other["ids"]).any()
     assert data.valid_iter is None
     assert data.meta_data == {
         "input_shape": (-1, 3, 16, 16, 3),
@@ -114,28 +101,24 @@ def test_evaluation_repeats_and_masks_padded_rows(registry, configs):
     assert next(data.valid_iter)["batch_mask"].sum() == counts[1]
 
 
-def test_seed_shards_and_dtype(registry, configs):
-    def batch(**changed):
-        return next(build(configs, **changed).train_iter)
+def test_processes_share_a_batch_in_their_order_of_one_seed_in_any_dtype(
+    registry, configs, monkeypatch
+):
+    monkeypatch.setattr(scenic_data, "packed_once", lambda load: load())
 
-    one = batch(shuffle_seed=3, num_shards=None)
-    unit = batch(shuffle_seed=3, num_shards=None, rng=None, dtype_str="float32")
-    np.testing.assert_array_equal(one["ids"], unit["ids"])
-    assert (one["ids"] != batch(shuffle_seed=4, num_shards=None)["ids"]).any()
-    assert (batch()["ids"] != batch(rng=jax.random.PRNGKey(1))["ids"]).any()
-    assert one["frames"].shape == (8, 3, 16, 16, 3) and unit["frames"].dtype == np.float32
-    np.testing.assert_allclose(unit["frames"], one["frames"] / 255, atol=1e-7)
-
-
-def test_processes_share_a_batch_in_their_order(registry, configs, monkeypatch):
-    def ids(process, count):
+    def batch(process=0, count=1, **changed):
         monkeypatch.setattr(jax, "process_index", lambda: process)
-        monkeypatch.setattr(scenic_data, "packed_once", lambda load: load())
         monkeypatch.setattr(jax, "process_count", lambda: count)
-        data = build(configs, batch_size=8 // count, num_shards=None, shuffle_seed=1)
-        return next(data.train_iter)["ids"]
+        data = build(configs, batch_size=8 // count, num_shards=None, **changed)
+        return next(data.train_iter)
 
-    np.testing.assert_array_equal(np.concatenate([ids(0, 2), ids(1, 2)]), ids(0, 1))
+    one = batch(shuffle_seed=3)
+    halves = [batch(i, 2, shuffle_seed=3, rng=None, dtype_str="float32") for i in (0, 1)]
+    both = {name: np.concatenate([half[name] for half in halves]) for name in ("ids", "frames")}
+    np.testing.assert_array_equal(both["ids"], one["ids"])
+    assert one["frames"].shape == (8, 3, 16, 16, 3) and both["frames"].dtype == np.float32
+    np.testing.assert_allclose(both["frames"], one["frames"] / 255, atol=1e-7)
+    assert (one["ids"] != batch(shuffle_seed=4)["ids"]).any()
 
 
 @pytest.mark.parametrize(
@@ -161,16 +144,8 @@ def test_scenic_s_own_calls(real_scenic, configs):
     from scenic.train_lib import train_utils
 
     scenic.register_dataset()
-    config = ConfigDict(
-        {
-            "dataset_name": "vop_jax",
-            "batch_size": 16,
-            "eval_batch_size": 8,
-            "data_dtype_str": "uint8",
-            "dataset_configs": configs,
-            "num_training_steps": 2,
-        }
-    )
+    config = ConfigDict({"dataset_name": "vop_jax", "dataset_configs": configs})
+    config.update(batch_size=16, eval_batch_size=8, data_dtype_str="uint8", num_training_steps=2)
     data = train_utils.get_dataset(config, jax.random.PRNGKey(0))
     assert isinstance(data, dataset_utils.Dataset)
     devices = jax.local_device_count()
