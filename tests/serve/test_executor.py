@@ -22,7 +22,7 @@ def run(scenario, seconds=60.0):
     """Runs `scenario(executor)` in an event loop of its own."""
 
     async def main():
-        executor = Executor(1, seconds=seconds, memory=1 << 30)
+        executor = Executor(1, seconds=seconds)
         try:
             return await scenario(executor)
         finally:
@@ -119,7 +119,7 @@ def test_a_cancelled_request_keeps_its_decoder_from_the_next_one(monkeypatch):
     def decode(worker, task):
         started.set()
         go.wait()
-        return task[1]
+        return task[0]
 
     monkeypatch.setattr(Worker, "run", decode)
 

@@ -1,12 +1,11 @@
 """Slow work of the server, off its event loop: model calls, vector searches, decoding processes."""
 
 import asyncio
-import contextlib
 import functools
 import pathlib
 import resource
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import anyio
@@ -57,11 +56,9 @@ class Executor:
     Args:
         workers: decoding processes.
         seconds: time limit of one decoding call.
-        memory: bytes that a decoding process may allocate beyond its libraries.
     """
 
-    def __init__(self, workers: int, *, seconds: float, memory: int = MEMORY):
-        self._memory = memory
+    def __init__(self, workers: int, *, seconds: float):
         self._workers = [Worker(_call_limited, seconds) for _ in range(workers)]
         self._idle = list(self._workers)
         self._vectors, self._thumbnails = Cache(VECTORS), Cache(THUMBNAILS)
@@ -72,24 +69,20 @@ class Executor:
     async def query_vector(self, searcher: Searcher, text: str) -> np.ndarray:
         """float32 [E], the unit vector of a text."""
         key = id(searcher), text
-        if (vector := self._vectors.get(key)) is not None:
-            return vector
-        async with _turn(self._model):
-            # The same query of another client may have been embedded while this one waited.
-            if (vector := self._vectors.get(key)) is None:
-                vector = await anyio.to_thread.run_sync(searcher.vector, text)
-                self._vectors.put(key, vector)
+        if (vector := self._vectors.get(key)) is None:
+            vector = await self.run_model(searcher.vector, text)
+            self._vectors.put(key, vector)
         return vector
 
     async def run_model(self, call: Callable, *arguments: Any) -> Any:
         """The result of a call of the model; calls run one at a time."""
-        async with _turn(self._model):
-            return await anyio.to_thread.run_sync(call, *arguments)
+        _check_waiting(self._model)
+        return await anyio.to_thread.run_sync(call, *arguments, limiter=self._model)
 
     async def run_search(self, call: Callable, *arguments: Any) -> Any:
         """The result of a search of vectors; a few run at a time."""
-        async with _turn(self._search):
-            return await anyio.to_thread.run_sync(call, *arguments)
+        _check_waiting(self._search)
+        return await anyio.to_thread.run_sync(call, *arguments, limiter=self._search)
 
     async def thumbnail(self, call: Callable, *arguments: Any) -> bytes:
         """The result of `decode`, cached."""
@@ -107,7 +100,8 @@ class Executor:
             Busy: too many calls wait, or no process can be started.
         """
         borrower = object()
-        await _acquire(self._decoders, borrower)
+        _check_waiting(self._decoders)
+        await self._decoders.acquire_on_behalf_of(borrower)
         # A request that is cancelled leaves its decoder running, and the next one waits for it:
         # killing the process would cost a new start for each picture that a page scrolls past.
         task = asyncio.create_task(self._decode(call, arguments))
@@ -117,8 +111,7 @@ class Executor:
     async def _decode(self, call: Callable, arguments: tuple) -> Any:
         worker = self._idle.pop()  # there is one: `_decoders` lets as many calls in
         try:
-            task = self._memory, call, arguments
-            result = await anyio.to_thread.run_sync(worker.run, task)
+            result = await anyio.to_thread.run_sync(worker.run, (call, arguments))
         except (RuntimeError, OSError) as error:
             logging.error("a decoding process could not start: %s", error)
             raise Busy("no decoder could be started; try again") from None
@@ -139,26 +132,15 @@ class Executor:
             await anyio.to_thread.run_sync(worker.stop)
 
 
-async def _acquire(limiter: anyio.CapacityLimiter, borrower: object) -> None:
+def _check_waiting(limiter: anyio.CapacityLimiter) -> None:
     if limiter.statistics().tasks_waiting >= WAITING:
         raise Busy("the server is busy; try again")
-    await limiter.acquire_on_behalf_of(borrower)
 
 
-@contextlib.asynccontextmanager
-async def _turn(limiter: anyio.CapacityLimiter) -> AsyncIterator[None]:
-    borrower = object()
-    await _acquire(limiter, borrower)
-    try:
-        yield
-    finally:
-        limiter.release_on_behalf_of(borrower)
-
-
-def _call_limited(task: tuple[int, Callable, tuple]) -> Any:
+def _call_limited(task: tuple[Callable, tuple]) -> Any:
     """Runs in a decoding process, within its limits; any error is a VideoError."""
-    memory, call, arguments = task
-    _limit(memory)
+    call, arguments = task
+    _limit_process()
     try:
         return call(*arguments)
     except VideoError:
@@ -171,10 +153,10 @@ def _call_limited(task: tuple[int, Callable, tuple]) -> Any:
 
 
 @functools.cache  # once in the life of a process, when its libraries are loaded
-def _limit(memory: int) -> None:
+def _limit_process() -> None:
     for limit in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):  # a decoder writes no file
         resource.setrlimit(limit, (0, 0))
     sizes = pathlib.Path("/proc/self/statm")
     if sizes.exists():  # only Linux enforces the limit
         mapped = int(sizes.read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (mapped + memory,) * 2)
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + MEMORY,) * 2)
