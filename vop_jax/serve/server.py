@@ -106,15 +106,11 @@ class Server(uvicorn.Server):
             connection.transport.abort()
 
 
-def make_server(
-    app: ASGIApp, limits: Limits | None = None, ready: Callable[[], None] = lambda: None
-) -> Server:
-    """A server to run with sockets.
+def make_server(app: ASGIApp, limits: Limits, ready: Callable[[], None] = lambda: None) -> Server:
+    """A server to run with sockets; when it answers requests, it calls `ready`.
 
-    Args:
-        ready: called when it answers requests; from then on a signal ends it cleanly.
+    From then on a signal ends it cleanly.
     """
-    limits = limits or Limits()
     config = uvicorn.Config(
         app,
         http=functools.partial(Protocol, limits),  # type: ignore[arg-type]
