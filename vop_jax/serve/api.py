@@ -1,5 +1,6 @@
 """The JSON API, and the videos themselves: a handler and a response type for each path."""
 
+import contextlib
 import dataclasses
 import email.utils
 import hashlib
@@ -7,8 +8,8 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
-from typing import Annotated, Any, BinaryIO, Literal
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, Literal
 
 import anyio
 import numpy as np
@@ -160,16 +161,14 @@ def indexes(services: ServicesOf) -> list[IndexSummary]:
     summaries, reason = [], ""
     for name, searcher in services.library.items():
         try:
-            info, counts = searcher.index.info, searcher.index.counts()
+            info = searcher.index.info
             summary = IndexSummary(
                 name=name,
                 method=info.method,
                 clip=info.clip_name,
                 folder=searcher.index.folder,
-                files=counts["files"],
-                moments=counts["moments"],
-                captions=counts["captions"],
                 frames=info.frames,
+                **searcher.index.counts(),  # `failed` files are left out
             )
             summaries.append(summary)
         except UserError as error:
@@ -186,9 +185,8 @@ async def search(
     """Moments that show what a text describes."""
     vector = await services.executor.query_vector(searcher, _not_empty(q))
     cut = bool(searcher.retriever.count_truncated([q]))
-    return SearchResponse(
-        query=q, cut=cut, hits=await _hits(services, searcher, vector, k, **filters)
-    )
+    hits = await _hits(services, searcher, vector, k, **filters)
+    return SearchResponse(query=q, cut=cut, hits=hits)
 
 
 @router.post("/api/search/video")
@@ -237,10 +235,8 @@ async def explain(
     retriever = searcher.retriever
     segment = start, math.inf if end is None else end
     call = media.moment_frames, folder, record, retriever.frame_spec, *segment
-    try:
+    with _naming(record):
         pixels, seconds = await services.executor.decode(*call)
-    except VideoError as error:
-        raise type(error)(f"{record.path}: {error}") from None
     (vectors,) = await services.executor.run_model(retriever.embed_each_frame, pixels[None])
     return Explanation(seconds=seconds, scores=[float(score) for score in vectors @ vector])
 
@@ -255,13 +251,11 @@ async def thumbnail(
 ) -> Response:
     """A small picture of a video at a time."""
     folder, record = await _file(searcher, file_id)
-    # A cached picture is not sent when its file is gone.
-    await anyio.to_thread.run_sync(lambda: _open(folder, record).close())
-    try:
+    with _naming(record):
+        # A cached picture is not sent when its file is gone.
+        await anyio.to_thread.run_sync(lambda: media.open_indexed(folder, record).close())
         call = media.thumbnail, folder, record, round(t, 2)
         picture = await services.executor.thumbnail(*call)
-    except VideoError as error:
-        raise type(error)(f"{record.path}: {error}") from None
     headers = {
         "Cache-Control": "private, max-age=300",
         "ETag": f'"{hashlib.md5(picture, usedforsecurity=False).hexdigest()}"',
@@ -282,7 +276,8 @@ async def thumbnail(
 async def video(searcher: IndexOfPath, file_id: FileId) -> Response:
     """A video, or ranges of it."""
     folder, record = await _file(searcher, file_id)
-    file = await anyio.to_thread.run_sync(_open, folder, record)
+    with _naming(record):
+        file = await anyio.to_thread.run_sync(media.open_indexed, folder, record)
     return media.VideoResponse(file, record.path)
 
 
@@ -333,9 +328,11 @@ async def _file(searcher: Searcher, file_id: int) -> tuple[str, IndexedFile]:
     return folder, file
 
 
-def _open(folder: str, record: IndexedFile) -> BinaryIO:
+@contextlib.contextmanager
+def _naming(record: IndexedFile) -> Iterator[None]:
+    """Errors begin with the path of the file."""
     try:
-        return media.open_indexed(folder, record)
+        yield
     except VideoError as error:
         raise type(error)(f"{record.path}: {error}") from None
 
