@@ -1,7 +1,6 @@
 """The ASGI application: served indexes, routes of page and API, error responses."""
 
 import contextlib
-import dataclasses
 import html
 import os
 import pathlib
@@ -22,33 +21,10 @@ from vop_jax.search.searcher import open_searcher
 from vop_jax.serve import api
 from vop_jax.serve.executor import Busy, Executor
 from vop_jax.serve.media import FileGone
-from vop_jax.serve.middleware import SafetyMiddleware, error_response
+from vop_jax.serve.middleware import SafetyMiddleware, Settings, error_response
 
 STATIC = StaticFiles(directory=os.path.join(os.path.dirname(__file__), "static"))
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What a server allows.
-
-    Attributes:
-        token: that requests must carry; "" if none.
-        max_upload: bytes.
-        max_seconds: of an uploaded video.
-        hosts: names that requests may address; () for any. A server for this machine alone needs
-            the list: else a page of another site could reach it by a name of its own.
-        names: those of `hosts` that a proxy in front of the server has.
-        workers: decoding processes.
-        decode_seconds: time limit of decoding one file.
-    """
-
-    token: str = ""
-    max_upload: int = 200 << 20
-    max_seconds: float = 600.0
-    hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "::1")
-    names: tuple[str, ...] = ()
-    workers: int = 2
-    decode_seconds: float = 60.0
+pages = api.Router()
 
 
 class Health(BaseModel):
@@ -103,32 +79,25 @@ def make_app(library: api.Library, settings: Settings) -> FastAPI:
     )
     app.state.services = api.Services(library, executor, settings.max_seconds)
     app.include_router(api.router)
-    pages = api.Router()
-    pages.add_api_route("/healthz", _health, response_model=Health)
-    pages.add_api_route("/", _page, include_in_schema=False)
-    pages.add_api_route("/docs", _docs, include_in_schema=False)
     app.include_router(pages)
     app.mount("/static", STATIC)
     _handle_errors(app)
-    app.add_middleware(
-        SafetyMiddleware,
-        token=settings.token,
-        hosts=settings.hosts,
-        names=settings.names,
-        max_upload=settings.max_upload,
-    )
+    app.add_middleware(SafetyMiddleware, settings=settings)
     return app
 
 
+@pages.get("/healthz")
 async def _health() -> Health:
     """Whether the server answers."""
     return Health(status="ok")
 
 
+@pages.get("/", include_in_schema=False)
 async def _page(request: Request) -> Response:
     return await STATIC.get_response("page.html", request.scope)
 
 
+@pages.get("/docs", include_in_schema=False)
 def _docs(request: Request) -> HTMLResponse:
     """A table of the API that loads nothing else."""
     rows = []

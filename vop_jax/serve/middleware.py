@@ -1,10 +1,10 @@
 """Protection of the server: hosts, token, foreign pages, sizes and times of requests, headers."""
 
 import asyncio
+import dataclasses
 import hmac
 import math
 import urllib.parse
-from collections.abc import Sequence
 from typing import Any
 
 import anyio
@@ -43,21 +43,35 @@ HEADERS = {
 }
 
 
-class SafetyMiddleware:
-    """Refuses unwanted requests, limits the others, and adds headers to every response.
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a server allows.
 
-    Args:
+    Attributes:
         token: that requests must carry; "" if none.
-        hosts: names that requests may address; () for any.
-        names: those of `hosts` that a proxy has: its pages may send requests, too.
         max_upload: bytes.
+        max_seconds: of an uploaded video.
+        hosts: names that requests may address; () for any. A server for this machine alone needs
+            the list: else a page of another site could reach it by a name of its own.
+        names: those of `hosts` that a proxy in front has; its pages may send requests, too.
+        workers: decoding processes.
+        decode_seconds: time limit of decoding one file.
     """
 
-    def __init__(
-        self, app: ASGIApp, token: str, hosts: Sequence[str], names: Sequence[str], max_upload: int
-    ):
-        self._app, self._token, self._hosts, self._names = app, token, hosts, names
-        self._max_upload = max_upload
+    token: str = ""
+    max_upload: int = 200 << 20
+    max_seconds: float = 600.0
+    hosts: tuple[str, ...] = ("localhost", "127.0.0.1", "::1")
+    names: tuple[str, ...] = ()
+    workers: int = 2
+    decode_seconds: float = 60.0
+
+
+class SafetyMiddleware:
+    """Refuses unwanted requests, limits the others, and adds headers to every response."""
+
+    def __init__(self, app: ASGIApp, settings: Settings):
+        self._app, self._settings = app, settings
         self._uploads = self._streams = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -66,7 +80,7 @@ class SafetyMiddleware:
             return await self._app(scope, receive, send)
 
         upload = scope["method"] == "POST"
-        body = _RequestBody(receive, self._max_upload if upload else None)
+        body = _RequestBody(receive, self._settings.max_upload if upload else None)
         response = _ResponseSender(send)
         with anyio.move_on_after(UPLOAD_SECONDS if upload else math.inf) as handling:
 
@@ -106,19 +120,19 @@ class SafetyMiddleware:
 
     def _refusal(self, request: HTTPConnection) -> Response | None:
         host, origin = request.headers.get("host", ""), request.headers.get("origin")
-        if self._hosts and _hostname(host) not in self._hosts:
+        if self._settings.hosts and _hostname(host) not in self._settings.hosts:
             return error_response(400, "Host: not a name of this server")
         site = (origin or "").partition("://")[2]
-        if origin and site != host and _hostname(site) not in self._names:
+        if origin and site != host and _hostname(site) not in self._settings.names:
             return error_response(403, "Origin: pages of other sites may not use this server")
         if length := request.headers.get("content-length"):
-            limit = self._max_upload if request.scope["method"] == "POST" else 0
+            limit = self._settings.max_upload if request.scope["method"] == "POST" else 0
             if not length.isdecimal() or len(length) > 15 or int(length) > limit + BODY:
                 return error_response(413, _too_large(limit), CLOSE)
         _, options = parse_options_header(request.headers.get("content-type", ""))
         if options.get(b"charset", b"utf-8").lower() not in CHARSETS:
             return error_response(415, "charset: must be utf-8")
-        return self._without_token(request) if self._token else None
+        return self._without_token(request) if self._settings.token else None
 
     def _without_token(self, request: HTTPConnection) -> Response | None:
         """The refusal of a request without the token; a redirect of the page's own address."""
@@ -140,7 +154,7 @@ class SafetyMiddleware:
         return error_response(401, "a token is needed: open /?token=…", authenticate)
 
     def _is_token(self, text: str) -> bool:
-        return hmac.compare_digest(text.encode("utf-8", "replace"), self._token.encode())
+        return hmac.compare_digest(text.encode("utf-8", "replace"), self._settings.token.encode())
 
 
 class _RequestBody:
