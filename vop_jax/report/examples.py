@@ -1,11 +1,10 @@
 """Queries that two runs answer differently, with the videos that each run ranks first."""
 
 import base64
-import dataclasses
 import io
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -21,22 +20,15 @@ HEIGHT = 72  # pixels; the browser enlarges smaller frames
 Ranking = dict[str, Any]  # a line of rankings.jsonl
 
 
-@dataclasses.dataclass(frozen=True)
-class RetrievedVideo:
-    """A video that a run ranks first.
-
-    Attributes:
-        right: whether the caption belongs to it.
-        frames: as data URIs.
-    """
+class RetrievedVideo(NamedTuple):
+    """A video that a run ranks first; `right`: the caption belongs to it."""
 
     video: str
     right: bool
-    frames: list[str]
+    frames: list[str]  # data URIs
 
 
-@dataclasses.dataclass(frozen=True)
-class Example:
+class Example(NamedTuple):
     """A query, the rank of its own video in each of two runs, and the first videos of each."""
 
     caption: str
@@ -44,17 +36,11 @@ class Example:
     videos: tuple[list[RetrievedVideo], list[RetrievedVideo]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """Two runs on the same queries.
+class Comparison(NamedTuple):
+    """Two runs on the same queries."""
 
-    Attributes:
-        tally: {"both right": number of queries, …}; right: the own video has rank 1.
-        examples: the first queries of each kind, in the order of the split.
-    """
-
-    tally: dict[str, int]
-    examples: list[Example]
+    tally: dict[str, int]  # {"both right": number of queries, …}; right: the own video has rank 1
+    examples: list[Example]  # the first queries of each kind, in the order of the split
 
 
 def compare(one: FinishedRun, two: FinishedRun, count: int = 6) -> Comparison:
