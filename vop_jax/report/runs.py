@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import statistics
@@ -295,15 +296,16 @@ def reference_rows(rows: Sequence[Row], settings: Settings) -> dict[str, Row]:
     """{method: its row with the most common settings}; among equals the one with the best R@1."""
     chosen = {}
     for method, members in _by_method(rows).items():
-        own = [settings[row["workdirs"][0]] for row in members]
-        keys = [key for key in own[0] if key not in TUNED_ALONG]
-        votes = {key: collections.Counter(str(each.get(key)) for each in own) for key in keys}
-
-        def commonness(i: int, members=members, own=own, votes=votes) -> tuple[int, float]:
-            common = sum(count[str(own[i].get(key))] for key, count in votes.items())
-            return common, members[i]["metrics"]["t2v/R@1"][0]
-
-        chosen[method] = members[max(range(len(members)), key=commonness)]
+        own = [
+            [(k, str(v)) for k, v in settings[row["workdirs"][0]].items() if k not in TUNED_ALONG]
+            for row in members
+        ]
+        votes = collections.Counter(itertools.chain(*own))
+        scores = [
+            (sum(votes[setting] for setting in each), row["metrics"]["t2v/R@1"][0])
+            for each, row in zip(own, members, strict=True)
+        ]
+        chosen[method] = members[scores.index(max(scores))]
     return chosen
 
 
