@@ -52,7 +52,10 @@ def build(
     Raises:
         UserError: a field is unknown or not supported here, or the data do not fit it.
     """
-    _check_arguments(dtype_str, dataset_service_address)
+    if dataset_service_address:
+        raise UserError("dataset_service_address: vop_jax reads its records without tf.data")
+    if dtype_str not in ("uint8", "float32"):
+        raise UserError(f"config.data_dtype_str={dtype_str!r}: allowed are 'uint8', 'float32'")
     fields = dict(dataset_configs)
     size, slots = fields.pop(CROP_SIZE, None) or 224, fields.pop(WORDS, None) or 77
     data = _data_config(fields)
@@ -82,13 +85,6 @@ def build(
             "target_is_onehot": False,
         },
     )
-
-
-def _check_arguments(dtype_str: str, dataset_service_address: str | None) -> None:
-    if dataset_service_address:
-        raise UserError("dataset_service_address: vop_jax reads its records without tf.data")
-    if dtype_str not in ("uint8", "float32"):
-        raise UserError(f"config.data_dtype_str={dtype_str!r}: allowed are 'uint8', 'float32'")
 
 
 def _data_config(fields: Mapping[str, Any]) -> ConfigDict:
