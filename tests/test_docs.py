@@ -3,12 +3,15 @@
 import ast
 import importlib.util
 import json
+import os
 import pathlib
 import re
 import runpy
+import sys
 
 import pytest
 
+from tests import processes
 from vop_jax.config.keys import KEYS
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -75,3 +78,21 @@ def test_notebooks_import_what_exists(notebook):
             for alias in node.names:
                 if not hasattr(module, alias.name):
                     importlib.import_module(f"{node.module}.{alias.name}")
+
+
+@pytest.mark.slow
+def test_notebooks_run(tmp_path):
+    """One after the other, with smaller numbers."""
+    pytest.importorskip("uvicorn", reason="the second one serves an index: the extra `serve`")
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+    env = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)}  # of `python`, in a shell
+    smaller = {"train=256": "train=32", "pretrain.steps=200": "pretrain.steps=4"}
+    smaller |= {"steps=60": "steps=2", "/tmp/vop_tutorial": str(tmp_path / "tutorial")}
+    for notebook in reversed(NOTEBOOKS):  # tuning comes before serving
+        code = code_of(notebook)
+        for number, other in smaller.items():
+            code = code.replace(number, other)
+        script = tmp_path / f"{notebook.stem}.py"
+        script.write_text(code)
+        done = processes.run([sys.executable, str(script)], cwd=ROOT, env=env)
+        assert done.returncode == 0, done.stdout + done.stderr
