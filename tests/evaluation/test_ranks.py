@@ -87,30 +87,6 @@ def test_ranks_equal_the_definition_whatever_the_order_of_queries(drawn, seed):
         np.testing.assert_array_equal(getattr(shuffled, name), getattr(found, name)[order])
 
 
-def clip4clip(texts, videos, owner):
-    """Video to text as its `eval_epoch` and `compute_metrics` have it, where nothing is tied."""
-    similar = texts[np.argsort(owner, kind="stable")] @ videos.T
-    ends = np.cumsum(np.bincount(owner))
-    longest = np.bincount(owner).max()
-    tensor = []
-    for start, end in zip([0, *ends[:-1]], ends, strict=True):
-        filler = np.full((longest - end + start, len(videos)), -np.inf)
-        tensor.append(np.concatenate([similar[start:end], filler]))
-    x = np.stack(tensor).max(axis=1).T
-    place = np.where(np.sort(-x, axis=1) - np.diag(-x)[:, None] == 0)[1]
-    recalls = {f"R@{k}": 100 * np.mean(place < k) for k in (1, 5, 10)}
-    return recalls | {"MnR": place.mean() + 1, "MdR": np.median(place) + 1}
-
-
-def test_groups_of_captions_are_those_of_clip4clip():
-    texts, videos, owner = random_pairs(150, 40, similar=0.3)
-    found = metrics.rank_pairs(texts, videos, owner, elements=1000)
-    grouped = metrics.summarize(found.v2t_grouped)
-    assert grouped == pytest.approx(clip4clip(texts, videos, owner))
-    any_caption = metrics.summarize(found.v2t)
-    assert grouped["R@1"] == any_caption["R@1"] and grouped["R@10"] > any_caption["R@10"]
-
-
 @pytest.mark.parametrize("elements", [900, 10**6])
 def test_equal_embeddings_rank_at_chance(elements):
     """Also where similarities are rounded, and an own one comes from another tile than its rivals.
@@ -180,7 +156,7 @@ def test_re_scored_ranks_equal_the_dense_ones(elements):
     texts, videos, owner = random_pairs(23, 9)
     for scale in (1.0, 20.0):
         check_dual_softmax(texts, videos, owner, scale, elements)
-    bank_texts, bank_videos, _ = random_pairs(30, 30, seed=1)
+    bank_texts, bank_videos, _ = random_pairs(3, 3, seed=1)  # few: it activates some queries only
     scores = (
         metrics.query_bank(bank_texts, texts, videos, elements=elements),
         metrics.query_bank(bank_videos, videos, texts, elements=elements),
@@ -200,30 +176,18 @@ def test_dual_softmax_of_ties_zeros_and_negative_similarities(drawn):
     check_dual_softmax(*drawn[:3], 4.0, drawn[3])
 
 
-def scored(score, queries, candidates):
-    similar = queries @ candidates.T
-    return np.asarray(score.function(similar, score.of_query[:, None], score.of_candidate[None]))
-
-
 def test_dual_softmax_orders_scores_that_float32_cannot_hold():
     """At CLIP's scale of 100 a share of the softmax may be less than 1e-60."""
     queries = np.array([[1, 0, 0], [0, 1, 0]], np.float32)
     candidates = unit(np.array([[-0.5, 0.8, 0.1], [-0.6, 0.8, 0], [0.1, 1, 0], [0.2, 1, 0]]))
-    scores = scored(metrics.dual_softmax(queries, candidates, 100.0), queries, candidates)
+    score = metrics.dual_softmax(queries, candidates, 100.0)
+    scores = np.asarray(
+        score.function(queries @ candidates.T, score.of_query[:, None], score.of_candidate)
+    )
     expected = dense_dual_softmax(dense(queries, candidates), 100.0)
     assert np.abs(expected).min() < 1e-38 and np.isfinite(scores).all()
     np.testing.assert_array_equal(np.argsort(scores, axis=1), np.argsort(expected, axis=1))
     assert all(len(set(row)) == 4 for row in scores)
-
-
-def test_query_bank_demotes_a_hub_and_leaves_other_candidates_alone():
-    """Candidate 0 is near to every bank query: it loses the queries that are not its own."""
-    hub, other, third = candidates = np.eye(3, dtype=np.float32)
-    queries = unit(np.stack([hub + 0.9 * other, third]))
-    score = metrics.query_bank(unit(np.stack([hub] * 5)), queries, candidates)
-    scores = scored(score, queries, candidates)
-    assert (queries @ candidates.T)[0].argmax() == 0 and scores[0].argmax() == 1
-    np.testing.assert_array_equal(scores[1], queries[1] @ candidates.T)  # its best is no hub
 
 
 # ---- Metrics

@@ -49,11 +49,6 @@ def encode(
     return path
 
 
-def levels(count: int) -> np.ndarray:
-    """The grey level of each frame, far enough apart to survive any codec."""
-    return np.linspace(20, 235, count).round().astype(int)
-
-
 def write(
     path: Path,
     count: int = 24,
@@ -65,7 +60,8 @@ def write(
     **settings: Any,
 ) -> Path:
     """A file of `count` plain frames; the left half is brighter. `options` are the file's."""
-    pictures = np.repeat(levels(count).astype(np.uint8), height * width * 3)
+    levels = np.linspace(20, 235, count).round().astype(np.uint8)  # far enough apart for any codec
+    pictures = np.repeat(levels, height * width * 3)
     pictures = pictures.reshape(count, height, width, 3)
     left = pictures[:, :, : width // 2]
     left[:] = np.minimum(left.astype(int) + 20, 255)
