@@ -1,19 +1,15 @@
 """Which frames are taken, by each rule."""
 
-import io
 import itertools
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
 from tests.video import videos
 from vop_jax.data.clips import VideoClip
 from vop_jax.data.records.encode import Preprocessing, encode_clip
-from vop_jax.errors import VideoError
-from vop_jax.video.frames import read_frames
 from vop_jax.video.sampling import SAMPLINGS, sample_indices, stored_indices
 
 
@@ -80,17 +76,9 @@ def test_stored_indices_take_no_longer_for_long_gaps():
     assert stored_indices([0.0, 0.1, 1e12, 1e12 + 0.5, 1e12 + 1], 0.0, 1.0) == [0, 2, 4]
 
 
-@pytest.mark.parametrize("sampling", ["uniform", "linspace", "segments"])
-def test_records_hold_these_frames_within_what_jpeg_changes(tmp_path, sampling):
-    path = videos.write(tmp_path / "film.mp4", 20, width=160, height=120)
-    clip = VideoClip("film", str(path), ("a film",))
-    encoded = encode_clip(clip, Preprocessing(frames=6, sampling=sampling, short_side=96))
-    expected = read_frames(path, 6, sampling=sampling, short_side=96)
-    assert list(encoded.indices) == expected.indices
-    for jpeg, pixels in zip(encoded.jpegs, expected.pixels, strict=True):
-        stored = np.asarray(Image.open(io.BytesIO(jpeg)))
-        assert np.abs(stored.astype(int) - pixels).mean() < 2
-    with pytest.raises(VideoError, match=r"20 frames, fewer than config.data.frames=25"):
-        encode_clip(clip, Preprocessing(frames=25, sampling=sampling))
-    repeating = Preprocessing(frames=25, sampling=sampling, short_clips="repeat")
-    assert len(encode_clip(clip, repeating).jpegs) == 25
+def test_records_hold_these_frames(tmp_path):
+    path = videos.write(tmp_path / "film.mp4", 20)
+    for sampling in ("uniform", "linspace", "segments"):
+        clip = VideoClip("film", str(path), ("a film",))
+        encoded = encode_clip(clip, Preprocessing(frames=6, sampling=sampling))
+        assert list(encoded.indices) == sample_indices(20, 6, sampling).tolist()
