@@ -149,13 +149,6 @@ def evaluate_split(
     def embed(ids: np.ndarray) -> np.ndarray:
         return embed_texts(encode_text, params, mesh, ids, batch_size, data.text_buckets)
 
-    def embed_bank() -> tuple[np.ndarray, np.ndarray]:
-        if data.bank is None:
-            raise ValueError("query_bank needs a bank of training clips")
-        bank = data.bank
-        videos = embed_videos(encode_video, params, mesh, bank.videos(), len(bank.ids))
-        return embed(bank.ids), videos
-
     def ranked(scores: tuple[Score, Score] | None = None) -> metrics.Ranks:
         return metrics.rank_pairs(texts, videos, data.video_of_text, scores=scores)
 
@@ -168,11 +161,17 @@ def evaluate_split(
     results = summarized(ranks)
     for name in data.extra:
         if name == "dual_softmax":
-            scores = _dual_softmax(texts, videos, params)
-        else:
-            bank_texts, bank_videos = embed_bank()
+            scale = math.exp(float(params["clip"]["logit_scale"]))  # the temperature of the loss
             scores = (
-                metrics.query_bank(bank_texts, texts, videos),
+                metrics.dual_softmax(texts, videos, scale),
+                metrics.dual_softmax(videos, texts, scale),
+            )
+        else:
+            assert data.bank is not None  # see `EvalSet`
+            passes, ids = data.bank.videos(), data.bank.ids
+            bank_videos = embed_videos(encode_video, params, mesh, passes, len(ids))
+            scores = (
+                metrics.query_bank(embed(ids), texts, videos),
                 metrics.query_bank(bank_videos, videos, texts),
             )
         rescored = summarized(ranked(scores))
@@ -191,9 +190,3 @@ def _sides(ranks: metrics.Ranks) -> dict[str, dict[str, float]]:
         sides["v2t_per_caption"] = metrics.summarize(ranks.v2t_per_caption)
         sides["v2t_grouped"] = metrics.summarize(ranks.v2t_grouped)
     return sides
-
-
-def _dual_softmax(texts: np.ndarray, videos: np.ndarray, params: Any) -> tuple[Score, Score]:
-    """Scores of texts [N, E] and videos [M, E], both directions, at the temperature of the loss."""
-    scale = math.exp(float(params["clip"]["logit_scale"]))
-    return metrics.dual_softmax(texts, videos, scale), metrics.dual_softmax(videos, texts, scale)
