@@ -10,9 +10,15 @@ from tests.processes import ended_processes, pytest_configure  # noqa: F401  for
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla.flags(8)}"
 
+import hypothesis
 import jax
 import pytest
 from absl import logging
+
+# A busy machine is no fault of a test.
+_slow = [hypothesis.HealthCheck.too_slow]
+hypothesis.settings.register_profile("tests", deadline=None, suppress_health_check=_slow)
+hypothesis.settings.load_profile("tests")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
