@@ -1,109 +1,65 @@
 """Random CLIP checkpoints as others publish them; written without the rules under test."""
 
 import pathlib
-import re
 import warnings
 
 import numpy as np
 from ml_dtypes import bfloat16
 
+from vop_jax.clip.weights import parameter_shapes
 from vop_jax.config.clip import ClipConfig
 
 # Odd on purpose; the rule width // 64 gives two heads and one.
 SIZES = ClipConfig(24, 8, 128, 3, 2, 10, 2, 1, 20, context_length=19)
-TOWERS = (("visual.transformer", "vision_model"), ("transformer", "text_model"))
 
 
-def _shapes(sizes: ClipConfig) -> dict[str, tuple[int, ...]]:
-    """The tensors of OpenAI's model, by its names."""
-    v, t, patch = sizes.vision_width, sizes.text_width, sizes.patch_size
-    shapes: dict[str, tuple[int, ...]] = {
-        "positional_embedding": (sizes.context_length, t),
-        "text_projection": (t, sizes.embed_dim),
-        "logit_scale": (),
-        "visual.class_embedding": (v,),
-        "visual.positional_embedding": (sizes.patches + 1, v),
-        "visual.proj": (v, sizes.embed_dim),
-        "visual.conv1.weight": (v, 3, patch, patch),
-        "token_embedding.weight": (sizes.vocab_size, t),
-    }
-    norms = [("visual.ln_pre", v), ("visual.ln_post", v), ("ln_final", t)]
-    widths = ((v, sizes.vision_layers), (t, sizes.text_layers))
-    for (prefix, _), (width, layers) in zip(TOWERS, widths, strict=True):
-        for i in range(layers):
-            block = f"{prefix}.resblocks.{i}"
-            norms += [(f"{block}.ln_1", width), (f"{block}.ln_2", width)]
-            shapes |= {
-                f"{block}.attn.in_proj_weight": (3 * width, width),
-                f"{block}.attn.in_proj_bias": (3 * width,),
-                f"{block}.attn.out_proj.weight": (width, width),
-                f"{block}.attn.out_proj.bias": (width,),
-                f"{block}.mlp.c_fc.weight": (4 * width, width),
-                f"{block}.mlp.c_fc.bias": (4 * width,),
-                f"{block}.mlp.c_proj.weight": (width, 4 * width),
-                f"{block}.mlp.c_proj.bias": (width,),
-            }
-    return shapes | {f"{norm}.{k}": (width,) for norm, width in norms for k in ("weight", "bias")}
-
-
-def openai_state(sizes: ClipConfig, seed: int = 0) -> dict[str, np.ndarray]:
-    """OpenAI's names and shapes; float32 values that float16 and bfloat16 hold exactly."""
+def random_params(sizes: ClipConfig, seed: int = 0) -> dict[str, np.ndarray]:
+    """A CLIP, {"visual/conv1/kernel": …}; float32 that float16 and bfloat16 hold exactly."""
     rng = np.random.default_rng(seed)
-    state = {}
-    for name, shape in _shapes(sizes).items():
-        std = 0.1 if len(shape) < 2 or "embedding" in name else np.prod(shape[1:]) ** -0.5
-        centre = 1.0 if ".ln_" in f".{name}" and name.endswith("weight") else 0.0
-        centre = 2.66 if name == "logit_scale" else centre
+    params = {}
+    for name, shape in parameter_shapes(sizes).items():
+        std = np.prod(shape[:-1]) ** -0.5 if name.endswith("kernel") else 0.1
+        centre = {"scale": 1.0, "logit_scale": 2.66}.get(name.rpartition("/")[2], 0.0)
         values = rng.standard_normal(shape, np.float32) * std + centre
-        rounded = np.asarray(values, bfloat16).astype(np.float16)
-        state[name] = rounded.astype(np.float32)
-    return state
+        params[name] = np.asarray(values, bfloat16).astype(np.float16).astype(np.float32)
+    return params
 
 
-def count_blocks(state: dict[str, np.ndarray], tower: str) -> int:
-    """Blocks of `visual.transformer` or `transformer` in OpenAI's names."""
-    return sum(name.startswith(tower) and name.endswith("ln_1.bias") for name in state)
+def random_prompts(sizes: ClipConfig, visual: int, text: int) -> dict[str, np.ndarray]:
+    """[L, P, D] of both towers, with `visual` and `text` tokens in each layer."""
+    rng = np.random.default_rng(1)
+    shapes = {
+        "visual": (sizes.vision_layers, visual, sizes.vision_width),
+        "text": (sizes.text_layers, text, sizes.text_width),
+    }
+    return {k: rng.standard_normal(shape, np.float32) / 2 for k, shape in shapes.items()}
 
 
-def custom_text_state(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """open_clip's CustomTextCLIP: the text tower under `text.`."""
-    outside = ("visual.", "logit_scale")
-    return {k if k.startswith(outside) else f"text.{k}": v for k, v in state.items()}
-
-
-HUGGING_FACE_NAMES = (
-    (r"^visual\.transformer\.resblocks", "vision_model.encoder.layers"),
-    (r"^transformer\.resblocks", "text_model.encoder.layers"),
-    (r"\.ln_(\d)", r".layer_norm\1"),
-    (r"\.attn\.", ".self_attn."),
-    (r"\.c_fc\.", ".fc1."),
-    (r"\.c_proj\.", ".fc2."),
-    (r"^visual\.ln_pre", "vision_model.pre_layrnorm"),
-    (r"^visual\.ln_post", "vision_model.post_layernorm"),
-    (r"^ln_final", "text_model.final_layer_norm"),
-    (r"^visual\.proj$", "visual_projection.weight"),
-    (r"^text_projection$", "text_projection.weight"),
-    (r"^visual\.conv1", "vision_model.embeddings.patch_embedding"),
-    (r"^visual\.class_embedding", "vision_model.embeddings.class_embedding"),
-    (r"^visual\.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
-    (r"^token_embedding", "text_model.embeddings.token_embedding"),
-    (r"^positional_embedding", "text_model.embeddings.position_embedding.weight"),
-)
-
-
-def hugging_face_state(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The same weights with transformers' names: query, key, value apart, linear projections."""
-    length = len(state["positional_embedding"])
-    renamed = {"text_model.embeddings.position_ids": np.arange(length)[None]}
-    for name, value in state.items():
-        for pattern, replacement in HUGGING_FACE_NAMES:
-            name = re.sub(pattern, replacement, name)
-        if "in_proj" in name:
-            for letter, part in zip("qkv", np.split(value, 3), strict=True):
-                renamed[name.replace("in_proj_", f"{letter}_proj.")] = part
-        else:
-            renamed[name] = value.T if name.endswith("projection.weight") else value
-    return {k: np.array(v, order="C") for k, v in renamed.items()}
+def openai_state(params: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same weights with the names and shapes of OpenAI's model."""
+    state = {}
+    for name, value in params.items():
+        module, dot, kind = name.removeprefix("text/").replace("/", ".").rpartition(".")
+        ending = "bias" if kind == "bias" else "weight"
+        if kind not in ("kernel", "bias", "scale", "embedding"):
+            state[f"{module}{dot}{kind}"] = value
+        elif module in ("visual.proj", "text_projection"):
+            state[module] = value
+        elif module == "visual.conv1":
+            state["visual.conv1.weight"] = value.transpose(3, 2, 0, 1)
+        elif module.endswith(".query"):
+            parts = [params[name.replace("query", part)] for part in ("query", "key", "value")]
+            if kind == "kernel":  # [D, H, K] -> [H K, D]
+                parts = [part.reshape(len(part), -1).T for part in parts]
+            else:
+                parts = [part.ravel() for part in parts]
+            state[f"{module.removesuffix('query')}in_proj_{ending}"] = np.concatenate(parts)
+        elif module.endswith("attn.out"):
+            matrix = value.reshape(-1, value.shape[-1]).T if kind == "kernel" else value
+            state[f"{module}_proj.{ending}"] = matrix
+        elif not module.endswith((".key", ".value")):
+            state[f"{module}.{ending}"] = value.T if kind == "kernel" else value
+    return {k: np.array(v, order="C") for k, v in state.items()}
 
 
 def open_clip_config(sizes: ClipConfig, **preprocess) -> dict:
@@ -155,24 +111,19 @@ def hugging_face_config(sizes: ClipConfig) -> dict:
 
 
 def released_state(
-    state: dict[str, np.ndarray], visual: int, text: int, std: float = 0.5, seed: int = 1
+    state: dict[str, np.ndarray], prompts: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """`VoP_msrvtt9k.pth`: CLIP twice and `visual` and `text` prompt tokens per layer."""
-    rng = np.random.default_rng(seed)
+    """`VoP_msrvtt9k.pth`: CLIP twice and prompts."""
     released = {f"module.clip.{k}": v for k, v in state.items()}
     for name, value in state.items():
         if name.startswith("visual."):
             released[f"module.image_encoder.{name.removeprefix('visual.')}"] = value
         elif name != "logit_scale":
             released[f"module.text_encoder.{name}"] = value
-    layers = count_blocks(state, "visual"), count_blocks(state, "transformer")
-    shape = layers[0], 1, visual, len(state["visual.proj"])
-    prompts = std * rng.standard_normal(shape, np.float32)
-    released["module.visual_prompt_learner.visual_prompts"] = prompts
-    shape = layers[1], text, len(state["text_projection"])
-    prompts = std * rng.standard_normal(shape, np.float32)
-    released["module.text_prompt_learner.text_prompts"] = prompts
-    return released
+    return released | {
+        "module.visual_prompt_learner.visual_prompts": prompts["visual"][:, None],
+        "module.text_prompt_learner.text_prompts": prompts["text"],
+    }
 
 
 def save_torch(path: pathlib.Path, state: dict[str, np.ndarray], *nesting: str, **others):
@@ -190,27 +141,19 @@ def save_torchscript(path: pathlib.Path, state: dict[str, np.ndarray], sizes: Cl
     """A TorchScript archive as OpenAI's: float16, and three sizes among the tensors."""
     import torch
 
+    tensors = {name: torch.from_numpy(np.array(value, "f2")) for name, value in state.items()}
+    tensors["input_resolution"] = torch.tensor(sizes.image_size)
+    tensors["context_length"] = torch.tensor(sizes.context_length)
+    tensors["vocab_size"] = torch.tensor(sizes.vocab_size)
     root = torch.nn.Module()
-
-    def put(name, tensor, register):
-        module = root
+    for name, tensor in tensors.items():
         *parents, leaf = name.split(".")
+        module = root
         for parent in parents:
             if not hasattr(module, parent):
                 module.add_module(parent, torch.nn.Module())
             module = getattr(module, parent)
-        getattr(module, register)(leaf, tensor)
-
-    for name, value in state.items():
-        half = torch.from_numpy(np.array(value, np.float16))
-        put(name, torch.nn.Parameter(half), "register_parameter")
-    stated = {
-        "input_resolution": sizes.image_size,
-        "context_length": sizes.context_length,
-        "vocab_size": sizes.vocab_size,
-    }
-    for name, size in stated.items():
-        put(name, torch.tensor(size), "register_buffer")
+        module.register_buffer(leaf, tensor)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # scripting is deprecated, the files stay
         torch.jit.save(torch.jit.script(root), path)
