@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.clip.kernels.kernels import assert_same, normal
+from tests.clip.kernels.kernels import assert_same, normal, random_params
 from vop_jax.clip.kernels.attention import (
     KeyValues,
     attention,
@@ -33,7 +33,6 @@ def causal(q, k, v):
     ("ours", "dtype", "atol"),
     [
         (plain, jnp.float32, 1e-5),
-        (causal, jnp.float32, 1e-5),
         (causal, jnp.bfloat16, 6e-2),
         *((functools.partial(attention_in_blocks, queries=n), jnp.float32, 1e-5) for n in (4, 128)),
     ],
@@ -49,11 +48,10 @@ def test_large_scores_stay_finite():
     np.testing.assert_allclose(plain(q, k, v), expected, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("shared", [1, 2, 4])
-def test_parts_equal_one_concatenated_sequence(shared):
-    """Two parts, the second shared by sequences that are `shared` apart."""
+def test_parts_equal_one_concatenated_sequence():
+    """Two parts, the second shared by sequences that are two apart."""
     q, k, v = (normal(4, 5, 2, 4, seed=i, scale=2) for i in range(3))
-    extra = normal(2, shared, 3, 2, 4, seed=3, scale=2)
+    extra = normal(2, 2, 3, 2, 4, seed=3, scale=2)
     masks = jnp.tril(jnp.ones((1, 1, 5, 5), bool)), normal(4, 1, 5, 3) < 0
 
     def as_one(q, k, v, extra):
@@ -72,7 +70,7 @@ def test_prompt_tokens_equal_tokens_of_a_longer_sequence(causal):
     """A block of 9 tokens with 2 prompts equals one of 11 whose prompt outputs are dropped."""
     x, prompts = normal(3, 9, 8), normal(3, 2, 8, seed=1)
     block = Block(8, 2, "gelu", causal)
-    params = jax.jit(block.init)(jax.random.key(0), x)
+    params = random_params(block, x)
     mask = jnp.broadcast_to(jnp.arange(9)[None, :, None] >= 4, (3, 9, 2)) if causal else None
     apply = jax.jit(block.apply)
     longer = apply(params, jnp.concatenate([x[:, :4], prompts, x[:, 4:]], axis=1))
@@ -89,7 +87,7 @@ def test_prompt_tokens_equal_tokens_of_a_longer_sequence(causal):
 )
 def test_a_block_computes_the_queries_only(causal, positions):
     x, block = normal(3, 9, 8), Block(8, 2, "gelu", causal)
-    params = jax.jit(block.init)(jax.random.key(0), x)
+    params = random_params(block, x)
 
     @functools.partial(jax.jit, static_argnums=1)
     def apply(x, query):
@@ -116,12 +114,14 @@ def test_blocks_sum_gradients_of_bfloat16_keys_in_float32():
 def test_blocks_never_hold_the_weights_of_all_queries():
     def program(attend):
         grad = jax.grad(lambda *x: attend(*x).sum(), argnums=(0, 1, 2))
-        return jax.jit(grad).lower(*qkv(length=64)).compile().as_text()
+        return str(jax.make_jaxpr(grad)(*qkv(length=64)))
 
     assert "64,64]" not in program(functools.partial(attention_in_blocks, queries=8))
     assert "64,64]" in program(jax.nn.dot_product_attention)
 
 
 def test_a_causal_layer_has_no_blocks():
+    layer = Attention(8, 2, causal=True)
+    init = functools.partial(layer.init, kernel="blocks")
     with pytest.raises(ValueError, match="no mask"):
-        Attention(8, 2, causal=True).init(jax.random.key(0), jnp.zeros((1, 3, 8)), kernel="blocks")
+        jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 3, 8)))

@@ -19,9 +19,7 @@ from vop_jax.tuning.methods import MethodConfig
 N, T, H, K, P = 4, 10, 2, 16, 3
 
 
-@pytest.mark.parametrize(
-    ("masked", "shared"), [(False, None), (True, None), (False, 1), (True, 2), (True, 4)]
-)
+@pytest.mark.parametrize(("masked", "shared"), [(False, None), (True, None), (False, 1), (True, 2)])
 def test_values_and_gradients_equal_plain_attention(masked, shared):
     """With `shared` sets of extra keys, or without."""
     packed, bias = normal(N, T, 3, H, K), normal(3, H, K, seed=1)
@@ -53,7 +51,7 @@ def test_a_block_with_the_kernels_has_the_same_gradients(monkeypatch):
     """Of its parameters, its input, and prompts that sequences share."""
     kernels.interpret(monkeypatch)
     x, prompts, block = normal(4, 9, 32), normal(2, 3, 32, seed=1), Block(32, 2, "gelu")
-    params = jax.jit(block.init)(jax.random.key(0), x)
+    params = kernels.random_params(block, x)
 
     def run(kernel, params, x, prompts):
         return block.apply(params, x, prompts=PromptTokens(prompts), kernel=kernel)
