@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import tiny
-from vop_jax.config.clip import PRESETS
 from vop_jax.errors import UserError
 from vop_jax.model import TextVideoModel
 from vop_jax.storage import tensors
@@ -31,40 +30,35 @@ METHOD = MethodConfig(
 VIDEO = {"frames": 7, "short_side": 128, "stored_fps": 2.0}
 
 
-def random_params(method=METHOD, clip=tiny.CLIP):
+def random_params(method=METHOD):
     rng = np.random.default_rng(0)
-    shapes = tensors.unflatten(TextVideoModel(clip, method).shapes())
-    trainable, _ = partition(shapes, method.trainable_patterns(clip))
+    shapes = tensors.unflatten(TextVideoModel(tiny.CLIP, method).shapes())
+    trainable, _ = partition(shapes, method.trainable_patterns(tiny.CLIP))
     return jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32), trainable)
 
 
-def save(path, params, method=METHOD, clip=tiny.CLIP, **changes):
-    about = {"clip_fingerprint": "f" * 64, "clip_name": "tiny from x.pt (ffff)", "video": VIDEO}
-    save_prompts(path, PromptSet(params, method, clip_config=clip, **(about | changes)))
+def save(path, params, method=METHOD, video=VIDEO):
+    about = "f" * 64, "tiny from x.pt (ffff)", tiny.CLIP
+    save_prompts(path, PromptSet(params, method, *about, video))
 
 
 def test_round_trip_of_every_method(tmp_path):
+    path = tmp_path / "p.safetensors"
     for name in METHODS:
         method = dataclasses.replace(METHOD, name=name)
         params = random_params(method)
-        save(tmp_path / "p.safetensors", params, method)
-        prompts = load_prompts(tmp_path / "p.safetensors")
+        save(path, params, method)
+        prompts = load_prompts(path)
         assert (prompts.method, prompts.clip_config, prompts.video) == (method, tiny.CLIP, VIDEO)
         assert (prompts.clip_fingerprint, prompts.clip_name) == ("f" * 64, "tiny from x.pt (ffff)")
         saved, loaded = tensors.flatten(params), tensors.flatten(prompts.params)
         assert saved.keys() == loaded.keys()
         assert all((saved[key] == loaded[key]).all() for key in saved)
-
-
-def test_the_metadata_and_size_of_the_file(tmp_path):
-    clip, path = PRESETS["ViT-B/32"], tmp_path / "p"
-    save(path, random_params(MethodConfig(), clip), MethodConfig(), clip, video={})
     metadata = tensors.read_metadata(path)
-    assert metadata["format"] == FORMAT and metadata["method"] == "vop"
+    assert metadata["format"] == FORMAT and metadata["method"] == name
     assert metadata["activation"] == "quick_gelu" and metadata["clip_fingerprint"] == "f" * 64
+    save(path, params, method, video={})
     assert load_prompts(path).video == {}
-    # 122,880 float32 are 491,520 bytes; the rest is the header.
-    assert 480_000 <= path.stat().st_size <= 520_000
 
 
 @pytest.mark.parametrize(
@@ -75,22 +69,13 @@ def test_the_metadata_and_size_of_the_file(tmp_path):
         ({"video": "[" * 100_000}, "p: its metadata is not a prompts file's"),
         ({"clip_name": None}, "p: its metadata is not a prompts file's"),
         ({"method_config": '{"name": "vop_2"}'}, r"method.name='vop_2': allowed are"),
-        ("truncated", "p: not a readable safetensors file"),
-        ("missing", "p: no such file"),
     ],
 )
 def test_a_file_that_is_no_prompt_set_is_refused(changes, message, tmp_path):
     path = tmp_path / "p"
     save(path, random_params())
-    if isinstance(changes, dict):
-        tree, metadata = tensors.load(path)
-        metadata = {k: v for k, v in (metadata | changes).items() if v is not None}
-        metadata.pop(tensors.CHECKSUM)
-        tensors.save(path, tree, metadata)
-    elif changes == "truncated":
-        path.write_bytes(path.read_bytes()[:-8])
-    else:
-        path.unlink()
+    tree, metadata = tensors.load(path)
+    tensors.save(path, tree, {k: v for k, v in (metadata | changes).items() if v is not None})
     with pytest.raises(UserError, match=message):
         load_prompts(path)
 
@@ -127,6 +112,9 @@ def test_every_frame_table_and_nothing_else_is_resampled():
     np.testing.assert_allclose(after["position"][1, :, 0], 2 * after["frame_position"], rtol=1e-6)
     same = tensors.flatten(interpolate_frames(tables(4), 4))
     assert all((same[name] == leaf).all() for name, leaf in tensors.flatten(tables(4)).items())
+    assert has_frame_tables(tables(3))
+    assert not has_frame_tables({"prompts": {"visual": 1, "context": {"lstm": {"bias": 2}}}})
+    assert not has_frame_tables({"clip": {"visual": {"positional_embedding": 1}}})
 
 
 @settings(max_examples=30, deadline=None)
@@ -137,9 +125,3 @@ def test_resampling_keeps_a_straight_line_and_its_range(old, new):
     middles = (np.arange(new) + 0.5) / new  # of segments, as in uniform sampling
     expected = np.clip(middles, line[0], line[-1])
     np.testing.assert_allclose(out["frame_position"][:, 0], expected, atol=1e-6)
-
-
-def test_parameters_that_are_bound_to_a_number_of_frames():
-    assert has_frame_tables(tables(3))
-    assert not has_frame_tables({"prompts": {"visual": 1, "context": {"lstm": {"bias": 2}}}})
-    assert not has_frame_tables({"clip": {"visual": {"positional_embedding": 1}}})

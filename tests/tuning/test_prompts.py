@@ -33,7 +33,7 @@ def by_hand(ids, x, prompts, prefix, suffix):
 
 
 @pytest.mark.parametrize("suffix", ["eot", "released"])
-@pytest.mark.parametrize("lengths", [(2, 3), (0, 2), (3, 0), (0, 0)])
+@pytest.mark.parametrize("lengths", [(2, 3), (3, 0), (0, 0)])
 @settings(max_examples=8, deadline=None)
 @given(ids=captions())
 def test_text_prompts_stand_where_a_list_would_put_them(ids, lengths, suffix):
@@ -52,16 +52,3 @@ def test_text_prompts_stand_where_a_list_would_put_them(ids, lengths, suffix):
         words = [i for i, token in enumerate(row) if token > 0]
         places = [i for i, token in enumerate(row) if token < 0]
         assert mask == [[p < w for p in places] for w in words]
-
-
-@pytest.mark.parametrize("suffix", ["eot", "released"])
-def test_the_suffix_stands_before_eot_or_before_the_last_slot(suffix):
-    ids = np.array([[98, EOT, 0, 0, 0], [98, 5, 6, 7, EOT]], np.int32)
-    method = MethodConfig(text_prefix=2, text_suffix=1, suffix=suffix)
-    layout = TextLayout.of(jnp.asarray(ids), method)
-    eot = layout.words[np.arange(2), [1, 4]].tolist()
-    # The released suffix is behind a short caption's EOT, which never attends to it.
-    assert eot == ([1 + 3, 7] if suffix == "eot" else [1 + 2, 7])
-    assert layout.mask[0, 1].tolist() == [True, True, suffix == "eot"]
-    assert layout.mask[1, 4].all()
-    assert not layout.mask[:, 0].any()  # SOS comes first
