@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vop_jax.clip.weights import check_shapes, parameter_shapes
+from vop_jax.clip.weights import parameter_shapes
 from vop_jax.config.clip import ClipConfig
 from vop_jax.errors import UserError
 from vop_jax.storage.files import StrPath
@@ -292,9 +292,7 @@ def to_flax(
         for target, part in zip(targets, parts, strict=True):
             parameter = transform.convert(part, shapes[target])
             params[target] = np.asarray(parameter, np.float32, order="C")
-    tree = unflatten(params)
-    check_shapes(where, tree, shapes)
-    return tree
+    return unflatten(params)
 
 
 def from_flax(params: Tree, layout: CheckpointLayout, config: ClipConfig) -> Tensors:
