@@ -13,12 +13,6 @@ def normal(*shape, seed=0, scale=1.0, dtype=jnp.float32):
     return jnp.asarray(np.random.default_rng(seed).normal(0, scale, shape), dtype)
 
 
-def random_params(module, *args):
-    """{"params": …} of a module, drawn by shape: the initialisers take seconds to compile."""
-    shapes, rng = jax.eval_shape(module.init, jax.random.key(0), *args), np.random.default_rng(1)
-    return jax.tree.map(lambda s: rng.normal(0, 0.4, s.shape).astype(np.float32), shapes)
-
-
 def assert_same(ours, theirs, *arguments, atol=1e-4, rtol=0.0):
     """Two functions have the same values and gradients, those of a weighted sum of the values."""
 

@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.clip.kernels.kernels import assert_same, normal, random_params
+from tests.clip.kernels.kernels import assert_same, normal
 from vop_jax.clip.kernels.attention import (
     KeyValues,
     attention,
     attention_in_blocks,
     concatenate,
 )
-from vop_jax.clip.layers import Attention, Block, PromptTokens, take_queries
+from vop_jax.clip.layers import Attention
 
 
 def qkv(dtype=jnp.float32, length=13):
@@ -63,40 +63,6 @@ def test_parts_equal_one_concatenated_sequence():
         return attention(q, KeyValues(k, v, masks[0]), KeyValues(*extra, masks[1]))
 
     assert_same(in_parts, as_one, q, k, v, extra)
-
-
-@pytest.mark.parametrize("causal", [False, True])
-def test_prompt_tokens_equal_tokens_of_a_longer_sequence(causal):
-    """A block of 9 tokens with 2 prompts equals one of 11 whose prompt outputs are dropped."""
-    x, prompts = normal(3, 9, 8), normal(3, 2, 8, seed=1)
-    block = Block(8, 2, "gelu", causal)
-    params = random_params(block, x)
-    mask = jnp.broadcast_to(jnp.arange(9)[None, :, None] >= 4, (3, 9, 2)) if causal else None
-    apply = jax.jit(block.apply)
-    longer = apply(params, jnp.concatenate([x[:, :4], prompts, x[:, 4:]], axis=1))
-    expected = jnp.concatenate([longer[:, :4], longer[:, 6:]], axis=1)
-    tokens = PromptTokens(prompts, mask)
-    np.testing.assert_allclose(apply(params, x, prompts=tokens), expected, atol=1e-5)
-    positions = jnp.array([8, 0, 4])
-    queried = apply(params, x, prompts=tokens, query_positions=positions)
-    np.testing.assert_allclose(queried[:, 0], expected[jnp.arange(3), positions], atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("causal", "positions"), [(False, 3), (True, 1), (True, jnp.array([4, 0, 8]))]
-)
-def test_a_block_computes_the_queries_only(causal, positions):
-    x, block = normal(3, 9, 8), Block(8, 2, "gelu", causal)
-    params = random_params(block, x)
-
-    @functools.partial(jax.jit, static_argnums=1)
-    def apply(x, query):
-        options = {"query_positions": positions} if query else {}
-        return block.apply(params, x, lambda h: 0.5 * h, lambda h: -h, **options)
-
-    queried = apply(x, True)
-    assert queried.shape == (3, positions if isinstance(positions, int) else 1, 8)
-    np.testing.assert_allclose(queried, take_queries(apply(x, False), positions), atol=1e-6)
 
 
 def test_blocks_sum_gradients_of_bfloat16_keys_in_float32():
