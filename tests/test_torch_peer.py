@@ -25,8 +25,6 @@ METHOD = MethodConfig(
     adapter_width=5,
     frames=tiny.FRAMES,
 )
-
-
 QUICK = ("adapter_ffn", "vop_f+p", "vop_f+c")  # these have all parts
 NAMES = [
     name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)

@@ -40,9 +40,7 @@ def test_round_trip_in_float32(path, clip):
     loaded = load_clip(path)
     assert loaded.config == tiny.CLIP and loaded.source == "ViT.pt"
     assert loaded.fingerprint == tensors.fingerprint(clip) == tensors.fingerprint(loaded.params)
-    for name, leaf in tensors.flatten(loaded.params).items():
-        assert leaf.dtype == np.float32
-        np.testing.assert_array_equal(leaf, tensors.flatten(clip)[name])
+    assert {leaf.dtype for leaf in tensors.flatten(loaded.params).values()} == {np.dtype("f4")}
     assert loaded.fingerprint[:12] in loaded.name and "ViT.pt" in loaded.name
     metadata = tensors.read_metadata(path)
     assert json.loads(metadata.pop("config")) == tiny.CLIP.to_dict()

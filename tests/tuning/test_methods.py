@@ -168,6 +168,5 @@ def test_what_depends_on_the_depth_of_towers():
 
 
 def test_another_number_of_frames_is_refused():
-    MethodConfig(frames=3).check_frames(3)
     with pytest.raises(UserError, match="clips of 8 frames, but the prompts know 12"):
         MethodConfig().check_frames(8)

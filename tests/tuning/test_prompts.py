@@ -34,7 +34,7 @@ def by_hand(ids, x, prompts, prefix, suffix):
 
 @pytest.mark.parametrize("suffix", ["eot", "released"])
 @pytest.mark.parametrize("lengths", [(2, 3), (3, 0), (0, 0)])
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(ids=captions())
 def test_text_prompts_stand_where_a_list_would_put_them(ids, lengths, suffix):
     method = MethodConfig(text_prefix=lengths[0], text_suffix=lengths[1], suffix=suffix)

@@ -60,27 +60,24 @@ def save_shards(path, state, **changes):
     return path
 
 
+CONSTANTS = {
+    "input_resolution": np.array(24),
+    "attn_mask": np.maximum(CAUSAL, -65504),
+    "logit_scale": STATE["logit_scale"].reshape(1),
+}
+COMPILED = {k.replace("visual.", "visual._orig_mod."): v for k, v in STATE.items()}
+WRAPPED = prefixed("_orig_mod.module.model.clip.", COMPILED) | {"n_averaged": np.array(3)}
 FORMATS = {
     "archive.pt": lambda p: checkpoints.save_torchscript(p, STATE, SIZES),
     "state_dict.pt": lambda p: save_torch(p, STATE),
-    "sizes.pt": lambda p: save_torch(
-        p, {**STATE, "input_resolution": np.array(24), "attn_mask": np.maximum(CAUSAL, -65504)}
-    ),
+    "constants.pt": lambda p: save_torch(p, STATE | CONSTANTS),
     "custom_text.pt": lambda p: save_torch(  # open_clip's CustomTextCLIP
         p, {k if k[:4] in ("visu", "logi") else f"text.{k}": v for k, v in STATE.items()}
     ),
     "bfloat16.safetensors": lambda p: save_safetensors(
         p, {k: v.astype(ml_dtypes.bfloat16) for k, v in STATE.items()}
     ),
-    "scale.safetensors": lambda p: save_safetensors(
-        p, {**STATE, "logit_scale": STATE["logit_scale"].reshape(1)}
-    ),
-    "prefixes.pt": lambda p: save_torch(
-        p, prefixed("_orig_mod.module.model.clip.", STATE), "model", "state_dict"
-    ),
-    "compiled.safetensors": lambda p: save_safetensors(
-        p, {k.replace("visual.", "visual._orig_mod."): v for k, v in STATE.items()}
-    ),
+    "wrapped.pt": lambda p: save_torch(p, WRAPPED, "model", "state_dict"),
     "deepspeed.pt": lambda p: save_torch(p, STATE, "module", optimizer={"lr": 0.1}, epoch=3),
     "averaged.pt": lambda p: save_torch(p, STATE, "model", model_ema=tensors(OTHER)),
     "averaged.safetensors": lambda p: save_safetensors(
@@ -92,7 +89,6 @@ FORMATS = {
     "averages.pt": lambda p: save_torch(
         p, STATE, "model", swa=tensors(OTHER), EMA_weights=tensors(OTHER), averaged_model={}
     ),
-    "count.pt": lambda p: save_torch(p, prefixed("module.", STATE) | {"n_averaged": np.array(3)}),
     "model.safetensors.index.json": lambda p: save_shards(p, HUGGING_FACE),
     "released.pth": lambda p: save_torch(p, RELEASED, "state_dict"),
 }
@@ -319,7 +315,7 @@ WRONG = {
     "missing": lambda p: None,
     "truncated archive": truncated("archive.pt"),
     "truncated state": truncated("state_dict.pt"),
-    "truncated safetensors": truncated("scale.safetensors"),
+    "truncated safetensors": truncated("bfloat16.safetensors"),
     "flipped bit": flip_a_bit,
     "sparse": lambda p: torch.save({"a": torch.eye(2).to_sparse()}, p),
     "nowhere": lambda p: torch.save({"a": torch.ones(2, device="meta")}, p),
