@@ -59,6 +59,16 @@ def clip(tmp_path_factory):
     return runs.write_clip(tmp_path_factory.mktemp("clip") / "clip.safetensors")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def float32():
+    """`auto` is float32 on every machine, or results would depend on it."""
+    from vop_jax.clip.kernels import products
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "fastest_dtype", lambda device: "float32")
+        yield
+
+
 @pytest.fixture(autouse=True)
 def process_state():
     """Restores what a command line sets for its process: the level of logs, signal handlers."""

@@ -54,6 +54,7 @@ def arguments(folder: Path, clip: Path, workdir: Path, *overrides: str) -> list[
         "method.visual_prompts": 2,
         "method.text_prefix": 1,
         "method.text_suffix": 1,
+        "compute.dtype": "float32",
         "train.steps": 4,
         "train.batch_size": 8,
         "train.log_every": 2,

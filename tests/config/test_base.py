@@ -17,6 +17,7 @@ from vop_jax.tuning.methods import MethodConfig
 def with_value(key, value):
     """The base config with any value at a key, of any type."""
     config = configs.base_config()
+    config.compute.dtype = "float32"  # which some kernels refuse
     with config.ignore_type():
         config.update_from_flattened_dict({key: value})
     return config

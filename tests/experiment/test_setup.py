@@ -1,5 +1,6 @@
 """The check of a run before its workdir is touched, and the attention kernel of its devices."""
 
+import json
 import re
 import types
 
@@ -10,6 +11,7 @@ from etils import epath
 from vop_jax.config import base as configs
 from vop_jax.errors import UserError
 from vop_jax.experiment import kernels, setup
+from vop_jax.training import sharding
 
 
 class Devices:
@@ -78,3 +80,25 @@ def test_a_kernel_that_the_devices_lack_is_refused(asked, devices, says):
     config.compute.attention = asked
     with pytest.raises(UserError, match=re.escape(says)):
         kernels.check_kernel(config, devices)
+
+
+@pytest.mark.parametrize(
+    ("configured", "of_the_run", "expected"),
+    [
+        ("auto", None, "measured"),
+        ("auto", "bfloat16", "bfloat16"),
+        ("auto", "float32", "float32"),
+        ("float32", "bfloat16", "float32"),  # which `_check_same_run` refuses
+    ],
+)
+def test_a_run_continues_in_the_dtype_it_began_with(
+    monkeypatch, tmp_path, configured, of_the_run, expected
+):
+    monkeypatch.setattr(setup.products, "fastest_dtype", lambda device: "measured")
+    config, root = configs.base_config(), epath.Path(tmp_path)
+    if of_the_run:
+        config.compute.dtype = of_the_run
+        (root / "checkpoints/4").mkdir(parents=True)
+        (root / configs.CONFIG_FILE).write_text(json.dumps(config.to_dict()))
+    config.compute.dtype = configured
+    assert setup.resolved_dtype(config, root, sharding.make_mesh(1)) == expected

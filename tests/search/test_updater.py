@@ -1,9 +1,11 @@
 """An index follows its folder."""
 
+import contextlib
 import dataclasses
 import errno
 import os
 import shutil
+import sqlite3
 
 import numpy as np
 import pytest
@@ -12,10 +14,11 @@ import vop_jax.search
 from tests.search import library, treacherous
 from tests.video import videos
 from vop_jax import UserError
-from vop_jax.search import decoder, updater
+from vop_jax.search import catalog, decoder, updater
 from vop_jax.search.__main__ import format_report
 from vop_jax.search.build import absolute, locked
 from vop_jax.search.index import Index
+from vop_jax.search.searcher import open_searcher
 from vop_jax.search.writer import CatalogWriter
 from vop_jax.video import moments
 
@@ -231,3 +234,22 @@ def test_paths_that_are_valid_anywhere(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert absolute("gs://bucket/clip.safetensors") == "gs://bucket/clip.safetensors"
     assert absolute("milvus-lite:a") == f"milvus-lite:{tmp_path}/a"
+
+
+def test_an_index_keeps_the_dtype_it_was_made_with(tmp_path, clip, shared):
+    library.write_films(tmp_path / "films", count=1)
+    index, folder = tmp_path / "index", str(tmp_path / "films")
+    build_index(index, IndexRequest(folder, clip=str(clip), dtype="bfloat16"))
+    assert open_searcher(index).retriever.dtype == "bfloat16"
+    library.write_film(tmp_path / "films/new.mp4", 20)
+    assert build_index(index, IndexRequest(dtype="auto")).added == 1
+    assert Index(index).info.dtype == "bfloat16"
+    with pytest.raises(UserError, match=r"was made with --dtype=bfloat16, not float32; give ano"):
+        build_index(index, IndexRequest(dtype="float32"))
+    # One that was made before the dtype was kept is in float32.
+    directory = library.copy(shared[1], tmp_path / "old")
+    statement = "UPDATE about SET value = json_remove(value, '$.dtype') WHERE key = 'info'"
+    with contextlib.closing(sqlite3.connect(directory / catalog.FILE)) as db, db:
+        assert db.execute(statement).rowcount == 1
+        db.execute("PRAGMA application_id = 0")  # the checksum of the whole
+    assert open_searcher(directory).retriever.dtype == "float32"

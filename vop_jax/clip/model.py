@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vop_jax.clip.kernels import products
 from vop_jax.clip.kernels.layer_norm import LayerNorm
 from vop_jax.clip.layers import Block, Transformer
 from vop_jax.config.clip import ClipConfig
@@ -53,7 +54,7 @@ class PatchEmbedding(nn.Module):
         # One matrix product over patches: as a convolution it takes an H200 5 ms of a step
         # instead of 0.3, and two CPU cores four times as long.
         rows = patches(x.astype(self.dtype), c.patch_size)
-        return rows @ jnp.asarray(kernel, self.dtype).reshape(-1, c.vision_width)
+        return products.linear(rows, jnp.asarray(kernel, self.dtype).reshape(-1, c.vision_width))
 
 
 class VisionTower(nn.Module):
@@ -79,7 +80,7 @@ class VisionTower(nn.Module):
             hidden=c.vision_mlp,
         )
         self.ln_post = LayerNorm(self.dtype)
-        self.proj = nn.Dense(c.embed_dim, use_bias=False, dtype=self.dtype)
+        self.proj = products.Dense(c.embed_dim, use_bias=False, dtype=self.dtype)
 
     def embed(self, frames: jax.Array) -> jax.Array:
         """uint8 [N, S, S, 3] -> [N, 1 + G, D]: CLS and patches with positions, before `ln_pre`."""
@@ -121,7 +122,7 @@ class TextTower(nn.Module):
             hidden=c.text_mlp,
         )
         self.ln_final = LayerNorm(self.dtype)
-        self.text_projection = nn.Dense(c.embed_dim, use_bias=False, dtype=self.dtype)
+        self.text_projection = products.Dense(c.embed_dim, use_bias=False, dtype=self.dtype)
 
     def embed(self, ids: jax.Array) -> jax.Array:
         """int32 [N, T] -> [N, T, D]: token embeddings without positions."""

@@ -13,14 +13,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vop_jax.clip.kernels import products
 from vop_jax.clip.layers import Block, Kernel, PromptTokens, QueryPositions
 
 RematPolicy = Literal["none", "dots", "full"]
 
-# What a block keeps besides its input. Products with weights are those without batch dimensions;
-# attention's, which are large and cheap, are not among them.
+# What a block keeps besides its input. Attention's products are large and cheap.
 POLICIES: dict[str, Callable[..., bool]] = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(products.WITH_WEIGHTS),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

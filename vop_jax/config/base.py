@@ -188,7 +188,7 @@ def validate(config: ConfigDict) -> None:
     if config.train.select == "best":
         _check_selection(config)
     attention, mesh = config.compute.attention, config.mesh
-    if attention in ON_CUDA and config.compute.dtype != "bfloat16":
+    if attention in ON_CUDA and config.compute.dtype == "float32":
         raise UserError(
             f"config.compute.attention={attention!r} needs config.compute.dtype='bfloat16'"
         )

@@ -275,8 +275,9 @@ class MeshSection:
 class ComputeSection:
     """Precision, kernels and memory."""
 
-    dtype: str = key("float32", choices=("float32", "bfloat16"))
-    """Type of matrix products; bfloat16 helps on TPUs and GPUs only."""
+    dtype: str = key("auto", choices=("auto", "float32", "bfloat16"))
+    """Type of matrix products' operands; they add up in float32. auto: that of the workdir's run,
+    or for a new run bfloat16 where the device is faster with it, which is measured."""
     cache: str = key("", change="resume")
     """The folder of compiled programs. "": $JAX_COMPILATION_CACHE_DIR if it is set, else
     WORKDIR/compiled on GPUs and TPUs. off: programs are not kept."""

@@ -18,6 +18,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from vop_jax.clip.kernels import products
 from vop_jax.clip.model import Clip
 from vop_jax.clip.remat import Remat
 from vop_jax.clip.weights import ClipWeights, cast_frozen, check_shapes, load_clip
@@ -97,6 +98,7 @@ def open_run(
 
     # ---- Check: in all processes; nothing is written.
     method, mesh = hosts.on_all(lambda: check(config, root, training=training))
+    config = _with_dtype(config, hosts.on_first(lambda: resolved_dtype(config, root, mesh)))
     hosts.agree(_shared_facts(config))
 
     with contextlib.ExitStack() as stack:
@@ -188,6 +190,21 @@ def _shared_facts(config: ConfigDict) -> dict[str, str]:
 def pretrains(config: ConfigDict) -> bool:
     """Whether the run starts with training its own CLIP."""
     return bool(config.pretrain.steps) and not config.init.clip
+
+
+def resolved_dtype(config: ConfigDict, root: epath.Path, mesh: Mesh) -> str:
+    """The configured `compute.dtype`, with auto resolved for this workdir or device."""
+    if config.compute.dtype != "auto":
+        return config.compute.dtype
+    previous = configs.workdir_config(root) if _has_checkpoint(root) else None
+    known = previous.compute.dtype if previous else "auto"
+    return products.fastest_dtype(mesh.local_devices[0]) if known == "auto" else known
+
+
+def _with_dtype(config: ConfigDict, dtype: str) -> ConfigDict:
+    config = config.copy_and_resolve_references()
+    config.compute.dtype = dtype
+    return config
 
 
 # ---- Claim

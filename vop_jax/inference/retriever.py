@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
+from vop_jax.clip.kernels import products
 from vop_jax.clip.weights import ClipWeights, cast_frozen, check_shapes, load_clip
 from vop_jax.config.keys import DataSection
 from vop_jax.data.tokenizer import CaptionTokenizer
@@ -40,15 +41,15 @@ class Backbone:
 
     Attributes:
         name, fingerprint, config: of the CLIP.
-        dtype: of the weights and of matmuls.
+        dtype: of the weights and of matrix products, "auto" resolved.
     """
 
     def __init__(self, weights: ClipWeights, dtype: str = "float32", devices: int | None = None):
         self.name, self.fingerprint, self.config = weights.name, weights.fingerprint, weights.config
-        self.dtype = jnp.dtype(dtype)
         local = jax.local_devices()
         if devices is not None and not 0 < devices <= len(local):
             raise UserError(f"devices={devices}: must be 1 to {len(local)}")
+        self.dtype = jnp.dtype(products.fastest_dtype(local[0]) if dtype == "auto" else dtype)
         self._mesh = sharding.make_mesh(devices=local[:devices])
         params = cast_frozen({"clip": weights.params}, self.dtype)
         self._flat = tensors.flatten(sharding.place(self._mesh, params))
@@ -127,7 +128,7 @@ class Backbone:
 # How video files are read without prompts; prompts say how training read them.
 DEFAULT_VIDEO: dict[str, Any] = {key: getattr(DataSection, key) for key in VIDEO_KEYS}
 
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("auto", "float32", "bfloat16")
 Path = str | os.PathLike
 
 
@@ -280,6 +281,11 @@ class Retriever:
         return Frames(pixels, indices, timestamps, clip.count)
 
     @property
+    def dtype(self) -> str:
+        """Of matrix products."""
+        return self._backbone.dtype.name
+
+    @property
     def frame_spec(self) -> FrameSpec:
         """How `sample` and `embed_frames` read and crop, for decoding processes without jax."""
         return FrameSpec(
@@ -310,7 +316,8 @@ def load(
         clip: a CLIP file that the converter, `python -m vop_jax.convert`, wrote.
         prompts: prompts.safetensors of a run; None: plain CLIP.
         frames: F, if it differs from training; tables of frame positions are resampled to it.
-        dtype: of matmuls, float32 or bfloat16; the vectors are float32.
+        dtype: of matrix products, float32, bfloat16, or auto: the faster one on this device;
+            the vectors are float32.
         devices: number of devices that share a batch; by default all local ones.
 
     Raises:

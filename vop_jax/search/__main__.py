@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from vop_jax.search.updater import IndexReport
 
 BAR = 40  # characters for the frame with the highest score
+DTYPES = ("auto", "float32", "bfloat16")
 LISTED = 20  # unreadable files that `info` lists as text
 
 
@@ -52,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--stride", type=number(0.001), help="seconds between moments; default: half the window")
     add("--captions", default="", metavar="FILE", help="texts to search: csv, jsonl, txt")
     add("--store", default="", metavar="URI", help="Milvus: FILE.db or http://HOST:PORT")
+    add("--dtype", choices=DTYPES, default="", help="of matrix products; default: the faster one")
     add("--workers", type=whole(1), default=0, help="decoding processes; default: one a core")
     add("--batch", type=whole(1), default=16, help="clips embedded at once")
     add("--seconds", type=number(0.001), default=300.0, help="time limit to decode one file")
@@ -81,9 +83,8 @@ def _index(args: argparse.Namespace) -> int:
     from vop_jax.search.updater import IndexOptions
 
     cli.set_up_logging()
-    request = IndexRequest(
-        args.folder, args.clip, args.prompts, args.window, args.stride, args.captions, args.store
-    )
+    names = [field.name for field in dataclasses.fields(IndexRequest)]
+    request = IndexRequest(**{name: getattr(args, name) for name in names})
     options = IndexOptions(args.workers, args.batch, args.seconds, args.retry)
     report = build_index(args.index, request, options)
     print(format_report(args.index, report))

@@ -39,6 +39,7 @@ class IndexRequest:
             the stride is half of the window.
         captions: a file of texts.
         store: URI of the vectors.
+        dtype: of the model's matrix products, "auto" for the faster one on this device.
     """
 
     folder: str = ""
@@ -48,6 +49,7 @@ class IndexRequest:
     stride: float | None = None
     captions: str = ""
     store: str = ""
+    dtype: str = ""
 
 
 def build_index(
@@ -79,7 +81,9 @@ def build_index(
         captions = read_captions(request.captions, folder) if request.captions else None
         if retriever is None:
             frames = stored.frames if stored else None
-            retriever = retrievers.load(request.clip, request.prompts or None, frames=frames)
+            retriever = retrievers.load(
+                request.clip, request.prompts or None, frames=frames, dtype=request.dtype or "auto"
+            )
         if stored:
             check_model(directory, stored, retriever)
             if folder != stored.folder:  # it follows a folder that moved
@@ -102,6 +106,7 @@ def build_index(
             stride=request.stride or 0.0,
             folder=folder,
             store=absolute(request.store),
+            dtype=retriever.dtype,
         )
         report = IndexReport(unlisted=scan.unlisted)
         with contextlib.closing(CatalogWriter(directory, info)) as writer:
@@ -176,6 +181,10 @@ def _complete_request(
     if request.store and absolute(request.store) != stored.store:
         message = f"keeps its vectors in {stored.store or 'its own folder'}, not in {request.store}"
         raise UserError(f"{directory}: {message}; {OTHER_INDEX}")
+    if request.dtype not in ("", "auto", stored.dtype):
+        message = f"was made with --dtype={stored.dtype}, not {request.dtype}"
+        raise UserError(f"{directory}: {message}; {OTHER_INDEX}")
+    request = dataclasses.replace(request, dtype=stored.dtype)
     names = ("folder", "clip", "prompts", "window", "stride", "store")
     return dataclasses.replace(
         request, **{name: getattr(request, name) or getattr(stored, name) for name in names}

@@ -78,6 +78,7 @@ class IndexInfo:
         window, stride: seconds of the moments; 0: whole clips only.
         folder: of the videos, absolute.
         store: URI of the vectors; "": in the index's own folder.
+        dtype: of the model's matrix products.
     """
 
     version: int
@@ -93,6 +94,7 @@ class IndexInfo:
     stride: float
     folder: str
     store: str
+    dtype: str = "float32"  # that of indexes which do not say it
 
     @property
     def model(self) -> tuple:

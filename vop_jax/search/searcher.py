@@ -90,14 +90,15 @@ def open_searcher(
     if retriever is None:
         info = index.info
         prompts = _existing(directory, "--prompts", prompts or info.prompts)
-        same = (other for other in others if other.clip_fingerprint == info.clip_fingerprint)
+        model = info.clip_fingerprint, info.dtype
+        same = (other for other in others if (other.clip_fingerprint, other.dtype) == model)
         if (other := next(same, None)) is not None:
             retriever = other.with_prompts(prompts, frames=info.frames)
         else:
             clip = _existing(directory, "--clip", clip or info.clip)
             if clip is None:
                 raise UserError(f"{directory}: does not name its CLIP; give --clip=FILE")
-            retriever = load(clip, prompts, frames=info.frames)
+            retriever = load(clip, prompts, frames=info.frames, dtype=info.dtype)
     return Searcher(index, retriever)
 
 

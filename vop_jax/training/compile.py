@@ -1,7 +1,6 @@
 """The train step, compiled before its first run: its memory, its FLOPs and the time they take."""
 
 import dataclasses
-import functools
 import math
 import pathlib
 import time
@@ -11,10 +10,10 @@ from datetime import timedelta
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import logging
 from jax.sharding import Mesh
 
+from vop_jax.clip.kernels import products
 from vop_jax.errors import UserError
 from vop_jax.training import sharding
 from vop_jax.training.step import Batch, Metrics, TrainState
@@ -162,7 +161,7 @@ class CompiledStep:
         """Logs the shortest time that all steps can take."""
         # Where the compiler distributes the work, the traced program is that of all devices.
         flops /= self._mesh.size if sharding.shards_parameters(self._mesh) else 1
-        rate = matmul_flops_per_second(self._dtype, self._mesh.local_devices[0].platform)
+        rate = products.flops_per_second(self._dtype, self._mesh.local_devices[0])
         logging.info(
             "%d steps take %s or more: %.3g GFLOP of matrix products each, %.3g GFLOP/s measured",
             *(self._steps, timedelta(seconds=round(self._steps * flops / rate))),
@@ -207,7 +206,9 @@ def matmul_flops(jaxpr: Any) -> float:
         turns = params["length"] if name == "scan" else 1
         if name == "pallas_call":
             turns = math.prod(params["grid_mapping"].grid)
-        total += turns * sum(map(matmul_flops, _subprograms(params)))
+        inner_flops = map(matmul_flops, _subprograms(params))
+        # One branch runs.
+        total += turns * (max if name == "cond" else sum)(inner_flops)
     return total
 
 
@@ -218,15 +219,3 @@ def _subprograms(params: dict[str, Any]) -> Iterator[Any]:
             part = getattr(part, "jaxpr", part)
             if hasattr(part, "eqns"):
                 yield part
-
-
-@functools.cache
-def matmul_flops_per_second(dtype: str, platform: str) -> float:
-    """FLOP/s of one large matrix product, measured on this machine's first device."""
-    size = 1024 if platform == "cpu" else 8192
-    matrix = jax.device_put(jnp.ones((size, size), dtype), jax.local_devices()[0])
-    product = jax.jit(jnp.matmul).lower(matrix, matrix).compile()
-    product(matrix, matrix).block_until_ready()
-    start = time.perf_counter()
-    product(matrix, matrix).block_until_ready()
-    return 2 * size**3 / (time.perf_counter() - start)

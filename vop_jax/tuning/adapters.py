@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vop_jax.clip.kernels import products
 from vop_jax.config.clip import ClipConfig
 from vop_jax.tuning.methods import MethodConfig
 
@@ -16,8 +17,8 @@ class Adapter(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     def setup(self) -> None:
-        self.down = nn.Dense(self.bottleneck, dtype=self.dtype)
-        self.up = nn.Dense(self.width, kernel_init=nn.initializers.zeros, dtype=self.dtype)
+        self.down = products.Dense(self.bottleneck, dtype=self.dtype)
+        self.up = products.Dense(self.width, kernel_init=nn.initializers.zeros, dtype=self.dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.up(nn.relu(self.down(x)))

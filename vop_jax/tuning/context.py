@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vop_jax.clip.kernels import products
 from vop_jax.clip.layers import Block
 from vop_jax.tuning.methods import MethodConfig
 
@@ -44,7 +45,7 @@ class Context(nn.Module):
             self.lstm = Lstm(self.width, directions, self.dtype)
         # Small, so that generated prompts start about as large as generic ones.
         init = nn.initializers.normal(m.init_std)
-        self.stretch = nn.Dense(self.tokens * self.width, kernel_init=init, dtype=self.dtype)
+        self.stretch = products.Dense(self.tokens * self.width, kernel_init=init, dtype=self.dtype)
 
     def __call__(self, cls: jax.Array) -> jax.Array:
         if self.method.cmm == "transformer":
@@ -82,7 +83,7 @@ class Lstm(nn.Module):
 
         x = x.astype(self.dtype)
         directed = jnp.stack([x, x[:, ::-1]][:k])  # [K, B, F, D]
-        from_input = jnp.einsum("kbfd,kdg->fkbg", directed, input_kernel).astype(jnp.float32)
+        from_input = products.einsum("kbfd,kdg->fkbg", directed, input_kernel).astype(jnp.float32)
         from_input = from_input + bias[None, :, None]  # [F, K, B, 4 D]
 
         states = recurrence(from_input, hidden_kernel)  # [F, K, B, D]
@@ -112,7 +113,7 @@ def _advance(from_input: jax.Array, kernel: jax.Array) -> tuple[jax.Array, ...]:
 
     def step(state: Carry, gates: jax.Array) -> tuple[Carry, States]:
         hidden, cell = state  # [K, B, D], float32
-        gates = gates + jnp.einsum("kbd,kdg->kbg", hidden.astype(kernel.dtype), kernel)
+        gates = gates + products.einsum("kbd,kdg->kbg", hidden.astype(kernel.dtype), kernel)
         i, f, g, o = jnp.split(gates, 4, axis=-1)
         i, f, g, o = nn.sigmoid(i), nn.sigmoid(f), jnp.tanh(g), nn.sigmoid(o)
         cell = f * cell + i * g
@@ -147,14 +148,14 @@ def _recurrence_backward(saved: States, d_output: jax.Array) -> tuple[jax.Array,
             d_hidden * tanh_cell * o * (1 - o),
         ]
         d_gates = jnp.concatenate(parts, axis=-1)
-        d_before = jnp.einsum("kbg,kdg->kbd", d_gates.astype(kernel.dtype), kernel)
+        d_before = products.einsum("kbg,kdg->kbd", d_gates.astype(kernel.dtype), kernel)
         return (d_before.astype(jnp.float32), d_cell * f), d_gates
 
     zero = jnp.zeros_like(d_output[0])
     frames = d_output, cell, before(cell), gates
     _, d_gates = jax.lax.scan(step, (zero, zero), frames, reverse=True, unroll=UNROLL)
     left, right = (x.astype(kernel.dtype) for x in (before(hidden), d_gates))
-    return d_gates, jnp.einsum("fkbd,fkbg->kdg", left, right)
+    return d_gates, products.einsum("fkbd,fkbg->kdg", left, right)
 
 
 recurrence.defvjp(_recurrence_forward, _recurrence_backward)

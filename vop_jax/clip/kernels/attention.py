@@ -7,6 +7,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from vop_jax.clip.kernels import products
+
 QUERIES = 128  # in a block
 
 
@@ -52,7 +54,7 @@ def _sum(arrays: Iterable[jax.Array]) -> jax.Array:
 def _scores(query: jax.Array, part: KeyValues) -> jax.Array:
     """float32 [N, H, T, S], -inf where the mask is False."""
     groups = query.reshape(-1, part.key.shape[0], *query.shape[1:])  # [N / M, M, T, H, K]
-    scores = jnp.einsum("gmthk,mshk->gmhts", groups, part.key, preferred_element_type=jnp.float32)
+    scores = products.einsum("gmthk,mshk->gmhts", groups, part.key, jnp.float32)
     scores = scores.reshape(query.shape[0], *scores.shape[2:]) * query.shape[-1] ** -0.5
     return scores if part.mask is None else jnp.where(part.mask, scores, -jnp.inf)
 
@@ -60,7 +62,7 @@ def _scores(query: jax.Array, part: KeyValues) -> jax.Array:
 def _mixed(weights: jax.Array, part: KeyValues) -> jax.Array:
     """Weights [N, H, T, S] -> float32 [N, T, H, K], the weighted sums of values."""
     groups = weights.astype(part.value.dtype).reshape(-1, part.value.shape[0], *weights.shape[1:])
-    mixed = jnp.einsum("gmhts,mshk->gmthk", groups, part.value, preferred_element_type=jnp.float32)
+    mixed = products.einsum("gmhts,mshk->gmthk", groups, part.value, jnp.float32)
     return mixed.reshape(weights.shape[0], *mixed.shape[2:])
 
 
@@ -96,8 +98,9 @@ def attention_in_blocks(
 
     def attend(block: jax.Array) -> jax.Array:  # [N, queries, H, K]
         k, v = (x.astype(query.dtype) for x in wide)
-        # `attention` would also have to compute its numerator again, one more product.
-        return jax.nn.dot_product_attention(block, k, v, implementation="xla")
+        part = KeyValues(k, v)
+        # Weights that sum to one: `attention` would also have to compute its numerator again.
+        return _mixed(jax.nn.softmax(_scores(block, part)), part).astype(query.dtype)
 
     out = jax.lax.map(jax.checkpoint(attend, prevent_cse=False), blocks)
     return out.swapaxes(0, 1).reshape(padded.shape)[:, :length]
