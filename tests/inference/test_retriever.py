@@ -109,7 +109,7 @@ def test_bfloat16_gives_nearly_the_vectors_of_float32(retriever, places):
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ({"dtype": "float8"}, "dtype='float8': allowed are float32, bfloat16"),
+        ({"dtype": "float8"}, "dtype='float8': allowed are auto, float32, bfloat16"),
         ({"frames": 0}, "frames=0: must be 1 or more"),
         ({"devices": 9}, "devices=9: must be 1 to 8"),
     ],

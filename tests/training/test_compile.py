@@ -64,7 +64,7 @@ def test_memory_and_duration_are_logged(caplog, monkeypatch):
     batch = sharding.to_global(mesh, rows.batch(0))
     size = sum(x.nbytes for x in jax.tree.leaves((state, frozen, batch)))
     monkeypatch.setattr(compile, "available_memory", lambda: 10)  # bytes
-    monkeypatch.setattr(compile, "matmul_flops_per_second", lambda dtype, platform: 100.0)
+    monkeypatch.setattr(compile.products, "flops_per_second", lambda dtype, device: 100.0)
     flops = matmul_flops(jax.make_jaxpr(step)(state, frozen, batch).jaxpr)
     run = CompiledStep(step, mesh, steps=100)
     with caplog.at_level("INFO", logger="absl"):

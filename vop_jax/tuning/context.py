@@ -83,7 +83,8 @@ class Lstm(nn.Module):
 
         x = x.astype(self.dtype)
         directed = jnp.stack([x, x[:, ::-1]][:k])  # [K, B, F, D]
-        from_input = products.einsum("kbfd,kdg->fkbg", directed, input_kernel).astype(jnp.float32)
+        from_input = products.einsum("kbfd,kdg->kbfg", directed, input_kernel)
+        from_input = from_input.transpose(2, 0, 1, 3).astype(jnp.float32)
         from_input = from_input + bias[None, :, None]  # [F, K, B, 4 D]
 
         states = recurrence(from_input, hidden_kernel)  # [F, K, B, D]

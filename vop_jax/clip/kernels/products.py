@@ -65,7 +65,8 @@ def equation(x_rank: int, y_rank: int, contracted: Axes, batch: Axes) -> str:
 def merge_axes(equation: str, sizes: Sequence[int]) -> tuple[str, list[list[int]]]:
     """The equation with one letter for axes that are neighbours wherever they stand.
 
-    XLA on a CPU transposes weights of more than two axes before it multiplies by them.
+    XLA on a CPU transposes weights of more than two axes before it multiplies by them. Axes that
+    begin the left operand and are summed over stay: XLA is slow with them merged.
 
     Args:
         sizes: of the axes of both operands.
@@ -78,7 +79,9 @@ def merge_axes(equation: str, sizes: Sequence[int]) -> tuple[str, list[list[int]
     result = [size[letter] for letter in terms[2]]
     # From the right, so that three neighbours become two, then one.
     for left, right in [p for term in terms for p in reversed([*itertools.pairwise(term)])]:
-        if all(left + right in term for term in terms if left in term or right in term):
+        summed_first = terms[0].startswith(left) and left not in terms[2]
+        together = all(left + right in term for term in terms if left in term or right in term)
+        if together and not summed_first:
             terms = [term.replace(right, "") for term in terms]
             size[left] *= size[right]
     shapes = [[size[letter] for letter in term] for term in terms[:2]]
