@@ -16,7 +16,7 @@ from tests.video import videos
 from vop_jax import UserError
 from vop_jax.search import catalog, decoder, updater
 from vop_jax.search.__main__ import format_report
-from vop_jax.search.build import absolute, locked
+from vop_jax.search.build import IndexRequest, absolute, build_index, locked
 from vop_jax.search.index import Index
 from vop_jax.search.searcher import open_searcher
 from vop_jax.search.writer import CatalogWriter

@@ -320,6 +320,7 @@ WRONG = {
     "sparse": lambda p: torch.save({"a": torch.eye(2).to_sparse()}, p),
     "nowhere": lambda p: torch.save({"a": torch.ones(2, device="meta")}, p),
     "float8": float8,
+    "list": lambda p: p.write_bytes(pickle.dumps([1, 2], protocol=2)),
     "no tensor": lambda p: save_torch(p, STATE, "epoch"),
     "another model": lambda p: save_torch(p, {"fc.weight": np.zeros((2, 2))}),
 }
