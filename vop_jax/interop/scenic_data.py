@@ -66,9 +66,8 @@ def build(
     tokenize = CaptionTokenizer(slots)
     loading = {"seed": shuffle_seed, "workers": data.workers, "cache_gb": data.cache_gb}
     train_spec = _batch_spec(data, batch_size, size)
-    augmentation = augmentation_of(data)
-    training = train_batches(train, tokenize, train_spec, augmentation=augmentation, **loading)
-
+    loading["augmentation"] = augmentation_of(data)
+    training = train_batches(train, tokenize, train_spec, **loading)
     eval_spec = _batch_spec(data, eval_batch_size, size)
     convert = functools.partial(_as_scenic, shards=num_shards, dtype=dtype_str)
     return importlib.import_module("scenic.dataset_lib.dataset_utils").Dataset(

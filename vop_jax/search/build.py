@@ -92,22 +92,7 @@ def build_index(
                     raise UserError(f"{message}; {OTHER_INDEX}")
                 if not any(indexed.get(file.path) == file.size for file in scan.files):
                     raise UserError(f"{message}, which has none of its files; {OTHER_INDEX}")
-        info = IndexInfo(
-            version=catalog.VERSION,
-            clip=absolute(request.clip),
-            clip_fingerprint=retriever.clip_fingerprint,
-            clip_name=retriever.clip_name,
-            prompts=absolute(request.prompts),
-            prompts_fingerprint=retriever.prompts_fingerprint,
-            method=retriever.method.name,
-            frames=retriever.frames,
-            dim=retriever.embed_dim,
-            window=request.window or 0.0,
-            stride=request.stride or 0.0,
-            folder=folder,
-            store=absolute(request.store),
-            dtype=retriever.dtype,
-        )
+        info = _info(request, retriever, folder)
         report = IndexReport(unlisted=scan.unlisted)
         with contextlib.closing(CatalogWriter(directory, info)) as writer:
             if captions is not None:
@@ -115,6 +100,25 @@ def build_index(
             Updater(writer, info, retriever, options or IndexOptions(), report).run(scan)
             writer.compact()
         return report
+
+
+def _info(request: IndexRequest, retriever: Retriever, folder: str) -> IndexInfo:
+    return IndexInfo(
+        version=catalog.VERSION,
+        clip=absolute(request.clip),
+        clip_fingerprint=retriever.clip_fingerprint,
+        clip_name=retriever.clip_name,
+        prompts=absolute(request.prompts),
+        prompts_fingerprint=retriever.prompts_fingerprint,
+        method=retriever.method.name,
+        frames=retriever.frames,
+        dim=retriever.embed_dim,
+        window=request.window or 0.0,
+        stride=request.stride or 0.0,
+        folder=folder,
+        store=absolute(request.store),
+        dtype=retriever.dtype,
+    )
 
 
 @contextlib.contextmanager
