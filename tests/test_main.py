@@ -194,6 +194,8 @@ def test_damage_in_a_workdir(finished, call, tmp_path):
     assert call(workdir=workdir)[0] == 0
     assert (workdir / PROMPTS).read_bytes() == (finished / PROMPTS).read_bytes()
     assert (workdir / "checkpoints/4.damaged").exists()
+    meta = json.loads((workdir / "checkpoints/4/meta/metadata").read_text())
+    assert meta["microbatch"] == 1  # row of each device, as many as there are
     assert steps_of(workdir) == [0, 1, 2, 3, 4, 4], "the first step after a start is logged too"
     (workdir / "config.json").write_bytes(b"")
     refused = call(workdir=workdir)

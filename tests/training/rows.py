@@ -1,6 +1,7 @@
 """A model of two matrix products in place of CLIP, so that its steps compile at once."""
 
 import itertools
+from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
@@ -48,11 +49,14 @@ def batches(start):
 
 
 def prepare(*shape, steps=6):
-    """(mesh, the config's section `train`, step, state, frozen); prompts and temperature train."""
+    """(mesh, the config's section `train`, make_step, state, frozen).
+
+    Prompts and temperature train; `make_step` takes the number of microbatches.
+    """
     mesh, config = sharding.make_mesh(*shape), base_config().train
     config.update(steps=steps, batch_size=BATCH, log_every=2, checkpoint_every=2)
     optimizer = make_optimizer(config)
     trainable, frozen = partition(params(), ["prompts/.*", "clip/logit_scale"])
     state = sharding.place(mesh, TrainState.create(trainable, optimizer))
-    step = make_train_step(RowsModel(), optimizer, mesh)
-    return mesh, config, step, state, sharding.place(mesh, frozen)
+    make_step = partial(make_train_step, RowsModel(), optimizer, mesh)
+    return mesh, config, make_step, state, sharding.place(mesh, frozen)

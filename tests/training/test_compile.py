@@ -41,8 +41,8 @@ def test_each_shape_of_a_batch_is_compiled_once_and_all_widths_before_the_first_
     shape, compilations, caplog
 ):
     logging.set_verbosity(logging.INFO)
-    mesh, _, step, state, frozen = rows.prepare(*shape)
-    run = CompiledStep(step, mesh, (3, 5))
+    mesh, _, make_step, state, frozen = rows.prepare(*shape)
+    run = CompiledStep(make_step, mesh, widths=(3, 5))
     narrow, whole = (sharding.to_global(mesh, rows.batch(0, width=width)) for width in (3, 5))
     larger = sharding.to_global(mesh, rows.batch(0, size=16))
     places = jax.tree.map(lambda x: x.sharding, state)
@@ -60,13 +60,13 @@ def test_each_shape_of_a_batch_is_compiled_once_and_all_widths_before_the_first_
 
 def test_memory_and_duration_are_logged(caplog, monkeypatch):
     logging.set_verbosity(logging.INFO)
-    mesh, _, step, state, frozen = rows.prepare(1)
+    mesh, _, make_step, state, frozen = rows.prepare(1)
     batch = sharding.to_global(mesh, rows.batch(0))
     size = sum(x.nbytes for x in jax.tree.leaves((state, frozen, batch)))
     monkeypatch.setattr(compile, "available_memory", lambda: 10)  # bytes
     monkeypatch.setattr(compile.products, "flops_per_second", lambda dtype, device: 100.0)
-    flops = matmul_flops(jax.make_jaxpr(step)(state, frozen, batch).jaxpr)
-    run = CompiledStep(step, mesh, steps=100)
+    flops = matmul_flops(jax.make_jaxpr(make_step(1))(state, frozen, batch).jaxpr)
+    run = CompiledStep(make_step, mesh, 1, steps=100)
     with caplog.at_level("INFO", logger="absl"):
         run(state, frozen, batch)
     (line,) = [m for m in caplog.messages if m.startswith("step compiled in")]
@@ -101,10 +101,10 @@ def test_a_step_that_does_not_fit_is_refused_before_it_runs(monkeypatch):
         "a step needs 17.0 GB of a device: 4.0 parameters, state and batch, 10.0 activations, 3.0 "
         "other arrays; it has 16.0, 1.0 GB are missing: set config.compute.remat='full', "
     )
-    mesh, _, step, state, frozen = rows.prepare(1)
+    mesh, _, make_step, state, frozen = rows.prepare(1)
     monkeypatch.setattr(compile.MemoryEstimate, "of", lambda *_: estimate)
     with pytest.raises(UserError) as caught:
-        CompiledStep(step, mesh)(state, frozen, sharding.to_global(mesh, rows.batch(0)))
+        CompiledStep(make_step, mesh)(state, frozen, sharding.to_global(mesh, rows.batch(0)))
     assert str(caught.value).startswith(message)
     for key in ("frame_chunk", "train.microbatches", "compute.dtype", "mesh.fsdp", "memory.md"):
         assert key in str(caught.value)
@@ -125,7 +125,90 @@ def test_a_compiler_that_lacks_memory_is_an_error_of_the_user(message, error, ma
     mesh, _, _, state, frozen = rows.prepare(1)
     step = mock.Mock(side_effect=jax.errors.JaxRuntimeError(message), __name__="step")
     with pytest.raises(error, match=match):
-        CompiledStep(step, mesh)(state, frozen, sharding.to_global(mesh, rows.batch(0)))
+        CompiledStep(lambda _: step, mesh)(state, frozen, sharding.to_global(mesh, rows.batch(0)))
+
+
+SHORT = {1: 800, 2: 500, 4: 300, 8: 200}  # bytes of activations by the number of microbatches
+
+
+class Compilations(list):
+    """The numbers of microbatches for which steps are made; their estimates are `SHORT`'s."""
+
+    def __init__(self, monkeypatch, free, limit=None):
+        super().__init__()
+        monkeypatch.setattr(compile, "available_memory", lambda: free)
+        monkeypatch.setattr(compile.MemoryEstimate, "of", lambda *_: self.estimate(limit))
+
+    def estimate(self, limit):
+        return MemoryEstimate(70, SHORT[self[-1]], 30, limit)
+
+    def run(self, shape=(1,), microbatches=0, meta=None):
+        """The state after a step."""
+        mesh, _, make_step, state, frozen = rows.prepare(*shape)
+
+        def make(count):
+            self.append(count)
+            return make_step(count)
+
+        step = CompiledStep(make, mesh, microbatches, meta)
+        return step(state, frozen, sharding.to_global(mesh, rows.batch(0)))[0]
+
+
+@pytest.mark.parametrize("on_cpu", [True, False], ids=["cpu", "accelerator"])
+@pytest.mark.parametrize(
+    ("free", "compiled"),
+    [(800, [1]), (450, [1, 2, 4]), (300, [1, 4]), (250, [1, 4, 8]), (200, [1, 4, 8])],
+)
+def test_a_step_takes_the_fewest_microbatches_that_fit(free, compiled, on_cpu, monkeypatch, caplog):
+    """Numbers that halved activations could not make fit are not compiled."""
+    logging.set_verbosity(logging.INFO)
+    plain = Compilations(monkeypatch, 10**6).run()
+    counts, meta = Compilations(monkeypatch, *((free,) if on_cpu else (0, free + 100))), {}
+    with caplog.at_level("INFO", logger="absl"):
+        state = counts.run(meta=meta)
+    assert counts == compiled and meta == {"microbatch": 8 // compiled[-1]}
+    assert "a step takes" not in caplog.text
+    chosen = f"train.microbatches={compiled[-1]}: activations take 0.000 GB of a device, 0.000 are"
+    assert (chosen in caplog.text) == (compiled != [1])
+    for ours, theirs in zip(*map(jax.tree.leaves, (state, plain)), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+def test_the_number_of_microbatches_stays(monkeypatch, caplog):
+    """With an explicit one, in a continued run, and among processes."""
+    counts, meta = Compilations(monkeypatch, 150), {"microbatch": 2}
+    counts.run(microbatches=2, meta=meta)
+    assert counts == [2] and meta == {"microbatch": 2}
+    assert "a step takes 0.000 GB more" in caplog.text
+    counts = Compilations(monkeypatch, 10**6)
+    counts.run(meta=meta)
+    assert counts == [4]  # two rows at a time
+    counts.clear()
+    counts.run((4, 2), meta=meta)  # of 8 devices each has one
+    assert counts == [1] and meta == {"microbatch": 1}
+    counts.clear()
+    monkeypatch.setattr(compile.hosts, "largest", lambda number: max(number, 4))
+    counts.run(meta={})
+    assert counts == [1, 4]
+
+
+def test_a_step_that_fits_with_no_number_is_refused_or_reported(monkeypatch, caplog):
+    counts = Compilations(monkeypatch, 90)
+    counts.run()
+    assert counts == [1, 8] and "a step takes 0.000 GB more" in caplog.text
+    counts = Compilations(monkeypatch, 0, limit=190)
+    with pytest.raises(UserError, match="a step needs"):
+        counts.run()
+    assert counts == [1, 8]
+
+
+def test_a_compiler_that_lacks_memory_gets_more_microbatches():
+    mesh, _, make_step, state, frozen = rows.prepare(1)
+    error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Used 20G of 16G hbm.")
+    refused = mock.Mock(side_effect=error, __name__="step")
+    run = CompiledStep(lambda count: make_step(count) if count > 2 else refused, mesh)
+    state, _ = run(state, frozen, sharding.to_global(mesh, rows.batch(0)))
+    assert refused.call_count == 2 and int(state.step) == 1
 
 
 def flops_of(clip, method, frames, what="forward"):

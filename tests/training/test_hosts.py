@@ -18,6 +18,7 @@ def test_one_process_is_the_first_and_waits_for_nobody():
     assert hosts.is_first()
     assert hosts.on_first(lambda: {"a": 1}) == {"a": 1}
     hosts.agree({"config": "x"})
+    assert hosts.largest(2) == 2
     assert hosts.on_all(lambda: "done") == "done"
     assert not hosts.preempted()
 
@@ -74,6 +75,8 @@ def test_results_are_sent_and_bugs_are_not(first_of_two):
             run(lambda: 1 // 0)
     assert store.sent == []
     assert hosts.on_all(lambda: "done") == "done" and hosts.on_first(lambda: 3) == 3
+    first_of_two({"result": 4})
+    assert hosts.largest(2) == 4 and hosts.largest(8) == 8
     first_of_two({"error": "not there"})
     with pytest.raises(UserError, match="not there"):
         hosts.on_all(lambda: "done")

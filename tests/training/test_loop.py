@@ -25,8 +25,8 @@ class Run:
 
     def __init__(self, workdir, devices=1):
         self.workdir = str(workdir)
-        self.mesh, self.config, step, state, self.frozen = rows.prepare(devices, steps=STEPS)
-        self.step = jax.jit(step)
+        self.mesh, self.config, make_step, state, self.frozen = rows.prepare(devices, steps=STEPS)
+        self.step = jax.jit(make_step(1))
         self.checkpoints = Checkpoints(self.workdir, keep=2)
         self.state, self.meta = self.checkpoints.restore(state) or (state, {})
 

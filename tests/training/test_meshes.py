@@ -47,7 +47,7 @@ class Trained:
         frozen = sharding.place(mesh, frozen)
         state = sharding.place(mesh, TrainState.create(trainable, optimizer))
         self.placement = jax.tree.map(lambda leaf: leaf.sharding, state)
-        step = CompiledStep(make_train_step(model, optimizer, mesh), mesh)
+        step = CompiledStep(functools.partial(make_train_step, model, optimizer, mesh), mesh)
         self.losses, slots = [], method.text_slots(CLIP)
         for k in range(STEPS):
             rows = {"frames": tiny.frames(BATCH, k), "ids": tiny.captions(BATCH, slots, k)}

@@ -217,9 +217,9 @@ class TrainSection:
     """Optimizer steps; 0 only evaluates."""
     batch_size: int = key(32, low=1)
     """Clips in a batch, summed over all devices of all hosts (B)."""
-    microbatches: int = key(1, low=1, change="resume")
+    microbatches: int = key(0, low=0, change="resume")
     """To save memory, a device embeds its clips in this many parts, one after the other. Loss and
-    gradient are the same."""
+    gradient are the same. 0: the fewest with which a step fits in memory."""
     learning_rate: float = key(5e-3, low=0)
     """Peak learning rate; the paper searches it for each method between 1e-6 and 1e-2."""
     warmup: float = key(0.1, low=0, high=1)

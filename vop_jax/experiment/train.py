@@ -162,11 +162,18 @@ def _fit(
         "learnt_from": train.fingerprint,
         "steps": steps,
         "extended_at": extended_at,
+        "microbatch": run.meta.get("microbatch"),
     }
-    optimizer, parts = make_optimizer(config.train), config.train.microbatches
-    train_step = make_train_step(run.model, optimizer, run.mesh, parts)
-    dtype, left = config.compute.dtype, steps - first
-    step_fn: loop.Step = CompiledStep(train_step, run.mesh, train.text_widths, left, dtype)
+    make_step = partial(make_train_step, run.model, make_optimizer(config.train), run.mesh)
+    step_fn: loop.Step = CompiledStep(
+        make_step,
+        run.mesh,
+        config.train.microbatches,
+        run.meta,
+        train.text_widths,
+        steps - first,
+        config.compute.dtype,
+    )
     if train.cache:
         step_fn = inputs.fill_cache(run, train.split, train.cache.layout).wrap_step(step_fn)
     run.state = loop.fit(
@@ -213,7 +220,7 @@ def pretrain_config(config: ConfigDict) -> ConfigDict:
     inner = config.copy_and_resolve_references()
     with inner.unlocked():
         inner.train.update(config.pretrain)
-        inner.train.update(eval_every=0, select="last", microbatches=1)
+        inner.train.update(eval_every=0, select="last", microbatches=0)
         inner.eval.extra = ()
         inner.method.name = "full"
         inner.data.update(kind="stills", frames=1, stored_fps=0.0, sampling="uniform")

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from vop_jax.clip.kernels import products
 from vop_jax.errors import UserError
-from vop_jax.training import sharding
+from vop_jax.training import hosts, sharding
 from vop_jax.training.step import Batch, Metrics, TrainState
 
 HELP = (
@@ -85,8 +85,10 @@ class CompiledStep:
 
     def __init__(
         self,
-        step: Callable[..., tuple[TrainState, Metrics]],
+        make_step: Callable[[int], Callable[..., tuple[TrainState, Metrics]]],
         mesh: Mesh,
+        microbatches: int = 0,
+        meta: dict[str, Any] | None = None,
         widths: Sequence[int] = (),
         steps: int = 0,
         dtype: str = "float32",
@@ -94,13 +96,19 @@ class CompiledStep:
         """Compiles nothing yet.
 
         Args:
+            make_step: returns the step for a number of microbatches.
+            microbatches: their number; 0 takes the smallest with which the step fits in memory.
+            meta: of the run's checkpoints. Its "microbatch" is the most rows that a device embeds
+                at a time; a number that is chosen here is written there, so that a continued run
+                chooses it again.
             widths: the token slots T that batches of captions will have; the programs for all of
                 them are compiled in parallel before the first step.
             steps: how many will run, to log how long they take; 0 logs nothing.
             dtype: of the matrix products.
         """
-        self._step, self._mesh, self._widths = step, mesh, widths
-        self._steps, self._dtype = steps, dtype
+        self._make_step, self._mesh, self._microbatches = make_step, mesh, microbatches
+        self._meta = {} if meta is None else meta
+        self._widths, self._steps, self._dtype = widths, steps, dtype
         self.programs: dict[Any, Any] = {}
 
     def __call__(self, state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -120,9 +128,46 @@ class CompiledStep:
         if not self.programs:
             others = (width for width in self._widths if width != batch["ids"].shape[1])
             batches += [_with_width(batch, width) for width in others]
+        rows = len(batch["ids"]) // sharding.row_shards(self._mesh)
+        counts = [self._microbatches] if self._microbatches else self._possible_counts(rows)
+        while True:
+            try:
+                traced, programs, memory = self._compile_all(counts[0], state, frozen, batches)
+                enough = self._enough(counts, memory)
+            except UserError as error:  # the compiler found that it does not fit
+                if len(counts) == 1:
+                    raise
+                logging.info("train.microbatches=%d: %s", counts[0], error)
+                enough = counts[1]
+            enough = hosts.largest(enough)
+            if enough == counts[0]:
+                break
+            counts = counts[counts.index(enough) :]
+        if memory:
+            self._check_memory(memory)
+        if not self._microbatches:
+            self._microbatches, self._meta["microbatch"] = enough, rows // enough
+        if self._steps and not self.programs:
+            self._log_duration(max(matmul_flops(program.jaxpr) for program in traced))
+        self.programs |= zip(map(_shapes, batches), programs, strict=True)
+
+    def _possible_counts(self, rows: int) -> list[int]:
+        """The numbers of microbatches to choose from, in rising order."""
+        most = self._meta.get("microbatch") or rows
+        return [count for count in sharding.divisors(rows) if rows // count <= most]
+
+    def _compile_all(
+        self, microbatches: int, state: TrainState, frozen: Any, batches: list[dict[str, Any]]
+    ) -> tuple[list[Any], list[Any], MemoryEstimate | None]:
+        """(programs as traced, as compiled, the largest estimate), and logs what they take.
+
+        Raises:
+            UserError: the compiler found that a program does not fit.
+        """
         # The state leaves with the sharding it came with, so that the program takes it again.
         shardings = jax.tree.map(lambda x: x.sharding, state), sharding.replicated(self._mesh)
-        jitted = jax.jit(self._step, donate_argnums=0, out_shardings=shardings)
+        step = self._make_step(microbatches)
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=shardings)
         start = time.perf_counter()
         try:
             traced = [jitted.trace(state, frozen, rows) for rows in batches]
@@ -141,21 +186,43 @@ class CompiledStep:
         captions = f" for captions of {widths} slots" if len(batches) > 1 else ""
         memory = largest or "its memory is not known"
         logging.info("step%s compiled in %.1f s; %s", captions, seconds, memory)
-        if largest:
-            largest.check()
-            self._compare_with_free_memory(largest)
-        if self._steps and not self.programs:
-            self._log_duration(max(matmul_flops(program.jaxpr) for program in traced))
-        self.programs |= zip(map(_shapes, batches), programs, strict=True)
+        return traced, programs, largest
 
-    def _compare_with_free_memory(self, estimate: MemoryEstimate) -> None:
-        """Warns where CPU devices may need more memory than this machine has free."""
+    def _enough(self, counts: Sequence[int], memory: MemoryEstimate | None) -> int:
+        """The first of these numbers of microbatches that may fit, else the last.
+
+        Args:
+            memory: the estimate for `counts[0]`; None where the compiler reports nothing.
+        """
+        free = self._free_for_activations(memory) if memory else None
+        if memory is None or free is None:
+            return counts[0]
+        # Twice as many microbatches halve activations at best.
+        fits = (count for count in counts if memory.activations * counts[0] <= free * count)
+        enough = next(fits, counts[-1])
+        if enough > 1:
+            logging.info(
+                "train.microbatches=%d: activations take %s GB of a device, %s are free%s",
+                *(counts[0], _gb(memory.activations), _gb(max(0, free))),
+                "" if enough == counts[0] else f"; compiling for {enough}",
+            )
+        return enough
+
+    def _free_for_activations(self, memory: MemoryEstimate) -> int | None:
+        """Bytes of one device; None where they are not known."""
+        if memory.limit is not None:
+            return memory.limit - memory.arguments - memory.other
         devices = self._mesh.local_devices
         free = available_memory() if devices[0].platform == "cpu" else None
-        needed = estimate.activations * len(devices)
-        if free is not None and needed > free:
+        return None if free is None else free // len(devices)
+
+    def _check_memory(self, memory: MemoryEstimate) -> None:
+        """Refuses what a device lacks memory for; CPU devices, which share it, have a warning."""
+        memory.check()
+        free, devices = self._free_for_activations(memory), len(self._mesh.local_devices)
+        if free is not None and memory.activations > free:
             message = "a step takes %s GB more, this machine has %s free: set %s"
-            logging.warning(message, _gb(needed), _gb(free), HELP)
+            logging.warning(message, _gb(memory.activations * devices), _gb(free * devices), HELP)
 
     def _log_duration(self, flops: float) -> None:
         """Logs the shortest time that all steps can take."""

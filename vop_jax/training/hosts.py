@@ -192,6 +192,13 @@ def agree(facts: Mapping[str, str]) -> None:
                 )
 
 
+def largest(number: int) -> int:
+    """The largest of the numbers that the processes have."""
+    if jax.process_count() == 1:
+        return number
+    return max(_exchange(lambda: number, range(jax.process_count())))
+
+
 def _exchange(work: Callable[[], Any] | None, senders: Iterable[int]) -> list[Any]:
     """Sends what `work` returns, as JSON, to all processes; returns the results of all `senders`.
 

@@ -85,9 +85,12 @@ def check_batch(mesh: Mesh, key: str, batch_size: int) -> None:
 
 
 def check_microbatches(mesh: Mesh, batch_size: int, microbatches: int) -> None:
-    """Raises UserError when the rows of a device cannot be divided into that many equal parts."""
+    """Raises UserError when the rows of a device cannot be divided into that many equal parts.
+
+    0 means that `training.compile` chooses the number.
+    """
     rows = batch_size // row_shards(mesh)
-    if rows % microbatches:
+    if microbatches and rows % microbatches:
         raise UserError(
             f"config.train.microbatches={microbatches}: does not divide the {rows} of "
             f"train.batch_size={batch_size} that each device has; {_divisors(rows)} would"
@@ -105,8 +108,13 @@ def check_heads(mesh: Mesh, heads: Mapping[str, int]) -> None:
             )
 
 
+def divisors(number: int) -> list[int]:
+    """In rising order."""
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
 def _divisors(number: int) -> str:
-    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
+    return ", ".join(map(str, divisors(number)))
 
 
 def row_shards(mesh: Mesh) -> int:
