@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 
 from benchmarks.step_cost import counted_flops
 from vop_jax import cli, report
-from vop_jax.config.base import first_difference
+from vop_jax.config.base import RESUMABLE, first_difference
 from vop_jax.config.clip import preset
 from vop_jax.data import load
 from vop_jax.data.records.write import WriteOptions
@@ -175,7 +175,9 @@ def _backbone(config: ConfigDict, workdir: str) -> dict[str, Any]:
 def _finished(run: str, config: ConfigDict) -> bool:
     if not os.path.exists(os.path.join(run, SUMMARY_FILE)):
         return False
-    return first_difference(config, report.read_run(run).config) is None
+    theirs = report.read_run(run).config
+    ignored = {*RESUMABLE, *(["compute.dtype"] if config.compute.dtype == "auto" else [])}
+    return first_difference(config, theirs, ignored) is None
 
 
 def _run(config: ConfigDict, run: str) -> report.FinishedRun:
