@@ -86,6 +86,8 @@ def damage(rng, content):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("quiet")
+# Reads that orbax has given up end after their event loop.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_thirty_damaged_workdirs(folder, clip, tmp_path, capsys):
     """The right end, or one line; never a traceback."""
     whole = tmp_path / "whole"
