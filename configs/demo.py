@@ -37,4 +37,5 @@ def get_config(method: str = "vop"):
     c.train.learning_rate = LEARNING_RATES.get(method, 1e-2)
     c.train.checkpoint_every = 50
     c.eval.batch_size = 64
+    c.compute.dtype = "float32"  # the same results on every machine
     return c

@@ -20,7 +20,7 @@ def get_config(method: str = "vop"):
     c.dataset_configs.augment = False
     c.dataset_configs.threads = 2
 
-    c.model_dtype_str = "auto"
+    c.model_dtype_str = "float32"
     c.clip = ConfigDict({"arch": "tiny"})
     c.pretrain = ConfigDict({"steps": 450})
     c.method = ConfigDict({"name": method})
