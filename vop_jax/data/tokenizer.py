@@ -11,7 +11,6 @@ import html
 from collections.abc import Sequence
 from importlib import resources
 
-import ftfy
 import numpy as np
 import regex
 import tokenizers
@@ -159,7 +158,10 @@ class TokenizedCaptions:
 
 def clean(text: str) -> str:
     """OpenAI's cleaning: repairs encodings and HTML entities, single spaces, lower case."""
-    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    if not (text.isascii() and text.isprintable()) or "&" in text:  # else ftfy changes nothing
+        import ftfy  # late, as most queries do not need it
+
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return _SPACE.sub(" ", text).strip().lower()
 
 
@@ -207,6 +209,8 @@ def _load_bpe() -> BPE:
 
 def _letter_repairs() -> list[normalizers.Normalizer]:
     """The repairs of `clean` that are simple replacements: HTML entities and single letters."""
+    from ftfy import fixes
+
     entities = ("lt", "gt", "quot", "apos", "#39", "nbsp", "amp")
     rules: list[normalizers.Normalizer] = [
         normalizers.Replace(f"&{entity};", html.unescape(f"&{entity};"))
@@ -218,12 +222,12 @@ def _letter_repairs() -> list[normalizers.Normalizer]:
     for code in (*range(0xD800), *range(0xE000, 0x10000)):
         letter = repaired = chr(code)
         for repair in (
-            ftfy.fixes.fix_c1_controls,
-            ftfy.fixes.fix_latin_ligatures,
-            ftfy.fixes.fix_character_width,
-            ftfy.fixes.uncurl_quotes,
-            ftfy.fixes.fix_line_breaks,
-            ftfy.fixes.remove_control_chars,
+            fixes.fix_c1_controls,
+            fixes.fix_latin_ligatures,
+            fixes.fix_character_width,
+            fixes.uncurl_quotes,
+            fixes.fix_line_breaks,
+            fixes.remove_control_chars,
         ):
             repaired = repair(repaired)
         if repaired != letter:

@@ -10,8 +10,6 @@ from vop_jax.errors import UserError, VideoError
 from vop_jax.inference.retriever import Retriever, load
 from vop_jax.search.catalog import IndexInfo
 from vop_jax.search.index import Hit, Index
-from vop_jax.video.images import decode_picture
-from vop_jax.video.moments import read_segment
 
 
 class Searcher:
@@ -58,6 +56,8 @@ class Searcher:
         Raises:
             UserError: the file is missing or cannot be read.
         """
+        from vop_jax.video.moments import read_segment  # late: PyAV
+
         vector = self.vector(query) if isinstance(query, str) else query
         path = self.index.path_of(hit.file_id)
         try:
@@ -138,6 +138,8 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
     Raises:
         UserError: it cannot be read.
     """
+    from vop_jax.video.images import decode_picture  # late: PIL
+
     try:
         with open(path, "rb") as file:
             return decode_picture(file)

@@ -15,7 +15,6 @@ import jax
 import numpy as np
 from etils import epath
 
-from vop_jax.clip.convert.source_config import HEAD_WIDTH
 from vop_jax.config.clip import ClipConfig
 from vop_jax.errors import UserError
 from vop_jax.storage import tensors
@@ -200,6 +199,8 @@ def check_released(method: MethodConfig, clip: ClipConfig) -> None:
             f"{where}: the released code computes method.{key}={theirs[key]!r}, not "
             f"{ours[key]!r}; train with {settings}"
         )
+    from vop_jax.clip.convert.source_config import HEAD_WIDTH  # late: only an export needs it
+
     openai = dataclasses.replace(
         clip,
         activation="quick_gelu",
