@@ -112,17 +112,13 @@ def run(
 ) -> int:
     """Runs one mode and prints its result; `writer` and `extend` are those of `train.train`."""
     # Imported late, so that a wrong call is reported without delay.
+    if mode == "params":
+        _print_counts(config, json_path)
+        return 0
     from vop_jax.experiment import export, results, train
-    from vop_jax.storage import files
     from vop_jax.training import hosts
     from vop_jax.training.loop import NonFiniteLoss
 
-    if mode == "params":
-        counts = results.count_parameters(config)
-        print(results.format_counts(counts))
-        if json_path:
-            files.write_json(json_path, counts)
-        return 0
     if mode == "export":
         path = export.export(config, workdir, form)
         if hosts.is_first():
@@ -139,6 +135,16 @@ def run(
     if hosts.is_first():
         print(results.format_summary(summary, workdir))
     return 0
+
+
+def _print_counts(config: ConfigDict, json_path: str | None) -> None:
+    from vop_jax.experiment.counts import count_parameters, format_counts
+    from vop_jax.storage import files
+
+    counts = count_parameters(config)
+    print(format_counts(counts))
+    if json_path:
+        files.write_json(json_path, counts)
 
 
 def finish(program: Callable[[], int]) -> int:

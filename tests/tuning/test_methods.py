@@ -10,8 +10,8 @@ from tests import tiny
 from vop_jax.config.base import base_config
 from vop_jax.config.clip import PRESETS
 from vop_jax.errors import UserError
-from vop_jax.experiment import results
-from vop_jax.experiment.results import count_parameters
+from vop_jax.experiment import counts
+from vop_jax.experiment.counts import count_parameters
 from vop_jax.storage import tensors
 from vop_jax.training.step import TrainState, make_optimizer, make_train_step
 from vop_jax.tuning.methods import METHODS, Method, MethodConfig
@@ -143,7 +143,7 @@ def test_wrong_values_are_refused(values, message):
 
 
 def test_a_table_of_parameters_needs_a_method_that_fits(monkeypatch):
-    monkeypatch.setattr(results, "METHODS", {"vop_f": METHODS["vop_f"]})
+    monkeypatch.setattr(counts, "METHODS", {"vop_f": METHODS["vop_f"]})
     config = base_config()
     config.clip.arch, config.method.split_layer = "tiny", 5
     with pytest.raises(UserError, match="split_layer=5: this CLIP has 4 vision layers"):
