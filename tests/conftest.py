@@ -28,6 +28,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 if "VOP_JAX_TESTS_CACHE" not in os.environ:
     _cache = tempfile.TemporaryDirectory(prefix="vop_jax_tests_")
     os.environ["VOP_JAX_TESTS_CACHE"] = _cache.name
+os.environ["XDG_CACHE_HOME"] = os.environ["VOP_JAX_TESTS_CACHE"]  # not the user's, in no process
 jax.config.update("jax_compilation_cache_dir", os.environ["VOP_JAX_TESTS_CACHE"])
 jax.config.update("jax_compilation_cache_max_size", xla.CACHE_BYTES)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.02)

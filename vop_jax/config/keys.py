@@ -280,7 +280,8 @@ class ComputeSection:
     or for a new run bfloat16 where the device is faster with it, which is measured."""
     cache: str = key("", change="resume")
     """The folder of compiled programs. "": $JAX_COMPILATION_CACHE_DIR if it is set, else
-    WORKDIR/compiled on GPUs and TPUs. off: programs are not kept."""
+    WORKDIR/compiled on GPUs and TPUs, and vop_jax/compiled in the user's cache folder on CPUs. off:
+    programs are not kept."""
     attention: str = key(
         "auto", choices=("auto", "xla", "fused", "cudnn", "splash", "blocks"), change="resume"
     )

@@ -30,7 +30,7 @@ from vop_jax.evaluation.evaluate import Encode, make_encoders
 from vop_jax.experiment import kernels
 from vop_jax.model import TextVideoModel
 from vop_jax.storage import files, tensors
-from vop_jax.training import hosts, sharding
+from vop_jax.training import hosts, program_cache, sharding
 from vop_jax.training.checkpoint import Checkpoints
 from vop_jax.training.step import TrainState, make_optimizer
 from vop_jax.training.writer import METRICS_FILE
@@ -286,9 +286,11 @@ def _set_compile_cache(cache: str, root: epath.Path, mesh: Mesh) -> None:
         jax.config.update("jax_compilation_cache_dir", None)
     elif cache:
         jax.config.update("jax_compilation_cache_dir", cache)
-    # A CPU's programs may use instructions that the next machine does not have.
-    elif not jax.config.values["jax_compilation_cache_dir"] and kernels.platform_of(mesh) != "cpu":
-        jax.config.update("jax_compilation_cache_dir", str(root / "compiled"))
+    elif not jax.config.values["jax_compilation_cache_dir"]:
+        # A CPU's programs may use instructions that the workdir's next machine does not have.
+        cpu = kernels.platform_of(mesh) == "cpu"
+        folder = program_cache.user_folder() if cpu else root / "compiled"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 # ---- Load
