@@ -164,7 +164,9 @@ class TextVideoModel(nn.Module):
 
         They are those of `init` with the same key, but CLIP is not traced.
         """
-        return self.init(key, method="_touch_added").get("params", {})
+        if not (self.method.parts.prompts or self.method.parts.adapter):
+            return {}
+        return self.init(key, method="_touch_added")["params"]
 
     def _touch_added(self) -> None:
         # flax creates the parameters of a module when something uses it first.
@@ -180,5 +182,6 @@ class TextVideoModel(nn.Module):
         """All parameters' shapes, sorted by name; nothing is computed."""
         clip = parameter_shapes(self.clip_config)
         shapes = {f"clip/{name}": jax.ShapeDtypeStruct(s, jnp.float32) for name, s in clip.items()}
-        shapes |= flatten(jax.eval_shape(self.init_added, jax.random.key(0)))
+        added = jax.eval_shape(lambda: self.init_added(jax.random.key(0)))
+        shapes |= flatten(added)
         return dict(sorted(shapes.items()))

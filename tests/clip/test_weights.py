@@ -3,12 +3,14 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 from safetensors import numpy as safetensors_numpy
 
 from tests import checkpoints, tiny
-from vop_jax.clip.weights import FORMAT, load_clip, save_clip
+from vop_jax.clip.model import Clip
+from vop_jax.clip.weights import FORMAT, ClipFile, load_clip, parameter_shapes, save_clip
 from vop_jax.config.clip import PRESETS, arch_name
 from vop_jax.errors import UserError
 from vop_jax.storage import tensors
@@ -45,6 +47,7 @@ def test_round_trip_in_float32(path, clip):
     metadata = tensors.read_metadata(path)
     assert json.loads(metadata.pop("config")) == tiny.CLIP.to_dict()
     assert metadata.pop(tensors.CHECKSUM)
+    assert all(metadata.pop(f"checksum/{part}") for part in clip)
     assert metadata == {
         "format": FORMAT,
         "arch": "ViT-3x32/8@16px",
@@ -67,6 +70,42 @@ def test_the_fingerprint_is_verified(path):
     safetensors_numpy.save_file(tensors.flatten(tree), path, metadata)
     with pytest.raises(UserError, match=wrong):
         load_clip(path)
+
+
+def test_a_tower_is_read_and_checked_alone(path, clip):
+    file, whole = ClipFile(path), load_clip(path)
+    assert (file.name, file.config) == (whole.name, whole.config)
+    for tower, name in (("text", "text/positional_embedding"), ("visual", "visual/proj/kernel")):
+        content = bytearray(path.read_bytes())
+        content[content.index(tensors.flatten(whole.params)[name].tobytes())] ^= 1
+        damaged = path.with_name(tower)
+        damaged.write_bytes(content)
+        other = {"text": "visual", "visual": "text"}[tower]
+        taken = ClipFile(damaged).take(other)
+        assert taken.keys() == {other, "logit_scale"}
+        expected = {name: whole.params[name] for name in taken}
+        assert tensors.fingerprint(taken) == tensors.fingerprint(expected)
+        with pytest.raises(UserError, match=f"{tower}: damaged, the checksum of {tower} is not"):
+            ClipFile(damaged).take(tower)
+
+
+def test_a_file_of_an_older_version_is_read_whole(path, clip):
+    edit(path, {})  # without the checksums of the parts
+    file = ClipFile(path)
+    params = file.take("text") | file.take("visual")
+    assert tensors.fingerprint(params) == tensors.fingerprint(clip)
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(UserError, match="x: damaged"):
+        ClipFile(path)
+
+
+def test_shapes_are_those_of_a_traced_clip():
+    config = dataclasses.replace(tiny.CLIP, text_layers=2, text_mlp=24)
+    frames = np.zeros((1, config.image_size, config.image_size, 3), np.uint8)
+    ids = np.zeros((1, config.context_length), np.int32)
+    traced = jax.eval_shape(Clip(config).init, jax.random.key(0), frames, ids)["params"]
+    expected = {name: leaf.shape for name, leaf in tensors.flatten(traced).items()}
+    assert [*parameter_shapes(config).items()] == [*expected.items()]
 
 
 def sizes(**changes):
@@ -94,8 +133,9 @@ POSITIONS = "text/positional_embedding"
 )
 def test_wrong_tensors_and_metadata_are_refused(path, change, message):
     edit(path, change)
-    with pytest.raises(UserError, match=message):
-        load_clip(path)
+    for read in (load_clip, ClipFile):
+        with pytest.raises(UserError, match=message):
+            read(path)
 
 
 def test_a_tensor_below_another_is_refused(path):

@@ -195,7 +195,7 @@ def test_a_killed_and_an_interrupted_run_lose_nothing(tmp_path, clip, call, monk
     library.write_films(films, 5, seconds=2)
     os.mkfifo(films / "z.mp4")
     command = ["index", films, "--clip", clip, "--index", index]
-    command += ["--window=1", "--workers=1", "--batch=1"]
+    command += ["--window=1", "--workers=1", "--batch=1", "--dtype=float32"]
     argv = [sys.executable, "-m", "vop_jax.search", *map(str, command)]
     process = processes.Process(argv, env=runs.environment())
     processes.until(lambda: committed(index) >= 1, process)

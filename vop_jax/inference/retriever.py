@@ -2,128 +2,23 @@
 
 import dataclasses
 import os
-import threading
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from vop_jax.clip.kernels import products
-from vop_jax.clip.weights import ClipWeights, cast_frozen, check_shapes, load_clip
+from vop_jax.clip.weights import ClipFile, check_shapes, parameter_shapes
 from vop_jax.config.keys import DataSection
-from vop_jax.data.tokenizer import CaptionTokenizer
 from vop_jax.errors import UserError, VideoError
-from vop_jax.model import TextVideoModel
-from vop_jax.storage import tensors
-from vop_jax.training import sharding
+from vop_jax.inference.backbone import Backbone
+from vop_jax.storage.tensors import flatten
 from vop_jax.tuning.methods import MethodConfig
 from vop_jax.tuning.prompt_set import VIDEO_KEYS, check_same_clip, interpolate_frames, load_prompts
-from vop_jax.video.crops import eval_crop
-from vop_jax.video.frames import Frames, read_frames
-from vop_jax.video.moments import FrameSpec
-from vop_jax.video.sampling import sample_indices
-from vop_jax.video.workers import in_threads
 
-# A batch is padded to one of these numbers of rows, rounded up to a multiple of the devices; larger
-# batches are split. So few programs serve all sizes: one is compiled for each size that occurs.
-BATCH_SIZES = {
-    "encode_text": (1, 4, 16, 64, 256),
-    "encode_video": (1, 4, 16),
-    "encode_frames": (1, 4, 16),
-}
-
-
-class Backbone:
-    """A CLIP on the devices and its compiled programs, shared by all prompts over it; thread-safe.
-
-    Attributes:
-        name, fingerprint, config: of the CLIP.
-        dtype: of the weights and of matrix products, "auto" resolved.
-    """
-
-    def __init__(self, weights: ClipWeights, dtype: str = "float32", devices: int | None = None):
-        self.name, self.fingerprint, self.config = weights.name, weights.fingerprint, weights.config
-        local = jax.local_devices()
-        if devices is not None and not 0 < devices <= len(local):
-            raise UserError(f"devices={devices}: must be 1 to {len(local)}")
-        self.dtype = jnp.dtype(products.fastest_dtype(local[0]) if dtype == "auto" else dtype)
-        self._mesh = sharding.make_mesh(devices=local[:devices])
-        params = cast_frozen({"clip": weights.params}, self.dtype)
-        self._flat = tensors.flatten(sharding.place(self._mesh, params))
-        self._lock = threading.Lock()
-        self._shapes: dict[MethodConfig, dict[str, tuple[int, ...]]] = {}
-        self._tokenizers: dict[int, CaptionTokenizer] = {}
-        self._programs: dict[tuple, Callable] = {}
-
-    def model(self, method: MethodConfig) -> TextVideoModel:
-        """The model of a method over this CLIP; equal for equal methods."""
-        return TextVideoModel(self.config, method, self.dtype)
-
-    def shapes(self, method: MethodConfig) -> dict[str, tuple[int, ...]]:
-        """{name: shape} of all parameters of a method's model."""
-        with self._lock:
-            if method not in self._shapes:
-                shapes = self.model(method).shapes()
-                self._shapes[method] = {name: leaf.shape for name, leaf in shapes.items()}
-            return self._shapes[method]
-
-    def tokenizer(self, method: MethodConfig) -> CaptionTokenizer:
-        """The tokenizer for a method's number of text slots."""
-        slots = method.text_slots(self.config)
-        with self._lock:
-            if slots not in self._tokenizers:
-                self._tokenizers[slots] = CaptionTokenizer(slots, self.config.vocab_size)
-            return self._tokenizers[slots]
-
-    def with_trained(self, trained: tensors.Tree) -> dict[str, Any]:
-        """All parameters of a model, on the devices: trained ones and the rest of the CLIP."""
-        placed = sharding.place(self._mesh, dict(trained))
-        return tensors.unflatten({**self._flat, **tensors.flatten(placed)})
-
-    def run(self, encoder: str, method: MethodConfig, params: Any, rows: np.ndarray) -> np.ndarray:
-        """Encodes rows [N, ...] to float32 [N, ...].
-
-        Args:
-            encoder: a function of the model, one of `BATCH_SIZES`.
-            method, params: of the model, see `with_trained`.
-            rows: at least one.
-        """
-        limit = self._round_up(BATCH_SIZES[encoder][-1])
-        parts = [rows[i : i + limit] for i in range(0, len(rows), limit)]
-        # All parts are started before the first is copied back.
-        outputs = [self._start(encoder, method, params, part) for part in parts]
-        vectors = [np.asarray(out)[: len(part)] for out, part in zip(outputs, parts, strict=True)]
-        return np.concatenate(vectors)
-
-    def _start(self, encoder: str, method: MethodConfig, params: Any, rows: np.ndarray) -> Any:
-        size = next(n for n in map(self._round_up, BATCH_SIZES[encoder]) if n >= len(rows))
-        rows = np.concatenate([rows, np.repeat(rows[-1:], size - len(rows), axis=0)])
-        placed = jax.device_put(rows, sharding.batch_sharding(self._mesh))
-        return self._program(encoder, method, params, placed)(params, placed)
-
-    def _round_up(self, size: int) -> int:
-        """To a multiple of the devices."""
-        devices = self._mesh.size
-        return -(-size // devices) * devices
-
-    def _program(self, encoder: str, method: MethodConfig, params: Any, rows: jax.Array) -> Any:
-        """The compiled program of a method for a number of rows."""
-        key = encoder, method, rows.shape
-        with self._lock:  # threads that need one program compile it once
-            if key not in self._programs:
-                model = self.model(method)
-
-                def encode(params, rows):
-                    return model.apply({"params": params}, rows, method=encoder)
-
-                replicated = sharding.replicated(self._mesh)
-                lowered = jax.jit(encode, out_shardings=replicated).lower(params, rows)
-                self._programs[key] = lowered.compile()
-            return self._programs[key]
-
+if TYPE_CHECKING:
+    from vop_jax.video.frames import Frames
+    from vop_jax.video.moments import FrameSpec
 
 # How video files are read without prompts; prompts say how training read them.
 DEFAULT_VIDEO: dict[str, Any] = {key: getattr(DataSection, key) for key in VIDEO_KEYS}
@@ -148,7 +43,7 @@ class Retriever:
         self,
         backbone: Backbone,
         method: MethodConfig,
-        params: dict[str, Any],
+        trained: dict[str, Any],
         video: dict[str, Any],
         fingerprint: str,
     ):
@@ -156,7 +51,7 @@ class Retriever:
         self.prompts_fingerprint, self.method = fingerprint, method
         self.frames, self.embed_dim = video["frames"], backbone.config.embed_dim
         self._backbone, self._video = backbone, video
-        self._params = params
+        self._trained = backbone.place(trained)
         self._tokenize = backbone.tokenizer(method)
 
     def with_prompts(self, prompts: Path | None, *, frames: int | None = None) -> "Retriever":
@@ -180,6 +75,7 @@ class Retriever:
 
         A text longer than the text slots is truncated before its EOT, which logs a warning.
         """
+        self._backbone.tower("text")  # is read while the texts become tokens
         ids, truncated = self._ids(texts)
         if truncated.any():
             logging.warning(
@@ -212,6 +108,8 @@ class Retriever:
 
     def _crop(self, frames: np.ndarray) -> np.ndarray:
         """[B, F, H, W, 3] -> [B, F, S, S, 3]."""
+        from vop_jax.video.crops import eval_crop  # late: a text needs no PIL
+
         frames = np.asarray(frames)
         if frames.ndim != 5 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
             raise ValueError(
@@ -236,6 +134,8 @@ class Retriever:
         Raises:
             UserError: a file cannot be read.
         """
+        from vop_jax.video.workers import in_threads
+
         if isinstance(paths, str | os.PathLike):
             raise TypeError("paths is a list of files, not one file")
 
@@ -255,12 +155,15 @@ class Retriever:
             rows.append(self._run("encode_video", np.concatenate(clips)))
         return np.concatenate(rows)
 
-    def sample(self, path: Path, start: float | None = None, end: float | None = None) -> Frames:
+    def sample(self, path: Path, start: float | None = None, end: float | None = None) -> "Frames":
         """The F frames of a file, or of a segment of it in seconds, sampled as in training.
 
         Raises:
             VideoError: the file cannot be read.
         """
+        from vop_jax.video.frames import Frames, read_frames  # late: a text needs no PyAV
+        from vop_jax.video.sampling import sample_indices
+
         video, sampling = self._video, self._video["sampling"]
         clip = read_frames(
             path,
@@ -286,8 +189,10 @@ class Retriever:
         return self._backbone.dtype.name
 
     @property
-    def frame_spec(self) -> FrameSpec:
+    def frame_spec(self) -> "FrameSpec":
         """How `sample` and `embed_frames` read and crop, for decoding processes without jax."""
+        from vop_jax.video.moments import FrameSpec
+
         return FrameSpec(
             self.frames,
             self._backbone.config.image_size,
@@ -299,7 +204,7 @@ class Retriever:
     def _run(self, encoder: str, rows: np.ndarray) -> np.ndarray:
         if not len(rows):
             return np.zeros((0, self.embed_dim), np.float32)
-        return self._backbone.run(encoder, self.method, self._params, rows)
+        return self._backbone.run(encoder, self.method, self._trained, rows)
 
 
 def load(
@@ -325,7 +230,7 @@ def load(
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r}: allowed are {', '.join(DTYPES)}")
-    return _with_prompts(Backbone(load_clip(clip), dtype, devices), prompts, frames)
+    return _with_prompts(Backbone(ClipFile(clip), dtype, devices), prompts, frames)
 
 
 def _with_prompts(backbone: Backbone, prompts: Path | None, frames: int | None) -> Retriever:
@@ -343,6 +248,6 @@ def _with_prompts(backbone: Backbone, prompts: Path | None, frames: int | None) 
             trained = interpolate_frames(trained, frames)
     if frames is not None:
         method, video = dataclasses.replace(method, frames=frames), {**video, "frames": frames}
-    params = backbone.with_trained(trained)
-    check_shapes(prompts or "clip", params, backbone.shapes(method))
-    return Retriever(backbone, method, params, video, fingerprint)
+    clip = {f"clip/{name}": shape for name, shape in parameter_shapes(backbone.config).items()}
+    check_shapes(prompts or "clip", {**clip, **flatten(trained)}, backbone.shapes(method))
+    return Retriever(backbone, method, trained, video, fingerprint)

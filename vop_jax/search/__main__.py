@@ -104,9 +104,9 @@ def _query(args: argparse.Namespace) -> None:
     searcher = open_searcher(args.index, args.clip or None, args.prompts or None)
     retriever = searcher.retriever
     if args.text is not None:
+        vector = searcher.vector(args.text)  # first: it reads the tower meanwhile
         if retriever.count_truncated([args.text]):
             print("the query is longer than the model reads: its end is ignored", file=sys.stderr)
-        vector = searcher.vector(args.text)
     elif args.video is not None:
         vector = retriever.embed_videos([args.video])[0]
     else:

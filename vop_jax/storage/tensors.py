@@ -9,7 +9,8 @@ import os
 import pathlib
 import stat
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,8 @@ from vop_jax.errors import UserError
 from vop_jax.storage import files
 from vop_jax.storage.files import StrPath
 
-CHECKSUM = "checksum"  # a key of the metadata
+# Keys of the metadata: of the whole content, and of the part below a top-level name.
+CHECKSUM, PART_CHECKSUM = "checksum", "checksum/"
 # An orbax folder of this project holds these two; orbax itself writes the others into PARAMS.
 PARAMS, METADATA = "params", "metadata.json"
 ORBAX_FILES = ("_METADATA", "manifest.ocdbt")
@@ -76,12 +78,22 @@ def check_finite(where: StrPath, flat: Mapping[str, np.ndarray]) -> None:
             raise UserError(f"{where}: tensor {name} holds numbers that are not finite")
 
 
-def save(path: StrPath, tree: Tree, metadata: Mapping[str, str]) -> None:
+def save(
+    path: StrPath, tree: Tree, metadata: Mapping[str, str], *, part_checksums: bool = False
+) -> None:
     """Writes a parameter tree as safetensors, atomically; equal trees give equal files.
 
     The metadata also gets a checksum of the whole content.
+
+    Args:
+        part_checksums: also of each part, so that `load_part` can check one alone.
     """
     flat = {name: np.asarray(leaf, order="C") for name, leaf in flatten(tree).items()}
+    metadata = _without_part_checksums(metadata)
+    if part_checksums:
+        metadata |= {
+            f"{PART_CHECKSUM}{part}": checksum(_part(flat, part), metadata) for part in tree
+        }
     metadata = {**metadata, CHECKSUM: checksum(flat, metadata)}
     with files.replacing(path) as partial:
         partial.touch()
@@ -110,7 +122,7 @@ def load(path: StrPath) -> tuple[dict[str, Any], dict[str, str]]:
         UserError: there is no such file, it is not a safetensors file, a tensor has numbers that
             are not finite, or the file has changed since it was written.
     """
-    flat, metadata = _read(path, with_tensors=True)
+    flat, metadata = _read(path, lambda name: True)
     check_finite(path, flat)
     if CHECKSUM in metadata and metadata[CHECKSUM] != checksum(flat, metadata):
         raise UserError(
@@ -122,18 +134,62 @@ def load(path: StrPath) -> tuple[dict[str, Any], dict[str, str]]:
         raise UserError(f"{path}: a tensor lies below the name of another") from None
 
 
+def _part(flat: Mapping[str, Any], part: str) -> dict[str, Any]:
+    return {name: leaf for name, leaf in flat.items() if name.split("/")[0] == part}
+
+
+def _without_part_checksums(metadata: Mapping[str, str]) -> dict[str, str]:
+    return {k: v for k, v in metadata.items() if not k.startswith(PART_CHECKSUM)}
+
+
+def has_part_checksums(metadata: Mapping[str, str]) -> bool:
+    """Whether `load_part` can read the file of this metadata."""
+    return len(_without_part_checksums(metadata)) < len(metadata)
+
+
+def load_part(path: StrPath, part: str) -> dict[str, np.ndarray]:
+    """Reads {"part/b/c": array} of a file that has checksums of its parts.
+
+    Raises:
+        UserError: as `load` does, but nothing is known about the other parts.
+    """
+    flat, metadata = _read(path, lambda name: name.split("/")[0] == part)
+    check_finite(path, flat)
+    expected = metadata.get(f"{PART_CHECKSUM}{part}")
+    if expected != checksum(flat, _without_part_checksums(metadata)):
+        raise UserError(
+            f"{path}: damaged, the checksum of {part} is not that of its content; write or copy "
+            "it anew"
+        )
+    return flat
+
+
+def read_shapes(path: StrPath) -> dict[str, tuple[int, ...]]:
+    """Reads {"a/b/c": shape} without the tensors; raises UserError as `load` does."""
+    with _opened(path) as file:
+        names = file.keys()
+        return {name: tuple(file.get_slice(name).get_shape()) for name in names}
+
+
 def read_metadata(path: StrPath) -> dict[str, str]:
     """Reads the metadata without the tensors; raises UserError as `load` does."""
-    return _read(path, with_tensors=False)[1]
+    return _read(path, lambda name: False)[1]
 
 
-def _read(path: StrPath, with_tensors: bool) -> tuple[dict[str, Any], dict[str, str]]:
+def _read(path: StrPath, wanted: Callable[[str], bool]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The tensors with the wanted names, and the metadata."""
+    with _opened(path) as file:
+        names = filter(wanted, file.keys())
+        flat = {name: file.get_tensor(name) for name in names}
+        return flat, dict(file.metadata() or {})
+
+
+@contextmanager
+def _opened(path: StrPath) -> Iterator[Any]:
     with files.local_copy(path, "a safetensors file") as local:
         try:
             with safe_open(local, framework="numpy") as file:
-                names = file.keys() if with_tensors else ()
-                flat = {name: file.get_tensor(name) for name in names}
-                return flat, dict(file.metadata() or {})
+                yield file
         # numpy lacks some types of safetensors, which is an AttributeError.
         except (SafetensorError, OSError, AttributeError) as error:
             raise UserError(f"{path}: not a readable safetensors file ({error})") from None
