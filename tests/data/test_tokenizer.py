@@ -5,6 +5,7 @@ import pathlib
 import pickle
 import unicodedata
 
+import ftfy
 import numpy as np
 import pytest
 import tokenizers
@@ -237,3 +238,9 @@ def test_widths_are_those_that_are_met():
     ids = captions(*rng.integers(2, 21, 300))
     met = {fit_bucket(ids[rng.integers(300, size=3)], (8, 12, 30)).shape[1] for _ in range(2000)}
     assert bucket_widths(ids, (8, 12, 30), 3) == tuple(sorted(met)) == (8, 12, 20)
+
+
+@given(st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7E, exclude_characters="&")))
+def test_printable_ascii_needs_no_repair(text):
+    """So that most queries are spared the import of ftfy."""
+    assert ftfy.fix_text(text) == text
