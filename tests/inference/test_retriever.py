@@ -196,6 +196,16 @@ def test_two_programs_for_all_sizes_of_batch(retriever, monkeypatch):
     assert len(retriever._backbone._programs) == 2
 
 
+def test_a_cpu_embeds_clips_one_by_one_in_bfloat16(places, monkeypatch):
+    rounded = vop_jax.load(places[1], frames=3, devices=1, dtype="bfloat16")
+    clips = frames(5, 3, 16, 16, 3)
+    one_by_one = rounded.embed_frames(clips)
+    assert len(rounded._backbone._programs) == 1
+    monkeypatch.setattr(rounded._backbone, "_batch_sizes", BATCH_SIZES)
+    np.testing.assert_allclose(rounded.embed_frames(clips), one_by_one, atol=0.02)
+    assert len(rounded._backbone._programs) == 2
+
+
 def test_all_devices_give_the_vectors_of_one(retriever, places):
     assert len(jax.local_devices()) > 1
     many = vop_jax.load(places[1])

@@ -25,6 +25,8 @@ BATCH_SIZES = {
     "encode_video": (1, 4, 16),
     "encode_frames": (1, 4, 16),
 }
+# In bfloat16 on CPUs one clip keeps the cores busy, and its layers' results stay in their caches.
+CPU_BATCH_SIZES = {**BATCH_SIZES, "encode_video": (1,), "encode_frames": (1,)}
 TOWERS = {"encode_text": "text", "encode_video": "visual", "encode_frames": "visual"}
 
 
@@ -42,6 +44,8 @@ class Backbone:
         if devices is not None and not 0 < devices <= len(local):
             raise UserError(f"devices={devices}: must be 1 to {len(local)}")
         self.dtype = jnp.dtype(products.fastest_dtype(local[0]) if dtype == "auto" else dtype)
+        one_by_one = self.dtype == jnp.bfloat16 and local[0].platform == "cpu"
+        self._batch_sizes = CPU_BATCH_SIZES if one_by_one else BATCH_SIZES
         self._mesh = sharding.make_mesh(devices=local[:devices])
         self._clip, self._reader = clip, ThreadPoolExecutor(1)
         self._lock, self._compiling = threading.Lock(), threading.Lock()
@@ -98,7 +102,7 @@ class Backbone:
         Raises:
             UserError: the CLIP's file has changed since it was written.
         """
-        limit = self._round_up(BATCH_SIZES[encoder][-1])
+        limit = self._round_up(self._batch_sizes[encoder][-1])
         parts = [rows[i : i + limit] for i in range(0, len(rows), limit)]
         # All parts are started before the first is copied back.
         outputs = [self._start(encoder, method, trained, part) for part in parts]
@@ -109,7 +113,7 @@ class Backbone:
         self, encoder: str, method: MethodConfig, trained: dict[str, Any], rows: np.ndarray
     ) -> Any:
         tower = self.tower(TOWERS[encoder])
-        size = next(n for n in map(self._round_up, BATCH_SIZES[encoder]) if n >= len(rows))
+        size = next(n for n in map(self._round_up, self._batch_sizes[encoder]) if n >= len(rows))
         rows = np.concatenate([rows, np.repeat(rows[-1:], size - len(rows), axis=0)])
         placed = jax.device_put(rows, sharding.batch_sharding(self._mesh))
         program = self._program(encoder, method, trained, placed)  # while the tower is read
