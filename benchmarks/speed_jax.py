@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.step_cost import Programs, peak_bytes
+from vop_jax.clip.kernels import products
 from vop_jax.clip.weights import cast_frozen
 from vop_jax.config.base import base_config
 from vop_jax.config.clip import ClipConfig
@@ -93,5 +94,5 @@ class JaxPrograms:
 def matmul(size: int, dtype: str) -> Callable[[], Any]:
     """A product of two matrices [size, size]."""
     left, right = (jax.random.normal(jax.random.key(i), (size, size), dtype) for i in range(2))
-    product = jax.jit(jnp.matmul)
+    product = jax.jit(products.linear)
     return lambda: product(left, right)
