@@ -37,3 +37,13 @@ def test_modules_compute_in_their_dtype_over_float32_parameters(module):
     out, params = jax.eval_shape(half.init_with_output, jax.random.key(0), x)
     assert out.dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
+
+
+def test_quick_gelu_and_its_gradient_are_rounded_once_in_bfloat16():
+    x = jnp.linspace(-8, 8, 1001, dtype=jnp.bfloat16)
+    gradient = jax.vmap(jax.grad(ACTIVATIONS["quick_gelu"]))
+    for function in (ACTIVATIONS["quick_gelu"], gradient):
+        exact = function(x.astype(jnp.float32))
+        assert function(x).dtype == jnp.bfloat16
+        # 1e-6: near a zero, the tanh of large numbers has fewer digits.
+        np.testing.assert_allclose(function(x).astype(jnp.float32), exact, rtol=2**-8, atol=1e-6)

@@ -33,12 +33,24 @@ Branch = Callable[[jax.Array], jax.Array]  # [N, Q, D] -> [N, Q, D]
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
-    """OpenAI's approximation of GELU: x * sigmoid(1.702 x)."""
+    """OpenAI's approximation of GELU: x * sigmoid(1.702 x), rounded once."""
     if x.dtype == jnp.float32:
         return x * jax.nn.sigmoid(1.702 * x)
-    # Rounded once; and sigmoid(2 a) = (1 + tanh(a)) / 2, which a CPU computes faster.
     wide = x.astype(jnp.float32)
-    return (wide * (0.5 + 0.5 * jnp.tanh(0.851 * wide))).astype(x.dtype)
+    return (wide * _sigmoid(1.702 * wide)).astype(x.dtype)
+
+
+@jax.custom_jvp
+def _sigmoid(x: jax.Array) -> jax.Array:
+    """As (1 + tanh(x / 2)) / 2 on a CPU, which computes that in half the time."""
+
+    def cpu(x: jax.Array) -> jax.Array:
+        return 0.5 + 0.5 * jnp.tanh(0.5 * x)
+
+    return jax.lax.platform_dependent(x, cpu=cpu, default=jax.nn.sigmoid)
+
+
+_sigmoid.defjvps(lambda tangent, out, x: tangent * out * (1 - out))
 
 
 def gelu(x: jax.Array) -> jax.Array:
