@@ -271,3 +271,12 @@ def test_short_captions_never_read_the_released_suffix(label, reads_suffix):
         changed = {**params, "prompts": {**params["prompts"], "text": prompts}}
         features = jitted(model, "encode_text")(changed, ids)
         assert (np.abs(features - text_of(CONFIGS[label], ids)).max(axis=1) > 0).tolist() == reads
+
+
+def test_blocks_of_one_kind_are_traced_once():
+    model, params = tiny.model_and_params(dataclasses.replace(BASE, name="vop"))
+    encode = functools.partial(model.apply, {"params": params}, method="encode_video")
+    traced = jax.make_jaxpr(encode)(tiny.frames(BATCH)).eqns
+    blocks = [e.params["jaxpr"] for e in traced if e.params.get("name") == "run_block"]
+    assert len(blocks) == DEPTH["visual"] == 3
+    assert len({id(block) for block in blocks}) == 2  # the last one computes only CLS tokens

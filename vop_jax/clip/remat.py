@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal
@@ -56,10 +57,14 @@ class Remat:
             frames: whether the N sequences are frames, to which `frame_chunk` applies.
         """
         chunks = self.chunk_count(len(x)) if frames and self.frame_chunk else 1
-        if block.is_initializing() or (chunks == 1 and self.policy == "none"):
+        if block.is_initializing() or (branches and chunks == 1 and self.policy == "none"):
             return block(
                 x, **branches, prompts=prompts, kernel=kernel, query_positions=query_positions
             )
+        if chunks == 1 and self.policy == "none":
+            count = query_positions if isinstance(query_positions, int) else None
+            run = _traced_once(block.clone(parent=None, name=None), kernel, count)
+            return run(block.variables, x, prompts, None if count else query_positions)
         function, params = _pure(block, branches, kernel, query_positions)
         if chunks == 1:
             return jax.checkpoint(function, policy=POLICIES[self.policy])(params, x, prompts)
@@ -80,6 +85,26 @@ class Remat:
         """The fewest equal chunks of `frames` frames that `frame_chunk` allows."""
         limit = self.frame_chunk or frames
         return next(k for k in range(1, frames + 1) if frames % k == 0 and frames // k <= limit)
+
+
+@functools.cache
+def _traced_once(block: Block, kernel: Kernel, count: int | None) -> Callable[..., jax.Array]:
+    """The function (params, x, prompts, query positions) of all blocks of one kind.
+
+    Twelve traces would take a quarter of the time to compile. The compiler inlines the function.
+
+    Args:
+        count: the query positions if they are a number, in place of the function's argument.
+    """
+
+    def run_block(
+        params: Any, x: jax.Array, prompts: PromptTokens | None, positions: jax.Array | None
+    ) -> jax.Array:
+        at = count or positions
+        out: Any = block.apply(params, x, prompts=prompts, kernel=kernel, query_positions=at)
+        return out
+
+    return jax.jit(run_block)
 
 
 def _pure(
