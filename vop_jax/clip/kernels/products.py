@@ -1,8 +1,8 @@
 """Matrix products of the compute dtype that add up in float32.
 
-TPUs and GPUs do so whatever the result's dtype. XLA on a CPU does so, and uses the units for
-bfloat16 (AMX), only where a program asks for a float32 result, so that is what it is asked for
-there, in the forward pass and in both gradients; the result is rounded at once.
+TPUs and GPUs do so whatever the result's dtype. XLA on a CPU does so, and uses the matrix unit
+(AMX), only if the result is float32. So on CPUs the results of the forward pass and of both
+gradients are float32 and are rounded at once.
 """
 
 import functools
