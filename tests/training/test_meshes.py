@@ -27,7 +27,7 @@ CASES = [
     for name in ("vop", "vop_f+c", "full")
     for mesh in MESHES
 ]
-BATCH, STEPS = 8, 2
+BATCH = 8
 CLIP = dataclasses.replace(tiny.CLIP, vision_layers=2, text_layers=1)
 OPENAI_SCALE = np.float32(4.6052)  # as in their ViT-B/32: ln 100
 
@@ -37,19 +37,20 @@ class Trained:
 
     def __init__(self, name, shape, embed):
         method = MethodConfig(name, frames=tiny.FRAMES, visual_prompts=2, specific_prompts=1)
-        mesh, (model, params) = sharding.make_mesh(*shape), tiny.model_and_params(method, clip=CLIP)
+        clip, steps = (tiny.CLIP, 3) if name == "full" else (CLIP, 2)
+        mesh, (model, params) = sharding.make_mesh(*shape), tiny.model_and_params(method, clip=clip)
         if name == "full":
             params["clip"]["logit_scale"] = OPENAI_SCALE
         config = base_config().train
-        config.update(steps=STEPS, warmup=0.0)
+        config.update(steps=steps, warmup=0.0)
         optimizer = make_optimizer(config)
-        trainable, frozen = partition(params, method.trainable_patterns(CLIP))
+        trainable, frozen = partition(params, method.trainable_patterns(clip))
         frozen = sharding.place(mesh, frozen)
         state = sharding.place(mesh, TrainState.create(trainable, optimizer))
         self.placement = jax.tree.map(lambda leaf: leaf.sharding, state)
         step = CompiledStep(functools.partial(make_train_step, model, optimizer, mesh), mesh)
-        self.losses, slots = [], method.text_slots(CLIP)
-        for k in range(STEPS):
+        self.losses, slots = [], method.text_slots(clip)
+        for k in range(steps):
             rows = {"frames": tiny.frames(BATCH, k), "ids": tiny.captions(BATCH, slots, k)}
             batch = sharding.to_global(mesh, rows)
             state, metrics = step(state, frozen, batch)
@@ -78,8 +79,8 @@ def test_every_mesh_learns_the_same(name, shape):
         scale = learnt["clip/logit_scale"]
         assert scale.dtype == np.float32 and 0 < scale < OPENAI_SCALE - 1e-4
     # AdamW divides a gradient by its size: where it is nearly zero, rounding moves the parameter.
-    # Of the thousands of `full` a few are, by a tenth of what they moved at most.
-    atol = 1e-3 if name == "full" else 1e-5
+    # Of the 54 thousand of `full` a few are, by up to a fiftieth of what they moved.
+    atol = 5e-4 if name == "full" else 1e-5
     for leaf, expected in flatten(one.state.trainable).items():
         # A softmax ignores the bias of its keys: the gradient is rounding, AdamW takes its sign.
         if not leaf.endswith("attn/key/bias"):
