@@ -215,7 +215,7 @@ def _format_info(index: "Index") -> str:
         f"files     {counts['files']}",
         f"moments   {counts['moments']}, {moments}, {info.frames} frames each",
         f"captions  {counts['captions']}",
-        f"CLIP      {info.clip_name}, {info.clip}",
+        f"CLIP      {info.clip_name}, {info.clip}, in {info.dtype}",
         f"prompts   {prompts if info.prompts_fingerprint else 'none'}",
         f"vectors   {info.store or 'exact search, in this folder'}, {info.dim} numbers each",
         f"failed    {counts['failed']}",

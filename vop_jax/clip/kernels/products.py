@@ -154,5 +154,5 @@ def fastest_dtype(device: jax.Device) -> str:
     rates = {dtype: flops_per_second(dtype, device) for dtype in ("bfloat16", "float32")}
     chosen = "bfloat16" if rates["bfloat16"] > FASTER * rates["float32"] else "float32"
     measured = ", ".join(f"{dtype} {rate / 1e9:,.0f}" for dtype, rate in rates.items())
-    logging.info("products in %s: this device has GFLOP/s: %s", chosen, measured)
+    logging.info("matrix products in %s; measured, in GFLOP/s: %s", chosen, measured)
     return chosen
