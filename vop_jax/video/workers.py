@@ -10,6 +10,8 @@ import multiprocessing
 import os
 import queue
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -22,7 +24,13 @@ from vop_jax.errors import VideoError
 Call = Callable[[Any], Any]
 AHEAD = 4  # results per worker that may wait for an earlier one; bounds the memory
 START = 600.0  # seconds in which a process must start and import
-_children = threading.Lock()  # `multiprocessing` loses statuses if two threads wait for children
+# What a process runs, with its end of a pipe.
+SERVE = """
+import sys
+from multiprocessing.connection import Connection
+from vop_jax.video.workers import serve
+serve(Connection(int(sys.argv[1])))
+"""
 
 
 def in_threads(
@@ -106,14 +114,23 @@ class Worker:
         self.process: Any = None
 
     def launch(self) -> None:
-        """Starts the process."""
-        context = multiprocessing.get_context("spawn")  # a fork would copy locks held by JAX
-        with _children, block_interrupts():
-            self._pipe, child_pipe = context.Pipe()
-            process = context.Process(target=_serve, args=(child_pipe, self._call), daemon=True)
-            process.start()
-            self.process = process
-            child_pipe.close()
+        """Starts the process.
+
+        `multiprocessing` would import the caller's main file there: a script without
+        `if __name__ == "__main__"` fails, and one that imports torch waits for it in each process.
+        """
+        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+        self._pipe, child_pipe = multiprocessing.Pipe()
+        with child_pipe:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-c", SERVE, str(child_pipe.fileno())],
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": path},
+                pass_fds=[child_pipe.fileno()],
+                process_group=0,  # a terminal sends Ctrl-C to the group of the parent alone
+            )
+        with contextlib.suppress(OSError):  # it has died: `run` finds that out
+            self._pipe.send(self._call)
         self._ready = False
 
     def run(self, task: Any) -> Any:
@@ -122,7 +139,7 @@ class Worker:
         Raises:
             OSError, RuntimeError: no process could be started.
         """
-        if self.process is None or not self.process.is_alive():
+        if self.process is None or self.process.poll() is not None:
             self.stop()
             self.launch()
         if self._killed:  # while this thread launched it
@@ -146,11 +163,11 @@ class Worker:
 
     def _stop(self, seconds: float) -> str:
         """Ends the process and returns what went wrong with it."""
-        with _children:
-            self.process.join(0.2)  # a pipe closes a little before its process ends
-            alive, code = self.process.is_alive(), self.process.exitcode or 0
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(0.2)  # a pipe closes a little before its process ends
+        code = self.process.poll()
         self.stop()
-        if alive:
+        if code is None:
             return f"its decoder took more than {seconds:g} s and was stopped"
         name = signal.Signals(-code).name if code < 0 else f"status {code}"
         return f"its decoder crashed ({name})"
@@ -164,17 +181,17 @@ class Worker:
     def stop(self) -> None:
         """Ends the process while no task runs; another task starts a new one."""
         if self.process is not None:
-            with _children:
-                self.process.kill()
-                self.process.join()
+            self.process.kill()
+            self.process.wait()
             self._pipe.close()
 
 
-def _serve(pipe: connection.Connection, call: Call) -> None:
-    """Runs in the child: sends () when it is ready, then (result,) of each task."""
-    leave_process_group()
-    pipe.send(())
+def serve(pipe: connection.Connection) -> None:
+    """Runs in the child: receives its call, sends () and then (result,) of each task."""
+    die_with_parent()
     with contextlib.suppress(EOFError, OSError):
+        call = pipe.recv()
+        pipe.send(())
         while True:
             task = pipe.recv()
             try:
@@ -215,10 +232,14 @@ def block_interrupts() -> Iterator[None]:
 def leave_process_group() -> None:
     """In a child: signals to the parent's process group go to the parent alone.
 
-    A terminal sends Ctrl-C to the whole group, and so do some schedulers. The child ends soon
-    after a parent that was killed.
+    A terminal sends Ctrl-C to the whole group, and so do some schedulers.
     """
     os.setpgrp()
+    die_with_parent()
+
+
+def die_with_parent() -> None:
+    """In a child: it ends soon after a parent that was killed."""
     threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
 
 
