@@ -104,6 +104,33 @@ def test_query_as_a_table(place, call):
     assert err == "the query is longer than the model reads: its end is ignored\n"
 
 
+def test_many_queries_and_files_of_results(place, call, tmp_path):
+    index = place[1]
+    texts = ["a dog", "a cat, asleep", "word " * 50]
+    (tmp_path / "queries").write_text("\ufeff" + "\n\n".join(texts) + "\n")
+    many = ["query", "--queries", tmp_path / "queries", "--index", index, "-k2"]
+    status, out, err = call(*many, "--json")
+    assert status == 0 and err == (
+        "1 of 3 queries are longer than the model reads: their ends are ignored\n"
+    )
+    rows = json.loads(out)
+    assert [row["query"] for row in rows] == [text.strip() for text in texts]
+    for text, row in zip(texts, rows, strict=True):
+        alone = json.loads(call("query", text, "--index", index, "-k2", "--json")[1])
+        assert row["found"] and [hit["path"] for hit in row["hits"]] == [h["path"] for h in alone]
+        for hit, other in zip(row["hits"], alone, strict=True):
+            assert hit["score"] == pytest.approx(other["score"], abs=2e-4)
+    blocks = call(*many)[1].split("\n\n")
+    assert [block.splitlines()[0] for block in blocks] == [text.strip() for text in texts]
+    for name in ("new/rows.csv", "rows.JSON"):
+        status, out, _ = call(*many, "--out", tmp_path / name)
+        assert (status, out) == (0, f"{tmp_path / name}: 6 results\n")
+    assert json.loads((tmp_path / "rows.JSON").read_text()) == rows
+    lines = (tmp_path / "new/rows.csv").read_text().splitlines()
+    assert lines[0].startswith("query,path,score") and lines[3].startswith('"a cat, asleep",/')
+    assert call(*many, "--format=csv")[1].splitlines() == lines
+
+
 def test_info(place, call):
     films, index = place
     status, out, _ = call("info", "--index", index)
@@ -123,6 +150,14 @@ def test_info(place, call):
         ("query --index INDEX", "give one of: a text, --video=FILE, --image=FILE"),
         ("query x --image y --index INDEX", "give one of"),
         ("query '' --index INDEX", "the query is empty"),
+        ("query x --queries y --index INDEX", "give one of"),
+        ("query --queries ROOT/none.txt --index INDEX", "none.txt: No such file"),
+        ("query --queries ROOT/films/bad.mp4 --index ROOT", "no index"),
+        ("query --queries /dev/null --index INDEX", "no queries in it; give one a line"),
+        ("query x --index INDEX --out=ROOT/new", "ends in none of .json, .csv, .otio; give --form"),
+        ("query x --index INDEX --json --format=csv", "--json: not with --format=csv"),
+        ("query x --index INDEX --explain --format=csv", "needs --format table or json, not csv"),
+        ("query x --index INDEX --to=captions --out=x.otio", "a timeline of moments; not with"),
         ("query x --index INDEX -k 0", "'0': a number, 1 or more"),
         ("query x --index INDEX --to=sounds", "invalid choice: 'sounds'"),
         ("query x --index INDEX --to=captions --explain", "--explain: scores the frames of videos"),

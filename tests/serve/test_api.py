@@ -1,5 +1,6 @@
 """What the server answers to right and wrong requests."""
 
+import csv
 import gzip
 import io
 import os
@@ -59,6 +60,56 @@ def test_a_text_finds_what_the_searcher_finds(client, searcher):
     assert first["file_id"] == hits[0].file_id
     assert (first["caption"], first["missing"]) == ("", False)
     assert client.get("/api/search", params={"q": "word " * 300}).json()["cut"]
+
+
+def test_many_texts_in_one_request(client, searcher):
+    texts = ["white", "grey becomes white", "white", "word " * 300]
+    response = client.post("/api/search/texts", params={"k": 2}, json={"queries": texts})
+    found = response.json()
+    assert [(row["query"], row["cut"], row["found"]) for row in found] == [
+        *((text, False, True) for text in texts[:3]),
+        (texts[3], True, True),
+    ]
+    for row, hits in zip(found, searcher.texts(texts, 2), strict=True):
+        assert [hit["name"] for hit in row["hits"]] == [hit.path for hit in hits]
+    response = client.post("/api/search/texts?folder=none", json={"queries": ["white"]})
+    assert response.json() == [{"query": "white", "cut": False, "found": False, "hits": []}]
+
+
+def test_results_as_files(client, searcher, films):
+    hits = searcher.text("white", 2)
+    request = {"q": "white", "k": 2, "format": "csv"}
+    response = client.get("/api/search", params=request)
+    assert response.headers["content-type"] == "text/csv; charset=utf-8"
+    assert response.headers["content-disposition"] == "attachment; filename=search.csv"
+    rows = list(csv.DictReader(io.StringIO(response.text)))
+    assert [row["path"] for row in rows] == [str(films[0] / hit.path) for hit in hits]
+    texts = {"queries": ["white", "grey"]}
+    rows = client.post("/api/search/texts?format=csv&k=2", json=texts).text.splitlines()
+    assert [row.split(",")[0] for row in rows] == ["query", "white", "white", "grey", "grey"]
+    otio = pytest.importorskip("opentimelineio", reason="needs the extra otio")
+    response = client.get("/api/search", params={**request, "format": "otio"})
+    (track,) = otio.adapters.read_from_string(response.text, "otio_json").tracks
+    assert [clip.media_reference.target_url for clip in track] == [
+        (films[0] / hit.path).as_uri() for hit in hits
+    ]
+    assert {clip.source_range.duration.rate for clip in track} == {10.0}
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        ({"queries": []}, 422, "queries: "),
+        ({"queries": ["a"] * 101}, 422, "queries: "),
+        ({"queries": ["a", " "]}, 400, "empty"),
+        ({"queries": ["a" * 2001]}, 422, "queries.0: "),
+        ({"queries": "a"}, 422, "queries: "),
+        ({"queries": ["a" * (2 << 20)]}, 413, "larger than the 1 MB"),
+    ],
+)
+def test_wrong_texts_get_one_line(client, body, status, message):
+    response = client.post("/api/search/texts", json=body)
+    assert response.status_code == status and message in response.json()["error"]
 
 
 def test_filters_narrow_a_search(client, searcher):
@@ -193,6 +244,7 @@ def test_the_docs_list_every_path_and_load_nothing_from_elsewhere(client):
         ("/api/search?q=a&index=other", 404, "allowed are films"),
         *((f"/api/search?q=a&since={s}", 400, "since") for s in ("yesterday", "nan", "10000-1-1")),
         ("/api/search?q=a&until=2026-02-30", 400, "until"),
+        ("/api/search?q=a&format=xml", 422, "format: "),
         *((f"/api/search?q=a&folder={path}", 400, "folder") for path in ("../x", "%00")),
         ("/api/explain?q=a", 422, "file_id"),
         ("/api/explain?q=&file_id=1", 400, "empty"),

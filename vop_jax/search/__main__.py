@@ -10,7 +10,6 @@ You may kill `index` at any time: the same command continues.
 import argparse
 import dataclasses
 import json
-import math
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from absl import logging
 from vop_jax import cli
 from vop_jax.cli import Parser, number, printable, whole
 from vop_jax.errors import UserError
+from vop_jax.storage.files import write_atomic
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from vop_jax.search.searcher import Searcher
     from vop_jax.search.updater import IndexReport
 
-BAR = 40  # characters for the frame with the highest score
+FORMATS = ("table", "json", "csv", "otio")  # the last three are endings of files, too
 DTYPES = ("auto", "float32", "bfloat16")
 LISTED = 20  # unreadable files that `info` lists as text
 
@@ -71,7 +71,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--until", metavar="DATE", help="only files changed on this day or before")
     add("--all-moments", action="store_true", help="not only the best moment of each file")
     add("--explain", action="store_true", help="print the score of each frame")
-    add("--json", action="store_true", help="print a list of objects")
+    add("--queries", metavar="FILE", help="search a text a line, all at once; -: of stdin")
+    add("--out", metavar="FILE", help="write the results to a file")
+    add("--format", choices=FORMATS, help="of the results; default: by the ending of --out")
+    add("--json", action="store_true", help="the same as --format=json")
 
     info = commands.add_parser("info", help="describe an index", parents=[shared])
     info.add_argument("--json", action="store_true", help="print an object")
@@ -92,31 +95,92 @@ def _index(args: argparse.Namespace) -> int:
 
 
 def _query(args: argparse.Namespace) -> None:
+    from vop_jax.search import results
     from vop_jax.search.searcher import open_searcher, read_image
 
-    if sum(query is not None for query in (args.text, args.video, args.image)) != 1:
-        raise UserError("give one of: a text, --video=FILE, --image=FILE")
-    if args.text is not None and not args.text.strip():
-        raise UserError("the query is empty; say what to look for")
-    if args.explain and args.to == "captions":
-        raise UserError("--explain: scores the frames of videos; not with --to=captions")
+    form = _checked_format(args)
+    texts = [args.text] if args.queries is None else _read_queries(args.queries)
     cli.set_up_logging(logging.ERROR)  # warnings are printed below
     searcher = open_searcher(args.index, args.clip or None, args.prompts or None)
     retriever = searcher.retriever
-    if args.text is not None:
-        vector = searcher.vector(args.text)  # first: it reads the tower meanwhile
-        if retriever.count_truncated([args.text]):
-            print("the query is longer than the model reads: its end is ignored", file=sys.stderr)
-    elif args.video is not None:
-        vector = retriever.embed_videos([args.video])[0]
+    if args.video is not None:
+        texts, vectors = [args.video], retriever.embed_videos([args.video])
+    elif args.image is not None:
+        texts, vectors = [args.image], retriever.embed_images([read_image(args.image)])
     else:
-        vector = retriever.embed_images([read_image(args.image)])[0]
+        vectors = searcher.vectors(texts)  # first: it reads the tower meanwhile
+        if count := retriever.count_truncated(texts):
+            which, end = "the query is", "its end is"
+            if args.queries is not None:
+                which, end = f"{count} of {len(texts)} queries are", "their ends are"
+            print(f"{which} longer than the model reads: {end} ignored", file=sys.stderr)
     filters = {name: getattr(args, name) for name in ("to", "folder", "since", "until")}
-    hits = searcher.nearest(vector, args.k, per_file=not args.all_moments, **filters)
-    if not hits and args.to == "captions" and not searcher.index.counts()["captions"]:
+    hits = searcher.index.search(vectors, args.k, per_file=not args.all_moments, **filters)
+    if not any(hits) and args.to == "captions" and not searcher.index.counts()["captions"]:
         raise UserError(f"{args.index}: has no captions; add them with index --captions=FILE")
-    rows = [_hit_row(searcher, hit, vector if args.explain else None) for hit in hits]
-    print(json.dumps(rows, indent=2) if args.json else _format_hits(rows))
+    folder, found = searcher.index.folder, []
+    for text, vector, own in zip(texts, vectors, hits, strict=True):
+        rows = [results.hit_row(folder, hit) for hit in own]
+        if args.explain:
+            for row, hit in zip(rows, own, strict=True):
+                row |= _explanation(searcher, hit, vector)
+        found.append(results.Result(text, rows))
+    text = results.as_text(found, form, many=args.queries is not None)
+    if args.out is None:
+        print(text)
+    else:
+        write_atomic(args.out, f"{text}\n".encode(errors="surrogateescape"))
+        print(printable(f"{args.out}: {sum(map(len, hits))} results"))
+
+
+def _checked_format(args: argparse.Namespace) -> str:
+    """The format of the results.
+
+    Raises:
+        UserError: options of a query that exclude each other, or a format is missing.
+    """
+    queries = args.text, args.queries, args.video, args.image
+    if sum(query is not None for query in queries) != 1:
+        raise UserError("give one of: a text, --video=FILE, --image=FILE, --queries=FILE")
+    if args.text is not None and not args.text.strip():
+        raise UserError("the query is empty; say what to look for")
+    if args.json and args.format not in (None, "json"):
+        raise UserError(f"--json: not with --format={args.format}")
+    form = "json" if args.json else args.format
+    if form is None and args.out is not None:
+        form = pathlib.Path(args.out).suffix.lower().removeprefix(".")
+        if form not in FORMATS[1:]:
+            endings = ", ".join(f".{name}" for name in FORMATS[1:])
+            raise UserError(f"--out={args.out}: ends in none of {endings}; give --format")
+    form = form or "table"
+    if args.explain and args.to == "captions":
+        raise UserError("--explain: scores the frames of videos; not with --to=captions")
+    if args.explain and form not in ("table", "json"):
+        raise UserError(f"--explain: needs --format table or json, not {form}")
+    if form == "otio" and args.to == "captions":
+        raise UserError("--format=otio: a timeline of moments; not with --to=captions")
+    return form
+
+
+def _read_queries(path: str) -> list[str]:
+    """The lines of a file that are not empty; "-" is stdin."""
+    try:
+        with open(0 if path == "-" else path, encoding="utf-8-sig", closefd=path != "-") as file:
+            queries = [line.strip() for line in file if line.strip()]
+    except UnicodeDecodeError:
+        raise UserError(f"--queries={path}: not text in UTF-8") from None
+    if not queries:
+        raise UserError(f"--queries={path}: no queries in it; give one a line")
+    return queries
+
+
+def _explanation(searcher: "Searcher", hit: "Hit", vector: "np.ndarray") -> dict[str, Any]:
+    """The score of each frame for a query's vector [E], or why there is none."""
+    try:
+        frames = zip(*searcher.explain(vector, hit), strict=True)
+    except UserError as error:
+        return {"unexplained": str(error)}
+    return {"frames": [{"seconds": round(s, 3), "score": round(x, 4)} for s, x in frames]}
 
 
 def _info(args: argparse.Namespace) -> None:
@@ -129,52 +193,6 @@ def _info(args: argparse.Namespace) -> None:
     failures = [{"path": path, "reason": reason} for path, reason in index.failures()]
     info = {**dataclasses.asdict(index.info), "counts": index.counts(), "failures": failures}
     print(json.dumps(info, indent=2))
-
-
-def _hit_row(searcher: "Searcher", hit: "Hit", vector: "np.ndarray | None") -> dict[str, Any]:
-    """A hit as `--json` prints it; with the score of each frame for a query's vector [E]."""
-    end = None if math.isinf(hit.end) else round(hit.end, 3)
-    row: dict[str, Any] = {"path": hit.path, "score": round(hit.score, 4)}
-    row |= {"start": round(hit.start, 3), "end": end}
-    if hit.file_id:
-        path = pathlib.Path(searcher.index.folder, hit.path)
-        row |= {"path": str(path), "missing": not path.exists()}
-    if hit.caption:
-        return {"caption": hit.caption, **row}
-    if vector is not None:
-        try:
-            frames = zip(*searcher.explain(vector, hit), strict=True)
-        except UserError as error:
-            row["unexplained"] = str(error)
-        else:
-            row["frames"] = [{"seconds": round(s, 3), "score": round(x, 4)} for s, x in frames]
-    return row
-
-
-def _format_hits(rows: list[dict[str, Any]]) -> str:
-    """Rows of `_hit_row` as a table."""
-    if not rows:
-        return "nothing found"
-    segments = []
-    for row in rows:
-        segment = f"{row['start']:.1f}-{row['end'] or 0:.1f} s"
-        if row["end"] is None:  # the caption of a whole video, or of none
-            segment = f"{row['start']:.1f} s-" if row["start"] else ""
-        segments.append(segment)
-    width = max(map(len, segments))
-    lines = []
-    for row, segment in zip(rows, segments, strict=True):
-        name = "  ".join(filter(None, (row.get("caption"), row["path"])))
-        name = printable(name + ("  (missing)" if row.get("missing") else ""))
-        lines.append(f"{row['score']:.3f}  {segment:>{width}}  {name}".rstrip())
-        if "unexplained" in row:
-            lines.append(f"       {printable(row['unexplained'])}")
-        frames = row.get("frames", [])
-        best = max((frame["score"] for frame in frames), default=0.0)
-        for frame in frames:
-            bar = "#" * max(0, round(BAR * frame["score"] / best) if best > 0 else 0)
-            lines.append(f"       {frame['seconds']:8.2f} s  {frame['score']:6.3f}  {bar}")
-    return "\n".join(lines)
 
 
 def format_report(directory: str, report: "IndexReport") -> str:

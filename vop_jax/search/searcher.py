@@ -1,7 +1,7 @@
 """An index with its model: text, pictures and videos in, moments out."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from etils import epath
@@ -27,6 +27,10 @@ class Searcher:
         """The moments, or captions, nearest to a text."""
         return self.nearest(self.vector(query), k, **filters)
 
+    def texts(self, queries: Sequence[str], k: int = 10, **filters) -> list[list[Hit]]:
+        """The hits of each text, from one batch of the model and one pass over the vectors."""
+        return self.index.search(self.vectors(queries), k, **filters)
+
     def video(
         self, path: str | os.PathLike, k: int = 10, to: str = "videos", **filters
     ) -> list[Hit]:
@@ -42,6 +46,13 @@ class Searcher:
         if not query.strip():
             raise UserError("the query is empty; say what to look for")
         return self.retriever.embed_text([query])[0]
+
+    def vectors(self, queries: Sequence[str]) -> np.ndarray:
+        """float32 [N, E] of N texts."""
+        for number, query in enumerate(queries, 1):
+            if not query.strip():
+                raise UserError(f"query {number} is empty; say what to look for")
+        return self.retriever.embed_text(queries)
 
     def nearest(self, vector: np.ndarray, k: int = 10, **filters) -> list[Hit]:
         """The moments, or captions, nearest to a unit vector [E]."""

@@ -18,14 +18,21 @@ from fastapi.responses import Response
 from pydantic import BaseModel, BeforeValidator, Field
 
 from vop_jax.errors import UserError, VideoError
+from vop_jax.search import results
 from vop_jax.search.catalog import IndexedFile
 from vop_jax.search.query import Hit, make_filter
 from vop_jax.search.searcher import Searcher
 from vop_jax.serve import media
 from vop_jax.serve.executor import Executor
+from vop_jax.video.stream import frame_rates
 
 MAX_HITS = 100
 MAX_QUERY = 2000  # characters
+MAX_TEXTS = 100  # in one request
+FILES = {  # of results: the media type of each format
+    "csv": "text/csv; charset=utf-8",
+    "otio": "application/vnd.opentimelineio+json",
+}
 
 Library = dict[str, Searcher]  # by name; the first one is the default
 
@@ -82,7 +89,16 @@ class SearchResponse(BaseModel):
 
     query: Annotated[Text, Field(description="the text, or the name of the uploaded file")]
     cut: Annotated[bool, Field(description="whether the text was truncated for the model")]
+    found: Annotated[bool, Field(description="whether there is a hit")]
     hits: list[SearchHit]
+
+
+class TextQueries(BaseModel):
+    """Texts to search for."""
+
+    queries: Annotated[
+        list[Annotated[str, Field(max_length=MAX_QUERY)]], Field(min_length=1, max_length=MAX_TEXTS)
+    ]
 
 
 class Explanation(BaseModel):
@@ -153,6 +169,10 @@ Count = Annotated[int, Query(ge=1, le=MAX_HITS, description="number of results")
 FileId = Annotated[int, Path(ge=1, lt=2**63)]
 Seconds = Annotated[float, Query(ge=0, le=1e7, allow_inf_nan=False)]
 Upload = Annotated[UploadFile, File()]
+Format = Annotated[Literal["json", "csv", "otio"], Query(description="of the results")]
+IN_FILES: dict[int | str, dict[str, Any]] = {
+    200: {"content": {media_type.partition(";")[0]: {} for media_type in FILES.values()}}
+}
 
 
 @router.get("/api/indexes")
@@ -178,15 +198,32 @@ def indexes(services: ServicesOf) -> list[IndexSummary]:
     return summaries
 
 
-@router.get("/api/search")
+@router.get("/api/search", response_model=SearchResponse, responses=IN_FILES)
 async def search(
-    searcher: IndexOfQuery, services: ServicesOf, filters: Filters, q: QueryText, k: Count = 10
-) -> SearchResponse:
+    searcher: IndexOfQuery,
+    services: ServicesOf,
+    filters: Filters,
+    q: QueryText,
+    k: Count = 10,
+    format: Format = "json",
+) -> SearchResponse | Response:
     """Moments that show what a text describes."""
-    vector = await services.executor.query_vector(searcher, _not_empty(q))
-    cut = bool(searcher.retriever.count_truncated([q]))
-    hits = await _hits(services, searcher, vector, k, **filters)
-    return SearchResponse(query=q, cut=cut, hits=hits)
+    (found,) = await _search_texts(services, searcher, [q], k, **filters)
+    return found if format == "json" else await _file_of([found], format, services, searcher)
+
+
+@router.post("/api/search/texts", response_model=list[SearchResponse], responses=IN_FILES)
+async def search_texts(
+    searcher: IndexOfQuery,
+    services: ServicesOf,
+    filters: Filters,
+    body: TextQueries,
+    k: Count = 10,
+    format: Format = "json",
+) -> list[SearchResponse] | Response:
+    """Moments that show what each of several texts describes."""
+    found = await _search_texts(services, searcher, body.queries, k, **filters)
+    return found if format == "json" else await _file_of(found, format, services, searcher)
 
 
 @router.post("/api/search/video")
@@ -202,8 +239,8 @@ async def search_by_video(
     retriever, limit = searcher.retriever, services.max_seconds
     pixels = await _decode_upload(services, file, media.uploaded_video, retriever.frame_spec, limit)
     (vector,) = await services.executor.run_model(retriever.embed_frames, pixels[None])
-    hits = await _hits(services, searcher, vector, k, to=to, **filters)
-    return SearchResponse(query=file.filename or "", cut=False, hits=hits)
+    (hits,) = await _hits(services, searcher, vector[None], k, to=to, **filters)
+    return SearchResponse(query=file.filename or "", cut=False, found=bool(hits), hits=hits)
 
 
 @router.post("/api/search/image")
@@ -214,8 +251,8 @@ async def search_by_image(
     retriever = searcher.retriever
     pixels = await _decode_upload(services, file, media.uploaded_image, retriever.frame_spec)
     (vector,) = await services.executor.run_model(retriever.embed_images, [pixels])
-    hits = await _hits(services, searcher, vector, k, **filters)
-    return SearchResponse(query=file.filename or "", cut=False, hits=hits)
+    (hits,) = await _hits(services, searcher, vector[None], k, **filters)
+    return SearchResponse(query=file.filename or "", cut=False, found=bool(hits), hits=hits)
 
 
 @router.get("/api/explain")
@@ -287,17 +324,54 @@ def _not_empty(query: str) -> str:
     return query
 
 
+async def _search_texts(
+    services: Services, searcher: Searcher, queries: list[str], k: int, **filters: Any
+) -> list[SearchResponse]:
+    """The results of each text, from one batch of the model and one pass over the vectors."""
+    for query in queries:
+        _not_empty(query)
+    vectors = await services.executor.query_vectors(searcher, queries)
+    hits = await _hits(services, searcher, vectors, k, **filters)
+    cut = [bool(searcher.retriever.count_truncated([query])) for query in queries]
+    return [
+        SearchResponse(query=query, cut=cut, found=bool(own), hits=own)
+        for query, cut, own in zip(queries, cut, hits, strict=True)
+    ]
+
+
 async def _hits(
-    services: Services, searcher: Searcher, vector: np.ndarray, k: int, **filters: Any
-) -> list[SearchHit]:
-    def find() -> list[SearchHit]:
+    services: Services, searcher: Searcher, vectors: np.ndarray, k: int, **filters: Any
+) -> list[list[SearchHit]]:
+    """Of each vector [N, E]."""
+
+    def find() -> list[list[SearchHit]]:
         folder = searcher.index.folder
-        return [search_hit(folder, hit) for hit in searcher.nearest(vector, k, **filters)]
+        found = searcher.index.search(vectors, k, **filters)
+        return [[search_hit(folder, hit) for hit in hits] for hits in found]
 
     try:
         return await services.executor.run_search(find)
     except UserError as error:  # the request was checked before: the index is at fault
         raise HTTPException(503, str(error)) from None
+
+
+async def _file_of(
+    responses: list[SearchResponse], format: str, services: Services, searcher: Searcher
+) -> Response:
+    """Results as a file in a format of `FILES`."""
+    folder = await anyio.to_thread.run_sync(lambda: searcher.index.folder)
+    found = []
+    for response in responses:
+        hits = [hit.model_dump() for hit in response.hits]
+        rows = [{**hit, "path": os.path.join(folder, hit["name"])} for hit in hits]
+        found.append(results.Result(response.query, rows))
+    if format == "csv":
+        content = results.as_csv(found)
+    else:
+        paths = results.moment_paths(found)
+        content = results.as_timeline(found, await services.executor.decode(frame_rates, paths))
+    headers = {"Content-Disposition": f"attachment; filename=search.{format}"}
+    return Response(content, media_type=FILES[format], headers=headers)
 
 
 def search_hit(folder: str, hit: Hit) -> SearchHit:

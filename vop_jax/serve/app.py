@@ -106,7 +106,9 @@ def _docs(request: Request) -> HTMLResponse:
             parameters = [
                 p["name"] + ("" if p["required"] else "?") for p in operation.get("parameters", [])
             ]
-            parameters += ["file (multipart)"] if "requestBody" in operation else []
+            body = operation.get("requestBody", {}).get("content", {})
+            parameters += ["file (multipart)"] if "multipart/form-data" in body else []
+            parameters += ["queries (JSON)"] if "application/json" in body else []
             cells = (method.upper(), path, ", ".join(parameters), operation.get("description", ""))
             rows.append("".join(f"<td>{html.escape(cell)}</td>" for cell in cells))
     body = "".join(f"<tr>{row}</tr>" for row in rows)

@@ -5,7 +5,7 @@ import functools
 import pathlib
 import resource
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import anyio
@@ -68,11 +68,17 @@ class Executor:
 
     async def query_vector(self, searcher: Searcher, text: str) -> np.ndarray:
         """float32 [E], the unit vector of a text."""
-        key = id(searcher), text
-        if (vector := self._vectors.get(key)) is None:
-            vector = await self.run_model(searcher.vector, text)
-            self._vectors.put(key, vector)
-        return vector
+        return (await self.query_vectors(searcher, [text]))[0]
+
+    async def query_vectors(self, searcher: Searcher, texts: Sequence[str]) -> np.ndarray:
+        """float32 [N, E]; the texts that are not in the cache are one batch of the model."""
+        cached = {text: self._vectors.get((id(searcher), text)) for text in texts}
+        if missing := [text for text, vector in cached.items() if vector is None]:
+            new = await self.run_model(searcher.vectors, missing)
+            for text, vector in zip(missing, new, strict=True):
+                cached[text] = vector
+                self._vectors.put((id(searcher), text), vector)
+        return np.stack([cached[text] for text in texts])
 
     async def run_model(self, call: Callable, *arguments: Any) -> Any:
         """The result of a call of the model; calls run one at a time."""

@@ -21,6 +21,7 @@ from vop_jax.serve.media import displayable
 
 COOKIE = "token"
 BODY = 64 << 10  # bytes of a request without an upload, and of the parts around an upload
+JSON = {"/api/search/texts": 1 << 20}  # bytes of bodies that are parsed in memory
 UPLOADS = 8  # at a time; bounds the disk space
 UPLOAD_SECONDS = 600.0  # from the first byte to the response
 UPLOAD_PAUSE = 30.0  # seconds without a byte of an upload
@@ -80,7 +81,7 @@ class SafetyMiddleware:
             return await self._app(scope, receive, send)
 
         upload = scope["method"] == "POST"
-        body = _RequestBody(receive, self._settings.max_upload if upload else None)
+        body = _RequestBody(receive, self._limit(scope) if upload else None)
         response = _ResponseSender(send)
         with anyio.move_on_after(UPLOAD_SECONDS if upload else math.inf) as handling:
 
@@ -126,13 +127,19 @@ class SafetyMiddleware:
         if origin and site != host and _hostname(site) not in self._settings.names:
             return error_response(403, "Origin: pages of other sites may not use this server")
         if length := request.headers.get("content-length"):
-            limit = self._settings.max_upload if request.scope["method"] == "POST" else 0
+            limit = self._limit(request.scope)
             if not length.isdecimal() or len(length) > 15 or int(length) > limit + BODY:
                 return error_response(413, _too_large(limit), CLOSE)
         _, options = parse_options_header(request.headers.get("content-type", ""))
         if options.get(b"charset", b"utf-8").lower() not in CHARSETS:
             return error_response(415, "charset: must be utf-8")
         return self._without_token(request) if self._settings.token else None
+
+    def _limit(self, scope: Scope) -> int:
+        """Bytes of a request's body, beside `BODY`."""
+        if scope["method"] != "POST":
+            return 0
+        return min(self._settings.max_upload, JSON.get(scope["path"], self._settings.max_upload))
 
     def _without_token(self, request: HTTPConnection) -> Response | None:
         """The refusal of a request without the token; a redirect of the page's own address."""

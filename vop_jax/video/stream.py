@@ -33,6 +33,7 @@ DEFAULT = av.stream.Disposition.default
 SAMPLE = 1000  # packets that show which of several streams is the film
 # FFmpeg's flags of formats: their clock may restart (MPEG-TS, MPEG-PS, Ogg); they have no stamps.
 TS_DISCONT, NO_TIMESTAMPS = 0x200, 0x80
+DEFAULT_RATE = 25  # frames per second, where a file does not state it
 REORDERED = 8  # most frames of an AVI that are stored before frames that are shown earlier
 
 # Steps between packets, in seconds, at which the clock was reset, as FFmpeg decides: a still
@@ -65,7 +66,7 @@ class VideoStream:
         self.read = self.damaged = 0
         self._origin = _origin(container, stream, tick)
         self._origin_unknown = stream.start_time is None  # then the first packet has it
-        rate = stream.guessed_rate or stream.average_rate or 25
+        rate = stream.guessed_rate or stream.average_rate or DEFAULT_RATE
         self._interval = max(1, round(1 / (rate * tick)))  # ticks between frames
         leap = SPLICE if container.format.flags & TS_DISCONT else LEAP
         self._leap, self._back = int(leap / tick), int(BACK / tick)
@@ -257,6 +258,18 @@ def open_stream(path: str) -> Iterator[VideoStream]:
             number = max((stream.index for stream in streams), key=lambda index: counts[index])
             container = stack.enter_context(_open_container(path))
         yield VideoStream(container, next(s for s in container.streams.video if s.index == number))
+
+
+def frame_rates(paths: Iterable[str]) -> dict[str, float]:
+    """{path: frames per second that the file states}; 25 for one that says nothing or is gone."""
+    rates = {}
+    for path in paths:
+        try:
+            with open_stream(path) as video:
+                rates[path] = float(video.stream.average_rate or DEFAULT_RATE)
+        except VideoError:
+            rates[path] = float(DEFAULT_RATE)
+    return rates
 
 
 @contextlib.contextmanager
