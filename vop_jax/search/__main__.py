@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     add("folder", nargs="?", default="", metavar="FOLDER", help="folder of videos")
     add("--window", type=number(0.001), help="also index moments of this many seconds")
     add("--stride", type=number(0.001), help="seconds between moments; default: half the window")
+    add("--shots", action="store_true", help="also index the shots of the videos")
     add("--captions", default="", metavar="FILE", help="texts to search: csv, jsonl, txt")
     add("--store", default="", metavar="URI", help="Milvus: FILE.db or http://HOST:PORT")
     add("--dtype", choices=DTYPES, default="", help="of matrix products; default: the faster one")
@@ -225,8 +226,11 @@ def format_report(directory: str, report: "IndexReport") -> str:
 
 
 def _format_info(index: "Index") -> str:
+    from vop_jax.video.shots import LONGEST, SHORTEST
+
     info, counts, failures = index.info, index.counts(), index.failures()
     moments = f"of {info.window:g} s every {info.stride:g} s" if info.window else "whole clips"
+    moments = f"shots of {SHORTEST:g} to {LONGEST:g} s" if info.shots else moments
     prompts = f"{info.method}, {info.prompts or info.prompts_fingerprint[:12]}"
     lines = [
         f"folder    {info.folder}",

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib.util
 import os
 import pathlib
 import shutil
@@ -37,6 +38,7 @@ class IndexRequest:
         clip, prompts: files.
         window, stride: seconds of the moments; by default a new index has whole clips only, and
             the stride is half of the window.
+        shots: the moments are the shots of the videos.
         captions: a file of texts.
         store: URI of the vectors.
         dtype: of the model's matrix products, "auto" for the faster one on this device.
@@ -47,6 +49,7 @@ class IndexRequest:
     prompts: str = ""
     window: float | None = None
     stride: float | None = None
+    shots: bool = False
     captions: str = ""
     store: str = ""
     dtype: str = ""
@@ -72,6 +75,8 @@ def build_index(
     with locked(directory):  # also while the folder is listed, so that nobody adds files meanwhile
         stored = catalog.stored_info(directory)
         request = _complete_request(directory, stored, request, retriever is not None)
+        if request.shots:
+            _check_shots(request)
         indexed: dict[str, int] = {}
         if stored:
             with catalog.reading(directory) as db:
@@ -118,6 +123,7 @@ def _info(request: IndexRequest, retriever: Retriever, folder: str) -> IndexInfo
         folder=folder,
         store=absolute(request.store),
         dtype=retriever.dtype,
+        shots=request.shots,
     )
 
 
@@ -154,6 +160,14 @@ def absolute(uri: str) -> str:
     return (scheme if uri.startswith(scheme) else "") + os.path.abspath(path)
 
 
+def _check_shots(request: IndexRequest) -> None:
+    """Raises UserError for windows, too, or without PySceneDetect."""
+    if request.window or request.stride:
+        raise UserError("--shots: not with --window or --stride; a moment is a shot or a window")
+    if not importlib.util.find_spec("scenedetect"):  # before files are called unreadable
+        raise UserError('--shots: no PySceneDetect: pip install -e ".[shots]"')
+
+
 def _complete_request(
     directory: pathlib.Path, stored: IndexInfo | None, request: IndexRequest, has_model: bool
 ) -> IndexRequest:
@@ -182,6 +196,8 @@ def _complete_request(
         if value is not None and value != own:
             made = f"with --{name}={own:g}" if own else f"without --{name}"
             raise UserError(f"{directory}: was made {made}, not {value:g}; {OTHER_INDEX}")
+    if request.shots and not stored.shots:
+        raise UserError(f"{directory}: was made without --shots; {OTHER_INDEX}")
     if request.store and absolute(request.store) != stored.store:
         message = f"keeps its vectors in {stored.store or 'its own folder'}, not in {request.store}"
         raise UserError(f"{directory}: {message}; {OTHER_INDEX}")
@@ -189,7 +205,7 @@ def _complete_request(
         message = f"was made with --dtype={stored.dtype}, not {request.dtype}"
         raise UserError(f"{directory}: {message}; {OTHER_INDEX}")
     request = dataclasses.replace(request, dtype=stored.dtype)
-    names = ("folder", "clip", "prompts", "window", "stride", "store")
+    names = ("folder", "clip", "prompts", "window", "stride", "shots", "store")
     return dataclasses.replace(
         request, **{name: getattr(request, name) or getattr(stored, name) for name in names}
     )

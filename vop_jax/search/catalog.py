@@ -75,10 +75,11 @@ class IndexInfo:
         clip, prompts: files; prompts is "" for plain CLIP.
         clip_name, clip_fingerprint, prompts_fingerprint, method, frames: see `Retriever`.
         dim: E.
-        window, stride: seconds of the moments; 0: whole clips only.
+        window, stride: seconds of the moments; 0: whole clips, and shots, only.
         folder: of the videos, absolute.
         store: URI of the vectors; "": in the index's own folder.
         dtype: of the model's matrix products.
+        shots: whether the moments are the shots of the files.
     """
 
     version: int
@@ -95,6 +96,7 @@ class IndexInfo:
     folder: str
     store: str
     dtype: str = "float32"  # that of indexes which do not say it
+    shots: bool = False
 
     @property
     def model(self) -> tuple:
@@ -197,6 +199,7 @@ def _check_version(db: sqlite3.Connection, path: pathlib.Path) -> None:
     info = read_info(db)
     names = ("clip", "prompts", "window", "stride", "store")
     options = [f"--{name}={value}" for name in names if (value := getattr(info, name))]
+    options += ["--shots"] * info.shots
     command = shlex.join([info.folder, *options, f"--index={path.parent}"])
     raise UserError(f"{message}; remove it, then: python -m vop_jax.search index {command}")
 

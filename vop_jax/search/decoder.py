@@ -7,7 +7,7 @@ of change, which no program can set back.
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from vop_jax.errors import VideoError
 from vop_jax.video.moments import (
@@ -20,6 +20,7 @@ from vop_jax.video.moments import (
     list_moments,
     plan_tasks,
 )
+from vop_jax.video.shots import ShotTask, decode_shots, plan_shots
 
 State = tuple[int, int, int]  # size, nanoseconds of the last changes of content and of the file
 
@@ -35,21 +36,24 @@ class FilePlan:
     Attributes:
         state: of the file when its digest was computed.
         digest: of its content.
-        segments: its whole clip, then its moments.
-        tasks: that decode the segments in this order.
+        segments: its whole clip, then its moments unless these are shots.
+        tasks: that decode the segments, and the shots, in this order.
     """
 
     state: State
     digest: str
     segments: list[Segment]
-    tasks: list[DecodeTask]
+    tasks: Sequence[DecodeTask | ShotTask]
 
 
-def plan_file(path: str, spec: FrameSpec, window: float, stride: float) -> FilePlan:
+def plan_file(
+    path: str, spec: FrameSpec, window: float, stride: float, shots: bool = False
+) -> FilePlan:
     """Reads a file and lists its segments.
 
     Args:
         window, stride: seconds of its moments.
+        shots: its moments are its shots instead, which are found when it is decoded.
 
     Raises:
         VideoError: it cannot be read.
@@ -59,16 +63,16 @@ def plan_file(path: str, spec: FrameSpec, window: float, stride: float) -> FileP
     with _unchanged(path, state):
         info = inspect_video(path, spec)
         moments = list_moments(info, window, stride)
-        tasks = plan_tasks(path, info, moments, spec)
+        tasks = plan_shots(path, info, spec) if shots else plan_tasks(path, info, moments, spec)
     assert state is not None
     return FilePlan(state, info.digest, [(0.0, info.duration), *moments], tasks)
 
 
-def decode_job(job: tuple[DecodeTask, State]) -> DecodedSegments:
+def decode_job(job: tuple[DecodeTask | ShotTask, State]) -> DecodedSegments:
     """Decodes a task of a file that was planned in this state; raises as `plan_file`."""
     task, state = job
     with _unchanged(task.path, state):
-        return decode_task(task)
+        return decode_shots(task) if isinstance(task, ShotTask) else decode_task(task)
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from vop_jax.search.catalog import IndexInfo
 from vop_jax.search.scan import Scan, VideoFile
 from vop_jax.search.writer import Caption, CatalogWriter
 from vop_jax.video.moments import DecodeTask, Segment
+from vop_jax.video.shots import ShotTask
 from vop_jax.video.workers import in_processes
 
 AHEAD = 2  # batches that wait for the devices
@@ -77,7 +78,8 @@ class PendingFile:
         segments: its whole clip, then its moments.
         vectors: {number of the segment: float32 [E]}; a segment without frames has none.
         decoded: number of segments that are decoded.
-        missing: number of segments that are not embedded yet.
+        missing: number of tasks that are not decoded yet, and of their segments that are not
+            embedded yet.
         failed: whether a part of it cannot be decoded.
     """
 
@@ -155,6 +157,7 @@ class Updater:
             spec=self._retriever.frame_spec,
             window=info.window,
             stride=info.stride,
+            shots=info.shots,
         )
         workers = options.workers or os.cpu_count() or 1
         with contextlib.ExitStack() as stack:
@@ -172,18 +175,21 @@ class Updater:
                         self._fail(pending.file, result)
                     pending.failed = True
                     continue
+                pending.segments += result.shots
+                pending.missing += len(result.rows)
                 for number in range(len(result.rows)):
                     pending.decoded += 1
                     if (pixels := result.clip(number)) is None:
-                        self._count_segment(pending)
+                        self._count_down(pending)
                     else:
                         yield pending, pending.decoded - 1, pixels
+                self._count_down(pending)
 
     def _jobs(
         self,
         plans: Iterable[tuple[VideoFile, decoder.FilePlan | VideoError]],
         queue: collections.deque[PendingFile],
-    ) -> Iterator[tuple[DecodeTask, decoder.State]]:
+    ) -> Iterator[tuple[DecodeTask | ShotTask, decoder.State]]:
         """Decoding tasks of the files whose content is not in the index."""
         for file, plan in plans:
             if isinstance(plan, VideoError):
@@ -192,7 +198,7 @@ class Updater:
             file = VideoFile(file.path, *plan.state[:2])
             if self._reuse(file, plan.digest):
                 continue
-            pending = PendingFile(file, plan.digest, plan.segments, missing=len(plan.segments))
+            pending = PendingFile(file, plan.digest, plan.segments, missing=len(plan.tasks))
             for task in plan.tasks:
                 queue.append(pending)
                 yield task, plan.state
@@ -230,12 +236,12 @@ class Updater:
             future, clips = self._batches.popleft()
             for (pending, number), vector in zip(clips, future.result(), strict=True):
                 pending.vectors[number] = vector
-                self._count_segment(pending)
+                self._count_down(pending)
         if self._finished:
             finished, self._finished = self._finished, []
             self._add(finished)
 
-    def _count_segment(self, pending: PendingFile) -> None:
+    def _count_down(self, pending: PendingFile) -> None:
         pending.missing -= 1
         if not pending.missing:
             self._finished.append(pending)

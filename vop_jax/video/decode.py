@@ -16,7 +16,7 @@ from av.video.reformatter import VideoReformatter
 
 from vop_jax.errors import VideoError
 from vop_jax.video.crops import resize, resize_short_side
-from vop_jax.video.stream import TimedFrames, VideoStream, open_stream
+from vop_jax.video.stream import TimedFrames, VideoStream, as_video_error, open_stream
 
 SEEK_FROM = 10.0  # seconds; reading up to an earlier start is faster than seeking to it
 DAMAGED = 0.05  # share of packets that may not decode; decoders recover at the next key frame
@@ -33,7 +33,7 @@ class SegmentReader:
     if the file cannot be opened, is no video, or is damaged or truncated.
 
     Attributes:
-        times: of the frames that the last `decode` saw, in the order of display.
+        times: of the frames that the last `decode`, or `frames`, saw, in the order of display.
     """
 
     def __init__(
@@ -67,27 +67,31 @@ class SegmentReader:
     def decode(self, indices: Iterable[int]) -> dict[int, np.ndarray]:
         """uint8 [h, w, 3] of the segment's frames of these indices, all of the first one's size."""
         indices, frames = frozenset(indices), dict[int, np.ndarray]()
-        self.times = []
         # One for all frames: creating it costs more than its work, and threads of its own most.
         reformatter = VideoReformatter()
+        with as_video_error():
+            for index, (_, frame) in enumerate(self.frames()):
+                if index in indices:
+                    pixels = upright(frame, reformatter, self.short_side)
+                    first = next(iter(frames.values()), pixels)
+                    frames[index] = resize(pixels, first.shape[1], first.shape[0])
+        return frames
+
+    def frames(self) -> TimedFrames:
+        """(time, frame) of the segment's frames, in the order of display."""
+        self.times = []
         with self._open_at_start() as (stream, timed_frames):
             for time, frame in timed_frames:
                 if time >= self.end:
                     break
-                if time < self.start:
-                    continue
-                index = len(self.times)
-                if index in indices:
-                    pixels = _upright(frame, reformatter, self.short_side)
-                    first = next(iter(frames.values()), pixels)
-                    frames[index] = resize(pixels, first.shape[1], first.shape[0])
-                self.times.append(time)
+                if time >= self.start:
+                    self.times.append(time)
+                    yield time, frame
             else:
                 self._check_complete(stream)
             if stream.damaged > max(1, DAMAGED * stream.read):
                 counts = f"{stream.damaged} of {stream.read}"
                 raise VideoError(f"damaged: {counts} packets do not decode")
-        return frames
 
     def first_frame(self) -> np.ndarray | None:
         """uint8 [h, w, 3] on display at the start of the segment; None if no frame decodes."""
@@ -99,7 +103,7 @@ class SegmentReader:
                 current = frame
             if current is None:
                 return None
-            return _upright(current, VideoReformatter(), self.short_side)
+            return upright(current, VideoReformatter(), self.short_side)
 
     @contextlib.contextmanager
     def _open_at_start(self) -> Iterator[tuple[VideoStream, TimedFrames]]:
@@ -135,22 +139,28 @@ class SegmentReader:
             raise VideoError(f"truncated: {stream.end:.1f} s of {stated:.1f} s decode")
 
 
-def _upright(
+def upright(
     frame: av.VideoFrame, reformatter: VideoReformatter, short_side: int | None
 ) -> np.ndarray:
     """uint8 RGB [h, w, 3], rotated and mirrored for display."""
-    try:
-        converted = reformatter.reformat(frame, format="rgb24", threads=1)
-    except av.error.FFmpegError:  # FFmpeg has no conversion for the tag: ignore the tag
-        frame.colorspace = UNSPECIFIED
-        converted = reformatter.reformat(frame, format="rgb24", threads=1)
-    pixels: np.ndarray = converted.to_ndarray()
+    pixels = convert(frame, reformatter, format="rgb24")
     # A pixel (x, y) is shown at (a x + c y, b x + d y).
     a, b, c, d = _display_matrix(frame)
     if abs(b) + abs(c) > abs(a) + abs(d):
         pixels, a, d = pixels.swapaxes(0, 1), c, b
     pixels = np.ascontiguousarray(pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
     return resize_short_side(pixels, short_side, enlarge=False) if short_side else pixels
+
+
+def convert(frame: av.VideoFrame, reformatter: VideoReformatter, **target: Any) -> np.ndarray:
+    """The pixels of a frame in another format or size, as `VideoReformatter.reformat` takes it."""
+    try:
+        converted = reformatter.reformat(frame, threads=1, **target)
+    except av.error.FFmpegError:  # FFmpeg has no conversion for the tag: ignore the tag
+        frame.colorspace = UNSPECIFIED
+        converted = reformatter.reformat(frame, threads=1, **target)
+    pixels: np.ndarray = converted.to_ndarray()
+    return pixels
 
 
 def _display_matrix(frame: av.VideoFrame) -> tuple[float, float, float, float]:

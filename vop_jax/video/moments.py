@@ -84,11 +84,13 @@ class DecodedSegments:
         pixels: uint8 [n, S, S, 3], each picture once.
         times: seconds of each picture.
         rows: for each segment the F rows of `pixels`, or None where it shows no frame.
+        shots: the last of these segments, which were found while the file was decoded.
     """
 
     pixels: np.ndarray
     times: list[float]
-    rows: list[list[int] | None]
+    rows: Sequence[list[int] | None]
+    shots: Sequence[Segment] = ()
 
     def clip(self, number: int) -> np.ndarray | None:
         """uint8 [F, S, S, 3] of segment `number`; None where it shows no frame."""
@@ -198,12 +200,12 @@ def _decode_segments(path: str, segments: Sequence[Segment], spec: FrameSpec) ->
     reader = SegmentReader(path, first, last, spec.short_side)
 
     def decode(times: list[float]) -> tuple[list[list[int] | None], dict[int, np.ndarray]]:
-        indices = [_sample_segment(times, segment, spec) for segment in segments]
+        indices = [sample_segment(times, segment, spec) for segment in segments]
         return indices, reader.decode({i for chosen in indices for i in chosen or ()})
 
     # Packets nearly always predict the frames that decode; where they do not, decode again.
     indices, frames = decode(reader.packet_times())
-    if [_sample_segment(reader.times, segment, spec) for segment in segments] != indices:
+    if [sample_segment(reader.times, segment, spec) for segment in segments] != indices:
         indices, frames = decode(reader.times)
     if not reader.times and WHOLE_FILE in segments:
         raise VideoError("no frame decodes")
@@ -215,7 +217,7 @@ def _decode_segments(path: str, segments: Sequence[Segment], spec: FrameSpec) ->
     )
 
 
-def _sample_segment(times: Sequence[float], segment: Segment, spec: FrameSpec) -> list[int] | None:
+def sample_segment(times: Sequence[float], segment: Segment, spec: FrameSpec) -> list[int] | None:
     """Indices of the F frames of a segment, of frames shown at `times`; None: it has none."""
     start, end = segment
     # A frame of a negative time belongs to the beginning of the file.
