@@ -41,6 +41,7 @@ from vop_jax.clip.weights import save_clip
 from vop_jax.inference.retriever import Retriever
 from vop_jax.search.build import IndexRequest, build_index
 from vop_jax.search.updater import IndexOptions
+from vop_jax.training import malloc
 from vop_jax.video.sampling import sample_indices
 
 ARCH, FRAMES, BATCH = "ViT-B-32", 12, 16
@@ -173,6 +174,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     cores = os.cpu_count() or 1
+    malloc.keep_freed_memory()  # as `vop search index` does
     torch.set_num_threads(cores)
     model = open_clip.create_model(ARCH, pretrained=None)
     programs: dict[str, Callable[[pathlib.Path], object]] = {}

@@ -29,6 +29,7 @@ from benchmarks.step_cost import Programs
 from vop_jax.config.clip import PRESETS
 from vop_jax.experiment.kernels import best_kernel
 from vop_jax.storage.tensors import flatten
+from vop_jax.training import malloc
 from vop_jax.training.sharding import make_mesh
 from vop_jax.tuning.methods import METHODS, MethodConfig
 
@@ -234,6 +235,7 @@ def parsed() -> argparse.Namespace:
 
 def main() -> None:
     args = parsed()
+    malloc.keep_freed_memory()
     if torch is not None:
         speed_torch.prepare(threads())
     peak = matmul_peak(args.matmul, args.dtype, args.calls)

@@ -94,8 +94,9 @@ def join(values: flags.FlagValues) -> None:
     """Joins the run's other processes, if it has any; only the first reports progress."""
     if values.mode == "params":
         return
-    from vop_jax.training import hosts
+    from vop_jax.training import hosts, malloc
 
+    malloc.keep_freed_memory()
     hosts.start(values.coordinator, values.processes, values.process, values.timeout)
     if not hosts.is_first():
         logging.set_verbosity(logging.WARNING)

@@ -256,3 +256,13 @@ def test_prompts_are_no_part_of_the_sequence_and_plain_clip_costs_its_matrix_pro
     assert 1 <= plain / (batch * (frames * frame + caption)) <= 1.01
     prompts = flops_of(c, MethodConfig("vop", visual_prompts=64), frames)
     assert prompts / plain < 1.15  # as part of it they would make 2.4 times as many tokens
+
+
+def test_the_limit_of_a_container_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(compile, "CGROUP", tmp_path)
+    machine = compile.available_memory()
+    (tmp_path / "memory.stat").write_text("anon 400\nfile 7\n")
+    (tmp_path / "memory.max").write_text("1400\n")
+    assert compile.available_memory() == 800
+    (tmp_path / "memory.max").write_text("max\n")
+    assert machine is None or compile.available_memory() > 800

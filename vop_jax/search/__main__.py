@@ -85,8 +85,10 @@ def _parser() -> argparse.ArgumentParser:
 def _index(args: argparse.Namespace) -> int:
     from vop_jax.search.build import IndexRequest, build_index
     from vop_jax.search.updater import IndexOptions
+    from vop_jax.training import malloc
 
     cli.set_up_logging()
+    malloc.keep_freed_memory()
     names = [field.name for field in dataclasses.fields(IndexRequest)]
     request = IndexRequest(**{name: getattr(args, name) for name in names})
     options = IndexOptions(args.workers, args.batch, args.seconds, args.retry)

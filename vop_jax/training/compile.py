@@ -1,5 +1,6 @@
 """The train step, compiled before its first run: its memory, its FLOPs and the time they take."""
 
+import contextlib
 import dataclasses
 import math
 import pathlib
@@ -15,13 +16,14 @@ from jax.sharding import Mesh
 
 from vop_jax.clip.kernels import products
 from vop_jax.errors import UserError
-from vop_jax.training import hosts, sharding
+from vop_jax.training import hosts, malloc, sharding
 from vop_jax.training.step import Batch, Metrics, TrainState
 
 HELP = (
     "config.compute.remat='full', compute.frame_chunk, train.microbatches, compute.dtype="
     "'bfloat16', mesh.fsdp or a smaller train.batch_size (docs/guides/memory.md says which first)"
 )
+CGROUP = "/sys/fs/cgroup"  # of the container, in version 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,6 +225,8 @@ class CompiledStep:
         if free is not None and memory.activations > free:
             message = "a step takes %s GB more, this machine has %s free: set %s"
             logging.warning(message, _gb(memory.activations * devices), _gb(free * devices), HELP)
+        if free is not None and 2 * memory.activations > free:
+            malloc.return_large_blocks()
 
     def _log_duration(self, flops: float) -> None:
         """Logs the shortest time that all steps can take."""
@@ -237,16 +241,23 @@ class CompiledStep:
 
 
 def available_memory() -> int | None:
-    """Bytes that a step can take of this machine's memory; None where it is not Linux.
+    """Bytes that a step can take of this machine's or container's memory; None off Linux.
 
     These are four fifths of what is free: steps take up to a quarter more than their estimates.
     """
-    try:
-        lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    available = [line.split() for line in lines if line.startswith("MemAvailable:")]
-    return int(available[0][1]) * 1024 * 4 // 5 if available else None
+    free = []
+    with contextlib.suppress(OSError, KeyError):
+        free.append(_counts("/proc/meminfo")["MemAvailable:"] * 1024)
+    with contextlib.suppress(OSError, KeyError, ValueError):  # no limit is the word "max"
+        limit = int(pathlib.Path(f"{CGROUP}/memory.max").read_text())
+        free.append(max(0, limit - _counts(f"{CGROUP}/memory.stat")["anon"]))
+    return min(free) * 4 // 5 if free else None
+
+
+def _counts(path: str) -> dict[str, int]:
+    """{name: number} of the lines of a file of the kernel."""
+    rows = (line.split() for line in pathlib.Path(path).read_text().splitlines())
+    return {name: int(number) for name, number, *_ in rows}
 
 
 def _shapes(batch: dict[str, Any]) -> tuple:
