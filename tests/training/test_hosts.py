@@ -153,6 +153,20 @@ def test_a_cluster_is_detected_in_the_environment(environment, in_cluster):
 
 
 @pytest.mark.parametrize(
+    ("environment", "in_cluster"),
+    [
+        ({}, False),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "a,b", "JAX_PLATFORMS": "cpu"}, False),
+    ],
+)
+def test_gke_is_detected_with_libtpu_installed(monkeypatch, environment, in_cluster):
+    assert not hosts._in_cluster(environment)  # jax could not use the TPU
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "libtpu")
+    assert hosts._in_cluster(environment) == in_cluster
+
+
+@pytest.mark.parametrize(
     ("tasks", "alone"), [("1(x4)", True), ("1", True), ("8(x4)", False), ("", False), ("12", False)]
 )
 def test_a_process_that_has_its_machine_to_itself_takes_all_gpus(tasks, alone):

@@ -71,7 +71,7 @@ def start(
     _print_at_death(f"error: no run to join at {where}: not all processes came there in time")
     try:
         jax.distributed.initialize(**arguments)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         raise UserError(f"no run to join at {where}: {' '.join(str(error).split())}") from None
     finally:
         finish()
@@ -103,7 +103,9 @@ def _in_cluster(environment: Mapping[str, str]) -> bool:
 
     in_slurm_step = "SLURM_PROCID" in environment and "SLURM_STEP_NODELIST" in environment
     on_tpu = importlib.util.find_spec("libtpu") and (
-        glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
+        "TPU_WORKER_HOSTNAMES" in environment  # GKE sets it
+        or glob.glob("/dev/accel[0-9]*")
+        or glob.glob("/dev/vfio/[0-9]*")
     )
     return (
         "JAX_COORDINATOR_ADDRESS" in environment
