@@ -96,7 +96,9 @@ def test_query_as_a_table(place, call):
     assert status == 0 and len(lines) == 4 and not err
     assert all(re.match(r"-?0\.\d{3} +\d\.\d-\d\.\d s  /", line) for line in lines)
     assert sum(line.endswith("b.mp4  (missing)") for line in lines) == 1
-    assert call("query", "a dog", "--index", index, "--folder=none")[1] == "nothing found\n"
+    for nothing in ("--folder=none", "--min_score=1"):
+        assert call("query", "a dog", "--index", index, nothing)[1] == "nothing found\n"
+    assert call("query", "a dog", "--index", index, "--min_score=1", "--json")[1] == "[]\n"
     assert "b.mp4: no such file" in call("query", "a dog", "--index", index, "--explain")[1]
     _, out, _ = call("query", "--video", films / "c.mp4", "--index", index, "--to=captions")
     assert {line.split("  ")[-1] for line in out.splitlines()} == {"first text", "second text"}
@@ -136,7 +138,7 @@ def test_info(place, call):
     status, out, _ = call("info", "--index", index)
     assert status == 0
     assert re.search(r"files +4\n", out) and "of 2 s every 1 s, 12 frames each" in out
-    assert "bad.mp4: not readable as video" in out
+    assert "bad.mp4: not readable as video" in out and "minimum   none: fewer than 50" in out
     info = json.loads(call("info", "--index", index, "--json")[1])
     assert info["counts"]["captions"] == 2 and info["folder"] == str(films)
 
@@ -162,6 +164,7 @@ def test_info(place, call):
         ("query x --index INDEX --to=sounds", "invalid choice: 'sounds'"),
         ("query x --index INDEX --to=captions --explain", "--explain: scores the frames of videos"),
         ("query x --index INDEX --since=never", "since='never': must be a date"),
+        ("query x --index INDEX --min_score=2", "min_score='2': must be auto, none or a number"),
         ("query x --index ROOT", "no index; make one with python -m vop_jax.search index"),
         ("query --video ROOT/none.mp4 --index INDEX", "none.mp4: no such file"),
         ("query --image ROOT/films/bad.mp4 --index INDEX", "not readable as a picture"),
@@ -280,7 +283,7 @@ def odd_names(tmp_path_factory, clip):
         (["query", "a dog", "--to", "captions"], 1, "ascii"),
         (["query", "a dog", "--since", "0001-01-01", "--json"], 9, "ascii"),
         (["query", "a dog", "--clip", NAME], 1, "utf-8"),
-        (["info"], 9, "ascii"),
+        (["info"], 10, "ascii"),
         (["index"], 2, "utf-8"),
     ],
 )

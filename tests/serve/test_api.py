@@ -76,6 +76,14 @@ def test_many_texts_in_one_request(client, searcher):
     assert response.json() == [{"query": "white", "cut": False, "found": False, "hits": []}]
 
 
+def test_a_minimum_score(client, searcher):
+    hits = searcher.text("white", 4)
+    for minimum, count in (("auto", 4), ("none", 4), (hits[1].score - 1e-6, 2), (1, 0)):
+        request = {"q": "white", "k": 4, "min_score": minimum}
+        body = client.get("/api/search", params=request).json()
+        assert (len(body["hits"]), body["found"]) == (count, count > 0)
+
+
 def test_results_as_files(client, searcher, films):
     hits = searcher.text("white", 2)
     request = {"q": "white", "k": 2, "format": "csv"}
@@ -245,6 +253,7 @@ def test_the_docs_list_every_path_and_load_nothing_from_elsewhere(client):
         *((f"/api/search?q=a&since={s}", 400, "since") for s in ("yesterday", "nan", "10000-1-1")),
         ("/api/search?q=a&until=2026-02-30", 400, "until"),
         ("/api/search?q=a&format=xml", 422, "format: "),
+        ("/api/search?q=a&min_score=nan", 400, "min_score='nan': must be auto, none or a number"),
         *((f"/api/search?q=a&folder={path}", 400, "folder") for path in ("../x", "%00")),
         ("/api/explain?q=a", 422, "file_id"),
         ("/api/explain?q=&file_id=1", 400, "empty"),

@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--since", metavar="DATE", help="only files changed on this day or later")
     add("--until", metavar="DATE", help="only files changed on this day or before")
     add("--all-moments", action="store_true", help="not only the best moment of each file")
+    add("--min_score", default="auto", metavar="X", help="least score of a result: auto, none, X")
     add("--explain", action="store_true", help="print the score of each frame")
     add("--queries", metavar="FILE", help="search a text a line, all at once; -: of stdin")
     add("--out", metavar="FILE", help="write the results to a file")
@@ -118,6 +119,8 @@ def _query(args: argparse.Namespace) -> None:
                 which, end = f"{count} of {len(texts)} queries are", "their ends are"
             print(f"{which} longer than the model reads: {end} ignored", file=sys.stderr)
     filters = {name: getattr(args, name) for name in ("to", "folder", "since", "until")}
+    by_text = args.video is None and args.image is None
+    filters["min_score"] = "none" if args.min_score == "auto" and not by_text else args.min_score
     hits = searcher.index.search(vectors, args.k, per_file=not args.all_moments, **filters)
     if not any(hits) and args.to == "captions" and not searcher.index.counts()["captions"]:
         raise UserError(f"{args.index}: has no captions; add them with index --captions=FILE")
@@ -195,6 +198,8 @@ def _info(args: argparse.Namespace) -> None:
         return
     failures = [{"path": path, "reason": reason} for path, reason in index.failures()]
     info = {**dataclasses.asdict(index.info), "counts": index.counts(), "failures": failures}
+    known = index.calibration()
+    info["min_score"] = known and {n: v for n, v in vars(known).items() if n != "general"}
     print(json.dumps(info, indent=2))
 
 
@@ -242,12 +247,23 @@ def _format_info(index: "Index") -> str:
         f"CLIP      {info.clip_name}, {info.clip}, in {info.dtype}",
         f"prompts   {prompts if info.prompts_fingerprint else 'none'}",
         f"vectors   {info.store or 'exact search, in this folder'}, {info.dim} numbers each",
+        f"minimum   {_format_minimum(index)}",
         f"failed    {counts['failed']}",
         *(f"  {path}: {reason}" for path, reason in failures[:LISTED]),
     ]
     if len(failures) > LISTED:
         lines.append(f"  and {len(failures) - LISTED} more; --json lists all")
     return "\n".join(map(printable, lines))
+
+
+def _format_minimum(index: "Index") -> str:
+    """What `--min_score=auto` does to the texts that it was made with."""
+    if (known := index.calibration()) is None:
+        return "none: fewer than 50 moments, or made by an older version"
+    passed = f"{100 * known.passed:.0f} % of general captions pass"
+    if not known.captions:
+        return passed
+    return f"{passed}, {100 * known.missed:.0f} % of {known.captions} captions are missed"
 
 
 COMMANDS: dict[str, Any] = {"index": _index, "query": _query, "info": _info}

@@ -104,6 +104,7 @@ def build_index(
                 update_captions(captions, writer, retriever, report)
             Updater(writer, info, retriever, options or IndexOptions(), report).run(scan)
             writer.compact()
+            writer.calibrate(retriever)
         return report
 
 

@@ -212,9 +212,9 @@ def read_info(db: sqlite3.Connection) -> IndexInfo:
     """
     version = db.execute("PRAGMA user_version").fetchone()[0]
     try:
-        values = dict(db.execute("SELECT key, value FROM about"))
-        return IndexInfo(version=version, **json.loads(values["info"]))
-    except (KeyError, TypeError, ValueError):
+        row = db.execute("SELECT value FROM about WHERE key = 'info'").fetchone()
+        return IndexInfo(version=version, **json.loads(row[0]))
+    except (TypeError, ValueError):
         path = pathlib.Path(db.execute("PRAGMA database_list").fetchone()[2])
         raise _damaged(path, "its description cannot be read") from None
 

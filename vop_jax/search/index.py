@@ -7,10 +7,11 @@ import threading
 import numpy as np
 
 from vop_jax.errors import UserError
-from vop_jax.search import catalog, query
+from vop_jax.search import calibration, catalog, query
+from vop_jax.search.calibration import Calibration
 from vop_jax.search.catalog import IndexedFile, IndexInfo
 from vop_jax.search.query import Date, Hit, make_filter
-from vop_jax.search.stores.base import TABLES, VectorStore, checked_vectors
+from vop_jax.search.stores.base import TABLES, Snapshot, VectorStore, checked_vectors
 from vop_jax.search.stores.heap import open_store
 
 __all__ = ["Hit", "Index"]
@@ -69,6 +70,7 @@ class Index:
         since: Date = None,
         until: Date = None,
         per_file: bool = True,
+        min_score: float | str | None = None,
     ) -> list[list[Hit]]:
         """The nearest moments, or captions, of each vector, best first.
 
@@ -78,6 +80,9 @@ class Index:
             to: "videos" or "captions".
             folder, since, until: see `query.make_filter`.
             per_file: only the best hit of each file, or caption text.
+            min_score: leaves out hits with a lower score. "auto", for vectors of texts: leaves out
+                moments whose score may be chance, see `calibration`; it does nothing to captions,
+                nor in an index that is too small to calibrate.
 
         Raises:
             UserError: an argument is wrong.
@@ -87,13 +92,26 @@ class Index:
         if not 1 <= k <= query.MOST:
             raise UserError(f"k={k}: must be 1 to {query.MOST}")
         vectors = checked_vectors(vectors, self.info.dim)
+        minimum = query.checked_min_score(min_score)
         path = "captions.path" if to == "captions" else "files.path"
         where = make_filter(folder, since, until, path)
         store = self._store(to)
         with catalog.reading(self.directory) as db:
             if catalog.read_info(db).model != self.info.model:  # `store` has the old vectors
                 raise UserError(f"{self.directory}: was rebuilt with another model; open it again")
-            return query.search(db, store.snapshot(db), vectors, k, to, where, per_file)
+            snapshot = store.snapshot(db)
+            found = query.search(db, snapshot, vectors, k, to, where, per_file)
+            known = calibration.read(db) if minimum == "auto" and to == "videos" else None
+            if known is not None:
+                pairs = zip(vectors, found, strict=True)
+                return [_above_chance(known, snapshot, *pair) for pair in pairs]
+        lowest = minimum if isinstance(minimum, float) else -np.inf
+        return [[hit for _, hit in hits if hit.score >= lowest] for hits in found]
+
+    def calibration(self) -> Calibration | None:
+        """What `min_score="auto"` goes by; None in an index that is too small, or an older one."""
+        with catalog.reading(self.directory) as db:
+            return calibration.read(db)
 
     def _store(self, target: str) -> VectorStore:
         """The vectors; the first use compares them with their checksums."""
@@ -152,3 +170,15 @@ class Index:
         statement = "SELECT path, reason FROM files WHERE reason IS NOT NULL ORDER BY path"
         with catalog.reading(self.directory) as db:
             return list(db.execute(statement))
+
+
+def _above_chance(
+    known: Calibration, snapshot: Snapshot, vector: np.ndarray, hits: list[tuple[int, Hit]]
+) -> list[Hit]:
+    """Those of (id, moment) that have enough evidence for the text of a vector [E]."""
+    if not hits:
+        return []
+    moments = snapshot.get(np.array([number for number, _ in hits], np.int64))
+    scores = np.array([hit.score for _, hit in hits])
+    enough = known.evidence(scores, moments) >= known.limit
+    return [hit for (_, hit), passes in zip(hits, enough, strict=True) if passes]

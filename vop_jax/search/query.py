@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import json
+import math
 import posixpath
 import sqlite3
 from typing import Any
@@ -90,6 +91,23 @@ def make_filter(
     return " ".join(conditions), tuple(values)
 
 
+def checked_min_score(value: Any) -> float | str | None:
+    """A minimum of scores: "auto", None or a number; "none" and numbers may be text.
+
+    Raises:
+        UserError: anything else.
+    """
+    if value in (None, "auto", "none"):
+        return None if value == "none" else value
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not -1 <= number <= 1:
+        raise UserError(f"min_score={value!r}: must be auto, none or a number from -1 to 1")
+    return number
+
+
 def _nanoseconds(name: str, date: Any) -> int:
     """Since 1970, within int64; the end of a day for `until`."""
     time = date
@@ -120,8 +138,11 @@ def search(
     to: str,
     where: tuple[str, tuple],
     per_file: bool,
-) -> list[list[Hit]]:
-    """The best k hits of each vector [N, E]; looks at more of the nearest until k of them pass."""
+) -> list[list[tuple[int, Hit]]]:
+    """The best k hits of each vector [N, E], each after the id of its moment or caption.
+
+    Looks at more of the nearest until k of them pass.
+    """
     condition, values = where
     source, table = SOURCES[to], TABLES[to]
     allowed = None
@@ -130,7 +151,7 @@ def search(
         allowed = np.fromiter((row[0] for row in db.execute(statement, values)), np.int64)
         allowed = allowed if len(allowed) <= FEW else None
 
-    def first_hits(ids: list[int], scores: list[float]) -> list[Hit]:
+    def first_hits(ids: list[int], scores: list[float]) -> list[tuple[int, Hit]]:
         """The first k vectors that the catalog names and the filter passes."""
         rows = db.execute(
             f"SELECT {HIT_COLUMNS[to]} FROM {source} "
@@ -138,12 +159,12 @@ def search(
             (json.dumps(ids), *values),
         )
         named = {row[0]: row[1:] for row in rows}
-        hits: dict[Any, Hit] = {}
+        hits: dict[Any, tuple[int, Hit]] = {}
         for number, score in zip(ids, scores, strict=True):
             if number in named:
                 file, path, start, end, caption = named[number]
                 key = (caption or file) if per_file else number
-                hits.setdefault(key, Hit(file, path, score, start, end, caption))
+                hits.setdefault(key, (number, Hit(file, path, score, start, end, caption)))
                 if len(hits) == k:
                     break
         return list(hits.values())

@@ -15,21 +15,29 @@ from vop_jax.search.index import Hit, Index
 class Searcher:
     """An `Index` and its `Retriever`; made by `vop_jax.search.open`. Threads may share it.
 
-    Filters are those of `Index.search`: `to`, `folder`, `since`, `until`, `per_file`. Each search
-    raises UserError for a wrong filter, and for a query that is empty or cannot be read.
+    Filters are those of `Index.search`: `to`, `folder`, `since`, `until`, `per_file`, `min_score`.
+    Each search raises UserError for a wrong filter, and for a query that is empty or cannot be
+    read.
     """
 
     def __init__(self, index: Index, retriever: Retriever):
         check_model(index.directory, index.info, retriever)
         self.index, self.retriever = index, retriever
 
-    def text(self, query: str, k: int = 10, **filters) -> list[Hit]:
-        """The moments, or captions, nearest to a text."""
-        return self.nearest(self.vector(query), k, **filters)
+    def text(
+        self, query: str, k: int = 10, min_score: float | str | None = "auto", **filters
+    ) -> list[Hit]:
+        """The moments, or captions, nearest to a text; [] if the index shows nothing like it.
 
-    def texts(self, queries: Sequence[str], k: int = 10, **filters) -> list[list[Hit]]:
+        `min_score` is a cosine, None for all k, or "auto" for the index's own minimum.
+        """
+        return self.nearest(self.vector(query), k, min_score=min_score, **filters)
+
+    def texts(
+        self, queries: Sequence[str], k: int = 10, min_score: float | str | None = "auto", **filters
+    ) -> list[list[Hit]]:
         """The hits of each text, from one batch of the model and one pass over the vectors."""
-        return self.index.search(self.vectors(queries), k, **filters)
+        return self.index.search(self.vectors(queries), k, min_score=min_score, **filters)
 
     def video(
         self, path: str | os.PathLike, k: int = 10, to: str = "videos", **filters

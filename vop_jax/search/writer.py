@@ -8,11 +8,12 @@ import pathlib
 import secrets
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from absl import logging
 
+from vop_jax.search import calibration
 from vop_jax.search.catalog import (
     FILE,
     FILE_COLUMNS,
@@ -28,9 +29,12 @@ from vop_jax.search.catalog import (
     stored_info,
 )
 from vop_jax.search.scan import VideoFile
-from vop_jax.search.stores.base import TABLES, VectorStore, checked_vectors
+from vop_jax.search.stores.base import TABLES, VectorStore, checked_vectors, named_ids
 from vop_jax.search.stores.heap import open_store
 from vop_jax.video.moments import Segment
+
+if TYPE_CHECKING:
+    from vop_jax.inference.retriever import Retriever
 
 Caption = tuple[str, str, float, float]  # text, path of a video or "", start, end
 
@@ -102,6 +106,34 @@ class CatalogWriter:
         del values["version"]
         row = ("info", json.dumps(values))
         self._db.execute("INSERT OR REPLACE INTO about VALUES (?, ?)", row)
+
+    def calibrate(self, retriever: "Retriever") -> None:
+        """Brings the minimum of scores up to date with the vectors, see `calibration`."""
+        (count,) = self._db.execute("SELECT COUNT(*) FROM moments").fetchone()
+        stored, new = calibration.read(self._db), None
+        if count >= calibration.MOMENTS:
+            general = stored.general if stored else retriever.embed_text(calibration.GENERAL)
+            moments = self._stores["moments"].snapshot(self._db)
+            ids = None if len(moments) == count else named_ids(self._db, "moments")
+            new = calibration.calibrate(general, moments, ids, self._described())
+        if (new and new.as_json()) != (stored and stored.as_json()):
+            with self.transaction():
+                self._db.execute("DELETE FROM about WHERE key = ?", (calibration.KEY,))
+                if new:
+                    row = calibration.KEY, new.as_json()
+                    self._db.execute("INSERT INTO about VALUES (?, ?)", row)
+
+    def _described(self) -> np.ndarray:
+        """float32 [C, E]: vectors of captions that name indexed videos, evenly picked."""
+        statement = (
+            "SELECT captions.id FROM captions JOIN files ON files.path = captions.path "
+            "WHERE reason IS NULL ORDER BY captions.id"
+        )
+        ids = np.fromiter((row[0] for row in self._db.execute(statement)), np.int64)
+        ids = ids[:: -(-len(ids) // calibration.SAMPLE) or 1]
+        if not len(ids):
+            return np.empty((0, self._dim), np.float32)
+        return self._stores["captions"].snapshot(self._db).get(ids)
 
     def compact(self) -> None:
         """Frees the room of vectors that the catalog does not name any more."""

@@ -20,7 +20,7 @@ from pydantic import BaseModel, BeforeValidator, Field
 from vop_jax.errors import UserError, VideoError
 from vop_jax.search import results
 from vop_jax.search.catalog import IndexedFile
-from vop_jax.search.query import Hit, make_filter
+from vop_jax.search.query import Hit, checked_min_score, make_filter
 from vop_jax.search.searcher import Searcher
 from vop_jax.serve import media
 from vop_jax.serve.executor import Executor
@@ -89,7 +89,7 @@ class SearchResponse(BaseModel):
 
     query: Annotated[Text, Field(description="the text, or the name of the uploaded file")]
     cut: Annotated[bool, Field(description="whether the text was truncated for the model")]
-    found: Annotated[bool, Field(description="whether there is a hit")]
+    found: Annotated[bool, Field(description="whether any moment shows it; else no hits")]
     hits: list[SearchHit]
 
 
@@ -168,6 +168,7 @@ QueryText = Annotated[str, Query(max_length=MAX_QUERY, description="what to look
 Count = Annotated[int, Query(ge=1, le=MAX_HITS, description="number of results")]
 FileId = Annotated[int, Path(ge=1, lt=2**63)]
 Seconds = Annotated[float, Query(ge=0, le=1e7, allow_inf_nan=False)]
+MinScore = Annotated[str, Query(max_length=40, description="of a hit: auto, none, or a cosine")]
 Upload = Annotated[UploadFile, File()]
 Format = Annotated[Literal["json", "csv", "otio"], Query(description="of the results")]
 IN_FILES: dict[int | str, dict[str, Any]] = {
@@ -205,9 +206,11 @@ async def search(
     filters: Filters,
     q: QueryText,
     k: Count = 10,
+    min_score: MinScore = "auto",
     format: Format = "json",
 ) -> SearchResponse | Response:
     """Moments that show what a text describes."""
+    filters["min_score"] = checked_min_score(min_score)
     (found,) = await _search_texts(services, searcher, [q], k, **filters)
     return found if format == "json" else await _file_of([found], format, services, searcher)
 
@@ -219,9 +222,11 @@ async def search_texts(
     filters: Filters,
     body: TextQueries,
     k: Count = 10,
+    min_score: MinScore = "auto",
     format: Format = "json",
 ) -> list[SearchResponse] | Response:
     """Moments that show what each of several texts describes."""
+    filters["min_score"] = checked_min_score(min_score)
     found = await _search_texts(services, searcher, body.queries, k, **filters)
     return found if format == "json" else await _file_of(found, format, services, searcher)
 
