@@ -74,6 +74,9 @@ def test_a_run_leaves_what_the_contract_says(finished, clip):
     for side in (summary, summary["before"]):
         for direction in ("t2v", "v2t"):
             assert set(side[direction]) == {"R@1", "R@5", "R@10", "MnR", "MdR"}
+    for direction, intervals in summary["intervals"].items():
+        for recall, (low, high) in intervals.items():
+            assert low <= summary[direction][recall] <= high
     assert summary["method"] == "vop" and summary["steps"] == 4
     layers = runs.CLIP.vision_layers * 32 + runs.CLIP.text_layers * 16
     assert summary["trainable_params"] == summary["paper_params"] == 2 * layers

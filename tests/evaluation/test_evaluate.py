@@ -32,7 +32,7 @@ def encode(params, rows):
 
 
 def evaluated(texts, videos, owner, bank, **options):
-    """The results of `evaluate_split` for given embeddings; `bank` is (texts, videos)."""
+    """`evaluate_split` for given embeddings; `bank` is (texts, videos)."""
     rows = np.concatenate([videos, bank[1], texts, bank[0]])
     ids = np.arange(len(videos) + len(bank[1]), len(rows), dtype=np.int32)[:, None]
     data = evaluate.EvalSet(
@@ -44,7 +44,7 @@ def evaluated(texts, videos, owner, bank, **options):
     )
     params = {"rows": rows, "clip": {"logit_scale": np.float32(math.log(SCALE))}}
     mesh = sharding.make_mesh(1)
-    return evaluate.evaluate_split((encode, encode), params, mesh, data, BATCH).results
+    return evaluate.evaluate_split((encode, encode), params, mesh, data, BATCH)
 
 
 @pytest.mark.parametrize(
@@ -73,8 +73,8 @@ def test_texts_are_embedded_in_the_narrowest_bucket_of_each_block():
 def test_every_protocol_and_extra_has_a_row_of_its_own():
     texts, videos, owner = random_pairs(17, 7, similar=0.3)
     bank = bank_texts, bank_videos = random_pairs(5, 5, seed=1)[:2]
-    assert list(evaluated(texts[:7], videos, np.arange(7), bank)) == ["t2v", "v2t"]
-    found = evaluated(texts, videos, owner, bank, extra=EXTRAS)
+    assert list(evaluated(texts[:7], videos, np.arange(7), bank).results) == ["t2v", "v2t"]
+    found = evaluated(texts, videos, owner, bank, extra=EXTRAS).results
     extras = [f"{side}_{name}" for name in EXTRAS for side in ("t2v", "v2t")]
     assert list(found) == ["t2v", "v2t", "v2t_per_caption", "v2t_grouped", *extras]
     mean = {side: values["MnR"] for side, values in found.items()}
@@ -113,7 +113,10 @@ def test_misses_count_in_every_row():
     texts, videos, owner = random_pairs(7, 7, similar=50.0)
     bank = random_pairs(5, 5, seed=1)[:2]
     missing = {"missed_texts": 6, "missed_videos": 2}
-    found = evaluated(texts, videos, owner, bank, extra=("dual_softmax",), **missing)
+    evaluation = evaluated(texts, videos, owner, bank, extra=("dual_softmax",), **missing)
+    found = evaluation.results
+    owners = {side: queries.videos.tolist() for side, queries in evaluation.queries.items()}
+    assert owners["t2v"] == [*owner, 7, 7, 7, 8, 8, 8] and owners["v2t"] == [*range(9)]
     extras = ["t2v_dual_softmax", "v2t_dual_softmax"]
     assert list(found) == ["t2v", "v2t", "v2t_per_caption", "v2t_grouped", *extras]
     for side, values in found.items():

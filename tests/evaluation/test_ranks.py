@@ -200,6 +200,23 @@ def test_half_ranks_of_ties_are_outside_the_recall_below_them():
     assert summary == {"R@1": 20.0, "R@5": 60.0, "R@10": 80.0, "MnR": 4.8, "MdR": 5.0}
 
 
+def test_intervals_are_those_of_drawing_videos_with_all_their_captions():
+    rng = np.random.default_rng(0)
+    size = rng.integers(1, 6, 200)
+    owner = np.repeat(np.arange(200), size)
+    ranks = 1 + np.floor(rng.exponential(rng.lognormal(1, 1.5, 200)[owner]))
+    found = metrics.recall_intervals(ranks, owner)
+    drawn = rng.integers(0, 200, (4000, 200))
+    for k in metrics.RECALLS:
+        hits = np.bincount(owner, ranks <= k)
+        shares = 100 * hits[drawn].sum(1) / size[drawn].sum(1)
+        np.testing.assert_allclose(found[f"R@{k}"], np.percentile(shares, (2.5, 97.5)), atol=0.7)
+        assert found[f"R@{k}"][0] < metrics.summarize(ranks)[f"R@{k}"] < found[f"R@{k}"][1]
+    alone = metrics.recall_intervals(ranks, np.arange(len(ranks)))["R@10"]
+    assert np.ptp(alone) < np.ptp(found["R@10"])  # captions of one video succeed or fail together
+    assert metrics.recall_intervals(ranks, owner) == found
+
+
 def test_contrast_accuracy_counts_captions_closer_than_their_contrast():
     videos = np.eye(2, dtype=np.float32)
     texts = videos[[0, 0, 1, 1]]

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -65,6 +65,13 @@ class EvalSet:
     fingerprint: str = ""
 
 
+class Queries(NamedTuple):
+    """The rank of each query of a side, and the number of its video; both [Q]."""
+
+    ranks: np.ndarray
+    videos: np.ndarray
+
+
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
     """The metrics and rankings of a split.
@@ -75,11 +82,13 @@ class Evaluation:
             contrasts add {"accuracy": {attribute: percent}} over the readable texts.
         ranks: of the readable texts and videos.
         top: the best videos of each text and their similarities, see `ranks.best_candidates`.
+        queries: the ranks behind each row of the results, misses included.
     """
 
     results: dict[str, dict[str, float]]
     ranks: metrics.Ranks
     top: tuple[np.ndarray, np.ndarray]
+    queries: Mapping[str, Queries] = dataclasses.field(default_factory=dict)
 
 
 def make_encoders(model: TextVideoModel, mesh: Mesh) -> tuple[Encode, Encode]:
@@ -152,13 +161,14 @@ def evaluate_split(
     def ranked(scores: tuple[Score, Score] | None = None) -> metrics.Ranks:
         return metrics.rank_pairs(texts, videos, data.video_of_text, scores=scores)
 
-    def summarized(ranks: metrics.Ranks) -> dict[str, dict[str, float]]:
-        return _sides(metrics.with_misses(ranks, data.missed_texts, data.missed_videos))
+    def queries_of(ranks: metrics.Ranks) -> dict[str, Queries]:
+        missed = data.missed_texts, data.missed_videos
+        return _sides(metrics.with_misses(ranks, *missed), _with_missed(data, count))
 
     videos = embed_videos(encode_video, params, mesh, data.videos(), count)
     texts = embed(data.ids)
     ranks = ranked()
-    results = summarized(ranks)
+    sides = queries_of(ranks)
     for name in data.extra:
         if name == "dual_softmax":
             scale = math.exp(float(params["clip"]["logit_scale"]))  # the temperature of the loss
@@ -174,19 +184,27 @@ def evaluate_split(
                 metrics.query_bank(embed(ids), texts, videos),
                 metrics.query_bank(bank_videos, videos, texts),
             )
-        rescored = summarized(ranked(scores))
-        results |= {f"{side}_{name}": rescored[side] for side in ("t2v", "v2t")}
+        rescored = queries_of(ranked(scores))
+        sides |= {f"{side}_{name}": rescored[side] for side in ("t2v", "v2t")}
+    results = {side: metrics.summarize(queries.ranks) for side, queries in sides.items()}
     if data.contrasts:
         results["accuracy"] = {
             name: metrics.contrast_accuracy(texts, embed(ids), videos, data.video_of_text)
             for name, ids in data.contrasts.items()
         }
-    return Evaluation(results, ranks, best_candidates(texts, videos, TOP))
+    return Evaluation(results, ranks, best_candidates(texts, videos, TOP), sides)
 
 
-def _sides(ranks: metrics.Ranks) -> dict[str, dict[str, float]]:
-    sides = {"t2v": metrics.summarize(ranks.t2v), "v2t": metrics.summarize(ranks.v2t)}
+def _sides(ranks: metrics.Ranks, video_of_text: np.ndarray) -> dict[str, Queries]:
+    each = np.arange(len(ranks.v2t))
+    sides = {"t2v": Queries(ranks.t2v, video_of_text), "v2t": Queries(ranks.v2t, each)}
     if len(ranks.t2v) > len(ranks.v2t):  # else all protocols are the same
-        sides["v2t_per_caption"] = metrics.summarize(ranks.v2t_per_caption)
-        sides["v2t_grouped"] = metrics.summarize(ranks.v2t_grouped)
+        sides["v2t_per_caption"] = Queries(ranks.v2t_per_caption, video_of_text)
+        sides["v2t_grouped"] = Queries(ranks.v2t_grouped, each)
     return sides
+
+
+def _with_missed(data: EvalSet, videos: int) -> np.ndarray:
+    """`video_of_text`, with the captions of missed videos spread evenly over those."""
+    spread = np.arange(data.missed_texts) * data.missed_videos // max(data.missed_texts, 1)
+    return np.append(data.video_of_text, videos + spread)

@@ -18,6 +18,7 @@ import numpy as np
 from vop_jax.evaluation.ranks import Score, best_candidates, grouped_ranks, log_sums, pair_ranks
 
 RECALLS = (1, 5, 10)
+RESAMPLES = 2000  # of a bootstrap
 BETA = 20.0  # QB-Norm's inverse temperature, as its authors set it
 ROOT = 8  # of the dual softmax, see `_dual_softmax`
 
@@ -163,3 +164,23 @@ def summarize(ranks: np.ndarray) -> dict[str, float]:
     """
     recalls = {f"R@{k}": 100.0 * float((ranks <= k).mean()) for k in RECALLS}
     return {**recalls, "MnR": float(ranks.mean()), "MdR": float(np.median(ranks))}
+
+
+def recall_intervals(ranks: np.ndarray, video_of_query: np.ndarray) -> dict[str, list[float]]:
+    """95 % confidence intervals [low, high] of R@1, R@5, R@10: a bootstrap over the queries.
+
+    It draws videos, each with all its queries: the captions of one video are not independent.
+
+    Args:
+        ranks: [Q], of one direction.
+        video_of_query: int [Q], numbers from 0, each at least once.
+    """
+    hits = ranks[:, None] <= np.array(RECALLS)
+    counts = np.zeros((int(video_of_query.max()) + 1, 1 + len(RECALLS)))
+    np.add.at(counts, video_of_query, np.column_stack([np.ones(len(ranks)), hits]))
+    # Videos with equal counts are one kind. How many of each kind a resample holds is multinomial.
+    kinds, videos = np.unique(counts, axis=0, return_counts=True)
+    generator = np.random.default_rng(0)
+    drawn = generator.multinomial(len(counts), videos / len(counts), RESAMPLES) @ kinds
+    ends = np.percentile(100.0 * drawn[:, 1:] / drawn[:, :1], (2.5, 97.5), axis=0)
+    return {f"R@{k}": pair for k, pair in zip(RECALLS, ends.T.tolist(), strict=True)}

@@ -10,6 +10,7 @@ import numpy as np
 
 from vop_jax.data.datasets import registry
 from vop_jax.evaluation.evaluate import Evaluation
+from vop_jax.evaluation.metrics import recall_intervals
 from vop_jax.experiment import setup
 from vop_jax.experiment.counts import count
 from vop_jax.experiment.inputs import Data, by_chance
@@ -45,6 +46,7 @@ def write_summary(
         "trainable_params": true,
         "paper_params": paper,
         **after.results,
+        "intervals": {side: recall_intervals(*queries) for side, queries in after.queries.items()},
         "before": before,
         "num_texts": data.num_texts,
         "num_videos": data.num_videos,
