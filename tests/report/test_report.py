@@ -17,7 +17,7 @@ from vop_jax.data.clips import VideoClip
 from vop_jax.data.records.encode import Preprocessing
 from vop_jax.data.records.write import WriteOptions, pack
 from vop_jax.errors import UserError
-from vop_jax.report.examples import compare
+from vop_jax.report.examples import compare, failures
 from vop_jax.report.runs import best, find_ablations, find_runs, grouped, markdown, read_run
 
 FILM = {"film": "film"}
@@ -103,6 +103,15 @@ def test_a_comparison_shows_queries_that_one_run_gets_right(tmp_path, records):
     assert picture.size == (96, 72) and np.asarray(picture).std() > 0
 
 
+def test_failures_are_the_queries_whose_own_video_ranks_worst(tmp_path, records):
+    run = read_run(write_run(tmp_path / "run", ranks=(2, 1, 4, 2), **FILM, **records))
+    assert [(f.caption[-1], f.rank) for f in failures(run, 9)] == [("2", 4), ("0", 2), ("3", 2)]
+    (worst,) = failures(run, 1)
+    assert worst.own.video == "2.mp4" and worst.own.right and len(worst.own.frames) == 4
+    assert [(v.video, v.right) for v in worst.top] == [(f"{i}.mp4", False) for i in (0, 1, 3)]
+    assert all(len(video.frames) == 4 for video in worst.top)
+
+
 def test_rankings_of_other_queries_are_refused_and_captions_may_hold_line_separators(tmp_path):
     one, two = (write_run(tmp_path / name, **FILM) for name in ("one", "two"))
     first = json.loads((two / "rankings.jsonl").read_text().split("\n")[0])
@@ -123,7 +132,8 @@ def test_the_page_has_a_section_for_each_test_data_and_loads_nothing(
 ):
     pytest.importorskip("matplotlib"), pytest.importorskip("jinja2")
     mine = {"data.annotations": f"/a/{LONG}", "data.threads": 3, "film": "squid"}
-    msvd = {"data.kind": "msvd", "summary": {"clip": "tiny <&> clip"}} | FILM | records
+    summary = {"clip": "tiny <&> clip", "intervals": {"t2v": {"R@1": [1.5, 2.25]}}}
+    msvd = {"data.kind": "msvd", "summary": summary} | FILM | records
     write_run(tmp_path / "z", "zero_shot", 2.0, ranks=(4, 4, 4, 4), **msvd)
     write_run(tmp_path / "v", "vop", 30.0, **msvd)
     write_run(tmp_path / "v1", "vop", 25.0, **msvd, **{"method.branches": "text"})
@@ -139,13 +149,19 @@ def test_the_page_has_a_section_for_each_test_data_and_loads_nothing(
     assert not re.search(r"@import|<script", text)
     assert "<i>film" not in text and "&lt;i&gt;film" in text and "tiny &lt;&amp;&gt; clip" in text
     assert text.index("zero_shot</td>") < text.index("vop branches=both")
+    assert text.count("<small>1.5 to 2.2</small>") == 4  # of each msvd run
     assert "only the second right: 3" in text
+    assert f"vop_p ({tmp_path / 'w'})" not in text and "Not shown: every query is right" in text
     first, second = text.split("<section>")[1:]
     assert first.startswith("\n<h2>msvd, test: 4 captions x 4 videos (")
     assert second.startswith(f"\n<h2>folder {LONG}, test: 4 captions x 4 videos (")
     assert "<td>122,880</td><td>2</td>" in second  # two seeds: equal data elsewhere
-    assert '<td class="best">60.0</td>' in first and '<td class="best">' not in second
+    assert '<td class="best">60.0<' in first and '<td class="best">' not in second
     monkeypatch.setattr("vop_jax.report.plots._svg", lambda figure: "<svg></svg>")
+    assert run_command(monkeypatch, tmp_path / "v", f"--output={output}", "--failures=2") == 0
+    alone = output.read_text()
+    assert "a comparison needs two rows" in alone and f"vop ({tmp_path / 'v'}):" in alone
+    assert [*re.findall(r"at rank (\d)", alone)] == ["4", "3"] and alone.count("<img") == 32
     for pair, status in (("vop_p,vop branches=text", 0), ("vop_p,vop", 2)):
         arguments = f"--compare={pair}", f"--output={output}"
         assert run_command(monkeypatch, tmp_path, *arguments) == status
@@ -171,6 +187,9 @@ def test_wrong_calls_and_damaged_runs_get_one_line(tmp_path, monkeypatch, capsys
     monkeypatch.setattr("vop_jax.report.plots._svg", lambda figure: "<svg></svg>")
     run = write_run(tmp_path / "run", **FILM)
     other = write_run(tmp_path / "other", "vop_p")
+    intervals = json.dumps(
+        json.loads((run / "summary.json").read_text()) | {"intervals": {"t2v": {"R@1": [0.0, 9.0]}}}
+    )
     damaged = []
     for i, (name, content, message) in enumerate(
         (
@@ -178,6 +197,7 @@ def test_wrong_calls_and_damaged_runs_get_one_line(tmp_path, monkeypatch, capsys
             ("summary.json", "[]", "TypeError"),
             ("summary.json", '{"method": "vop"}', "KeyError: 'clip'"),
             ("summary.json", (run / "summary.json").read_text().replace("2.0", '"2"', 1), "t2v is"),
+            ("summary.json", intervals.replace("[0.0, 9.0]", "3"), "TypeError"),
             ("config.json", "[]", "config.json: damaged"),
             ("config.json", '{"data": 3}', "config.json: damaged"),
             ("rankings.jsonl", "[1]", "TypeError"),
@@ -193,6 +213,7 @@ def test_wrong_calls_and_damaged_runs_get_one_line(tmp_path, monkeypatch, capsys
         ([run, "--compare=vop,vop_x"], "no run 'vop_x'; allowed are vop"),
         ([run, other, "--compare=vop,vop_p"], "one has no rankings.jsonl"),
         ([run, f"--output={run}/summary.json/r.html"], "summary.json"),
+        ([run, "--failures=-1"], "'-1': a number, 0 or more"),
         ([], "RUN_DIR: give at least one"),
     ):
         assert run_command(monkeypatch, *arguments) == 2

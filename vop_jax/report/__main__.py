@@ -1,6 +1,6 @@
 """Compares finished runs on one page, or fills the tables of the paper's results with them.
 
-vop report RUN_DIR… [--output=report.html] [--compare=vop,vop_p]
+vop report RUN_DIR… [--output=report.html] [--compare=vop,vop_p] [--failures=N]
 vop report [RUN_DIR…] --fill=docs/benchmarks/paper.md
 """
 
@@ -8,7 +8,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from vop_jax.cli import Parser, run
+from vop_jax.cli import Parser, run, whole
 from vop_jax.errors import UserError
 from vop_jax.report.runs import find_runs
 from vop_jax.storage.files import write_atomic
@@ -19,6 +19,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("runs", nargs="*", metavar="RUN_DIR", help="workdirs, or folders of them")
     parser.add_argument("--output", help="the page; default report.html, or none with --fill")
     parser.add_argument("--compare", default="", help="labels of two rows to show side by side")
+    parser.add_argument(
+        "--failures",
+        type=whole(0),
+        default=6,
+        metavar="N",
+        help="queries of the best run to show that it answers worst; default %(default)s",
+    )
     parser.add_argument("--fill", help="a document whose tables are filled from the runs")
     return parser
 
@@ -41,7 +48,7 @@ def _report(argv: Sequence[str] | None) -> None:
         except ImportError as error:
             raise UserError(f'a page: {error}; pip install -e ".[report]"') from None
 
-        files[output] = render(runs, pair).encode()
+        files[output] = render(runs, pair, args.failures).encode()
     if args.fill:
         from vop_jax.report import reproduce
 

@@ -1,9 +1,9 @@
-"""Queries that two runs answer differently, with the videos that each run ranks first."""
+"""Queries that two runs answer differently, and one run's failures, with pictures."""
 
 import base64
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,6 +34,15 @@ class Example(NamedTuple):
     caption: str
     ranks: tuple[float, float]
     videos: tuple[list[RetrievedVideo], list[RetrievedVideo]]
+
+
+class Failure(NamedTuple):
+    """A query whose own video is not first: its rank, the video, and the videos ranked first."""
+
+    caption: str
+    rank: float
+    own: RetrievedVideo
+    top: list[RetrievedVideo]
 
 
 class Comparison(NamedTuple):
@@ -69,16 +78,39 @@ def compare(one: FinishedRun, two: FinishedRun, count: int = 6) -> Comparison:
     only_two, only_one, neither, both = kinds.values()
     half = -(-count // 2)
     chosen = (only_two[:half] + only_one[: count - half] + neither + both)[:count]
-    frames = _frames(one, {video for pair in chosen for r in pair for video in r["top"]})
-
-    def top(ranking: Ranking) -> list[RetrievedVideo]:
-        return [
-            RetrievedVideo(video, video == ranking["video"], frames.get(video, []))
-            for video in ranking["top"][:TOP]
-        ]
-
-    examples = [Example(a["caption"], (a["rank"], b["rank"]), (top(a), top(b))) for a, b in chosen]
+    frames = _frames(one, {video for pair in chosen for r in pair for video in r["top"][:TOP]})
+    examples = [
+        Example(a["caption"], (a["rank"], b["rank"]), (_top(a, frames), _top(b, frames)))
+        for a, b in chosen
+    ]
     return Comparison({name: len(queries) for name, queries in kinds.items()}, examples)
+
+
+def failures(run: FinishedRun, count: int) -> list[Failure]:
+    """The queries whose own video ranks worst, at most `count`, worst first.
+
+    Raises:
+        UserError: the run has no rankings.
+    """
+    wrong = [ranking for ranking in run.rankings() if ranking["rank"] > 1]
+    worst = sorted(wrong, key=lambda ranking: -ranking["rank"])[:count]
+    frames = _frames(run, {video for r in worst for video in (r["video"], *r["top"][:TOP])})
+    return [
+        Failure(
+            ranking["caption"],
+            ranking["rank"],
+            RetrievedVideo(ranking["video"], True, frames.get(ranking["video"], [])),
+            _top(ranking, frames),
+        )
+        for ranking in worst
+    ]
+
+
+def _top(ranking: Ranking, frames: Mapping[str, list[str]]) -> list[RetrievedVideo]:
+    return [
+        RetrievedVideo(video, video == ranking["video"], frames.get(video, []))
+        for video in ranking["top"][:TOP]
+    ]
 
 
 def _frames(run: FinishedRun, videos: set[str]) -> dict[str, list[str]]:

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from vop_jax.errors import UserError
 from vop_jax.report import plots
-from vop_jax.report.examples import HEIGHT, compare
+from vop_jax.report.examples import HEIGHT, compare, failures
 from vop_jax.report.runs import (
     COLUMNS,
     EvalData,
@@ -25,12 +25,13 @@ from vop_jax.report.runs import (
 from vop_jax.tuning.methods import METHODS
 
 
-def render(runs: Sequence[FinishedRun], pair: Sequence[str] = ()) -> str:
+def render(runs: Sequence[FinishedRun], pair: Sequence[str] = (), worst: int = 6) -> str:
     """The page: for each test data a section with a table, plots and queries.
 
     Args:
         pair: labels of the two rows whose rankings are compared; by default the best row and
             plain `vop`, or else the worst.
+        worst: how many failures of each section's best run are shown.
 
     Raises:
         UserError: a label of no row, or labels of rows on different data.
@@ -42,7 +43,7 @@ def render(runs: Sequence[FinishedRun], pair: Sequence[str] = ()) -> str:
     }
     _check_pair(tables, pair)
     by_workdir = {run.workdir: run for run in runs}
-    sections = [_section(data, rows, by_workdir, pair) for data, rows in tables.items()]
+    sections = [_section(data, rows, by_workdir, pair, worst) for data, rows in tables.items()]
     methods = dict.fromkeys(row["method"] for rows in tables.values() for row in rows)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     source = importlib.resources.files("vop_jax.report").joinpath("page.html").read_text("utf-8")
@@ -65,7 +66,11 @@ def _check_pair(tables: Mapping[EvalData, Sequence[Row]], pair: Sequence[str]) -
 
 
 def _section(
-    data: EvalData, rows: Sequence[Row], runs: Mapping[str, FinishedRun], pair: Sequence[str]
+    data: EvalData,
+    rows: Sequence[Row],
+    runs: Mapping[str, FinishedRun],
+    pair: Sequence[str],
+    worst: int,
 ) -> dict[str, Any]:
     """The values of the template for the runs on one test data."""
     own = [runs[workdir] for row in rows for workdir in row["workdirs"]]
@@ -79,7 +84,11 @@ def _section(
     def cells(row: Row) -> list[dict[str, Any]]:
         means = {key: row["metrics"][key] for key, _, _ in shown}
         return [
-            {"text": format_mean(*mean), "best": len(rows) > 1 and mean[0] == winners[key]}
+            {
+                "text": format_mean(*mean),
+                "interval": row["intervals"].get(key),
+                "best": len(rows) > 1 and mean[0] == winners[key],
+            }
             for key, mean in means.items()
         ]
 
@@ -94,6 +103,7 @@ def _section(
         "ablations": [Markup(plots.ablation(each, accuracies)) for each in ablations],
         "curves": Markup(plots.learning_curves(main_rows, runs)),
         **_queries(rows, main_rows, runs, pair),
+        **_failures(main_rows, runs, worst),
     }
 
 
@@ -127,3 +137,14 @@ def _queries(
         "names": (one["label"], two["label"]),
         "rendering": "pixelated" if int(first.config["data"]["short_side"]) < HEIGHT else "auto",
     }
+
+
+def _failures(main: Sequence[Row], runs: Mapping[str, FinishedRun], count: int) -> dict[str, Any]:
+    """The worst queries of the best row, or the reason why they are missing."""
+    best_row = max(main, key=lambda row: row["metrics"]["t2v/R@1"][0])
+    run = runs[best_row["workdirs"][0]]
+    values = {"worst": count, "failing": f"{best_row['label']} ({run.workdir})"}
+    try:
+        return values | {"failures": failures(run, count), "no_failures": "every query is right"}
+    except UserError as error:
+        return values | {"failures": [], "no_failures": str(error)}

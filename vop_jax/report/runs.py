@@ -144,7 +144,8 @@ def _parse(text: bytes, kinds: Mapping[str, type], path: epath.Path) -> dict[str
                 raise ValueError(f"{key} is {values[key]!r}")
         if not _is(values.get("accuracy", {}), dict):
             raise ValueError(f"accuracy is {values['accuracy']!r}")
-    except (ValueError, TypeError, KeyError) as error:
+        intervals_of(values)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         why = f"{type(error).__name__}: {error}"[:100]
         raise UserError(f"{path}: damaged ({why}); {REWRITE}") from None
     return dict(values)
@@ -194,7 +195,8 @@ def grouped(runs: Sequence[FinishedRun], labels: Mapping[str, str] | None = None
 
     Returns:
         Rows of "label", "method", "learning_rate", "steps", "seeds", "trainable", "workdirs" and
-        "metrics": {"t2v/R@1": (mean, sample standard deviation or None for one seed)}.
+        "metrics": {"t2v/R@1": (mean, sample standard deviation or None for one seed)}, and of one
+        seed "intervals": {"t2v/R@1": (low, high)}.
     """
     labels = labels or label_runs(runs)
     groups: dict[str, list[FinishedRun]] = {}
@@ -223,6 +225,16 @@ def _row(label: str, group: Sequence[FinishedRun]) -> Row:
         "trainable": first.summary["trainable_params"],
         "workdirs": [run.workdir for run in group],
         "metrics": {key: mean_std([s[key] for s in scalars]) for key in shared},
+        "intervals": intervals_of(first.summary) if len(group) == 1 else {},
+    }
+
+
+def intervals_of(summary: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """{"t2v/R@1": (low, high)} of a summary; {} of one that an older version wrote."""
+    return {
+        f"{side}/{name}": (float(low), float(high))
+        for side, recalls in summary.get("intervals", {}).items()
+        for name, (low, high) in recalls.items()
     }
 
 
