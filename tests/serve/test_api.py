@@ -112,6 +112,7 @@ def test_results_as_files(client, searcher, films):
         ({"queries": ["a", " "]}, 400, "empty"),
         ({"queries": ["a" * 2001]}, 422, "queries.0: "),
         ({"queries": "a"}, 422, "queries: "),
+        ("a", 422, "body: "),
         ({"queries": ["a" * (2 << 20)]}, 413, "larger than the 1 MB"),
     ],
 )
@@ -147,6 +148,18 @@ def test_a_video_and_a_picture_find_what_the_searcher_finds(
     upload = {"file": picture.read_bytes()}
     response = client.post("/api/search/image", params={"k": 3}, files=upload)
     assert listed(response) == expected(searcher.image(picture, 3))
+
+
+def test_results_of_an_upload_as_files(client, films, uploads):
+    def send(**request):
+        with open(films[0] / "a.mp4", "rb") as file:
+            return client.post("/api/search/video", params=request, files={"file": file})
+
+    lines = send(format="csv", to="captions").text.splitlines()
+    assert len(lines) == 3 and all(line.startswith(f"a.mp4,{films[0]}/") for line in lines[1:])
+    assert lines[1].split(",")[4] == ""  # a caption of a whole video
+    response = send(format="otio", to="captions")
+    assert (response.status_code, "not with to=captions" in response.text) == (400, True)
 
 
 def test_explain_scores_each_frame_of_a_moment(client, searcher):

@@ -231,7 +231,7 @@ async def search_texts(
     return found if format == "json" else await _file_of(found, format, services, searcher)
 
 
-@router.post("/api/search/video")
+@router.post("/api/search/video", response_model=SearchResponse, responses=IN_FILES)
 async def search_by_video(
     searcher: IndexOfQuery,
     services: ServicesOf,
@@ -239,25 +239,31 @@ async def search_by_video(
     file: Upload,
     k: Count = 10,
     to: Literal["videos", "captions"] = "videos",
-) -> SearchResponse:
+    format: Format = "json",
+) -> SearchResponse | Response:
     """Moments that resemble a video, or captions that describe it."""
+    if format == "otio" and to == "captions":
+        raise UserError("format=otio: a timeline of moments; not with to=captions")
     retriever, limit = searcher.retriever, services.max_seconds
     pixels = await _decode_upload(services, file, media.uploaded_video, retriever.frame_spec, limit)
     (vector,) = await services.executor.run_model(retriever.embed_frames, pixels[None])
-    (hits,) = await _hits(services, searcher, vector[None], k, to=to, **filters)
-    return SearchResponse(query=file.filename or "", cut=False, found=bool(hits), hits=hits)
+    return await _nearest_to(services, searcher, file, vector, k, format, to=to, **filters)
 
 
-@router.post("/api/search/image")
+@router.post("/api/search/image", response_model=SearchResponse, responses=IN_FILES)
 async def search_by_image(
-    searcher: IndexOfQuery, services: ServicesOf, filters: Filters, file: Upload, k: Count = 10
-) -> SearchResponse:
+    searcher: IndexOfQuery,
+    services: ServicesOf,
+    filters: Filters,
+    file: Upload,
+    k: Count = 10,
+    format: Format = "json",
+) -> SearchResponse | Response:
     """Moments that resemble a picture."""
     retriever = searcher.retriever
     pixels = await _decode_upload(services, file, media.uploaded_image, retriever.frame_spec)
     (vector,) = await services.executor.run_model(retriever.embed_images, [pixels])
-    (hits,) = await _hits(services, searcher, vector[None], k, **filters)
-    return SearchResponse(query=file.filename or "", cut=False, found=bool(hits), hits=hits)
+    return await _nearest_to(services, searcher, file, vector, k, format, **filters)
 
 
 @router.get("/api/explain")
@@ -344,6 +350,21 @@ async def _search_texts(
     ]
 
 
+async def _nearest_to(
+    services: Services,
+    searcher: Searcher,
+    upload: UploadFile,
+    vector: np.ndarray,
+    k: int,
+    format: str,
+    **filters: Any,
+) -> SearchResponse | Response:
+    """The results of an upload by its vector [E]."""
+    (hits,) = await _hits(services, searcher, vector[None], k, **filters)
+    found = SearchResponse(query=upload.filename or "", cut=False, found=bool(hits), hits=hits)
+    return found if format == "json" else await _file_of([found], format, services, searcher)
+
+
 async def _hits(
     services: Services, searcher: Searcher, vectors: np.ndarray, k: int, **filters: Any
 ) -> list[list[SearchHit]]:
@@ -368,13 +389,14 @@ async def _file_of(
     found = []
     for response in responses:
         hits = [hit.model_dump() for hit in response.hits]
-        rows = [{**hit, "path": os.path.join(folder, hit["name"])} for hit in hits]
+        paths = [hit["name"] and os.path.join(folder, hit["name"]) for hit in hits]
+        rows = [{**hit, "path": path} for hit, path in zip(hits, paths, strict=True)]
         found.append(results.Result(response.query, rows))
     if format == "csv":
         content = results.as_csv(found)
     else:
-        paths = results.moment_paths(found)
-        content = results.as_timeline(found, await services.executor.decode(frame_rates, paths))
+        rates = await services.executor.decode(frame_rates, results.moment_paths(found))
+        content = results.as_timeline(found, rates)
     headers = {"Content-Disposition": f"attachment; filename=search.{format}"}
     return Response(content, media_type=FILES[format], headers=headers)
 

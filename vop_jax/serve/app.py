@@ -123,7 +123,9 @@ def _handle_errors(app: FastAPI) -> None:
     """Every error becomes one line, without details of the server."""
 
     async def invalid(request: Request, error: Any) -> Response:
-        lines = [f"{'.'.join(map(str, e['loc'][1:]))}: {e['msg']}" for e in error.errors()]
+        lines = [
+            f"{'.'.join(map(str, e['loc'][1:])) or 'body'}: {e['msg']}" for e in error.errors()
+        ]
         return error_response(422, "; ".join(lines))
 
     async def http(request: Request, error: Any) -> Response:
