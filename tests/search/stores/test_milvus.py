@@ -29,9 +29,16 @@ def installed():
     pytest.importorskip("milvus_lite", reason="pip install '.[milvus]'")
 
 
+# Milvus Lite and a server, instead of all places.
+on_milvus = pytest.mark.parametrize(
+    "place", ["lite", pytest.param("server", marks=pytest.mark.slow)], indirect=True
+)
+on_lite = pytest.mark.parametrize("place", ["lite"], indirect=True)
+
+
 @pytest.fixture
-def shelf(installed, tmp_path):
-    with contextlib.closing(Shelf(tmp_path / "index", E, f"{tmp_path}/a.db")) as shelf:
+def shelf(uri, tmp_path):
+    with contextlib.closing(Shelf(tmp_path / "index", E, uri)) as shelf:
         yield shelf
 
 
@@ -56,11 +63,12 @@ def test_a_server_that_does_not_answer(installed, tmp_path, monkeypatch, address
     assert not list(tmp_path.iterdir())  # no catalog is bound to it
 
 
-def test_a_server_that_stops(shelf, tmp_path, monkeypatch):
+@on_lite
+def test_a_server_that_stops(shelf, uri, monkeypatch):
     from milvus_lite.server_manager import server_manager_instance
 
     monkeypatch.setattr(milvus, "ANSWER", 1.0)
-    server_manager_instance.release_server(f"{tmp_path}/a.db")
+    server_manager_instance.release_server(uri)
     store = shelf.vectors
     for call in (
         lambda: store.search(drawn(1), 1),
@@ -87,30 +95,33 @@ def test_the_token_comes_from_the_environment(installed, monkeypatch):
     assert (options["uri"], options["token"]) == ("https://host:19530", "secret")
 
 
-def test_collections_of_one_database(installed, tmp_path):
+@on_milvus
+def test_collections_of_one_database(uri, tmp_path):
     """Each index has one: a second one would delete the vectors of the first as remains."""
-    uri = f"{tmp_path}/a.db"
-    one = Shelf(tmp_path / "one", E, uri)
-    two = Shelf(tmp_path / "two", E + 1, f"milvus-lite:{uri}#captions")
-    one.add(drawn(1))
-    two.add(drawn(2, width=E + 1))
-    one.close()
-    two.close()
+    address, two = uri.partition("#")[0], f"{tmp_path.name}_two"
+    shelves = Shelf(tmp_path / "one", E, uri), Shelf(tmp_path / "two", E + 1, f"{address}#{two}")
+    for count, shelf in enumerate(shelves, 1):
+        shelf.add(drawn(count, width=shelf.info.dim))
+        shelf.close()
     for collection, options, message in (
         ("other", {"write": False}, "has no collection other"),
-        ("captions", {"new": True}, "holds 2 vectors of another index; give an empty one, with"),
-        ("captions", {"dim": E}, "collection captions holds vectors of 9 numbers, not of 8"),
+        (two, {"new": True}, "holds 2 vectors of another index; give an empty one, with"),
+        (two, {"dim": E}, f"collection {two} holds vectors of 9 numbers, not of 8"),
     ):
         with pytest.raises(UserError, match=message):
-            opened(f"{uri}#{collection}", **({"dim": E + 1} | options))
-    with contextlib.closing(opened(f"milvus-lite:{uri}", write=False)) as store:
+            opened(f"{address}#{collection}", **({"dim": E + 1} | options))
+    with contextlib.closing(opened(uri, write=False)) as store:
         assert len(store) == 1
+
+
+def test_a_file_of_the_older_milvus_lite(installed, tmp_path):
     (tmp_path / "old.db").write_bytes(b"SQLite format 3")
     with pytest.raises(UserError, match="is a file; Milvus Lite 3 keeps a folder"):
         opened(f"{tmp_path}/old.db", write=False)
 
 
-def test_remains_of_a_kill_and_lost_vectors(shelf, tmp_path):
+@on_milvus
+def test_remains_of_a_kill_and_lost_vectors(shelf, uri, tmp_path):
     shelf.add(drawn(3))
     store = shelf.vectors
     with contextlib.suppress(KeyboardInterrupt), shelf.catalog.transaction():
@@ -119,7 +130,7 @@ def test_remains_of_a_kill_and_lost_vectors(shelf, tmp_path):
     store._client.delete(store._collection, ids=[1])
     assert len(store) == 7 and store.lost(shelf.db).tolist() == [1]
     shelf.close()
-    with contextlib.closing(Shelf(tmp_path / "index", E, f"{tmp_path}/a.db", files=3)) as again:
+    with contextlib.closing(Shelf(tmp_path / "index", E, uri, files=3)) as again:
         assert again.ids.tolist() == [0, 2] and len(again.vectors) == 2
         assert again.add(drawn(1)) == [3]
 
@@ -143,6 +154,7 @@ def test_one_process_at_a_time_without_noise(installed, tmp_path):
     assert (second.stdout, second.stderr) == (message, "")
 
 
+@on_milvus
 def test_more_than_one_message_or_answer_holds(shelf, monkeypatch):
     for name, value in (("ROWS", 7), ("LISTED", 9), ("MOST", 11)):
         monkeypatch.setattr(milvus, name, value)

@@ -27,15 +27,6 @@ E = 8
 ROOT = pathlib.Path(__file__).parents[3]
 
 
-@pytest.fixture(params=["heap", "milvus"])
-def uri(request, tmp_path):
-    if request.param == "heap":
-        return ""
-    pytest.importorskip("pymilvus", reason="pip install '.[milvus]'")
-    pytest.importorskip("milvus_lite", reason="pip install '.[milvus]'")
-    return str(tmp_path / "store.db")
-
-
 @pytest.fixture
 def shelf(uri, tmp_path):
     with contextlib.closing(Shelf(tmp_path / "index", E, uri)) as shelf:
