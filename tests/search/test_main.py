@@ -157,6 +157,7 @@ def test_info(place, call):
         ("query --queries ROOT/films/bad.mp4 --index ROOT", "no index"),
         ("query --queries /dev/null --index INDEX", "no queries in it; give one a line"),
         ("query x --index INDEX --out=ROOT/new", "ends in none of .json, .csv, .otio; give --form"),
+        ("query x --index INDEX --out=ROOT/films --format=csv", "films: a folder; give a file"),
         ("query x --index INDEX --json --format=csv", "--json: not with --format=csv"),
         ("query x --index INDEX --explain --format=csv", "needs --format table or json, not csv"),
         ("query x --index INDEX --to=captions --out=x.otio", "a timeline of moments; not with"),

@@ -10,6 +10,7 @@ You may kill `index` at any time: the same command continues.
 import argparse
 import dataclasses
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -152,6 +153,8 @@ def _checked_format(args: argparse.Namespace) -> str:
         raise UserError("the query is empty; say what to look for")
     if args.json and args.format not in (None, "json"):
         raise UserError(f"--json: not with --format={args.format}")
+    if args.out is not None and os.path.isdir(args.out):
+        raise UserError(f"--out={args.out}: a folder; give a file")
     form = "json" if args.json else args.format
     if form is None and args.out is not None:
         form = pathlib.Path(args.out).suffix.lower().removeprefix(".")
