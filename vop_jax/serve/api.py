@@ -390,7 +390,9 @@ async def _file_of(
     for response in responses:
         hits = [hit.model_dump() for hit in response.hits]
         paths = [hit["name"] and os.path.join(folder, hit["name"]) for hit in hits]
-        rows = [{**hit, "path": path} for hit, path in zip(hits, paths, strict=True)]
+        scores = [round(hit["score"], 4) for hit in hits]
+        columns = zip(hits, paths, scores, strict=True)
+        rows = [{**hit, "path": path, "score": score} for hit, path, score in columns]
         found.append(results.Result(response.query, rows))
     if format == "csv":
         content = results.as_csv(found)
@@ -398,7 +400,7 @@ async def _file_of(
         rates = await services.executor.decode(frame_rates, results.moment_paths(found))
         content = results.as_timeline(found, rates)
     headers = {"Content-Disposition": f"attachment; filename=search.{format}"}
-    return Response(content, media_type=FILES[format], headers=headers)
+    return Response(f"{content}\n", media_type=FILES[format], headers=headers)
 
 
 def search_hit(folder: str, hit: Hit) -> SearchHit:
