@@ -6,7 +6,7 @@ vop convert --verify=clip.safetensors
 Sources: OpenAI's TorchScript archives, by file or name (ViT-B/32, ViT-B/16, ViT-L/14,
 ViT-L/14@336px: downloaded and checked); PyTorch state dicts and safetensors in the layout of
 OpenAI, open_clip or Hugging Face, in one file or by the index of its shards; the released
-VoP_msrvtt9k.pth, which also holds prompts.
+VoP_msrvtt9k.pth, which also holds prompts. hf://OWNER/NAME[@REV][/FILE] is a file of the Hub.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from vop_jax.clip.convert.pytorch import ConvertedClip, convert
 from vop_jax.clip.layers import ACTIVATIONS
 from vop_jax.clip.weights import ClipWeights, load_clip, save_clip
 from vop_jax.errors import UserError
-from vop_jax.storage import tensors
+from vop_jax.storage import hub, tensors
 from vop_jax.tuning.prompt_set import PromptSet, released_method, save_prompts
 
 
@@ -72,6 +72,8 @@ def run(args: argparse.Namespace) -> None:
     source: str | Path = args.source
     if args.source in download.PUBLISHED:
         source = download.fetch(args.source, args.cache, args.base_url)
+    elif hub.is_name(args.source):
+        source = hub.local_checkpoint(args.source)
     elif not os.path.exists(args.source) and "://" not in args.source:
         names = ", ".join(download.PUBLISHED)
         raise UserError(f"{args.source}: no such file; names that can be downloaded are {names}")
@@ -81,7 +83,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--prompts-output={args.prompts_output}: {source} holds no prompts")
     for note in converted.notes:
         print(f"note: {note}")
-    params, config, name = converted.params, converted.config, Path(source).name
+    params, config = converted.params, converted.config
+    name = args.source if hub.is_name(args.source) else Path(source).name
     digest = converted.sha256
     fingerprint = save_clip(args.output, params, config, source=name, source_sha256=digest)
     clip = ClipWeights(params, config, fingerprint, name)

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from vop_jax import cli
 from vop_jax.config.base import load_config, shipped_configs, workdir_config
 from vop_jax.errors import UserError
+from vop_jax.storage import hub
 
 if TYPE_CHECKING:
     from vop_jax.training.writer import Writer
@@ -73,6 +74,8 @@ def pick_config(values: flags.FlagValues, overrides: Sequence[str]) -> ConfigDic
     """
     if not values.workdir and values.mode != "params":
         raise UserError("--workdir=DIR is missing")
+    if hub.is_name(values.workdir or ""):
+        raise UserError(f"--workdir={values.workdir}: a run cannot be there; vop push copies it")
     if values["format"].present and values.mode != "export":
         raise UserError(f"--format goes with --mode=export, not with --mode={values.mode}")
     config = load_config(values.config) if values.config else None

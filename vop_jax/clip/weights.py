@@ -15,7 +15,7 @@ import numpy as np
 from vop_jax.clip.layers import ACTIVATIONS
 from vop_jax.config.clip import ClipConfig, arch_name
 from vop_jax.errors import UserError
-from vop_jax.storage import tensors
+from vop_jax.storage import hub, tensors
 from vop_jax.storage.files import StrPath, is_remote
 from vop_jax.storage.tensors import Tree, flatten, unflatten
 
@@ -57,6 +57,7 @@ class ClipFile:
     """
 
     def __init__(self, path: StrPath):
+        path = hub.local_file(path, hub.CLIP_FILE)
         self.path, self._whole = path, None
         metadata = _read_metadata(path)
         if tensors.has_part_checksums(metadata) and not is_remote(path):
@@ -158,6 +159,7 @@ def load_clip(path: StrPath, *, verify: bool = False) -> ClipWeights:
         UserError: the file is missing, of another kind or damaged, or a tensor is missing,
             unknown, not finite or of the wrong shape.
     """
+    path = hub.local_file(path, hub.CLIP_FILE)
     metadata = _read_metadata(path)
     params, _ = tensors.load(path)
     config, fingerprint, source = _parse_metadata(path, metadata)

@@ -78,9 +78,9 @@ class InitSection:
     """
 
     clip: str = key("", change="resume")
-    """A CLIP file that `vop convert` wrote."""
+    """A CLIP file that `vop convert` wrote, or its name on the Hub, hf://OWNER/NAME."""
     prompts: str = key("")
-    """A prompts.safetensors of another run over the same CLIP."""
+    """A prompts.safetensors of another run over the same CLIP, or its name on the Hub."""
     interpolate_frames: bool = key(False)
     """Resample the frame tables of `init.prompts` to another `data.frames`."""
 

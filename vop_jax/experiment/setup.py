@@ -29,7 +29,7 @@ from vop_jax.errors import UserError
 from vop_jax.evaluation.evaluate import Encode, make_encoders
 from vop_jax.experiment import kernels
 from vop_jax.model import TextVideoModel
-from vop_jax.storage import files, tensors
+from vop_jax.storage import files, hub, tensors
 from vop_jax.training import hosts, program_cache, sharding
 from vop_jax.training.checkpoint import Checkpoints
 from vop_jax.training.step import TrainState, make_optimizer
@@ -154,14 +154,17 @@ def check(config: ConfigDict, root: epath.Path, *, training: bool) -> tuple[Meth
 
 def _check_paths(config: ConfigDict) -> None:
     """Raises UserError for an `init` file that is missing, or a store without its package."""
+    weights = ("init.clip", "init.prompts")
     for key, value in configs.flatten_config(config).items():
-        if isinstance(value, str) and files.is_remote(value):
+        if isinstance(value, str) and hub.is_name(value) and key not in weights:
+            raise UserError(f"config.{key}={value}: only config.init.clip and prompts may be there")
+        if isinstance(value, str) and files.is_remote(value) and not hub.is_name(value):
             try:
                 epath.Path(value).exists()
             except ImportError as error:
                 raise UserError(f"config.{key}={value}: {error}; {STORES}") from None
     for path in (config.init.clip, config.init.prompts):
-        if path and not epath.Path(path).exists():
+        if path and not hub.is_name(path) and not epath.Path(path).exists():
             raise UserError(f"{path}: no such file")
     random = config.method.name == "full" and config.clip.arch
     if not (config.init.clip or pretrains(config) or random):

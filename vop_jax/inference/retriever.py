@@ -218,8 +218,9 @@ def load(
     """Opens a converted CLIP and prompts over it.
 
     Args:
-        clip: a CLIP file that the converter, `python -m vop_jax.convert`, wrote.
-        prompts: prompts.safetensors of a run; None: plain CLIP.
+        clip: a CLIP file that the converter, `python -m vop_jax.convert`, wrote, or its name on
+            the Hugging Face Hub, hf://OWNER/NAME[@REV][/FILE].
+        prompts: prompts.safetensors of a run, or its name; None: plain CLIP.
         frames: F, if it differs from training; tables of frame positions are resampled to it.
         dtype: of matrix products, float32, bfloat16, or auto: the faster one on this device;
             the vectors are float32.

@@ -41,7 +41,9 @@ def _parser() -> argparse.ArgumentParser:
     shared = Parser(add_help=False)
     shared.add_argument("--index", required=True, metavar="DIR", help="folder of the index")
     model = Parser(add_help=False)
-    model.add_argument("--clip", default="", metavar="FILE", help="converted CLIP weights")
+    model.add_argument(
+        "--clip", default="", metavar="FILE", help="converted CLIP weights, or hf://OWNER/NAME"
+    )
     model.add_argument(
         "--prompts", default="", metavar="FILE", help="prompts of a run; default: plain CLIP"
     )

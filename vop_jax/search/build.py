@@ -23,7 +23,7 @@ from vop_jax.search.updater import (
     update_captions,
 )
 from vop_jax.search.writer import CatalogWriter
-from vop_jax.storage import files
+from vop_jax.storage import files, hub
 
 OWN_FILES = (".lock", catalog.FILE)  # of an index whose first writer was killed early
 OTHER_INDEX = "give another --index for a new one"
@@ -111,10 +111,10 @@ def build_index(
 def _info(request: IndexRequest, retriever: Retriever, folder: str) -> IndexInfo:
     return IndexInfo(
         version=catalog.VERSION,
-        clip=absolute(request.clip),
+        clip=absolute(hub.pin(request.clip, hub.CLIP_FILE)),
         clip_fingerprint=retriever.clip_fingerprint,
         clip_name=retriever.clip_name,
-        prompts=absolute(request.prompts),
+        prompts=absolute(hub.pin(request.prompts, hub.PROMPTS_FILE)),
         prompts_fingerprint=retriever.prompts_fingerprint,
         method=retriever.method.name,
         frames=retriever.frames,

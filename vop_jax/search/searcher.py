@@ -10,6 +10,7 @@ from vop_jax.errors import UserError, VideoError
 from vop_jax.inference.retriever import Retriever, load
 from vop_jax.search.catalog import IndexInfo
 from vop_jax.search.index import Hit, Index
+from vop_jax.storage import hub
 
 
 class Searcher:
@@ -125,7 +126,7 @@ def _existing(
     directory: str | os.PathLike, option: str, path: str | os.PathLike
 ) -> str | os.PathLike | None:
     """The path of a file of an index; None for ""."""
-    if path and not epath.Path(path).exists():
+    if path and not hub.is_name(path) and not epath.Path(path).exists():
         raise UserError(f"{path}: missing, but {directory} was made with it; give {option}=FILE")
     return path or None
 

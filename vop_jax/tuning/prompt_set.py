@@ -17,7 +17,7 @@ from etils import epath
 
 from vop_jax.config.clip import ClipConfig
 from vop_jax.errors import UserError
-from vop_jax.storage import tensors
+from vop_jax.storage import hub, tensors
 from vop_jax.storage.tensors import Tree, flatten, unflatten
 from vop_jax.tuning.methods import MethodConfig
 
@@ -86,6 +86,7 @@ def load_prompts(path: str | os.PathLike[str]) -> PromptSet:
     Raises:
         UserError: there is no such file, or it is not a prompts file.
     """
+    path = hub.local_file(path, hub.PROMPTS_FILE)
     load = tensors.load_orbax if epath.Path(path).is_dir() else tensors.load
     params, metadata = load(path)
     if metadata.get("format") != FORMAT:
