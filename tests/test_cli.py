@@ -19,6 +19,7 @@ OPTIONS = {
     "convert": "--prompts-output",
     "search": "query",
     "serve": "--port",
+    "push": "--base-model",
     "report": "--compare",
 }
 

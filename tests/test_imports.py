@@ -22,7 +22,7 @@ LEVELS = {
             ("training",),
             ("evaluation", "inference"),
             ("report", "experiment", "convert"),
-            ("search", "main", "__init__"),
+            ("search", "main", "push", "__init__"),
             ("serve", "interop"),
             ("__main__",),
         )

@@ -17,6 +17,7 @@ PROGRAMS: dict[str, tuple[str, tuple[str, ...], str]] = {
     "convert": ("vop_jax.convert", (), "convert CLIP weights from PyTorch's formats"),
     "search": ("vop_jax.search.__main__", (), "index a folder of videos, and search it"),
     "serve": ("vop_jax.serve.__main__", (), "serve a page and an API for search"),
+    "push": ("vop_jax.push", (), "publish a run's prompts on the Hugging Face Hub"),
     "report": ("vop_jax.report.__main__", (), "make a page of tables and plots from runs"),
 }
 
