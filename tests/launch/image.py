@@ -46,19 +46,17 @@ class Stage:
     command: list[str] = field(default_factory=list)
     health: list[str] = field(default_factory=list)
 
-    def command_of(self, command: list[str], *shared: pathlib.Path) -> list[str]:
-        """A command in the root, which has these folders of the machine, too."""
-        folders = ["/usr", sys.base_prefix, "/dev", "/proc", *map(str, shared)]
-        user = f"{self.user}:{self.user}"
-        enter = ["unshare", "--mount", "sh", "-c", ENTER, str(self.root), " ".join(folders), user]
-        return [*enter, self.cwd, *command]
+    def _inside(self, command: list[str]) -> list[str]:
+        folders = ["/usr", sys.base_prefix, "/dev", "/proc"]
+        enter = ["unshare", "--mount", "sh", "-c", ENTER, str(self.root), " ".join(folders)]
+        return [*enter, f"{self.user}:{self.user}", self.cwd, *command]
 
-    def start(self, command: list[str], *shared: pathlib.Path) -> processes.Process:
-        return processes.Process(self.command_of(command, *shared), env=self.environment)
+    def start(self, command: list[str]) -> processes.Process:
+        return processes.Process(self._inside(command), env=self.environment)
 
-    def run(self, command: list[str], *shared: pathlib.Path) -> Any:
+    def run(self, command: list[str]) -> Any:
         """The completed process."""
-        return processes.run(self.command_of(command, *shared), env=self.environment)
+        return processes.run(self._inside(command), env=self.environment)
 
 
 class Image:

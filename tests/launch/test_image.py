@@ -40,13 +40,13 @@ def test_the_image_has_a_pinned_base_and_a_user_without_rights():
 @pytest.mark.slow
 @pytest.mark.skipif(not is_possible(), reason="needs root's right to mount, on Linux")
 def test_the_image_runs_and_serves(tmp_path):
-    """pip installs some 2 GB; all of it is removed again."""
+    """The roots take 3 GB until the test ends."""
     port = free_port()
     text = DOCKERFILE.read_text().replace("8000", str(port))
     try:
         image = Image(text, runs.ROOT, tmp_path / "roots", {"EXTRAS": "gcs,serve"})
         run, serve = image.stages["run"], image.stages["serve"]
-        assert not (serve.root / "opt/vop/lib/python3.11/site-packages/pytest").exists()
+        assert not list(serve.root.glob("opt/vop/lib/*/site-packages/pytest"))
 
         done = run.run([*run.entrypoint, *run.command])
         assert done.returncode == 0 and "vop serve" in done.stdout, done.stderr
@@ -55,23 +55,16 @@ def test_the_image_runs_and_serves(tmp_path):
         done = run.run([*run.entrypoint, "params", "--config=demo:vop_c"])
         assert done.returncode == 0 and "vop_f+c" in done.stdout, done.stderr
 
-        # The index names its videos and its CLIP by their paths: they have the same ones inside.
-        data = tmp_path / "data"
-        (data / "videos").mkdir(parents=True)
-        videos.write(data / "videos" / "a.mp4", 6, width=32, height=32)
-        clip = runs.write_clip(data / "clip.safetensors")
-        data.chmod(0o777)
-        arguments = ["search", "index", data / "videos", f"--clip={clip}"]
-        arguments += [f"--index={data}/index", "--workers=1"]
-        done = run.run([*run.entrypoint, *map(str, arguments)], data)
-        # The folder is read-only inside.
-        assert done.returncode == 2 and "index" in done.stderr
-        done = processes.run(
-            [sys.executable, "-m", "vop_jax", *arguments], env=runs.environment(), cwd=runs.ROOT
-        )
+        folder = serve.root / "srv"
+        folder.mkdir()
+        videos.write(folder / "a.mp4", 6, width=32, height=32)
+        runs.write_clip(folder / "clip.safetensors")
+        (serve.root / "index").mkdir()
+        os.chown(serve.root / "index", USER, USER)
+        arguments = ["search", "index", "/srv", "--index=/index", "--clip=/srv/clip.safetensors"]
+        done = serve.run([*serve.entrypoint, *arguments, "--workers=1"])
         assert done.returncode == 0, done.stderr
-        command = [word.replace("/index", f"{data}/index") for word in serve.command]
-        server = serve.start([*serve.entrypoint, *command, f"--port={port}"], data)
+        server = serve.start([*serve.entrypoint, *serve.command, f"--port={port}"])
         processes.until(lambda: serve.run(serve.health).returncode == 0, server)
         server.terminate()
         server.communicate()
