@@ -18,6 +18,7 @@ from vop_jax.serve.app import Settings, make_app
 pytestmark = pytest.mark.slow
 
 HTML = "<img src=x onerror=\"document.title='run'\">.mp4"
+NOTHING = {"query": "nothing like it", "cut": False, "found": False, "hits": []}
 CAPTION = "<b>grey</b> becomes white"
 OPENED = ".moment video"
 VIDEO = f"document.querySelector('{OPENED}')"
@@ -121,8 +122,9 @@ def test_the_start_page_describes_the_index_and_keeps_a_text_typed_before_it_is_
     page, address
 ):
     assert page.inner_text("#empty-title") == "6 videos to search"
-    assert "films" in page.inner_text("#facts")
     assert page.evaluate("document.activeElement.id") == "query"
+    page.click("#about summary")
+    assert "films" in page.inner_text("#facts")
     routes = []
     page.route("**/api/indexes*", lambda route: routes.append(route))
     page.goto(f"{address}/?again", wait_until="commit")
@@ -133,7 +135,7 @@ def test_the_start_page_describes_the_index_and_keeps_a_text_typed_before_it_is_
     page.wait_for_selector("#empty:visible")
     assert page.input_value("#query") == "a dog"
     page.press("#query", "Enter")
-    page.wait_for_selector(".card")
+    page.wait_for_selector('#status:has-text("results for “a dog”")')
 
 
 def test_type_click_play_and_seek(page, films):
@@ -172,7 +174,7 @@ def test_keyboard_alone(page):
     page.keyboard.press("/")
     page.keyboard.type("a dog / a cat")
     page.keyboard.press("Enter")
-    page.wait_for_selector(".card")
+    page.wait_for_selector('#status:has-text("results for")')
     focused = "[...document.querySelectorAll('.card')].indexOf(document.activeElement)"
     page.keyboard.press("ArrowDown")
     assert page.evaluate(focused) == 0
@@ -205,22 +207,103 @@ def test_the_address_keeps_the_query(open_page, page):
     page.wait_for_selector('#status:has-text("a dog")')
     assert page.input_value("#query") == "a dog"
     other = open_page(address)
-    other.wait_for_selector(".card")
+    other.wait_for_selector('#status:has-text("results for")')
     assert (other.input_value("#query"), other.input_value("#index")) == ("a dog", "whole")
     # Whole clips alone are in that index.
     assert all(text.startswith("0:00 ") for text in other.locator(".when").all_inner_texts())
 
 
+def test_the_library_newest_first_and_by_folder_in_pages(open_page, page):
+    def names():
+        return page.locator(".card .name").all_inner_texts()
+
+    page.wait_for_selector(".card")
+    assert len(names()) == 6 and not page.is_visible("#pager")
+    years = {text[-4:] for text in page.locator(".card .date").all_inner_texts()}
+    assert "2023" in years
+    page.select_option("#order", "folder")
+    page.wait_for_selector(".folder h2")
+    assert page.locator(".folder h2").all_inner_texts() == ["/", "sub"]
+    assert names()[-1] == "sub/b.mp4"
+    page.locator(".card").nth(5).focus()  # the only one of its row
+    for key, index in (("ArrowUp", 0), ("ArrowDown", 5)):
+        page.keyboard.press(key)
+        focused = "[...document.querySelectorAll('.card')].indexOf(document.activeElement)"
+        assert page.evaluate(focused) == index
+    page.keyboard.press("Enter")
+    page.wait_for_selector(OPENED)
+    assert page.locator(".chart").count() == 0
+    assert "score" not in page.inner_text(".moment .about p")
+    address = page.evaluate("location.hash")
+    assert address == "#index=moments&order=folder"
+
+    file = {"file_id": 1, "name": "x.mp4", "start": 0, "end": 4, "moments": 7, "missing": False}
+    offsets = []
+
+    def answer(route):
+        offsets.append(int(re.search(r"\boffset=(\d+)", route.request.url)[1]))
+        files = [file | {"modified": offsets[-1]}] * 24
+        route.fulfill(json={"total": 49, "files": files})
+
+    page.route("**/api/files?*", answer)
+    page.select_option("#order", "newest")
+    for button, number in (("#forth", 2), ("#forth", 3), ("#forth", 3), ("#back", 2)):
+        page.focus(button)
+        page.keyboard.press("Enter")
+        page.wait_for_selector(f'#page:text-is("Page {number} of 3")')
+    until(page, "!document.body.classList.contains('busy')")
+    assert offsets == [0, 24, 48, 24]
+    assert "7 moments" in page.inner_text(".card")
+    page.go_back()
+    page.wait_for_selector('#page:text-is("Page 3 of 3")')
+
+
+def test_similar_moments_and_the_moments_before_and_after(page):
+    search(page, "a dog")
+    card(page, "c.mp4").click()
+    page.wait_for_selector(".chart")
+    following = page.locator(".moment button", has_text="Next moment")
+    following.focus()
+    spans = [page.inner_text(".moment .about p").partition(" · ")[0]]
+    for _ in range(20):
+        if following.get_attribute("aria-disabled") == "true":
+            break
+        shown = page.inner_text(".moment .about p")
+        page.keyboard.press("Enter")
+        until(page, f"document.querySelector('.moment .about p').innerText !== {shown!r}")
+        page.wait_for_load_state("networkidle")
+        spans.append(page.inner_text(".moment .about p").partition(" · ")[0])
+    assert spans == sorted(set(spans)) and spans[-1].endswith("0:04.2")
+    assert page.evaluate("document.activeElement.innerText") == "Next moment"
+    page.locator(".moment button", has_text="Find similar").click()
+    page.wait_for_selector('#status:has-text("results like c.mp4, ")')
+    assert page.input_value("#query") == ""
+    assert count(page) == 5 and card(page, "c.mp4").count() == 0
+    address = page.evaluate("location.hash")
+    page.locator("li", has=card(page, "a.mp4")).locator(".similar").click()
+    page.wait_for_selector('#status:has-text("results like a.mp4, 0:0")')
+    page.go_back()
+    page.wait_for_selector('#status:has-text("results like c.mp4, ")')
+    assert page.evaluate("location.hash") == address
+    page.select_option("#index", "whole")  # that index has other moments
+    page.wait_for_selector("#library:visible")
+
+
 def test_filters(page):
     search(page, "a dog")
     assert count(page) == 6
-    page.click("summary")
+    page.click("#filters summary")
+    page.focus("#folder")
+    until(page, "document.querySelector('#folders option')?.value === 'sub'")
+    page.fill("#folder", "none")
+    until(page, "!document.querySelector('#folders option')")
     page.fill("#folder", "sub")
     page.press("#folder", "Enter")
     until(page, "document.querySelectorAll('.card').length === 1")
     assert page.inner_text(".card .name") == "sub/b.mp4"
     page.fill("#until", "2001-01-01")
     page.wait_for_selector("#empty:visible")
+    assert page.inner_text("#empty-title") == "Nothing found for “a dog”"
     assert "clear them" in page.inner_text("#empty-text")
     page.click("#clear")
     until(page, "document.querySelectorAll('.card').length === 6")
@@ -228,7 +311,7 @@ def test_filters(page):
 
 def test_upload_of_a_clip(page, films):
     page.set_input_files("#file", films[0] / "a.mp4")
-    page.wait_for_selector(".card")
+    page.wait_for_selector('#status:has-text("results like")')
     # Itself first, and what is said of it; the caption's HTML is text.
     assert "a.mp4" in page.inner_text("#status")
     assert page.locator(".card .name").first.inner_text() == "a.mp4"
@@ -313,6 +396,11 @@ def test_errors_are_shown_and_retried(page):
     page.click("#retry")
     page.wait_for_selector(".card")
     assert not page.is_visible("#error")
+    page.route("**/api/search?*", lambda route: route.fulfill(json=NOTHING))
+    submit(page, "nothing like it")
+    page.wait_for_selector("#empty-title:text-is('Nothing found for “nothing like it”')")
+    assert "Try other words" in page.inner_text("#empty-text")
+    assert count(page) == 0
 
 
 @pytest.mark.parametrize("width", [390, 768, 1280])
@@ -320,7 +408,14 @@ def test_many_results_with_long_names(open_page, width):
     page = open_page(viewport={"width": width, "height": 600})
     assert page.locator("#choose").inner_text().startswith("Index")
     name = "/".join(["x" * 150] * 2) + ".mp4"
-    hit = {"file_id": 10**6, "name": name, "score": -0.512, "caption": "", "missing": False}
+    hit = {
+        "file_id": 10**6,
+        "name": name,
+        "score": -0.512,
+        "caption": "",
+        "missing": False,
+        "modified": 0,
+    }
     hit |= {"start": 3599.25, "end": 3725.0}
 
     def answer(route):
@@ -380,7 +475,7 @@ def test_an_older_answer_never_replaces_a_newer_one_and_a_truncated_query_is_rep
 def test_a_phone_in_light_and_dark(open_page, scheme):
     size = {"width": 390, "height": 844}
     page = open_page(viewport=size, color_scheme=scheme, has_touch=True)
-    page.click("summary")
+    page.click("#filters summary")
     search(page, "a rather long query that a phone cannot show in one line")
 
     def luminance(selector, which):

@@ -51,7 +51,7 @@ class Index:
         Raises:
             UserError: they are damaged or missing, or a database does not answer.
         """
-        self._store("videos")
+        self.store("videos")
 
     def close(self) -> None:
         """Releases the vectors."""
@@ -95,7 +95,7 @@ class Index:
         minimum = query.checked_min_score(min_score)
         path = "captions.path" if to == "captions" else "files.path"
         where = make_filter(folder, since, until, path)
-        store = self._store(to)
+        store = self.store(to)
         with catalog.reading(self.directory) as db:
             if catalog.read_info(db).model != self.info.model:  # `store` has the old vectors
                 raise UserError(f"{self.directory}: was rebuilt with another model; open it again")
@@ -113,8 +113,8 @@ class Index:
         with catalog.reading(self.directory) as db:
             return calibration.read(db)
 
-    def _store(self, target: str) -> VectorStore:
-        """The vectors; the first use compares them with their checksums."""
+    def store(self, target: str) -> VectorStore:
+        """The vectors of a target; the first use compares them with their checksums."""
         with self._lock:
             if target not in self._stores:
                 store = open_store(self.directory, self.info, TABLES[target], write=False)

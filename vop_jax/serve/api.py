@@ -18,12 +18,13 @@ from fastapi.responses import Response
 from pydantic import BaseModel, BeforeValidator, Field
 
 from vop_jax.errors import UserError, VideoError
-from vop_jax.search import results
+from vop_jax.search import listing, results
 from vop_jax.search.catalog import IndexedFile
 from vop_jax.search.query import Hit, checked_min_score, make_filter
 from vop_jax.search.searcher import Searcher
 from vop_jax.serve import media
 from vop_jax.serve.executor import Executor
+from vop_jax.serve.media import displayable
 from vop_jax.video.stream import frame_rates
 
 MAX_HITS = 100
@@ -50,7 +51,7 @@ class Services:
     max_seconds: float
 
 
-Text = Annotated[str, BeforeValidator(media.displayable)]
+Text = Annotated[str, BeforeValidator(displayable)]
 
 
 class ErrorResponse(BaseModel):
@@ -81,6 +82,9 @@ class SearchHit(BaseModel):
     start: Annotated[float, Field(description="seconds")]
     end: Annotated[float | None, Field(description="seconds; null: the end of the video")]
     caption: Text
+    modified: Annotated[
+        float | None, Field(description="Unix time of the video's last change; null: no video")
+    ]
     missing: Annotated[bool, Field(description="whether the video file is gone")]
 
 
@@ -167,6 +171,8 @@ Filters = Annotated[dict[str, Any], Depends(_filters)]
 QueryText = Annotated[str, Query(max_length=MAX_QUERY, description="what to look for")]
 Count = Annotated[int, Query(ge=1, le=MAX_HITS, description="number of results")]
 FileId = Annotated[int, Path(ge=1, lt=2**63)]
+FileOfQuery = Annotated[int, Query(ge=1, lt=2**63)]
+Bound = Annotated[float, Query(ge=0, le=1e7, allow_inf_nan=False, description="as in a result")]
 Seconds = Annotated[float, Query(ge=0, le=1e7, allow_inf_nan=False)]
 MinScore = Annotated[str, Query(max_length=40, description="of a hit: auto, none, or a cosine")]
 Upload = Annotated[UploadFile, File()]
@@ -266,12 +272,34 @@ async def search_by_image(
     return await _nearest_to(services, searcher, file, vector, k, format, **filters)
 
 
+@router.get("/api/similar")
+async def similar(
+    searcher: IndexOfQuery,
+    services: ServicesOf,
+    filters: Filters,
+    file_id: FileOfQuery,
+    start: Bound,
+    end: Bound,
+    k: Count = 10,
+) -> SearchResponse:
+    """Moments of other videos that resemble a moment."""
+    _, record = await indexed_file(searcher, file_id)
+    call = listing.moment_vector, searcher.index, file_id, start, end
+    try:
+        vector = await services.executor.run_search(*call)
+    except UserError as error:
+        raise HTTPException(404, str(error)) from None
+    (hits,) = await _hits(services, searcher, vector[None], k + 1, **filters)
+    hits = [hit for hit in hits if hit.file_id != file_id][:k]
+    return SearchResponse(query=record.path, cut=False, found=bool(hits), hits=hits)
+
+
 @router.get("/api/explain")
 async def explain(
     searcher: IndexOfQuery,
     services: ServicesOf,
     q: QueryText,
-    file_id: Annotated[int, Query(ge=1, lt=2**63)],
+    file_id: FileOfQuery,
     start: Seconds = 0.0,
     end: Annotated[float | None, Query(gt=0, le=1e7, allow_inf_nan=False)] = None,
 ) -> Explanation:
@@ -279,7 +307,7 @@ async def explain(
     if end is not None and end <= start:
         raise UserError(f"end={end:g}: must be more than start={start:g}")
     vector = await services.executor.query_vector(searcher, _not_empty(q))
-    folder, record = await _file(searcher, file_id)
+    folder, record = await indexed_file(searcher, file_id)
     retriever = searcher.retriever
     segment = start, math.inf if end is None else end
     call = media.moment_frames, folder, record, retriever.frame_spec, *segment
@@ -298,7 +326,7 @@ async def thumbnail(
     request: Request, searcher: IndexOfPath, services: ServicesOf, file_id: FileId, t: Seconds = 0.0
 ) -> Response:
     """A small picture of a video at a time."""
-    folder, record = await _file(searcher, file_id)
+    folder, record = await indexed_file(searcher, file_id)
     with _naming(record):
         # A cached picture is not sent when its file is gone.
         await anyio.to_thread.run_sync(lambda: media.open_indexed(folder, record).close())
@@ -323,7 +351,7 @@ async def thumbnail(
 )
 async def video(searcher: IndexOfPath, file_id: FileId) -> Response:
     """A video, or ranges of it."""
-    folder, record = await _file(searcher, file_id)
+    folder, record = await indexed_file(searcher, file_id)
     with _naming(record):
         file = await anyio.to_thread.run_sync(media.open_indexed, folder, record)
     return media.VideoResponse(file, record.path)
@@ -371,9 +399,10 @@ async def _hits(
     """Of each vector [N, E]."""
 
     def find() -> list[list[SearchHit]]:
-        folder = searcher.index.folder
         found = searcher.index.search(vectors, k, **filters)
-        return [[search_hit(folder, hit) for hit in hits] for hits in found]
+        ids = (hit.file_id for hits in found for hit in hits)
+        folder, times = listing.modified(searcher.index, ids)
+        return [[search_hit(folder, h, times.get(h.file_id)) for h in hits] for hits in found]
 
     try:
         return await services.executor.run_search(find)
@@ -403,7 +432,7 @@ async def _file_of(
     return Response(f"{content}\n", media_type=FILES[format], headers=headers)
 
 
-def search_hit(folder: str, hit: Hit) -> SearchHit:
+def search_hit(folder: str, hit: Hit, changed: float | None = None) -> SearchHit:
     """A hit as the API describes it, and whether its file still exists in the folder."""
     return SearchHit(
         file_id=hit.file_id,
@@ -412,11 +441,17 @@ def search_hit(folder: str, hit: Hit) -> SearchHit:
         start=hit.start,
         end=None if math.isinf(hit.end) else hit.end,
         caption=hit.caption,
-        missing=bool(hit.path) and not os.path.isfile(os.path.join(folder, hit.path)),
+        modified=changed,
+        missing=bool(hit.path) and is_missing(folder, hit.path),
     )
 
 
-async def _file(searcher: Searcher, file_id: int) -> tuple[str, IndexedFile]:
+def is_missing(folder: str, path: str) -> bool:
+    """Whether a file of the indexed folder is gone."""
+    return not os.path.isfile(os.path.join(folder, path))
+
+
+async def indexed_file(searcher: Searcher, file_id: int) -> tuple[str, IndexedFile]:
     """(indexed folder, record of the file) of an indexed video."""
     try:
         folder = await anyio.to_thread.run_sync(lambda: searcher.index.folder)

@@ -18,7 +18,7 @@ from starlette.staticfiles import StaticFiles
 import vop_jax
 from vop_jax.errors import UserError, VideoError
 from vop_jax.search.searcher import open_searcher
-from vop_jax.serve import api
+from vop_jax.serve import api, browse
 from vop_jax.serve.executor import Busy, Executor
 from vop_jax.serve.media import FileGone
 from vop_jax.serve.middleware import SafetyMiddleware, Settings, error_response
@@ -79,6 +79,7 @@ def make_app(library: api.Library, settings: Settings) -> FastAPI:
     )
     app.state.services = api.Services(library, executor, settings.max_seconds)
     app.include_router(api.router)
+    app.include_router(browse.router)
     app.include_router(pages)
     app.mount("/static", STATIC)
     _handle_errors(app)

@@ -49,6 +49,10 @@ export function clock(seconds) {
 }
 
 export const span = (hit) => `${clock(hit.start)} – ${clock(hit.end)}`;
+export const plural = (number, one) => `${number.toLocaleString("en")} ${one}${number === 1 ? "" : "s"}`;
+/** Unix time -> "25 Nov 2026". */
+export const day = (seconds) =>
+  new Date(1000 * seconds).toLocaleDateString("en-GB", { year: "numeric", month: "short", day: "numeric" });
 export const score = (value) => value.toFixed(3);
 export const media = (index, hit) => `/media/${encodeURIComponent(index)}/${hit.file_id}`;
 export const thumbnail = (index, hit) =>

@@ -1,13 +1,15 @@
 // An open result: the video at its moment and, below it, the score of each frame over time.
 
-import { fetchJson, breakable, clock, make, media, score, span } from "./page.fetch.js";
+import { fetchJson, breakable, clock, day, make, media, score, span } from "./page.fetch.js";
 
 const STEPS = 200; // of the slider, along the clip
 const calm = matchMedia("(prefers-reduced-motion: reduce)");
 
-/** {node, close}: a panel for a hit; `leave` is called where the user closes it. */
-export function openMoment(index, hit, query, leave) {
-  const gone = new AbortController(); // aborts the requests of the panel
+/**
+ * {node, close}: a panel for a hit. `leave` is called where the user closes it, and `similar` with
+ * the moment whose like is to be found.
+ */
+export function openMoment(index, hit, query, leave, similar) {
   const address = media(index, hit);
   const name = hit.name.split("/").pop();
   const screen = make("div", { class: "screen" });
@@ -15,31 +17,56 @@ export function openMoment(index, hit, query, leave) {
   const below = make("div", { class: query ? "below scored" : "below" });
   const replay = make("button", { type: "button", class: "primary" }, "Play the moment");
   const download = make("a", { href: address, download: name }, "Download");
+  const like = make("button", { type: "button", onclick: () => similar(moment) }, "Find similar");
+  const steps = ["Previous moment", "Next moment"].map((text) => make("button", { type: "button", hidden: true }, text));
+  const facts = make("p", {});
   const shut = make("button", { type: "button", class: "close", "aria-label": "Close", onclick: leave }, "×");
   const about = make(
     "div",
     { class: "about" },
-    make("div", {}, make("h2", {}, ...breakable(hit.name)), make("p", {}, `${span(hit)} · score ${score(hit.score)}`)),
-    make("div", { class: "buttons" }, replay, download),
+    make("div", {}, make("h2", {}, ...breakable(hit.name)), facts),
+    make("div", { class: "buttons" }, ...steps, replay, like, download),
     shut,
   );
   const node = make("li", { class: "moment", "aria-label": hit.name }, about, screen, below);
-  const panel = { hit, index, query, address, screen, below, replay, download, signal: gone.signal };
-  if (hit.missing) {
-    showMessage(panel, "This file was moved or deleted since it was indexed.", false);
-    return { node, close: () => node.remove() };
-  }
-  const video = play(panel);
-  return {
-    node,
-    close() {
+  let moment = hit;
+  let stop = () => {};
+  const show = (shown) => {
+    stop();
+    moment = shown;
+    const gone = new AbortController(); // aborts the requests of the moment
+    const panel = { hit: shown, index, query, address, screen, below, replay, download, signal: gone.signal };
+    const scored = shown.score === undefined ? [] : [`score ${score(shown.score)}`];
+    facts.textContent = [span(shown), ...scored, `changed ${day(hit.modified)}`].join(" · ");
+    for (const part of [screen, below]) part.replaceChildren();
+    offerSteps(panel, steps, show);
+    const absent = "This file was moved or deleted since it was indexed.";
+    const video = hit.missing ? showMessage(panel, absent, false) : play(panel);
+    stop = () => {
       gone.abort();
-      video.pause();
-      video.removeAttribute("src"); // else it continues loading
-      video.load();
-      node.remove();
-    },
+      video?.pause();
+      video?.removeAttribute("src"); // else it continues loading
+      video?.load();
+    };
   };
+  show(hit);
+  return { node, close: () => (stop(), node.remove()) };
+}
+
+/** Buttons to the moments before and after; hidden where the file has only its whole clip. */
+async function offerSteps({ hit, index, signal }, steps, show) {
+  const { file_id, start, end } = hit;
+  let around;
+  try {
+    around = await fetchJson("/api/neighbours", { index, file_id, start, end }, { signal });
+  } catch {
+    return; // the index has changed, or the panel is closed
+  }
+  for (const [i, moment] of [around.previous, around.next].entries()) {
+    steps[i].hidden = !around.count;
+    steps[i].setAttribute("aria-disabled", !moment); // `disabled` would lose the focus
+    steps[i].onclick = () => moment && show({ ...hit, ...moment, score: undefined });
+  }
 }
 
 function play(panel) {
@@ -54,10 +81,10 @@ function play(panel) {
   screen.append(video);
   const start = () => video.play().catch(() => {}); // a browser may forbid it; the button remains
   if (!calm.matches) start();
-  replay.addEventListener("click", () => {
+  replay.onclick = () => {
     video.currentTime = hit.start;
     start();
-  });
+  };
   video.addEventListener("loadedmetadata", () => {
     if (!video.videoWidth) return cannotPlay(panel);
     if (panel.query) drawScores(panel, video);
