@@ -21,6 +21,7 @@ from vop_jax.errors import UserError
 
 TOKEN = "VOP_JAX_TOKEN"  # environment variable; other users of a machine see arguments
 PACKAGES = ("fastapi", "uvicorn", "python_multipart")
+LOGS = ("none", "requests", "queries")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -36,6 +37,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--max_seconds", type=number(0.001), default=600.0, help="longest uploaded video, seconds")
     add("--decode_seconds", type=number(0.001), default=60.0, help="time limit to decode a file")
     add("--workers", type=whole(1, 64), default=2, help="decoding processes")
+    add("--log", choices=LOGS, default="none", help="one line a request; requests: without queries")
+    add("--metrics", action="store_true", help="serve /metrics for Prometheus")
     return parser
 
 
@@ -75,7 +78,8 @@ def _check_name(name: str) -> str:
 
 
 def _serve(args: argparse.Namespace) -> None:
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    packages = (*PACKAGES, "prometheus_client") if args.metrics else PACKAGES
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f'no {", ".join(missing)}: pip install -e ".[serve]"')
     from vop_jax.serve.app import Settings, make_app, open_library
@@ -97,6 +101,9 @@ def _serve(args: argparse.Namespace) -> None:
         names=names,
         workers=args.workers,
         decode_seconds=args.decode_seconds,
+        log=args.log,
+        metrics=args.metrics,
+        clip=args.clip,
     )
     with listen(args.host, args.port) as sock:
         library = open_library(args.index, args.clip)

@@ -11,26 +11,19 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, Response
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
 
 import vop_jax
 from vop_jax.errors import UserError, VideoError
 from vop_jax.search.searcher import open_searcher
-from vop_jax.serve import api, browse
+from vop_jax.serve import api, browse, monitoring, reindex
 from vop_jax.serve.executor import Busy, Executor
 from vop_jax.serve.media import FileGone
 from vop_jax.serve.middleware import SafetyMiddleware, Settings, error_response
 
 STATIC = StaticFiles(directory=os.path.join(os.path.dirname(__file__), "static"))
 pages = api.Router()
-
-
-class Health(BaseModel):
-    """The server answers."""
-
-    status: str
 
 
 def open_library(directories: Sequence[str], clip: str | None = None) -> api.Library:
@@ -60,11 +53,15 @@ def open_library(directories: Sequence[str], clip: str | None = None) -> api.Lib
 def make_app(library: api.Library, settings: Settings) -> FastAPI:
     """The application; its end closes the indexes."""
     executor = Executor(settings.workers, seconds=settings.decode_seconds)
+    reindexer = reindex.Reindexer(settings.clip) if settings.token else None
+    metrics = monitoring.Metrics() if settings.metrics else None
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         executor.start()
         yield
+        if reindexer:
+            await reindexer.close()
         await executor.close()
         for searcher in library.values():
             searcher.index.close()
@@ -78,19 +75,15 @@ def make_app(library: api.Library, settings: Settings) -> FastAPI:
         lifespan=lifespan,
     )
     app.state.services = api.Services(library, executor, settings.max_seconds)
-    app.include_router(api.router)
-    app.include_router(browse.router)
-    app.include_router(pages)
+    app.state.reindexer, app.state.metrics = reindexer, metrics
+    for router in (api.router, browse.router, reindex.router, monitoring.router, pages):
+        app.include_router(router)
     app.mount("/static", STATIC)
     _handle_errors(app)
     app.add_middleware(SafetyMiddleware, settings=settings)
+    if metrics or settings.log != "none":  # last, so that it sees what the other one refuses
+        app.add_middleware(monitoring.MonitoringMiddleware, log=settings.log, metrics=metrics)
     return app
-
-
-@pages.get("/healthz")
-async def _health() -> Health:
-    """Whether the server answers."""
-    return Health(status="ok")
 
 
 @pages.get("/", include_in_schema=False)

@@ -127,6 +127,11 @@ class Executor:
             raise result
         return result
 
+    def waiting(self) -> dict[str, int]:
+        """Numbers of requests that wait for the model, a search of vectors, and a decoder."""
+        limiters = {"model": self._model, "search": self._search, "decoder": self._decoders}
+        return {name: one.statistics().tasks_waiting for name, one in limiters.items()}
+
     def start(self) -> None:
         """Starts the decoding processes, so that the first requests need not wait for them."""
         for worker in self._idle:

@@ -57,6 +57,9 @@ class Settings:
         names: those of `hosts` that a proxy in front has; its pages may send requests, too.
         workers: decoding processes.
         decode_seconds: time limit of decoding one file.
+        log: of requests: "none", "requests" or "queries".
+        metrics: whether /metrics is served.
+        clip: the CLIP file, if it has moved.
     """
 
     token: str = ""
@@ -66,6 +69,9 @@ class Settings:
     names: tuple[str, ...] = ()
     workers: int = 2
     decode_seconds: float = 60.0
+    log: str = "none"
+    metrics: bool = False
+    clip: str | None = None
 
 
 class SafetyMiddleware:
@@ -144,7 +150,7 @@ class SafetyMiddleware:
     def _without_token(self, request: HTTPConnection) -> Response | None:
         """The refusal of a request without the token; a redirect of the page's own address."""
         path, parameter = request.scope["path"], request.query_params.get("token", "")
-        if path == "/healthz":
+        if path in ("/healthz", "/readyz"):
             return None
         if path == "/" and self._is_token(parameter):
             response = RedirectResponse("/", 303)  # so that the address does not keep the token
