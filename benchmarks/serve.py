@@ -7,29 +7,42 @@ that differ, and pictures of what was found, as the page does. Memory is the res
 server and, apart, of its decoding processes, read from /proc: before the first question, and after
 each of the rounds, which are alike but for their queries. An answer that is not the one to its own
 query, or an error, ends it.
+
+With --compare it starts a second server, which writes the log of requests and is scraped once a
+second, asks both in turns, and compares their CPU time a request: on a machine with other load,
+that is steadier than rates.
 """
 
 import argparse
+import contextlib
 import http.client
 import json
+import os
 import pathlib
 import re
 import subprocess
 import sys
+import threading
 import time
 import urllib.parse
+import urllib.request
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 HITS = 10
+OBSERVED = "--log=requests", "--metrics"
 
 
-def start(index: str) -> tuple[subprocess.Popen, str, int, str]:
+def start(index: str, *options: str) -> tuple[subprocess.Popen, str, int, str]:
     """(process, host, port, name of the index) of a server that is ready."""
     command = [sys.executable, "-m", "vop_jax.serve", "--index", index, "--port", "0"]
     began = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    errors = subprocess.DEVNULL if options else None
+    process = subprocess.Popen(
+        [*command, *options], stdout=subprocess.PIPE, stderr=errors, text=True
+    )
     assert process.stdout is not None
     match = re.search(r"(\S+): http://([\d.]+):(\d+)/", process.stdout.readline())
     if not match:
@@ -80,6 +93,70 @@ def ask(
     return took
 
 
+def cpu_seconds(pid: int) -> float:
+    """Of a process, without its children."""
+    fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@contextlib.contextmanager
+def scraping(host: str, port: int) -> Iterator[None]:
+    """Reads /metrics once a second."""
+    done = threading.Event()
+
+    def scrape() -> None:
+        while not done.wait(1.0):
+            with urllib.request.urlopen(f"http://{host}:{port}/metrics", timeout=600) as response:
+                assert b"vop_http_requests_total" in response.read()
+
+    thread = threading.Thread(target=scrape)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def compare(args: argparse.Namespace) -> None:
+    """CPU milliseconds a request without and with log and metrics, of servers that take turns."""
+    servers = {"plain": start(args.index), "observed": start(args.index, *OBSERVED)}
+    requests = args.clients * args.questions * (1 + args.pictures)
+    each: dict[str, list[float]] = {name: [] for name in servers}
+    try:
+        for number in range(args.rounds + 1):  # the first round warms up
+            order = list(servers) if number % 2 else list(servers)[::-1]
+            for name in order:
+                process, host, port, index = servers[name]
+                watched = scraping(host, port) if name == "observed" else contextlib.nullcontext()
+                before = cpu_seconds(process.pid)
+                with watched:
+                    run_round(args, number, host, port, index)
+                if number:
+                    each[name].append(1e3 * (cpu_seconds(process.pid) - before) / requests)
+        for name, values in each.items():
+            listed = ", ".join(f"{value:.3f}" for value in values)
+            print(f"{name}: CPU ms a request, median {np.median(values):.3f}: {listed}")
+        pairs = np.array(each["observed"]) / np.array(each["plain"]) - 1
+        print(f"log and metrics cost {np.median(pairs):+.1%} (median of the rounds)")
+    finally:
+        for process, *_ in servers.values():
+            process.terminate()
+            process.wait()
+
+
+def run_round(
+    args: argparse.Namespace, number: int, host: str, port: int, index: str
+) -> list[dict[str, list[float]]]:
+    """Seconds of each answer to each client."""
+    queries = [
+        [f"client {c} looks for {q} in round {number}" for q in range(args.questions)]
+        for c in range(args.clients)
+    ]
+    with ThreadPoolExecutor(args.clients) as pool:
+        return list(pool.map(lambda own: ask(host, port, index, own, args.pictures), queries))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser("python -m benchmarks.serve", description=__doc__)
     parser.add_argument("--index", required=True)
@@ -87,21 +164,17 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=20, help="of each client, in a round")
     parser.add_argument("--pictures", type=int, default=3, help="after each query")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--compare", action="store_true", help="without and with log and metrics")
     args = parser.parse_args()
+    if args.compare:
+        return compare(args)
     process, host, port, index = start(args.index)
     try:
         _say("before", [], process.pid)
         for number in range(args.rounds):
-            queries = [
-                [f"client {c} looks for {q} in round {number}" for q in range(args.questions)]
-                for c in range(args.clients)
-            ]
-            with ThreadPoolExecutor(args.clients) as pool:
-                began = time.perf_counter()
-                each = list(
-                    pool.map(lambda own: ask(host, port, index, own, args.pictures), queries)
-                )
-                took = time.perf_counter() - began
+            began = time.perf_counter()
+            each = run_round(args, number, host, port, index)
+            took = time.perf_counter() - began
             print(f"round {number}: {args.clients * args.questions / took:.1f} queries a second")
             _say(f"round {number}", each, process.pid)
     finally:
