@@ -114,15 +114,25 @@ def test_the_page_has_the_tpus_that_are_sold():
     assert [row[0] for row in SLICES] == ["v5e", "v6e", "TPU7x"]
 
 
+def probes_of(deployment):
+    return [value for key, value in container_of(deployment).items() if key.endswith("Probe")]
+
+
+def test_the_probes_ask_for_pages_of_the_server():
+    monitoring = pytest.importorskip("vop_jax.serve.monitoring", reason="the extra serve")
+    paths = {route.path for route in monitoring.router.routes}
+    asked = {probe["httpGet"]["path"] for probe in probes_of(documents("serve.yaml")[0])}
+    assert asked == {"/healthz", "/readyz"} and asked <= paths
+    assert "http://127.0.0.1:8000/healthz" in (LAUNCH / "Dockerfile").read_text()
+
+
 def test_the_service_sends_requests_to_the_pods():
     deployment, service = documents("serve.yaml")
     pod = deployment["spec"]["template"]
     assert pod["metadata"]["labels"] == deployment["spec"]["selector"]["matchLabels"]
     assert pod["metadata"]["labels"] == service["spec"]["selector"]
     ports = {port["name"] for port in container_of(deployment)["ports"]}
-    probes = [container_of(deployment)[f"{name}Probe"] for name in ("startup", "liveness")]
-    probes.append(container_of(deployment)["readinessProbe"])
-    assert {probe["httpGet"]["port"] for probe in probes} == ports
+    assert {probe["httpGet"]["port"] for probe in probes_of(deployment)} == ports
     assert {port["targetPort"] for port in service["spec"]["ports"]} == ports
     volumes = {volume["name"] for volume in pod["spec"]["volumes"]}
     assert {mount["name"] for mount in container_of(deployment)["volumeMounts"]} == volumes
