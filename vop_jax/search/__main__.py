@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--window", type=number(0.001), help="also index moments of this many seconds")
     add("--stride", type=number(0.001), help="seconds between moments; default: half the window")
     add("--shots", action="store_true", help="also index the shots of the videos")
+    add("--keep_frames", action="store_true", help="keep vectors of frames, for query --by_frames")
     add("--captions", default="", metavar="FILE", help="texts to search: csv, jsonl, txt")
     add("--store", default="", metavar="URI", help="Milvus: FILE.db or http://HOST:PORT")
     add("--dtype", choices=DTYPES, default="", help="of matrix products; default: the faster one")
@@ -75,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--until", metavar="DATE", help="only files changed on this day or before")
     add("--all-moments", action="store_true", help="not only the best moment of each file")
     add("--min_score", default="auto", metavar="X", help="least score of a result: auto, none, X")
+    add("--by_frames", action="store_true", help="re-rank the best moments by their frames")
     add("--explain", action="store_true", help="print the score of each frame")
     add("--queries", metavar="FILE", help="search a text a line, all at once; -: of stdin")
     add("--out", metavar="FILE", help="write the results to a file")
@@ -121,7 +123,8 @@ def _query(args: argparse.Namespace) -> None:
             if args.queries is not None:
                 which, end = f"{count} of {len(texts)} queries are", "their ends are"
             print(f"{which} longer than the model reads: {end} ignored", file=sys.stderr)
-    filters = {name: getattr(args, name) for name in ("to", "folder", "since", "until")}
+    names = ("to", "folder", "since", "until", "by_frames")
+    filters = {name: getattr(args, name) for name in names}
     by_text = args.video is None and args.image is None
     filters["min_score"] = "none" if args.min_score == "auto" and not by_text else args.min_score
     hits = searcher.index.search(vectors, args.k, per_file=not args.all_moments, **filters)
@@ -252,6 +255,7 @@ def _format_info(index: "Index") -> str:
         f"CLIP      {info.clip_name}, {info.clip}, in {info.dtype}",
         f"prompts   {prompts if info.prompts_fingerprint else 'none'}",
         f"vectors   {info.store or 'exact search, in this folder'}, {info.dim} numbers each",
+        *(["frames    kept, for query --by_frames"] if info.keep_frames else ()),
         f"minimum   {_format_minimum(index)}",
         f"failed    {counts['failed']}",
         *(f"  {path}: {reason}" for path, reason in failures[:LISTED]),

@@ -42,6 +42,7 @@ class IndexRequest:
         captions: a file of texts.
         store: URI of the vectors.
         dtype: of the model's matrix products, "auto" for the faster one on this device.
+        keep_frames: also keeps the vectors of frames, to re-rank results by them.
     """
 
     folder: str = ""
@@ -53,6 +54,7 @@ class IndexRequest:
     captions: str = ""
     store: str = ""
     dtype: str = ""
+    keep_frames: bool = False
 
 
 def build_index(
@@ -125,6 +127,7 @@ def _info(request: IndexRequest, retriever: Retriever, folder: str) -> IndexInfo
         store=absolute(request.store),
         dtype=retriever.dtype,
         shots=request.shots,
+        keep_frames=request.keep_frames,
     )
 
 
@@ -197,8 +200,9 @@ def _complete_request(
         if value is not None and value != own:
             made = f"with --{name}={own:g}" if own else f"without --{name}"
             raise UserError(f"{directory}: was made {made}, not {value:g}; {OTHER_INDEX}")
-    if request.shots and not stored.shots:
-        raise UserError(f"{directory}: was made without --shots; {OTHER_INDEX}")
+    for name, flag in (("shots", "--shots"), ("keep_frames", "--keep_frames")):
+        if getattr(request, name) and not getattr(stored, name):
+            raise UserError(f"{directory}: was made without {flag}; {OTHER_INDEX}")
     if request.store and absolute(request.store) != stored.store:
         message = f"keeps its vectors in {stored.store or 'its own folder'}, not in {request.store}"
         raise UserError(f"{directory}: {message}; {OTHER_INDEX}")
@@ -206,7 +210,7 @@ def _complete_request(
         message = f"was made with --dtype={stored.dtype}, not {request.dtype}"
         raise UserError(f"{directory}: {message}; {OTHER_INDEX}")
     request = dataclasses.replace(request, dtype=stored.dtype)
-    names = ("folder", "clip", "prompts", "window", "stride", "shots", "store")
+    names = ("folder", "clip", "prompts", "window", "stride", "shots", "store", "keep_frames")
     return dataclasses.replace(
         request, **{name: getattr(request, name) or getattr(stored, name) for name in names}
     )

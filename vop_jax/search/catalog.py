@@ -58,11 +58,21 @@ CREATE TABLE captions (
 );
 CREATE INDEX captions_path ON captions (path);
 CREATE TABLE vectors (
-    target TEXT PRIMARY KEY,     -- moments or captions
+    target TEXT PRIMARY KEY,     -- moments, captions or frames
     heap TEXT NOT NULL,          -- the file that holds them, see heap.py
     count INTEGER NOT NULL,      -- appended so far: the id of the next
     sums BLOB NOT NULL           -- CRC-32 of each block of the heap, little-endian
 ) WITHOUT ROWID;
+"""
+
+# In indexes that keep the vectors of frames.
+FRAMES_SCHEMA = """
+CREATE TABLE frames (
+    id INTEGER PRIMARY KEY,      -- the row of its heap that has the F vectors of a moment
+    moment INTEGER NOT NULL REFERENCES moments (id) ON DELETE CASCADE ON UPDATE CASCADE,
+    seconds BLOB NOT NULL        -- of the F frames in the file, little-endian float32
+);
+CREATE INDEX frames_moment ON frames (moment);
 """
 
 
@@ -80,6 +90,7 @@ class IndexInfo:
         store: URI of the vectors; "": in the index's own folder.
         dtype: of the model's matrix products.
         shots: whether the moments are the shots of the files.
+        keep_frames: whether the vectors of their frames are kept, too.
     """
 
     version: int
@@ -97,6 +108,7 @@ class IndexInfo:
     store: str
     dtype: str = "float32"  # that of indexes which do not say it
     shots: bool = False
+    keep_frames: bool = False
 
     @property
     def model(self) -> tuple:
@@ -199,7 +211,7 @@ def _check_version(db: sqlite3.Connection, path: pathlib.Path) -> None:
     info = read_info(db)
     names = ("clip", "prompts", "window", "stride", "store")
     options = [f"--{name}={value}" for name in names if (value := getattr(info, name))]
-    options += ["--shots"] * info.shots
+    options += ["--shots"] * info.shots + ["--keep_frames"] * info.keep_frames
     command = shlex.join([info.folder, *options, f"--index={path.parent}"])
     raise UserError(f"{message}; remove it, then: python -m vop_jax.search index {command}")
 

@@ -11,6 +11,7 @@ from vop_jax.search import calibration, catalog, query
 from vop_jax.search.calibration import Calibration
 from vop_jax.search.catalog import IndexedFile, IndexInfo
 from vop_jax.search.query import Date, Hit, make_filter
+from vop_jax.search.rerank import CANDIDATES, rerank
 from vop_jax.search.stores.base import TABLES, Snapshot, VectorStore, checked_vectors
 from vop_jax.search.stores.heap import open_store
 
@@ -71,6 +72,7 @@ class Index:
         until: Date = None,
         per_file: bool = True,
         min_score: float | str | None = None,
+        by_frames: bool = False,
     ) -> list[list[Hit]]:
         """The nearest moments, or captions, of each vector, best first.
 
@@ -83,6 +85,7 @@ class Index:
             min_score: leaves out hits with a lower score. "auto", for vectors of texts: leaves out
                 moments whose score may be chance, see `calibration`; it does nothing to captions,
                 nor in an index that is too small to calibrate.
+            by_frames: ranks the nearest `CANDIDATES` again by their frames, see `rerank`.
 
         Raises:
             UserError: an argument is wrong.
@@ -95,18 +98,32 @@ class Index:
         minimum = query.checked_min_score(min_score)
         path = "captions.path" if to == "captions" else "files.path"
         where = make_filter(folder, since, until, path)
+        if by_frames:
+            self._check_frames(to)
         store = self.store(to)
         with catalog.reading(self.directory) as db:
             if catalog.read_info(db).model != self.info.model:  # `store` has the old vectors
                 raise UserError(f"{self.directory}: was rebuilt with another model; open it again")
-            snapshot = store.snapshot(db)
-            found = query.search(db, snapshot, vectors, k, to, where, per_file)
+            snapshot, count = store.snapshot(db), max(k, CANDIDATES) if by_frames else k
+            found = query.search(db, snapshot, vectors, count, to, where, per_file)
             known = calibration.read(db) if minimum == "auto" and to == "videos" else None
             if known is not None:
                 pairs = zip(vectors, found, strict=True)
-                return [_above_chance(known, snapshot, *pair) for pair in pairs]
-        lowest = minimum if isinstance(minimum, float) else -np.inf
-        return [[hit for _, hit in hits if hit.score >= lowest] for hits in found]
+                kept = [_above_chance(known, snapshot, *pair) for pair in pairs]
+            else:
+                lowest = minimum if isinstance(minimum, float) else -np.inf
+                kept = [[hit for _, hit in hits if hit.score >= lowest] for hits in found]
+            if not by_frames:
+                return kept
+            frames = self._frames().snapshot(db)
+            return [rerank(db, frames, *pair, k) for pair in zip(vectors, kept, strict=True)]
+
+    def _check_frames(self, to: str) -> None:
+        """Raises UserError where there are no vectors of frames."""
+        if to == "captions":
+            raise UserError("by_frames: captions have no frames")
+        if not self.info.keep_frames:
+            raise UserError(f"{self.directory}: was made without --keep_frames")
 
     def calibration(self) -> Calibration | None:
         """What `min_score="auto"` goes by; None in an index that is too small, or an older one."""
@@ -123,6 +140,14 @@ class Index:
                 snapshot.check()  # outside of `reading`, which makes a writer wait
                 self._stores[target] = store
             return self._stores[target]
+
+    def _frames(self) -> VectorStore:
+        """The vectors of frames; a search compares those that it reads with their checksums."""
+        with self._lock:
+            if "frames" not in self._stores:
+                store = open_store(self.directory, self.info, "frames", write=False)
+                self._stores["frames"] = store
+            return self._stores["frames"]
 
     @property
     def folder(self) -> str:

@@ -42,6 +42,7 @@ class Hit:
         score: cosine of the angle between the vectors.
         start, end: seconds of the moment, or of the whole clip.
         caption: the text of a caption, else "".
+        frame: seconds of the frame that is nearest to the query, if results were re-ranked.
     """
 
     file_id: int
@@ -50,6 +51,7 @@ class Hit:
     start: float
     end: float
     caption: str = ""
+    frame: float | None = None
 
 
 def make_filter(

@@ -42,6 +42,8 @@ def hit_row(folder: str, hit: Hit) -> dict[str, Any]:
     if hit.file_id:
         path = pathlib.Path(folder, hit.path)
         row |= {"path": str(path), "missing": not path.exists()}
+    if hit.frame is not None:
+        row["frame"] = round(hit.frame, 3)
     return {"caption": hit.caption, **row} if hit.caption else row
 
 
@@ -82,6 +84,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
     lines = []
     for row, segment in zip(rows, segments, strict=True):
         name = "  ".join(filter(None, (row.get("caption"), row["path"])))
+        name += f"  (frame at {row['frame']:.2f} s)" if "frame" in row else ""
         name = printable(name + ("  (missing)" if row.get("missing") else ""))
         lines.append(f"{row['score']:.3f}  {segment:>{width}}  {name}".rstrip())
         if "unexplained" in row:

@@ -18,7 +18,7 @@ from vop_jax.inference.retriever import Retriever
 from vop_jax.search import decoder
 from vop_jax.search.catalog import IndexInfo
 from vop_jax.search.scan import Scan, VideoFile
-from vop_jax.search.writer import Caption, CatalogWriter
+from vop_jax.search.writer import Caption, CatalogWriter, Frames
 from vop_jax.video.moments import DecodeTask, Segment
 from vop_jax.video.shots import ShotTask
 from vop_jax.video.workers import in_processes
@@ -77,6 +77,8 @@ class PendingFile:
         digest: of its content.
         segments: its whole clip, then its moments.
         vectors: {number of the segment: float32 [E]}; a segment without frames has none.
+        frames: {number of the segment: float32 [F, E]}, if they are kept.
+        seconds: {number of the segment: of its F frames}.
         decoded: number of segments that are decoded.
         missing: number of tasks that are not decoded yet, and of their segments that are not
             embedded yet.
@@ -87,6 +89,8 @@ class PendingFile:
     digest: str
     segments: list[Segment]
     vectors: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
+    frames: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
+    seconds: dict[int, list[float]] = dataclasses.field(default_factory=dict)
     decoded: int = 0
     missing: int = 0
     failed: bool = False
@@ -177,12 +181,13 @@ class Updater:
                     continue
                 pending.segments += result.shots
                 pending.missing += len(result.rows)
-                for number in range(len(result.rows)):
-                    pending.decoded += 1
-                    if (pixels := result.clip(number)) is None:
+                for number, row in enumerate(result.rows, pending.decoded):
+                    if row is None:
                         self._count_down(pending)
                     else:
-                        yield pending, pending.decoded - 1, pixels
+                        pending.seconds[number] = [result.times[i] for i in row]
+                        yield pending, number, result.pixels[row]
+                pending.decoded += len(result.rows)
                 self._count_down(pending)
 
     def _jobs(
@@ -212,7 +217,11 @@ class Updater:
         moved = own or next((twin for twin in twins if twin.path in self._gone), None)
         if moved is None:
             segments, vectors = self._catalog.embedded(twins[0])
-            self._add([PendingFile(file, digest, segments, dict(enumerate(vectors)))])
+            copy = PendingFile(file, digest, segments, dict(enumerate(vectors)))
+            if self._info.keep_frames:
+                frames, seconds = self._catalog.embedded_frames(twins[0])
+                copy.frames, copy.seconds = dict(enumerate(frames)), dict(enumerate(seconds))
+            self._add([copy])
             return True
         with self._catalog.transaction():
             self._catalog.move(moved, file)
@@ -227,15 +236,25 @@ class Updater:
         clips, self._clips = self._clips, []
         if clips:
             pixels = np.stack([pixels for _, _, pixels in clips])
-            future = self._device.submit(self._retriever.embed_frames, pixels)
+            future = self._device.submit(self._embed_clips, pixels)
             self._batches.append((future, [clip[:2] for clip in clips]))
+
+    def _embed_clips(self, pixels: np.ndarray) -> tuple[np.ndarray, Iterable[np.ndarray | None]]:
+        """uint8 [B, F, S, S, 3] -> float32 [B, E], and [B, F, E] if frames are kept."""
+        if not self._info.keep_frames:
+            return self._retriever.embed_frames(pixels), [None] * len(pixels)
+        frames = self._retriever.embed_each_frame(pixels)
+        mean = frames.mean(axis=1)  # as the model makes the vector of a video
+        return mean / np.linalg.norm(mean, axis=1, keepdims=True), frames
 
     def _commit(self, ahead: int) -> None:
         """Commits finished files; waits while more than `ahead` batches are under way."""
         while self._batches and (len(self._batches) > ahead or self._batches[0][0].done()):
             future, clips = self._batches.popleft()
-            for (pending, number), vector in zip(clips, future.result(), strict=True):
+            for (pending, number), vector, frames in zip(clips, *future.result(), strict=True):
                 pending.vectors[number] = vector
+                if frames is not None:
+                    pending.frames[number] = frames
                 self._count_down(pending)
         if self._finished:
             finished, self._finished = self._finished, []
@@ -247,14 +266,18 @@ class Updater:
             self._finished.append(pending)
 
     def _add(self, files: list[PendingFile]) -> None:
-        rows = []
+        rows, frames = [], list[Frames]()
         for pending in files:
             numbers = sorted(pending.vectors)
             segments = [pending.segments[number] for number in numbers]
             vectors = np.stack([pending.vectors[number] for number in numbers])
             rows.append((pending.file, pending.digest, segments, vectors))
+            if self._info.keep_frames:
+                each = [pending.frames[number] for number in numbers]
+                seconds = [pending.seconds[number] for number in numbers]
+                frames.append((np.stack(each), np.array(seconds)))
         with self._catalog.transaction():
-            self._catalog.add_files(rows)
+            self._catalog.add_files(rows, frames)
         changed = sum(pending.file.path in self._indexed for pending in files)
         self._report.changed += changed
         self._report.added += len(files) - changed

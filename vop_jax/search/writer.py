@@ -17,6 +17,7 @@ from vop_jax.search import calibration
 from vop_jax.search.catalog import (
     FILE,
     FILE_COLUMNS,
+    FRAMES_SCHEMA,
     SCHEMA,
     VERSION,
     IndexedFile,
@@ -37,6 +38,13 @@ if TYPE_CHECKING:
     from vop_jax.inference.retriever import Retriever
 
 Caption = tuple[str, str, float, float]  # text, path of a video or "", start, end
+Frames = tuple[np.ndarray, np.ndarray]  # of M moments: vectors [M, F, E] and seconds [M, F]
+LOST = {  # the rows that go with a lost vector of a table
+    "moments": "files WHERE id IN (SELECT file FROM moments WHERE id = ?)",
+    "captions": "captions WHERE id = ?",
+    "frames": "files WHERE id IN (SELECT file FROM moments JOIN frames ON moment = moments.id "
+    "WHERE frames.id = ?)",
+}
 
 
 class CatalogWriter:
@@ -56,7 +64,7 @@ class CatalogWriter:
         new = stored_info(directory) is None
         with contextlib.ExitStack() as stack, sqlite_errors(self._path):
             # Stores first: if one does not answer, no catalog is bound to it.
-            for table in TABLES.values():
+            for table in (*TABLES.values(), *["frames"] * info.keep_frames):
                 self._stores[table] = open_store(directory, info, table, write=True, new=new)
                 stack.callback(self._stores[table].close)
             self._db = connect(self._path, "rwc")
@@ -68,16 +76,16 @@ class CatalogWriter:
             else:
                 self._check(info)
             stack.pop_all()
-        self._dim = info.dim
+        self._dim, self._frames = info.dim, info.frames
 
     def _create(self, info: IndexInfo) -> None:
         token = secrets.token_hex(8)  # so that no two heaps have the same name
         with self.transaction():
-            for statement in SCHEMA.split(";\n"):
+            for statement in (SCHEMA + FRAMES_SCHEMA * info.keep_frames).split(";\n"):
                 self._db.execute(statement)
             self._db.execute(f"PRAGMA user_version = {VERSION}")
             for table in self._stores:
-                row = (table, f"{token}-{table}-0.f32", 0, b"")
+                row = (table, f"{token}-{table}-0.{'f16' if table == 'frames' else 'f32'}", 0, b"")
                 self._db.execute("INSERT INTO vectors VALUES (?, ?, ?, ?)", row)
             self._write_info(info)
 
@@ -91,13 +99,11 @@ class CatalogWriter:
             lost = store.lost(self._db)
             if not len(lost):
                 continue
-            where = "files WHERE id IN (SELECT file FROM moments WHERE id = ?)"
-            where = where if table == "moments" else "captions WHERE id = ?"
             logging.warning(
                 "%d vectors of %s are lost; their files are indexed again", len(lost), table
             )
             with self.transaction():
-                self._db.executemany(f"DELETE FROM {where}", ((id,) for id in lost.tolist()))
+                self._db.executemany(f"DELETE FROM {LOST[table]}", ((id,) for id in lost.tolist()))
                 store.compact(self._db)
             store.clean(self._db)
 
@@ -185,13 +191,28 @@ class CatalogWriter:
         ids = np.array([row[2] for row in rows], np.int64)
         return [row[:2] for row in rows], self._stores["moments"].snapshot(self._db).get(ids)
 
+    def embedded_frames(self, file: IndexedFile) -> Frames:
+        """The frames of a file's segments, in the order of `embedded`."""
+        statement = (
+            "SELECT frames.id, seconds FROM frames JOIN moments ON moments.id = moment "
+            "WHERE file = ? ORDER BY moment"
+        )
+        rows = self._db.execute(statement, (file.id,)).fetchall()
+        ids = np.array([row[0] for row in rows], np.int64)
+        vectors = self._stores["frames"].snapshot(self._db).get(ids)
+        seconds = np.stack([np.frombuffer(row[1], "<f4") for row in rows])
+        return vectors.reshape(len(rows), self._frames, self._dim), seconds
+
     def add_files(
-        self, files: Sequence[tuple[VideoFile, str, Sequence[Segment], np.ndarray]]
+        self,
+        files: Sequence[tuple[VideoFile, str, Sequence[Segment], np.ndarray]],
+        frames: Sequence[Frames] = (),
     ) -> list[int]:
         """Adds files in place of those with the same paths; returns the ids of their moments.
 
         Args:
             files: (file, digest of its content, its M segments, their vectors [M, E]).
+            frames: of each file, in an index that keeps frames.
 
         Raises:
             UserError: a vector with NaN or of another width.
@@ -203,7 +224,17 @@ class CatalogWriter:
             row = self._insert(file, digest, None)
             moments = [(next(unused), row, *segment) for segment in segments]
             self._db.executemany("INSERT INTO moments VALUES (?, ?, ?, ?)", moments)
+        if frames:
+            self._add_frames(ids, *map(np.concatenate, zip(*frames, strict=True)))
         return ids
+
+    def _add_frames(self, moments: list[int], vectors: np.ndarray, seconds: np.ndarray) -> None:
+        """Adds the frames of moments: vectors [M, F, E], seconds [M, F]."""
+        rows = checked_vectors(vectors.reshape(len(moments), -1), self._frames * self._dim)
+        ids = self._stores["frames"].append(self._db, rows)
+        times = (row.tobytes() for row in seconds.astype("<f4"))
+        values = zip(ids, moments, times, strict=True)
+        self._db.executemany("INSERT INTO frames VALUES (?, ?, ?)", values)
 
     def add_unreadable(self, file: VideoFile, reason: str) -> None:
         """Adds a file that is not read again before it changes."""

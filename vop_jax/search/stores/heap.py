@@ -1,6 +1,6 @@
 """The default store: vectors in a memory-mapped file, searched exactly.
 
-A heap is a file of little-endian float32 rows [M, E]; the id of a vector is its row. Rows are
+A heap is a file of little-endian rows [M, E]; the id of a vector is its row. Rows are
 appended and synced before the catalog's transaction commits their count; rows behind that count do
 not exist. The catalog also has a CRC-32 of each block of rows. When most rows are dead, the others
 are copied to a new heap, and one commit of the catalog replaces the old one by it.
@@ -27,7 +27,7 @@ from vop_jax.search.stores.base import NO_ID, VectorStore, distinct, named_ids
 if TYPE_CHECKING:
     import jax
 
-VECTOR, SUM = np.dtype("<f4"), np.dtype("<u4")
+VECTOR, FRAMES, SUM = np.dtype("<f4"), np.dtype("<f2"), np.dtype("<u4")
 BLOCK = 1024  # rows under one checksum
 SLACK = 1024  # dead rows that are not worth a compaction
 COPIED = 16 * BLOCK  # rows that a compaction copies at a time
@@ -51,7 +51,12 @@ class HeapSnapshot:
     """The `Snapshot` of a heap; its file may be unlinked meanwhile."""
 
     def __init__(
-        self, path: pathlib.Path, dim: int, extent: Extent, earlier: "HeapSnapshot | None" = None
+        self,
+        path: pathlib.Path,
+        dim: int,
+        dtype: np.dtype,
+        extent: Extent,
+        earlier: "HeapSnapshot | None" = None,
     ):
         """Maps the rows that the file has.
 
@@ -60,10 +65,10 @@ class HeapSnapshot:
         """
         self.extent, self._path = extent, path
         size = path.stat().st_size if path.exists() else 0
-        rows = min(extent.rows, size // (VECTOR.itemsize * dim))
-        self.vectors = np.empty((0, dim), VECTOR)
+        rows = min(extent.rows, size // (dtype.itemsize * dim))
+        self.vectors = np.empty((0, dim), dtype)
         if rows:
-            self.vectors = np.memmap(path, VECTOR, "r", shape=(rows, dim))
+            self.vectors = np.memmap(path, dtype, "r", shape=(rows, dim))
         self._computed = np.full(len(extent.sums), -1, np.int64)  # checksums; -1: not read yet
         if earlier is not None and earlier._path == path:
             shared = min(len(self._computed), len(earlier._computed))
@@ -72,16 +77,21 @@ class HeapSnapshot:
     def __len__(self) -> int:
         return len(self.vectors)
 
-    def check(self) -> None:
-        if len(bad := self.bad_blocks()):
+    def check(self, blocks: np.ndarray | None = None) -> None:
+        if len(bad := self.bad_blocks(blocks)):
             raise UserError(
                 f"{self._path}: damaged or missing, first near row {bad[0] * BLOCK}; index again "
                 "(python -m vop_jax.search index --index=DIR) to rebuild the lost vectors"
             )
 
-    def bad_blocks(self) -> np.ndarray:
-        """int64 numbers of the blocks without their checksums; a good block is read once."""
-        todo = np.flatnonzero(self._computed != self.extent.sums)
+    def bad_blocks(self, blocks: np.ndarray | None = None) -> np.ndarray:
+        """int64 numbers of the blocks without their checksums; a good block is read once.
+
+        Args:
+            blocks: to look at; by default all.
+        """
+        blocks = np.arange(len(self.extent.sums)) if blocks is None else blocks
+        todo = blocks[self._computed[blocks] != self.extent.sums[blocks]]
         if len(todo):
             with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
                 self._computed[todo] = list(pool.map(self._sum, todo.tolist()))
@@ -91,9 +101,10 @@ class HeapSnapshot:
         return zlib.crc32(_bytes(self.vectors[block * BLOCK : (block + 1) * BLOCK]))
 
     def get(self, ids: np.ndarray) -> np.ndarray:
-        self.check()
-        if len(ids) and np.max(ids) >= len(self):
+        ids = np.asarray(ids, np.int64)
+        if len(ids) and np.max(ids) >= self.extent.rows:
             raise UserError(f"store {self._path.parent}: has no id {np.max(ids)}")
+        self.check(np.unique(ids // BLOCK))
         return np.array(self.vectors[ids], np.float32)
 
     def search(
@@ -127,8 +138,17 @@ class HeapSnapshot:
 class Heap:
     """A `VectorStore` in a folder. Any number of threads may search it."""
 
-    def __init__(self, folder: str | os.PathLike, dim: int, table: str, *, write: bool):
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        dim: int,
+        table: str,
+        *,
+        write: bool,
+        dtype: np.dtype = VECTOR,
+    ):
         self._folder, self._dim, self._table = pathlib.Path(folder), dim, table
+        self._dtype = dtype
         self._lock = threading.Lock()
         self._snapshot: HeapSnapshot | None = None
         if write:
@@ -143,11 +163,11 @@ class Heap:
             last = self._snapshot
             if last is None or last.extent[:2] != extent[:2]:
                 path = self._folder / extent.name
-                self._snapshot = last = HeapSnapshot(path, self._dim, extent, last)
+                self._snapshot = last = HeapSnapshot(path, self._dim, self._dtype, extent, last)
             return last
 
     def append(self, db: sqlite3.Connection, vectors: np.ndarray) -> list[int]:
-        vectors = np.ascontiguousarray(vectors, VECTOR)
+        vectors = np.ascontiguousarray(vectors, self._dtype)
         name, count, sums = self._extent(db)
         room = -count % BLOCK  # in the last block
         if room:
@@ -167,8 +187,9 @@ class Heap:
 
     def compact(self, db: sqlite3.Connection) -> None:
         vectors, ids = self.snapshot(db).vectors, named_ids(db, self._table)
-        stem, _, number = self._extent(db).name.removesuffix(".f32").rpartition("-")
-        name = f"{stem}-{int(number) + 1}.f32"
+        name, suffix = os.path.splitext(self._extent(db).name)
+        stem, _, number = name.rpartition("-")
+        name = f"{stem}-{int(number) + 1}{suffix}"
         sums = [np.empty(0, SUM)]
 
         def parts() -> Iterator[np.ndarray]:
@@ -185,7 +206,7 @@ class Heap:
 
     def clean(self, db: sqlite3.Connection) -> None:
         name = self._extent(db).name
-        for path in self._folder.glob(f"{name.rpartition('-')[0]}-*.f32"):
+        for path in self._folder.glob(f"{name.rpartition('-')[0]}-*.f*"):
             if path.name != name:
                 path.unlink(missing_ok=True)  # a reader that has mapped it keeps it
 
@@ -203,7 +224,7 @@ class Heap:
 
     def _write(self, name: str, count: int, parts: Iterable[np.ndarray]) -> None:
         """Writes rows behind the first `count` rows of a heap, and syncs the file."""
-        path, size = self._folder / name, count * self._dim * VECTOR.itemsize
+        path, size = self._folder / name, count * self._dim * self._dtype.itemsize
         with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0) as file:
             try:
                 if file.seek(0, os.SEEK_END) < size:
@@ -236,7 +257,8 @@ def open_store(
         directory: of the index; it holds the vectors unless `info.store` is another place: a folder
             (exact search over a memory-mapped file); a file ending in ".db" or "milvus-lite:FILE"
             (Milvus Lite); "http://HOST:PORT" or "https://…" (a Milvus server). #COLLECTION at the
-            end names a Milvus collection other than "vop_jax". Captions stay in `directory`.
+            end names a Milvus collection other than "vop_jax". Captions and frames stay in
+            `directory`.
         table: of the catalog, whose vectors they are.
         write: opens it to change it, as the only writer; a missing store is created.
         new: refuses a database that holds vectors.
@@ -245,6 +267,8 @@ def open_store(
         UserError: the store is missing, has another width or belongs to another index; a package
             is missing; a database does not answer.
     """
+    if table == "frames":
+        return Heap(directory, info.frames * info.dim, table, write=write, dtype=FRAMES)
     uri = info.store if table == "moments" else ""
     if uri.startswith(("milvus-lite:", "http://", "https://")) or uri.split("#")[0].endswith(".db"):
         from vop_jax.search.stores.milvus import MilvusStore
