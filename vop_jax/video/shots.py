@@ -30,7 +30,7 @@ from vop_jax.video.stream import as_video_error
 # Seconds. A cut that would leave a shorter shot is ignored, and a longer shot is divided.
 SHORTEST, LONGEST = 1.0, 20.0
 PART = 120.0  # seconds of a file that one task decodes; bounds the memory of a worker
-WAITING = 128 << 20  # bytes of frames that wait for the end of their shot, and at least 2 F frames
+WAITING = 64 << 20  # bytes of frames that wait for the end of their shot, and at least 2 F frames
 INTERVAL = 0.1  # seconds between the pictures that are compared first
 WIDTH = 64  # of these pictures
 NEIGHBOURS = 2  # pictures before and after a cut, with which the detector compares its change
@@ -121,6 +121,7 @@ class _Shots:
         self._reformatter = VideoReformatter()
         self._first, self._every = 0, 1  # the shot's first frame; of its frames, each n-th waits
         self._waiting: dict[int, av.VideoFrame] = {}
+        self._most = 0  # frames that wait
         self.segments: list[Segment] = []
         self.rows: list[list[int]] = []
         self.pictures: dict[int, np.ndarray] = {}
@@ -137,8 +138,10 @@ class _Shots:
         if (last - self._first) % self._every:
             self._waiting.pop(last, None)
         self._waiting[index] = frame  # the newest always waits: a shot has a frame
-        size = sum(plane.buffer_size for plane in frame.planes)
-        if len(self._waiting) > max(2 * self._spec.frames, WAITING // size):
+        if not self._most:
+            size = sum(plane.buffer_size for plane in frame.planes)
+            self._most = max(2 * self._spec.frames, WAITING // size)
+        if len(self._waiting) > self._most:
             self._every *= 2
             rare = (i for i in self._waiting if (i - self._first) % self._every == 0 or i == index)
             self._waiting = {i: self._waiting[i] for i in rare}
