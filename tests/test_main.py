@@ -312,6 +312,7 @@ def test_prompts_of_a_run_that_saves_memory_start_another(call, clip, tmp_path):
         ("--config.data.flip=perhaps", ("--config.data.flip=perhaps: must be True or False",)),
         ("--config.train.batch_size=0", ("config.train.batch_size=0: must be 1 or more",)),
         ("--config.compute.remat=all", ("allowed are none, dots, full",)),
+        ("--config.log.to=comet", ("config.log.to='comet': allowed are tensorboard, wandb",)),
         ("--config.method.name=vopp", ("method.name='vopp'", "vop")),
         ("--config.method.first_layer=9", ("first_layer=9", "layers 1 to 2")),
         ("--config.method.text_prefix=40", ("text_prefix",)),

@@ -94,7 +94,7 @@ def test_a_bucket_without_the_package_for_its_events(monkeypatch, tmp_path):
 
 def test_another_writer_takes_tensorboards_place_and_stays_open(tmp_path):
     second = mock.Mock(spec_set=["write_scalars", "flush"])  # closing it is its owner's task
-    with MetricWriter(tmp_path, second=second) as metrics:
+    with MetricWriter(tmp_path, others=[second]) as metrics:
         metrics.write_scalars(1, {"loss": np.float32(0.5), "t2v/R@1": 3})
     second.write_scalars.assert_called_once_with(1, {"loss": 0.5, "t2v/R@1": 3.0})
     second.flush.assert_called()

@@ -11,13 +11,13 @@ import os
 import pathlib
 import runpy
 import traceback
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 from ml_collections import ConfigDict
 
-from vop_jax.config.keys import EXTRAS, KEYS, RunConfig
+from vop_jax.config.keys import EXTRAS, KEYS, TRACKERS, RunConfig
 from vop_jax.errors import UserError
 
 CONFIG_FILE = "config.json"  # in a workdir
@@ -140,21 +140,31 @@ def extra_rows(config: Mapping[str, Any]) -> tuple[str, ...]:
     Raises:
         UserError: a name is not in EXTRAS, or the query bank would come from the evaluated split.
     """
-    value = config["eval"]["extra"]
-    try:
-        names = ",".join([value] if isinstance(value, str) else value).split(",")
-    except TypeError:
-        names = [repr(value)]
-    names = [name.strip() for name in names if name.strip()]
-    for name in names:
-        if name not in EXTRAS:
-            raise UserError(f"config.eval.extra={name!r}: allowed are {', '.join(EXTRAS)}")
+    names = _names("eval.extra", config["eval"]["extra"], EXTRAS)
     split = config["data"]["eval_split"]
     if "query_bank" in names and config["data"]["train_split"] == split:
         raise UserError(
             f"config.eval.extra='query_bank': the bank comes from data.train_split, and {split!r} "
             "is also data.eval_split"
         )
+    return names
+
+
+def trackers(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names in `log.to`, each once; UserError for a name that is not in TRACKERS."""
+    return _names("log.to", config["log"]["to"], TRACKERS)
+
+
+def _names(key: str, value: Any, allowed: Sequence[str]) -> tuple[str, ...]:
+    """The names in a value, each once: a list, or a string with commas."""
+    try:
+        names = ",".join([value] if isinstance(value, str) else value).split(",")
+    except TypeError:
+        names = [repr(value)]
+    names = [name.strip() for name in names if name.strip()]
+    for name in names:
+        if name not in allowed:
+            raise UserError(f"config.{key}={name!r}: allowed are {', '.join(allowed)}")
     return tuple(dict.fromkeys(names))
 
 
@@ -195,6 +205,7 @@ def validate(config: ConfigDict) -> None:
     if mesh.data == 0 or mesh.data < -1:
         raise UserError(f"config.mesh.data={mesh.data}: a number of devices, or -1")
     extra_rows(config)
+    trackers(config)
 
 
 def _check_data(config: ConfigDict) -> None:

@@ -16,6 +16,7 @@ from vop_jax.errors import UserError
 
 T = TypeVar("T")
 EXTRAS = ("dual_softmax", "query_bank")  # values of eval.extra
+TRACKERS = ("tensorboard", "wandb", "mlflow")  # values of log.to
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,6 +243,16 @@ class TrainSection:
 
 
 @dataclasses.dataclass(frozen=True)
+class LogSection:
+    """Where the metrics of a run go beside its `metrics.jsonl`."""
+
+    to: tuple[str, ...] = key(
+        ("tensorboard",), values=f"names of {', '.join(TRACKERS)}", change="resume"
+    )
+    """The trackers: one name, or several with commas between them; () is none."""
+
+
+@dataclasses.dataclass(frozen=True)
 class EvalSection:
     """Evaluation."""
 
@@ -320,6 +331,7 @@ class RunConfig:
     method: MethodSection = MethodSection()
     data: DataSection = DataSection()
     train: TrainSection = TrainSection()
+    log: LogSection = LogSection()
     eval: EvalSection = EvalSection()
     mesh: MeshSection = MeshSection()
     compute: ComputeSection = ComputeSection()

@@ -30,7 +30,7 @@ from vop_jax.evaluation.evaluate import Encode, make_encoders
 from vop_jax.experiment import kernels
 from vop_jax.model import TextVideoModel
 from vop_jax.storage import files, hub, tensors
-from vop_jax.training import hosts, program_cache, sharding
+from vop_jax.training import hosts, program_cache, sharding, trackers
 from vop_jax.training.checkpoint import Checkpoints
 from vop_jax.training.step import TrainState, make_optimizer
 from vop_jax.training.writer import METRICS_FILE
@@ -131,6 +131,8 @@ def check(config: ConfigDict, root: epath.Path, *, training: bool) -> tuple[Meth
     """
     configs.validate(config)
     registry.get(config.data.kind)
+    if training:
+        trackers.check(config)
     _check_paths(config)
     method = method_of(config)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.model)
@@ -242,14 +244,15 @@ def _claim(root: epath.Path, config: ConfigDict, training: bool, extend: bool) -
 
 
 def _start_over(root: epath.Path, config: ConfigDict) -> None:
-    """Removes the metrics of another run, which saved no progress."""
+    """Removes the metrics and trackers of another run, which saved no progress."""
     ignored = set(configs.RESUMABLE) - set(configs.INPUTS)
     try:
         previous = configs.workdir_config(root) or config
     except UserError:
         previous = configs.base_config()
     if configs.first_difference(config, previous, ignored):
-        (root / METRICS_FILE).unlink(missing_ok=True)
+        for name in (METRICS_FILE, trackers.TRACKERS_FILE):
+            (root / name).unlink(missing_ok=True)
 
 
 def _check_same_run(root: epath.Path, config: ConfigDict, training: bool, extend: bool) -> None:

@@ -15,6 +15,7 @@ from vop_jax.experiment.export import PROMPTS_FILE, Selection, log_limits, save_
 from vop_jax.training import hosts, loop
 from vop_jax.training.compile import CompiledStep
 from vop_jax.training.step import make_optimizer, make_train_step
+from vop_jax.training.trackers import open_trackers
 from vop_jax.training.writer import MetricWriter, NoWriter, Writer
 from vop_jax.tuning.partition import merge
 from vop_jax.tuning.prompt_set import load_prompts
@@ -47,7 +48,10 @@ def train(
         if not first:
             selection.reset()
 
-        with _open_metrics(run, data, writer) as metrics:
+        with (
+            open_trackers(run.config, run.workdir, first, writer) as writers,
+            _open_metrics(run, data, writers) as metrics,
+        ):
             # ---- Before training
             evaluations = Evaluations(run, data, selection, metrics)
             initial = run.initial() if first else run.state.trainable
@@ -137,11 +141,11 @@ class Evaluations:
         return split
 
 
-def _open_metrics(run: setup.Run, data: inputs.Data, writer: Writer | None) -> NoWriter:
+def _open_metrics(run: setup.Run, data: inputs.Data, writers: list[Writer]) -> NoWriter:
     if not hosts.is_first():
         return NoWriter()
     fingerprints = [split.fingerprint for split in (data.eval_set, data.val_set) if split]
-    return MetricWriter(run.workdir, int(run.state.step), writer, fingerprints)
+    return MetricWriter(run.workdir, int(run.state.step), writers, fingerprints)
 
 
 def _fit(
@@ -222,6 +226,7 @@ def pretrain_config(config: ConfigDict) -> ConfigDict:
         inner.train.update(config.pretrain)
         inner.train.update(eval_every=0, select="last", microbatches=0)
         inner.eval.extra = ()
+        inner.log.to = ("tensorboard",)
         inner.method.name = "full"
         inner.data.update(kind="stills", frames=1, stored_fps=0.0, sampling="uniform")
         inner.data.update(videos="", records="", train_split="train", eval_split="test")

@@ -1,9 +1,9 @@
-"""Scalars to `metrics.jsonl` and TensorBoard, with the methods of clu's MetricWriter."""
+"""Scalars to `metrics.jsonl` and to trackers, with the methods of clu's MetricWriter."""
 
 import json
 import os
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 from absl import logging
@@ -28,6 +28,9 @@ class NoWriter:
     """The writer of all processes but the first: it does nothing."""
 
     def write_scalars(self, step: int, scalars: Mapping[str, float], measured_on: str = "") -> None:
+        """Does nothing."""
+
+    def flush(self) -> None:
         """Does nothing."""
 
     def close(self) -> None:
@@ -74,7 +77,7 @@ class TensorBoard(NoWriter):
 
 
 class MetricWriter(NoWriter):
-    """One JSON object per line, `step` and scalars, ordered by step; a second writer gets the same.
+    """One JSON object per line, `step` and scalars, ordered by step; other writers get the same.
 
     Attributes:
         lines: the content of the file.
@@ -84,13 +87,13 @@ class MetricWriter(NoWriter):
         self,
         workdir: str | os.PathLike,
         resume_step: int = 0,
-        second: Writer | None = None,
+        others: Sequence[Writer] | None = None,
         measured_on: Collection[str] | None = None,
     ):
         """Opens the workdir's metrics and drops lines after `resume_step`, which come again.
 
         Args:
-            second: TensorBoard in the workdir if None. Another writer is not closed here.
+            others: TensorBoard in the workdir if None. Writers that are given stay open.
             measured_on: fingerprints of this run's evaluations; evaluations with others are
                 dropped.
         """
@@ -109,7 +112,8 @@ class MetricWriter(NoWriter):
             logging.warning(message, self._path, dropped)
         # Objects in a bucket cannot grow; there the file, which is small, is rewritten.
         self._appends, self._file = "://" not in os.fspath(workdir), None
-        self._second = TensorBoard(workdir, resume_step) if second is None else second
+        self._own = [TensorBoard(workdir, resume_step)] if others is None else []
+        self._others: Sequence[Writer] = self._own if others is None else others
         self._rewrite()
 
     def write_scalars(self, step: int, scalars: Mapping[str, float], measured_on: str = "") -> None:
@@ -124,15 +128,19 @@ class MetricWriter(NoWriter):
         else:
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
-        self._second.write_scalars(step, numbers)
+        for other in self._others:
+            if isinstance(other, NoWriter):
+                other.write_scalars(step, numbers, measured_on)
+            else:
+                other.write_scalars(step, numbers)
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
-        if isinstance(self._second, TensorBoard):
-            self._second.close()
-        else:
-            self._second.flush()
+        for other in self._others:
+            other.flush()
+        for own in self._own:
+            own.close()
 
     def _rewrite(self) -> None:
         if self._file is not None:
