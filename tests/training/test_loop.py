@@ -8,12 +8,14 @@ import jax
 import numpy as np
 import pytest
 from absl import logging
+from etils import epath
 
 from tests.training import rows
 from vop_jax import cli
 from vop_jax.storage.tensors import flatten
 from vop_jax.training import loop, prefetch
 from vop_jax.training.checkpoint import Checkpoints
+from vop_jax.training.profile import trace_steps
 from vop_jax.training.writer import MetricWriter, read_metrics
 from vop_jax.tuning.partition import parameter_count
 
@@ -140,6 +142,24 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_
     with pytest.raises(loop.NonFiniteLoss, match="loss is inf at step 5"):
         run.fit()
     assert saved_steps(tmp_path)[-1] == 4
+
+
+def test_a_trace_holds_the_steps_that_were_chosen(tmp_path):
+    def traced(first, steps, source=rows.batches):
+        run = Run(tmp_path)
+        with trace_steps(run.step, first, steps, epath.Path(tmp_path)) as run.step:
+            run.fit(source)
+
+    with pytest.raises(Killed):
+        traced(1, (2, 9), killed_at(3))
+    assert not (tmp_path / "profile").exists()
+    traced(3, (2, 4))  # its checkpoint is that of step 2
+    (file,) = tmp_path.glob("profile/plugins/profile/*/*.xplane.pb")
+    planes = jax.profiler.ProfileData.from_file(str(file)).planes
+    events = [event for plane in planes for line in plane.lines for event in line.events]
+    assert {dict(e.stats)["step_num"] for e in events if e.name == "train"} == {3, 4}
+    traced(7, (1, 2))
+    assert list(tmp_path.glob("profile/plugins/profile/*/*.xplane.pb")) == [file]
 
 
 def test_the_time_that_devices_wait_for_batches_is_logged(tmp_path, monkeypatch, caplog):

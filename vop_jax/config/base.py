@@ -168,6 +168,24 @@ def _names(key: str, value: Any, allowed: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
+def profiled_steps(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """The first and last step of `log.profile`; None for none.
+
+    Raises:
+        UserError: it is not a pair of steps of the run.
+    """
+    value, steps = config["log"]["profile"], config["train"]["steps"]
+    pair = tuple(value) if isinstance(value, tuple | list) else (value,)
+    if pair in ((), (0, 0)):
+        return None
+    if [type(step) for step in pair] != [int, int] or not 1 <= pair[0] <= pair[1] <= steps:
+        raise UserError(
+            f"config.log.profile={value!r}: must be (first, last) with 1 <= first <= last <= "
+            f"train.steps={steps}, or () for no trace"
+        )
+    return pair
+
+
 def check_keys(names: Iterable[str]) -> None:
     """Raises UserError for the first name, such as "train.steps", that is not a key."""
     for name in names:
@@ -206,6 +224,7 @@ def validate(config: ConfigDict) -> None:
         raise UserError(f"config.mesh.data={mesh.data}: a number of devices, or -1")
     extra_rows(config)
     trackers(config)
+    profiled_steps(config)
 
 
 def _check_data(config: ConfigDict) -> None:

@@ -244,12 +244,16 @@ class TrainSection:
 
 @dataclasses.dataclass(frozen=True)
 class LogSection:
-    """Where the metrics of a run go beside its `metrics.jsonl`."""
+    """Where the metrics of a run go beside its `metrics.jsonl`, and traces of its steps."""
 
     to: tuple[str, ...] = key(
         ("tensorboard",), values=f"names of {', '.join(TRACKERS)}", change="resume"
     )
     """The trackers: one name, or several with commas between them; () is none."""
+    profile: tuple[int, ...] = key(
+        (), values="(first, last), steps from 1 on; () or (0, 0)", change="resume"
+    )
+    """The steps of which a profiler trace is written into the workdir; () or (0, 0) is none."""
 
 
 @dataclasses.dataclass(frozen=True)

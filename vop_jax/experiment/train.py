@@ -8,12 +8,14 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from vop_jax.clip.weights import save_clip
+from vop_jax.config.base import profiled_steps
 from vop_jax.errors import UserError
 from vop_jax.evaluation.evaluate import EvalSet, Evaluation, evaluate_split
 from vop_jax.experiment import inputs, results, setup
 from vop_jax.experiment.export import PROMPTS_FILE, Selection, log_limits, save_result
 from vop_jax.training import hosts, loop
 from vop_jax.training.compile import CompiledStep
+from vop_jax.training.profile import trace_steps
 from vop_jax.training.step import make_optimizer, make_train_step
 from vop_jax.training.trackers import open_trackers
 from vop_jax.training.writer import MetricWriter, NoWriter, Writer
@@ -180,18 +182,20 @@ def _fit(
     )
     if train.cache:
         step_fn = inputs.fill_cache(run, train.split, train.cache.layout).wrap_step(step_fn)
-    run.state = loop.fit(
-        step_fn,
-        run.state,
-        run.frozen,
-        train.batches(first),
-        mesh=run.mesh,
-        config=config.train,
-        checkpoints=run.checkpoints,
-        meta=run.meta,
-        writer=metrics,
-        evaluate=lambda state, step: evaluations.run_due(step, state.trainable),
-    )
+    traced = profiled_steps(config) if hosts.is_first() else None
+    with trace_steps(step_fn, first + 1, traced, run.workdir) as run_step:
+        run.state = loop.fit(
+            run_step,
+            run.state,
+            run.frozen,
+            train.batches(first),
+            mesh=run.mesh,
+            config=config.train,
+            checkpoints=run.checkpoints,
+            meta=run.meta,
+            writer=metrics,
+            evaluate=lambda state, step: evaluations.run_due(step, state.trainable),
+        )
 
 
 # ---- The demo's own CLIP
@@ -226,7 +230,7 @@ def pretrain_config(config: ConfigDict) -> ConfigDict:
         inner.train.update(config.pretrain)
         inner.train.update(eval_every=0, select="last", microbatches=0)
         inner.eval.extra = ()
-        inner.log.to = ("tensorboard",)
+        inner.log.update(to=("tensorboard",), profile=())
         inner.method.name = "full"
         inner.data.update(kind="stills", frames=1, stored_fps=0.0, sampling="uniform")
         inner.data.update(videos="", records="", train_split="train", eval_split="test")
