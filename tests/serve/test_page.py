@@ -262,7 +262,7 @@ def test_similar_moments_and_the_moments_before_and_after(page):
     search(page, "a dog")
     card(page, "c.mp4").click()
     page.wait_for_selector(".chart")
-    following = page.locator(".moment button", has_text="Next moment")
+    following = page.locator('.moment [aria-label="Next moment"]')
     following.focus()
     spans = [page.inner_text(".moment .about p").partition(" · ")[0]]
     for _ in range(20):
@@ -274,7 +274,7 @@ def test_similar_moments_and_the_moments_before_and_after(page):
         page.wait_for_load_state("networkidle")
         spans.append(page.inner_text(".moment .about p").partition(" · ")[0])
     assert spans == sorted(set(spans)) and spans[-1].endswith("0:04.2")
-    assert page.evaluate("document.activeElement.innerText") == "Next moment"
+    assert page.evaluate("document.activeElement.innerText") == "Next"
     page.locator(".moment button", has_text="Find similar").click()
     page.wait_for_selector('#status:has-text("results like c.mp4, ")')
     assert page.input_value("#query") == ""
@@ -401,6 +401,9 @@ def test_errors_are_shown_and_retried(page):
     page.wait_for_selector("#empty-title:text-is('Nothing found for “nothing like it”')")
     assert "Try other words" in page.inner_text("#empty-text")
     assert count(page) == 0
+    page.unroute("**/api/search?*")
+    page.click("#anyway")
+    page.wait_for_selector('#status:has-text("6 results for “nothing like it”")')
 
 
 @pytest.mark.parametrize("width", [390, 768, 1280])

@@ -70,12 +70,14 @@ function refine() {
   again(FIRST);
 }
 
-function searchText(k = FIRST) {
+/** `min_score`: "none" also shows videos that the server takes for chance. */
+function searchText(k = FIRST, min_score = "") {
   const q = $("query").value.trim();
-  const parameters = { q, index: $("index").value, k: k + 1, ...filters() };
-  runSearch(`Looking for “${q}”…`, k, searchText, async (signal) => {
+  const parameters = { q, index: $("index").value, k: k + 1, min_score, ...filters() };
+  const more = (k) => searchText(k, min_score);
+  runSearch(`Looking for “${q}”…`, k, more, async (signal) => {
     const body = await fetchJson("/api/search", parameters, { signal });
-    return { ...body, query: q, title: `for “${q}”` };
+    return { ...body, query: q, title: `for “${q}”`, weak: !min_score };
   });
 }
 
@@ -158,7 +160,7 @@ function end() {
 
 // --- The results ---------------------------------------------------------------------------
 
-function show({ hits, left, captions = [], cut = false, query = "", title }) {
+function show({ hits, left, captions = [], cut = false, query = "", title, weak = false }) {
   end();
   $("cut").hidden = !cut;
   showHits($("results"), $("index").value, hits, query, findSimilar);
@@ -170,6 +172,7 @@ function show({ hits, left, captions = [], cut = false, query = "", title }) {
   let why = narrow ? "No video that passes the filters resembles it: clear them." : "No video resembles it. Try other words.";
   if (!chosen()?.files) why = "Nothing is indexed here yet.";
   showEmpty(`Nothing found ${title}`, why);
+  $("anyway").hidden = !weak;
 }
 
 function captionRow(hit) {
@@ -191,6 +194,7 @@ function showEmpty(title, text) {
   $("empty-title").textContent = title;
   $("empty-text").textContent = text;
   $("empty").hidden = false;
+  $("anyway").hidden = true;
 }
 
 /** The state before a query: a page of the library. */
@@ -293,6 +297,7 @@ function listen() {
     showFilters();
     refine();
   });
+  $("anyway").addEventListener("click", () => searchText(FIRST, "none"));
   $("retry").addEventListener("click", () => again());
   $("upload").addEventListener("click", () => $("file").click());
   $("file").addEventListener("change", () => {

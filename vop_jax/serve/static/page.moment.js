@@ -18,7 +18,8 @@ export function openMoment(index, hit, query, leave, similar) {
   const replay = make("button", { type: "button", class: "primary" }, "Play the moment");
   const download = make("a", { href: address, download: name }, "Download");
   const like = make("button", { type: "button", onclick: () => similar(moment) }, "Find similar");
-  const steps = ["Previous moment", "Next moment"].map((text) => make("button", { type: "button", hidden: true }, text));
+  const steps = ["Previous", "Next"].map((text) =>
+    make("button", { type: "button", "aria-label": `${text} moment`, hidden: true }, text));
   const facts = make("p", {});
   const shut = make("button", { type: "button", class: "close", "aria-label": "Close", onclick: leave }, "×");
   const about = make(

@@ -1,6 +1,6 @@
 // The grid of results; at most one of them is open.
 
-import { breakable, day, make, plural, score, span, thumbnail } from "./page.fetch.js";
+import { breakable, clock, day, make, plural, score, span, thumbnail } from "./page.fetch.js";
 import { openMoment } from "./page.moment.js";
 
 let opened = null; // {item, panel} of the result that is open
@@ -32,7 +32,7 @@ function card(list, index, hit, query, similar, first) {
     { type: "button", class: "card", "aria-expanded": "false", onclick: () => toggle(index, hit, query, similar, item) },
     picture,
     make("span", { class: "name", title: hit.name }, ...breakable(hit.name)),
-    make("span", { class: "when" }, span(hit)),
+    make("span", { class: "when" }, hit.score === undefined ? clock(hit.end) : span(hit)),
     hit.score === undefined
       ? make("span", { class: "score" }, hit.moments ? plural(hit.moments, "moment") : "")
       : make("span", { class: "score", title: "Cosine of the angle between query and video" }, score(hit.score)),
