@@ -41,8 +41,8 @@ def encoder(retriever: Retriever) -> "PromptEncoder":
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = cli.Parser(prog="python -m vop_jax.interop.mteb", description=__doc__)
     add = parser.add_argument
-    add("--clip", required=True, metavar="FILE", help="the converted CLIP weights")
-    add("--prompts", metavar="FILE", help="prompts.safetensors of a run; default: plain CLIP")
+    add("--clip", required=True, metavar="FILE", help="converted CLIP weights, or hf://OWNER/NAME")
+    add("--prompts", metavar="FILE", help="of a run, or hf://OWNER/NAME; default: plain CLIP")
     add("--task", action="append", required=True, metavar="NAME", help="one or more times")
     add("--output", metavar="DIR", help="for results; default $MTEB_CACHE or ~/.cache/mteb")
     add("--frames", type=cli.whole(1), metavar="F", help="default: as in training")
