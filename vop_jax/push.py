@@ -117,7 +117,7 @@ def _card(args: argparse.Namespace, run: FinishedRun, prompts: PromptSet) -> Any
         tags=["text-video-retrieval", "prompt-tuning", "clip", run.method],
         base_model=_base_model(args, origin),
         datasets=[kind] if args.dataset or protocol else None,
-        metrics=sorted({_metric(name) for name in summary["t2v"]}),
+        metrics=[_metric(name) for name in summary["t2v"]],
         model_name=args.repository.partition("/")[2],
         eval_results=[
             package.EvalResult(
