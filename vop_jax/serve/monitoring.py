@@ -48,6 +48,7 @@ class Metrics:
         labels = "route", "method", "status"
         self._requests = add(counter, "http_requests", "Finished requests", *labels)
         text = "Until the whole response was sent"
+        self._children: dict[tuple, tuple] = {}
         self._seconds = add(histogram, "http_request_seconds", text, "route", buckets=SECONDS)
         self.running = add(gauge, "http_requests_running", "Requests that are being answered")
         self._queue = add(gauge, "queue_requests", "Requests that wait for a resource", "resource")
@@ -58,9 +59,12 @@ class Metrics:
 
     def add(self, route: str, method: str, status: int, seconds: float) -> None:
         """Counts a finished request."""
-        method = method if method in METHODS else "other"
-        self._requests.labels(route, method, status).inc()
-        self._seconds.labels(route).observe(seconds)
+        key = route, method if method in METHODS else "other", status
+        if key not in self._children:  # making them takes longer than counting
+            self._children[key] = self._requests.labels(*key), self._seconds.labels(route)
+        count, histogram = self._children[key]
+        count.inc()
+        histogram.observe(seconds)
 
     def text(self, accept: str, executor: Executor, indexes: dict[str, Any]) -> Response:
         """The response to a scrape.
@@ -95,8 +99,7 @@ class MonitoringMiddleware:
 
     def __init__(self, app: ASGIApp, log: str, metrics: Metrics | None):
         self._app, self._log, self._metrics = app, log, metrics
-        self._logger = logging.Logger("vop_jax.requests")
-        self._logger.addHandler(logging.StreamHandler(sys.stderr))  # survives a closed stderr
+        self._handler = logging.StreamHandler(sys.stderr)  # survives a closed stderr
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handles one request."""
@@ -120,7 +123,9 @@ class MonitoringMiddleware:
                 self._metrics.running.dec()
                 self._metrics.add(_route(scope), scope["method"], status, seconds)
             if self._log != "none":
-                self._logger.info(self._line(scope, status, seconds, size))
+                # Without a logger, which would look for the line of code that calls it.
+                line = self._line(scope, status, seconds, size)
+                self._handler.handle(logging.makeLogRecord({"msg": line}))
 
     def _line(self, scope: Scope, status: int, seconds: float, size: int) -> str:
         """TIME CLIENT METHOD PATH STATUS MILLISECONDS BYTES."""
