@@ -172,13 +172,14 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=64)
     parser.add_argument("--folder", help="keeps the clips for another call; one for each --clips")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES, help="of our model")
     args = parser.parse_args()
     cores = os.cpu_count() or 1
     malloc.keep_freed_memory()  # as `vop search index` does
     torch.set_num_threads(cores)
     model = open_clip.create_model(ARCH, pretrained=None)
     programs: dict[str, Callable[[pathlib.Path], object]] = {}
-    for dtype in DTYPES:
+    for dtype in args.dtypes:
         retriever = load_ours(model, dtype)
         programs[f"build_index, {dtype}"] = functools.partial(index, retriever)
     peer = Peer(model)
