@@ -130,6 +130,8 @@ def _query(args: argparse.Namespace) -> None:
     hits = searcher.index.search(vectors, args.k, per_file=not args.all_moments, **filters)
     if not any(hits) and args.to == "captions" and not searcher.index.counts()["captions"]:
         raise UserError(f"{args.index}: has no captions; add them with index --captions=FILE")
+    if filters["min_score"] == "auto" and args.to == "videos" and not all(hits):
+        print("scores that may be chance are left out; see --min_score=none", file=sys.stderr)
     folder, found = searcher.index.folder, []
     for text, vector, own in zip(texts, vectors, hits, strict=True):
         rows = [results.hit_row(folder, hit) for hit in own]
