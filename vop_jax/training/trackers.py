@@ -33,7 +33,12 @@ class Service(NoWriter):
 
     Once the run has begun, a failure of the service is one warning. The rows that it misses are
     sent again at the end.
+
+    Attributes:
+        stores_at_once: whether what was sent is stored even if this process is killed.
     """
+
+    stores_at_once = True
 
     def __init__(self, name: str, workdir: epath.Path, config: ConfigDict, step: int):
         """Opens the workdir's run; a new one gets the rows of the workdir up to `step`."""
@@ -43,13 +48,13 @@ class Service(NoWriter):
         known = json.loads(path.read_text()) if path.exists() else {}
         found = self.begin(workdir, config, known.get(name, {}))
         write_json(path, known | {name: found})
-        # A run that continues repeats the steps after its checkpoint; the service has them.
+        # A run that continues repeats the steps after its checkpoint; the service may have them.
         self._sent: set[tuple[int, str, str]] = set()
         for line in read_metrics(workdir):
             at, measured_on = line.pop("step"), line.pop(MEASURED_ON, "")
-            if name in known:
+            if name in known and self.stores_at_once:
                 self._sent |= {(at, key, measured_on) for key in line}
-            elif at <= step:
+            elif name not in known and at <= step:
                 self._rows.append((at, line))
 
     def write_scalars(self, step: int, scalars: Mapping[str, float], measured_on: str = "") -> None:
@@ -89,6 +94,8 @@ class Service(NoWriter):
 
 class Wandb(Service):
     """A run of Weights & Biases; offline with WANDB_MODE=offline."""
+
+    stores_at_once = False  # a kill loses the last second or so
 
     def begin(self, workdir: epath.Path, config: ConfigDict, known: dict[str, Any]) -> dict:
         import wandb
