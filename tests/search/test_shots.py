@@ -65,7 +65,7 @@ def test_an_index_of_windows_has_no_shots(copied, retriever, monkeypatch, tmp_pa
         library.make(index, films, retriever, shots=True)
     assert not Index(index).info.shots
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r'no PySceneDetect: pip install -e "\.\[shots\]"'):
+    with pytest.raises(UserError, match=r'need PySceneDetect: pip install -e "\.\[shots\]"'):
         library.make(tmp_path / "new", films, retriever, shots=True)
     assert not (tmp_path / "new").exists()
 

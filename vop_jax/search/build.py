@@ -169,7 +169,7 @@ def _check_shots(request: IndexRequest) -> None:
     if request.window or request.stride:
         raise UserError("--shots: not with --window or --stride; a moment is a shot or a window")
     if not importlib.util.find_spec("scenedetect"):  # before files are called unreadable
-        raise UserError('--shots: no PySceneDetect: pip install -e ".[shots]"')
+        raise UserError('shots need PySceneDetect: pip install -e ".[shots]"')
 
 
 def _complete_request(
