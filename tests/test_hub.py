@@ -30,7 +30,14 @@ def workdir(tmp_path_factory):
     """Of a finished run that trained its CLIP, as the demo does."""
     root = tmp_path_factory.mktemp("run") / "run"
     keys = {"pretrain.steps": 4, "data.kind": "msrvtt9k", "data.videos": "/home/me/clips"}
-    summary = {"protocol": "MSR-VTT-9k, test 1k-A", "t2v": RESULT, "before": {"t2v": RESULT}}
+    keys |= {"data.records": "gs://home/me/records/", "clip.arch": "ViT-B/32"}
+    skipped = {"id": "7", "path": "/home/me/clips/7.mp4", "where": "/home/me/a.csv:7"}
+    summary = {
+        "skipped_videos": [skipped],
+        "protocol": "MSR-VTT-9k, test 1k-A",
+        "t2v": RESULT,
+        "before": {"t2v": RESULT},
+    }
     write_run(root, summary=summary, **keys)
     clip = load_clip(runs.write_clip(root / "clip.safetensors"))
     method = MethodConfig(visual_prompts=2, text_prefix=1, text_suffix=1)
@@ -87,9 +94,13 @@ def test_a_push_is_described_and_loaded_by_name(hub, workdir, python):
     (data, text), (later, edited) = python(PUSH, workdir, "me/pushed", HF_TOKEN=hubs.TOKEN)
     assert "me/pushed" in hub.private and hub.requests.count("POST /api/validate-yaml") == 5
     *_, (_, files) = hub.repositories["me/pushed"]
-    for name in ("prompts.safetensors", "summary.json", "clip.safetensors"):
+    for name in ("prompts.safetensors", "clip.safetensors"):
         assert files[name] == (workdir / name).read_bytes()
-    assert json.loads(files["config.json"])["data"]["videos"] == "clips"
+    config = json.loads(files["config.json"])
+    folders = config["data"]["videos"], config["data"]["records"], config["clip"]["arch"]
+    assert folders == ("clips", "records", "ViT-B/32")
+    assert json.loads(files["summary.json"])["skipped_videos"] == [{"id": "7"}]
+    assert not any(b"home/me" in content for content in files.values())
     assert data["library_name"] == "vop_jax" and data["pipeline_tag"] == "feature-extraction"
     assert data["base_model"] == "openai/clip-vit-base-patch32" and data["datasets"] == ["msrvtt9k"]
     assert "recall_at_1" in data["metrics"]

@@ -62,8 +62,10 @@ def push(args: argparse.Namespace) -> str:
     if package.get_token() is None:
         raise UserError(f"{name}: no token to write with; {hub.LOG_IN}")
     config = json.dumps(_without_folders(run.config), indent=2) + "\n"
-    files = {CONFIG_FILE: config.encode()}
-    for file in (hub.PROMPTS_FILE, "summary.json", *([hub.CLIP_FILE] * _trained_clip(run))):
+    skipped = [{"id": video["id"]} for video in run.summary.get("skipped_videos", [])]
+    summary = json.dumps(run.summary | {"skipped_videos": skipped}, indent=2) + "\n"
+    files = {CONFIG_FILE: config.encode(), "summary.json": summary.encode()}
+    for file in (hub.PROMPTS_FILE, *([hub.CLIP_FILE] * _trained_clip(run))):
         files[file] = (root / file).read_bytes()
     api = package.HfApi()
     with hub.errors_of_hub(name):
@@ -83,10 +85,13 @@ def _trained_clip(run: FinishedRun) -> bool:
 
 
 def _without_folders(value: Any) -> Any:
-    """A config in which only the last part of each absolute path is left: it is private."""
+    """A config in which only the last part of each path is left: folders are private."""
     if isinstance(value, dict):
         return {key: _without_folders(item) for key, item in value.items()}
-    return os.path.basename(value) if isinstance(value, str) and os.path.isabs(value) else value
+    is_path = isinstance(value, str) and (value.startswith(("/", ".", "~")) or "://" in value)
+    if is_path and not hub.is_name(value):
+        return os.path.basename(value.rstrip("/"))
+    return value
 
 
 # ---- The model card
@@ -206,8 +211,11 @@ def _merge(card: Any, existing: Any) -> str:
     if existing is None:
         return str(card)
     metadata = {**existing.data.to_dict(), **card.data.to_dict()}
+    metadata["tags"] = list(dict.fromkeys([*card.data.tags, *(existing.data.tags or [])]))
+    text = existing.text if existing.text.strip() else card.text
     before, begin, rest = existing.text.partition(BEGIN)
-    text = before + card.text.strip() + rest.partition(END)[2] if begin else existing.text
+    if begin and END in rest:
+        text = before + card.text.strip() + rest.partition(END)[2]
     package = hub.import_hub("vop push")
     return str(package.ModelCard(f"---\n{package.CardData(**metadata).to_yaml()}\n---\n{text}"))
 
