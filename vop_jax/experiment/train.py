@@ -67,10 +67,10 @@ def train(
 
             # ---- After training
             after = evaluations.at(steps, selection.trainable())
-        save_result(run, selection.trainable(), PROMPTS_FILE)
-        return hosts.on_first(
-            lambda: results.write_summary(run, data, before, after, selection.best)
-        )
+            save_result(run, selection.trainable(), PROMPTS_FILE)
+            return hosts.on_first(
+                lambda: results.write_summary(run, data, before, after, selection.best)
+            )
 
 
 def evaluate(config: ConfigDict, workdir: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -134,7 +135,7 @@ class Mlflow(Service):
         from mlflow.entities import Param
 
         uri = mlflow.get_tracking_uri()
-        if known and not mlflow.is_tracking_uri_set():
+        if "uri" in known and not mlflow.is_tracking_uri_set():
             uri = known["uri"]  # the default store is one in the current folder
         self._client = client = mlflow.MlflowClient(uri)
         if known:
@@ -149,7 +150,8 @@ class Mlflow(Service):
             params = [Param(key, str(value)) for key, value in values.items()]
             for start in range(0, len(params), 100):  # as many as MLflow takes at once
                 client.log_batch(self._id, params=params[start : start + 100])
-        return {"id": self._id, "uri": uri}
+        # A URI of the environment may hold a password.
+        return {"id": self._id} if mlflow.is_tracking_uri_set() else {"id": self._id, "uri": uri}
 
     def send(self, rows: Rows) -> None:
         from mlflow.entities import Metric
@@ -221,4 +223,5 @@ def _open(name: str, workdir: epath.Path, config: ConfigDict, step: int) -> Serv
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    text = re.sub(r"://[^/\s@]+@", "://", str(error))  # a URI may hold a password
+    return " ".join(text.split())[:300] or type(error).__name__
