@@ -1,6 +1,12 @@
 """Which requests are let in, and how much of them."""
 
+import asyncio
+from unittest import mock
+
 import pytest
+
+from tests import processes
+from vop_jax.serve.middleware import SafetyMiddleware, Settings
 
 ADDRESSES = ["/", "/api/indexes", "/api/search?q=a", "/docs", "/openapi.json", "/media/films/1"]
 TOKEN = "a-long-token"
@@ -97,3 +103,15 @@ def test_uploads_are_limited_in_number_and_time(client, monkeypatch):
     monkeypatch.setattr("vop_jax.serve.middleware.UPLOADS", 0)
     response = client.post(**upload)
     assert response.status_code == 503 and response.headers["retry-after"]
+
+
+def test_a_client_that_leaves_is_sent_nothing():
+    async def wait(scope, receive, send):
+        await asyncio.sleep(processes.HANG)
+
+    messages = [{"type": "http.request", "body": b""}, {"type": "http.disconnect"}]
+    receive, sent = mock.AsyncMock(side_effect=messages), mock.AsyncMock()
+    scope = {"type": "http", "method": "GET", "path": "/", "query_string": b""}
+    scope["headers"] = [(b"host", b"localhost")]
+    asyncio.run(SafetyMiddleware(wait, Settings())(scope, receive, sent))
+    assert not sent.called

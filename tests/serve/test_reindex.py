@@ -37,7 +37,7 @@ def ended(client):
 @pytest.mark.parametrize("end", ["done", "failed"])
 def test_one_run_at_a_time_says_how_far_it_is(guarded, monkeypatch, tmp_path, end):
     arguments = [sys.executable, "-c", PROGRAM, str(tmp_path / "go on"), end]
-    monkeypatch.setattr(reindex, "command", lambda searcher, clip: arguments)
+    monkeypatch.setattr(reindex, "command", lambda *_: arguments)
     assert guarded.get(ADDRESS).json()["state"] == "never"
     response = guarded.post(ADDRESS)
     assert (response.status_code, response.json()["state"]) == (202, "running")

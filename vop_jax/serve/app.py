@@ -53,7 +53,7 @@ def open_library(directories: Sequence[str], clip: str | None = None) -> api.Lib
 def make_app(library: api.Library, settings: Settings) -> FastAPI:
     """The application; its end closes the indexes."""
     executor = Executor(settings.workers, seconds=settings.decode_seconds)
-    reindexer = reindex.Reindexer(settings.clip) if settings.token else None
+    reindexer = reindex.Reindexer(settings.clip, settings.workers) if settings.token else None
     metrics = monitoring.Metrics() if settings.metrics else None
 
     @contextlib.asynccontextmanager

@@ -106,7 +106,7 @@ class SafetyMiddleware:
                     await failure(scope, receive, response.send)
             finally:
                 disconnect.cancel()
-        if handling.cancelled_caught and not response.started:
+        if handling.cancelled_caught and not response.started and not disconnect.done():
             refusal = error_response(408, "the upload took too long", CLOSE)
             await refusal(scope, receive, response.send)
 

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from vop_jax.search.searcher import Searcher
 from vop_jax.serve import api
 
 NICE = 10  # added to the niceness of the process: searches go first
+PATIENCE = 3.0  # seconds in which it may end by itself when the server ends
 TAIL = 4000  # characters that are kept of its stderr
 PERCENT = re.compile(r"(\d+)%\|")  # of a progress bar
 
@@ -40,10 +42,11 @@ class Reindexer:
 
     Args:
         clip: the CLIP file, if it has moved.
+        workers: decoding processes.
     """
 
-    def __init__(self, clip: str | None = None):
-        self._clip = clip
+    def __init__(self, clip: str | None, workers: int):
+        self._clip, self._workers = clip, workers
         self._runs: dict[str, Reindexing] = {}
         self._task: asyncio.Task | None = None
         self._process: subprocess.Popen
@@ -61,7 +64,7 @@ class Reindexer:
         env = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | os.environ
         try:  # not asyncio's processes: uvloop forks for them, which JAX warns of
             self._process = subprocess.Popen(
-                command(searcher, self._clip),
+                command(searcher, self._clip, self._workers),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -89,6 +92,8 @@ class Reindexer:
         """Ends a running process."""
         if self._task and not self._task.done():
             self._process.terminate()
+            await asyncio.wait([self._task], timeout=PATIENCE)
+            self._process.kill()  # it may embed for minutes; what it has committed stays
             await asyncio.wait([self._task])
 
 
@@ -103,15 +108,17 @@ def _wait(process: subprocess.Popen, run: Reindexing) -> None:
         report = process.stdout.read().decode(errors="replace")  # type: ignore[union-attr]
     run.seconds = time.time() - (run.started or 0.0)
     run.progress = 1.0 if report else run.progress
-    lines = (report or errors).strip().splitlines() or ["it was killed"]
+    if process.returncode < 0 and not report:
+        errors = f"it was killed ({signal.Signals(-process.returncode).name})"
+    lines = (report or errors).strip().splitlines() or ["it ended without a word"]
     run.report = "\n".join(lines if report else lines[-1:])  # of errors the last one says why
     # Its report is the last thing that it prints; status 1 with a report: files were skipped.
     run.state = "done" if report else "failed"
 
 
-def command(searcher: Searcher, clip: str | None) -> list[str]:
+def command(searcher: Searcher, clip: str | None, workers: int) -> list[str]:
     """The command line that brings an index up to date."""
-    options = [f"--index={searcher.index.directory.absolute()}"]
+    options = [f"--index={searcher.index.directory.absolute()}", f"--workers={workers}"]
     options += [f"--clip={clip}"] if clip else []
     return [sys.executable, "-m", "vop_jax.search", "index", *options]
 
