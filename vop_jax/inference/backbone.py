@@ -21,7 +21,7 @@ from vop_jax.tuning.methods import MethodConfig
 # A batch is padded to one of these numbers of rows, rounded up to a multiple of the devices; larger
 # batches are split. So few programs serve all sizes: one is compiled for each size that occurs.
 BATCH_SIZES = {
-    "encode_text": (1, 4, 16, 64, 256),
+    "encode_text": (1, 4, 16, 64, 128, 256),
     "encode_video": (1, 4, 16),
     "encode_frames": (1, 4, 16),
 }
