@@ -86,7 +86,10 @@ def test_an_index_follows_its_folder(tmp_path, retriever, monkeypatch):
         patch.setattr(os, "scandir", refuse)
         report = library.make(index, films, retriever)
     text = format_report(str(index), report)
-    assert "folder locked cannot be listed (Permission denied): its indexed files stay" in text
+    assert (
+        "folders that cannot be listed: 1, first locked (Permission denied); their indexed files"
+        in text
+    )
     assert (report.added, report.changed, report.moved, report.removed) == (2, 3, 1, 1)
     assert report.unchanged == 1  # touched
     assert sum(embedded) == 3  # e, new, and one of the two that exchanged their names

@@ -130,7 +130,8 @@ def _query(args: argparse.Namespace) -> None:
     hits = searcher.index.search(vectors, args.k, per_file=not args.all_moments, **filters)
     if not any(hits) and args.to == "captions" and not searcher.index.counts()["captions"]:
         raise UserError(f"{args.index}: has no captions; add them with index --captions=FILE")
-    if filters["min_score"] == "auto" and args.to == "videos" and not all(hits):
+    automatic = filters["min_score"] == "auto" and args.to == "videos"
+    if automatic and not all(hits) and searcher.index.calibration():
         print("scores that may be chance are left out; see --min_score=none", file=sys.stderr)
     folder, found = searcher.index.folder, []
     for text, vector, own in zip(texts, vectors, hits, strict=True):
@@ -225,8 +226,12 @@ def format_report(directory: str, report: "IndexReport") -> str:
     lines = [f"{directory}: {', '.join(counts) or 'no change'}"]
     if truncated:
         lines.append(f"{truncated} captions are longer than the model reads: it ignores their ends")
-    for folder, reason in unlisted.items():
-        lines.append(f"folder {folder} cannot be listed ({reason}): its indexed files stay")
+    if unlisted:
+        folder, reason = next(iter(unlisted.items()))
+        lines.append(
+            f"folders that cannot be listed: {len(unlisted)}, first {folder} ({reason}); "
+            "their indexed files stay"
+        )
     if skipped:
         path, reason = next(iter(skipped.items()))
         lines.append(

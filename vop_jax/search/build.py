@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import importlib.util
 import os
 import pathlib
 import shutil
@@ -24,6 +23,7 @@ from vop_jax.search.updater import (
 )
 from vop_jax.search.writer import CatalogWriter
 from vop_jax.storage import files, hub
+from vop_jax.video import shots
 
 OWN_FILES = (".lock", catalog.FILE)  # of an index whose first writer was killed early
 OTHER_INDEX = "give another --index for a new one"
@@ -165,11 +165,13 @@ def absolute(uri: str) -> str:
 
 
 def _check_shots(request: IndexRequest) -> None:
-    """Raises UserError for windows, too, or without PySceneDetect."""
+    """Raises UserError for windows, too, or without a PySceneDetect that works."""
     if request.window or request.stride:
         raise UserError("--shots: not with --window or --stride; a moment is a shot or a window")
-    if not importlib.util.find_spec("scenedetect"):  # before files are called unreadable
-        raise UserError('shots need PySceneDetect: pip install -e ".[shots]"')
+    try:  # before files are called unreadable
+        shots.CutDetector()
+    except ImportError as error:
+        raise UserError(f'shots need PySceneDetect ({error}): pip install -e ".[shots]"') from None
 
 
 def _complete_request(
