@@ -80,7 +80,7 @@ def test_general_captions_that_are_shown_do_not_raise_the_minimum(tmp_path):
     plain = make(tmp_path / "plain").calibration()
     shown = np.concatenate([MOMENTS, near(GENERAL[:30], 5)])
     known = make(tmp_path / "shown", shown).calibration()
-    assert known.limit == pytest.approx(plain.limit, abs=0.8)
+    assert known.limit == pytest.approx(plain.limit, abs=1.5)  # the upper tenth alone: 4.1
     assert found(Index(tmp_path / "shown"), near(MOMENTS, 4), min_score="auto") == 1
 
 

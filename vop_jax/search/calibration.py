@@ -97,9 +97,9 @@ def calibrate(
     found = Calibration(general, middle, max(deviation, TINY))
     evidence = found.evidence(scores, moments.get(best[:, 0]))
     chance, real = evidence[:count], evidence[count:]
-    # Some videos do show what a general caption says: only its lower half counts as chance.
-    low, half = np.quantile(chance, (0.1, 0.5))
-    limit = half + TAIL * (half - low)
+    # Some videos may show what a general caption says, so the lower half bounds the limit, too.
+    low, half, high = np.quantile(chance, (0.1, 0.5, 0.9))
+    limit = min(half + TAIL * (half - low), high)
     if len(captions) < CAPTIONS:
         return dataclasses.replace(
             found, limit=float(limit), passed=float(np.mean(chance >= limit))
