@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from vop_jax.experiment import setup
-from vop_jax.training import program_cache, sharding
+from vop_jax.training import program_cache
 
 
 @pytest.fixture
@@ -89,10 +88,9 @@ def test_jax_can_be_told_to_keep_none(folder):
 
 
 def test_the_folder_of_a_training_run(folder, tmp_path):
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
     for cache, expected in (("", str(folder)), ("off", None), (f"{tmp_path}/x", f"{tmp_path}/x")):
         jax.config.update("jax_compilation_cache_dir", None)
-        setup._set_compile_cache(cache, tmp_path, mesh)
+        program_cache.set_up(cache, tmp_path, "cpu")
         assert jax.config.values["jax_compilation_cache_dir"] == expected
-    setup._set_compile_cache("", pathlib.Path("w"), mesh)  # as $JAX_COMPILATION_CACHE_DIR
+    program_cache.set_up("", pathlib.Path("w"), "cpu")  # as $JAX_COMPILATION_CACHE_DIR
     assert jax.config.values["jax_compilation_cache_dir"] == f"{tmp_path}/x"

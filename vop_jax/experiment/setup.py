@@ -104,7 +104,7 @@ def open_run(
     with contextlib.ExitStack() as stack:
         # ---- Claim: in the first process.
         hosts.on_first(lambda: stack.enter_context(_claim(root, config, training, extend)))
-        _set_compile_cache(config.compute.cache, root, mesh)
+        program_cache.set_up(config.compute.cache, root, mesh.devices.flat[0].platform)
 
         # ---- Load: in all processes.
         if pretrains(config) and hosts.on_first(lambda: not (root / CLIP_FILE).exists()):
@@ -131,8 +131,6 @@ def check(config: ConfigDict, root: epath.Path, *, training: bool) -> tuple[Meth
     """
     configs.validate(config)
     registry.get(config.data.kind)
-    if training:
-        trackers.check(config)
     _check_paths(config)
     method = method_of(config)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.model)
@@ -141,6 +139,7 @@ def check(config: ConfigDict, root: epath.Path, *, training: bool) -> tuple[Meth
     sharding.check_batch(mesh, "eval.batch_size", config.eval.batch_size)
     sharding.check_microbatches(mesh, config.train.batch_size, config.train.microbatches)
     if training:
+        trackers.check(config)
         if config.train.batch_size == 1 and config.train.steps and method.parts.trainable:
             raise UserError(
                 "config.train.batch_size=1: the loss compares the clips of a batch with each "
@@ -284,19 +283,6 @@ def _check_bucket(root: epath.Path) -> None:
     except Exception as error:  # each store's client has its own
         why = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"--workdir={root}: not a place to write in ({why})") from None
-
-
-def _set_compile_cache(cache: str, root: epath.Path, mesh: Mesh) -> None:
-    """Keeps programs that took a second or more to compile, for the next start."""
-    if cache == "off":
-        jax.config.update("jax_compilation_cache_dir", None)
-    elif cache:
-        jax.config.update("jax_compilation_cache_dir", cache)
-    elif not jax.config.values["jax_compilation_cache_dir"]:
-        # A CPU's programs may use instructions that the workdir's next machine does not have.
-        cpu = kernels.platform_of(mesh) == "cpu"
-        folder = program_cache.user_folder() if cpu else root / "compiled"
-        jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 # ---- Load

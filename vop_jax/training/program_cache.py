@@ -12,6 +12,7 @@ from typing import Any
 import flax
 import jax
 from absl import logging
+from etils import epath
 from jax.experimental import serialize_executable
 
 from vop_jax.storage import files
@@ -25,6 +26,23 @@ def _listen(event: str, **_: Any) -> None:
 
 
 jax.monitoring.register_event_listener(_listen)
+
+
+def set_up(cache: str, workdir: files.StrPath, platform: str) -> None:
+    """Keeps programs that took a second or more to compile, for the next start.
+
+    Args:
+        cache: the config's `compute.cache`.
+        platform: of the devices.
+    """
+    if cache == "off":
+        jax.config.update("jax_compilation_cache_dir", None)
+    elif cache:
+        jax.config.update("jax_compilation_cache_dir", cache)
+    elif not jax.config.values["jax_compilation_cache_dir"]:
+        # A CPU's programs may use instructions that the workdir's next machine does not have.
+        folder = user_folder() if platform == "cpu" else epath.Path(workdir) / "compiled"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def user_folder() -> pathlib.Path:
