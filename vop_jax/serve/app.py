@@ -17,16 +17,16 @@ from starlette.staticfiles import StaticFiles
 import vop_jax
 from vop_jax.errors import UserError, VideoError
 from vop_jax.search.searcher import open_searcher
-from vop_jax.serve import api, browse, monitoring, reindex
+from vop_jax.serve import api, browse, monitoring, reindex, schema
 from vop_jax.serve.executor import Busy, Executor
 from vop_jax.serve.media import FileGone
 from vop_jax.serve.middleware import SafetyMiddleware, Settings, error_response
 
 STATIC = StaticFiles(directory=os.path.join(os.path.dirname(__file__), "static"))
-pages = api.Router()
+pages = schema.Router()
 
 
-def open_library(directories: Sequence[str], clip: str | None = None) -> api.Library:
+def open_library(directories: Sequence[str], clip: str | None = None) -> schema.Library:
     """Opens indexes by name; those of one CLIP share it in memory.
 
     An index has the name of its folder, as a URL may contain it; a second one gets NAME-2.
@@ -37,7 +37,7 @@ def open_library(directories: Sequence[str], clip: str | None = None) -> api.Lib
     Raises:
         UserError: an index does not exist, or its model is gone.
     """
-    library: api.Library = {}
+    library: schema.Library = {}
     for directory in directories:
         folder = pathlib.Path(directory).resolve().name
         stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", folder).strip("-.") or "index"
@@ -50,7 +50,7 @@ def open_library(directories: Sequence[str], clip: str | None = None) -> api.Lib
     return library
 
 
-def make_app(library: api.Library, settings: Settings) -> FastAPI:
+def make_app(library: schema.Library, settings: Settings) -> FastAPI:
     """The application; its end closes the indexes."""
     executor = Executor(settings.workers, seconds=settings.decode_seconds)
     reindexer = reindex.Reindexer(settings.clip, settings.workers) if settings.token else None
@@ -74,7 +74,7 @@ def make_app(library: api.Library, settings: Settings) -> FastAPI:
         redoc_url=None,
         lifespan=lifespan,
     )
-    app.state.services = api.Services(library, executor, settings.max_seconds)
+    app.state.services = schema.Services(library, executor, settings.max_seconds)
     app.state.reindexer, app.state.metrics = reindexer, metrics
     for router in (api.router, browse.router, reindex.router, monitoring.router, pages):
         app.include_router(router)

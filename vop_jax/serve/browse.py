@@ -11,19 +11,19 @@ from pydantic import BaseModel, Field
 
 from vop_jax.errors import UserError
 from vop_jax.search import listing
-from vop_jax.serve import api
+from vop_jax.serve import schema
 from vop_jax.serve.media import displayable
 
 FOLDERS = 50  # suggestions
 
-router = api.Router()
+router = schema.Router()
 
 
 class LibraryFile(BaseModel):
     """A video of the index."""
 
     file_id: int
-    name: Annotated[api.Text, Field(description="relative to the indexed folder")]
+    name: Annotated[schema.Text, Field(description="relative to the indexed folder")]
     start: Annotated[float, Field(description="seconds: 0")] = 0.0
     end: Annotated[float, Field(description="seconds: its length")]
     modified: Annotated[float, Field(description="Unix time of its last change")]
@@ -65,11 +65,11 @@ def _failing(status: int) -> Iterator[None]:
 
 @router.get("/api/files")
 async def files(
-    searcher: api.IndexOfQuery,
-    filters: api.Filters,
+    searcher: schema.IndexOfQuery,
+    filters: schema.Filters,
     order: Annotated[Literal["newest", "folder"], Query()] = "newest",
     offset: Annotated[int, Query(ge=0, lt=2**31)] = 0,
-    k: api.Count = 24,
+    k: schema.Count = 24,
 ) -> LibraryPage:
     """The videos of an index, newest first or by folder."""
 
@@ -83,7 +83,7 @@ async def files(
                 end=file.end,
                 modified=file.modified,
                 moments=file.moments,
-                missing=api.is_missing(folder, file.path),
+                missing=schema.is_missing(folder, file.path),
             )
             for file in found
         ]
@@ -95,9 +95,9 @@ async def files(
 
 @router.get("/api/folders")
 async def folders(
-    searcher: api.IndexOfQuery,
+    searcher: schema.IndexOfQuery,
     prefix: Annotated[str, Query(max_length=1000, description="beginning of a path")] = "",
-) -> list[api.Text]:
+) -> list[schema.Text]:
     """Folders inside the indexed one whose path continues a prefix."""
     prefix = displayable(prefix)
     with _failing(503):
@@ -106,10 +106,13 @@ async def folders(
 
 @router.get("/api/neighbours")
 async def neighbours(
-    searcher: api.IndexOfQuery, file_id: api.FileOfQuery, start: api.Bound, end: api.Bound
+    searcher: schema.IndexOfQuery,
+    file_id: schema.FileOfQuery,
+    start: schema.Bound,
+    end: schema.Bound,
 ) -> NeighboursResponse:
     """The moments before and after a moment."""
-    await api.indexed_file(searcher, file_id)
+    await schema.indexed_file(searcher, file_id)
     call = functools.partial(listing.neighbours, searcher.index, file_id, start, end)
     with _failing(404):
         found = await anyio.to_thread.run_sync(call)

@@ -16,14 +16,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vop_jax.errors import UserError
 from vop_jax.search import catalog
 from vop_jax.search.searcher import Searcher
-from vop_jax.serve import api
+from vop_jax.serve import schema
 from vop_jax.serve.executor import Executor
 
 METHODS = "GET", "HEAD", "POST"  # others are one label, as a client may invent any number
 LEFT = 499  # status of a request whose client left before the response, as in nginx
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0)
 
-router = api.Router()
+router = schema.Router()
 
 
 class Health(BaseModel):
@@ -153,7 +153,7 @@ async def _health() -> Health:
 
 
 @router.get("/readyz")
-def _ready(services: api.ServicesOf) -> Health:
+def _ready(services: schema.ServicesOf) -> Health:
     """Whether all indexes can be searched: 503 if not."""
     for name, searcher in services.library.items():
         try:
@@ -167,7 +167,7 @@ def _ready(services: api.ServicesOf) -> Health:
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
-async def _metrics(request: Request, services: api.ServicesOf) -> Response:
+async def _metrics(request: Request, services: schema.ServicesOf) -> Response:
     """Numbers for Prometheus; 404 without --metrics."""
     metrics: Metrics | None = request.app.state.metrics
     if metrics is None:

@@ -13,14 +13,14 @@ from fastapi import Depends, HTTPException, Request
 from pydantic import BaseModel, Field
 
 from vop_jax.search.searcher import Searcher
-from vop_jax.serve import api
+from vop_jax.serve import schema
 
 NICE = 10  # added to the niceness of the process: searches go first
 PATIENCE = 3.0  # seconds in which it may end by itself when the server ends
 TAIL = 4000  # characters that are kept of its stderr
 PERCENT = re.compile(r"(\d+)%\|")  # of a progress bar
 
-router = api.Router(responses={409: {"model": api.ErrorResponse}})
+router = schema.Router(responses={409: {"model": schema.ErrorResponse}})
 
 
 class Reindexing(BaseModel):
@@ -31,7 +31,7 @@ class Reindexing(BaseModel):
     started: Annotated[float | None, Field(description="Unix time")] = None
     seconds: Annotated[float | None, Field(description="that it took, or has taken")] = None
     progress: Annotated[float | None, Field(description="0 to 1, by bytes of new files")] = None
-    report: Annotated[api.Text, Field(description="what changed, or why it failed")] = ""
+    report: Annotated[schema.Text, Field(description="what changed, or why it failed")] = ""
 
 
 class Reindexer:
@@ -133,12 +133,12 @@ ReindexerOf = Annotated[Reindexer, Depends(_reindexer)]
 
 
 @router.post("/api/reindex/{index}", status_code=202)
-async def _start(reindexer: ReindexerOf, searcher: api.IndexOfPath, index: str) -> Reindexing:
+async def _start(reindexer: ReindexerOf, searcher: schema.IndexOfPath, index: str) -> Reindexing:
     """Starts to bring an index up to date; only on a server with a token, one at a time."""
     return reindexer.start(index, searcher)
 
 
 @router.get("/api/reindex/{index}")
-async def _last(reindexer: ReindexerOf, searcher: api.IndexOfPath, index: str) -> Reindexing:
+async def _last(reindexer: ReindexerOf, searcher: schema.IndexOfPath, index: str) -> Reindexing:
     """How far it is, or what came of it."""
     return reindexer.last(index)
