@@ -140,6 +140,19 @@ def test_a_run_that_is_stopped_continues_in_its_own_run_and_no_step_is_lost(serv
     assert not list(workdir.glob("events*"))
 
 
+def test_mlflow_has_each_step_once_after_two_kills_and_what_it_missed(tmp_path, monkeypatch):
+    service, config = LocalMlflow(tmp_path, monkeypatch), config_of("mlflow")
+    steps = [(at, {"loss": float(at), "videos/s": 9.0}) for at in range(1, 6)]
+    with pytest.raises(ArithmeticError):
+        record(tmp_path, config, 0, [*steps[:4], (5, None)])
+    with pytest.raises(ArithmeticError):
+        record(tmp_path, config, 1, [(2, steps[1][1] | {"videos/s": 8.0}), (3, None)])
+    record(tmp_path, config_of("tensorboard"), 2, steps[2:])  # while the service is down
+    record(tmp_path, config, 5, [])
+    (found,) = service.runs()
+    assert sorted(found[3]) == sorted((at, *item) for at, row in steps for item in row.items())
+
+
 def test_a_tracker_that_comes_later_gets_what_was_logged_before(tmp_path, monkeypatch):
     service = LocalMlflow(tmp_path, monkeypatch)
     record(tmp_path, config_of("tensorboard"), 0, ROWS)

@@ -33,35 +33,39 @@ class Service(NoWriter):
     """A run of a tracking service; the methods of a subclass may raise whatever its client does.
 
     Once the run has begun, a failure of the service is one warning. The rows that it misses are
-    sent again at the end.
-
-    Attributes:
-        stores_at_once: whether what was sent is stored even if this process is killed.
+    sent again at the end, or by the next start of the run.
     """
 
-    stores_at_once = True
-
     def __init__(self, name: str, workdir: epath.Path, config: ConfigDict, step: int):
-        """Opens the workdir's run; a new one gets the rows of the workdir up to `step`."""
+        """Opens the workdir's run; it gets those rows of the workdir up to `step` that it lacks."""
         self._name, self._failed = name, False
         self._rows: Rows = []
         path = workdir / TRACKERS_FILE
         known = json.loads(path.read_text()) if path.exists() else {}
         found = self.begin(workdir, config, known.get(name, {}))
+        stored = self.stored()
+        self._stored = stored or {}
+        if name not in known or stored is not None:
+            for line in read_metrics(workdir):
+                at, measured_on = line.pop("step"), line.pop(MEASURED_ON, "")
+                if at <= step:
+                    self._add(at, line, measured_on)
+            self.send(self._rows)
+            self._rows = []
         write_json(path, known | {name: found})
-        # A run that continues repeats the steps after its checkpoint; the service may have them.
-        self._sent: set[tuple[int, str, str]] = set()
-        for line in read_metrics(workdir):
-            at, measured_on = line.pop("step"), line.pop(MEASURED_ON, "")
-            if name in known and self.stores_at_once:
-                self._sent |= {(at, key, measured_on) for key in line}
-            elif name not in known and at <= step:
-                self._rows.append((at, line))
+
+    def _add(self, step: int, scalars: Mapping[str, float], measured_on: str) -> None:
+        """Adds what the run does not have yet; an evaluation may be repeated on other data."""
+
+        def is_stored(key: str, value: float) -> bool:
+            had = self._stored.get((step, key))
+            return had == value if measured_on else had is not None
+
+        if new := {key: value for key, value in scalars.items() if not is_stored(key, value)}:
+            self._rows.append((step, new))
 
     def write_scalars(self, step: int, scalars: Mapping[str, float], measured_on: str = "") -> None:
-        new = {k: v for k, v in scalars.items() if (step, k, measured_on) not in self._sent}
-        if new:
-            self._rows.append((step, new))
+        self._add(step, scalars, measured_on)
         if self._failed:
             return
         try:
@@ -84,6 +88,10 @@ class Service(NoWriter):
         """Begins a run, or continues the `known` one; returns what identifies it."""
         raise NotImplementedError
 
+    def stored(self) -> dict[tuple[int, str], float] | None:
+        """{(step, name): value} of the run that has begun; None if the service does not say."""
+        return None
+
     def send(self, rows: Rows) -> None:
         """Adds rows to the run."""
         raise NotImplementedError
@@ -94,9 +102,10 @@ class Service(NoWriter):
 
 
 class Wandb(Service):
-    """A run of Weights & Biases; offline with WANDB_MODE=offline."""
+    """A run of Weights & Biases; offline with WANDB_MODE=offline.
 
-    stores_at_once = False  # a kill loses the last second or so
+    A kill loses the last second or so, so the steps after a checkpoint are sent again.
+    """
 
     def begin(self, workdir: epath.Path, config: ConfigDict, known: dict[str, Any]) -> dict:
         import wandb
@@ -152,6 +161,12 @@ class Mlflow(Service):
                 client.log_batch(self._id, params=params[start : start + 100])
         # A URI of the environment may hold a password.
         return {"id": self._id} if mlflow.is_tracking_uri_set() else {"id": self._id, "uri": uri}
+
+    def stored(self) -> dict[tuple[int, str], float]:
+        names = self._client.get_run(self._id).data.metrics
+        history = (m for name in names for m in self._client.get_metric_history(self._id, name))
+        newest_last = sorted(history, key=lambda metric: metric.timestamp)
+        return {(m.step, m.key.replace("_at_", "@")): m.value for m in newest_last}
 
     def send(self, rows: Rows) -> None:
         from mlflow.entities import Metric
