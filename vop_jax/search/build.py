@@ -86,6 +86,12 @@ def build_index(
         folder = os.path.abspath(request.folder)
         scan = find_videos(folder, indexed)
         captions = read_captions(request.captions, folder) if request.captions else None
+        # First: what a name of the Hub means may change while the model loads.
+        request = dataclasses.replace(
+            request,
+            clip=hub.pin(request.clip, hub.CLIP_FILE),
+            prompts=hub.pin(request.prompts, hub.PROMPTS_FILE),
+        )
         if retriever is None:
             frames = stored.frames if stored else None
             retriever = retrievers.load(
@@ -113,10 +119,10 @@ def build_index(
 def _info(request: IndexRequest, retriever: Retriever, folder: str) -> IndexInfo:
     return IndexInfo(
         version=catalog.VERSION,
-        clip=absolute(hub.pin(request.clip, hub.CLIP_FILE)),
+        clip=absolute(request.clip),
         clip_fingerprint=retriever.clip_fingerprint,
         clip_name=retriever.clip_name,
-        prompts=absolute(hub.pin(request.prompts, hub.PROMPTS_FILE)),
+        prompts=absolute(request.prompts),
         prompts_fingerprint=retriever.prompts_fingerprint,
         method=retriever.method.name,
         frames=retriever.frames,

@@ -6,6 +6,7 @@ file, and if it cannot be reached, the cached file is used. A commit in the cach
 """
 
 import os
+import pathlib
 import re
 import warnings
 from collections.abc import Iterator
@@ -74,8 +75,10 @@ def pin(path: StrPath, default: str) -> str:
     if not is_name(path):
         return os.fspath(path)
     repo, _, file = parse(path)
-    commit = os.fspath(local_file(path, default)).rpartition("/snapshots/")[2].split("/")[0]
-    return f"{SCHEME}{repo}@{commit}/{file or default}"
+    file = file or default
+    cached = pathlib.PurePath(local_file(path, default))  # …/snapshots/COMMIT/FILE
+    commit = cached.parts[-1 - len(pathlib.PurePosixPath(file).parts)]
+    return f"{SCHEME}{repo}@{commit}/{file}"
 
 
 def local_checkpoint(name: StrPath) -> str:
