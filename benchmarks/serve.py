@@ -9,12 +9,13 @@ each of the rounds, which are alike but for their queries. An answer that is not
 query, or an error, ends it.
 
 With --compare it starts a second server, which writes the log of requests and is scraped every
-15 seconds, asks both in turns, and compares their CPU time a request: on a machine with other load,
-that is steadier than rates.
+15 seconds, asks both at the same time, and compares their CPU time a request: other load on the
+machine then slows both.
 """
 
 import argparse
 import contextlib
+import functools
 import http.client
 import json
 import os
@@ -119,21 +120,20 @@ def scraping(host: str, port: int) -> Iterator[None]:
 
 
 def compare(args: argparse.Namespace) -> None:
-    """CPU milliseconds a request without and with log and metrics, of servers that take turns."""
+    """CPU milliseconds a request without and with log and metrics, of servers side by side."""
     servers = {"plain": start(args.index), "observed": start(args.index, *OBSERVED)}
     requests = args.clients * args.questions * (1 + args.pictures)
     each: dict[str, list[float]] = {name: [] for name in servers}
     try:
         for number in range(args.rounds + 1):  # the first round warms up
-            order = list(servers) if number % 2 else list(servers)[::-1]
-            for name in order:
-                process, host, port, index = servers[name]
-                watched = scraping(host, port) if name == "observed" else contextlib.nullcontext()
-                before = cpu_seconds(process.pid)
-                with watched:
-                    run_round(args, number, host, port, index)
-                if number:
-                    each[name].append(1e3 * (cpu_seconds(process.pid) - before) / requests)
+            before = {name: cpu_seconds(server[0].pid) for name, server in servers.items()}
+            _, host, port, _ = servers["observed"]
+            with scraping(host, port), ThreadPoolExecutor(len(servers)) as pool:
+                addresses = zip(*(server[1:] for server in servers.values()), strict=True)
+                list(pool.map(functools.partial(run_round, args, number), *addresses))
+            for name, server in servers.items() if number else ():
+                spent = cpu_seconds(server[0].pid) - before[name]
+                each[name].append(1e3 * spent / requests)
         for name, values in each.items():
             listed = ", ".join(f"{value:.3f}" for value in values)
             print(f"{name}: CPU ms a request, median {np.median(values):.3f}: {listed}")
