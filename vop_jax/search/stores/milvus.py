@@ -38,19 +38,10 @@ class MilvusStore(VectorStore, Snapshot):
 
     def __init__(self, uri: str, dim: int, table: str, *, write: bool, new: bool = False):
         self._name, self._dim, self._table = uri, dim, table
-        address, _, collection = uri.partition("#")
-        self._collection = collection or COLLECTION
-        self._client: Any = None
-        client_class = _import_client()
-        token = os.environ.get("MILVUS_TOKEN", "")
-        if "://" not in address:
-            path = os.path.abspath(address.removeprefix("milvus-lite:"))
-            address, token = _start_lite(uri, path, write=write), ""
+        self._collection = uri.partition("#")[2] or COLLECTION
+        self._client: Any = connect(uri, write=write)
         try:
             with self._milvus_errors():
-                self._client = client_class(
-                    uri=address, token=token, timeout=CONNECT, dedicated=True
-                )
                 self._open(write)
                 # Cleaning a new index would delete the vectors of another one.
                 if new and (count := len(self)):
@@ -179,27 +170,53 @@ class MilvusStore(VectorStore, Snapshot):
         schema = self._client.create_schema(auto_id=False, enable_dynamic_field=False)
         schema.add_field("id", DataType.INT64, is_primary=True)
         schema.add_field("vector", DataType.FLOAT_VECTOR, dim=self._dim)
-        index = self._client.prepare_index_params()
-        index.add_index("vector", index_type="FLAT", metric_type="IP")
         self._client.create_collection(
             self._collection,
             schema=schema,
-            index_params=index,
+            index_params=vector_index(self._client),
             consistency_level="Strong",
             timeout=ANSWER,
         )
 
-    @contextlib.contextmanager
-    def _milvus_errors(self) -> Iterator[None]:
-        """Turns the errors of Milvus into one line."""
-        from grpc import RpcError
-        from pymilvus.exceptions import MilvusException
+    def _milvus_errors(self) -> contextlib.AbstractContextManager[None]:
+        return milvus_errors(self._name)
 
-        try:
-            yield
-        except (MilvusException, RpcError, ValueError) as error:
-            reason = getattr(error, "message", "") or str(error)
-            raise UserError(f"store {self._name}: {' '.join(reason.split())[:300]}") from None
+
+def connect(uri: str, *, write: bool) -> Any:
+    """A client of the server, or of Milvus Lite, that a URI names.
+
+    Raises:
+        UserError: it does not answer, or there is nothing to read.
+    """
+    address, token = uri.partition("#")[0], os.environ.get("MILVUS_TOKEN", "")
+    client_class = _import_client()
+    if "://" not in address:
+        path = os.path.abspath(address.removeprefix("milvus-lite:"))
+        address, token = _start_lite(uri, path, write=write), ""
+    with milvus_errors(uri):
+        return client_class(uri=address, token=token, timeout=CONNECT, dedicated=True)
+
+
+def vector_index(client: Any) -> Any:
+    """How Milvus searches the vectors of a collection."""
+    index = client.prepare_index_params()
+    index.add_index("vector", index_type="FLAT", metric_type="IP")
+    return index
+
+
+@contextlib.contextmanager
+def milvus_errors(name: str) -> Iterator[None]:
+    """Turns the errors of Milvus into one line that names the store."""
+    from grpc import RpcError
+    from pymilvus.exceptions import MilvusException
+
+    try:
+        yield
+    except (MilvusException, RpcError, ValueError) as error:
+        reason = " ".join((getattr(error, "message", "") or str(error)).split())[:300]
+        if "auth" in reason.lower():
+            reason += "; set the environment variable MILVUS_TOKEN to USER:PASSWORD or a key"
+        raise UserError(f"store {name}: {reason}") from None
 
 
 def _import_client() -> Any:
