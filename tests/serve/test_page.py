@@ -312,7 +312,7 @@ def test_filters(page):
 def test_upload_of_a_clip(page, films):
     page.set_input_files("#file", films[0] / "a.mp4")
     page.wait_for_selector('#status:has-text("results like")')
-    # Itself first, and what is said of it; the caption's HTML is text.
+    # The clip itself is first, and its caption is listed; the caption's HTML is text.
     assert "a.mp4" in page.inner_text("#status")
     assert page.locator(".card .name").first.inner_text() == "a.mp4"
     assert page.locator(".card .score").first.inner_text() == "1.000"

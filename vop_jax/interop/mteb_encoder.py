@@ -82,7 +82,7 @@ class ClipCollator(FramesCollator):
 
 
 class _SampledDecoder:
-    """A decoder that is asked for all frames and gives those that training would sample.
+    """A decoder that returns, of the frames it is to decode, those that training would sample.
 
     So MTEB's own handling of frames that do not decode stays in use.
     """

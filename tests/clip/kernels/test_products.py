@@ -1,4 +1,4 @@
-"""Products in bfloat16: what they add up in, their gradients, and what each device is asked for."""
+"""Products in bfloat16: what they add up in, their gradients, and what each device computes."""
 
 import collections
 import dataclasses
