@@ -154,7 +154,7 @@ def test_folders_of_any_name_and_dead_vectors(tmp_path):
 def test_filters_use_the_indexes_of_sqlite(example):
     with catalog.reading(example[2].directory) as db:
         for options in ({"folder": "cats"}, {"since": "2026-01-01"}):
-            condition, values = query.make_filter(**options)
+            condition, values = query.make_filter(**options).sql()
             plan = db.execute(
                 f"EXPLAIN QUERY PLAN SELECT moments.id FROM {query.SOURCES['videos']} "
                 f"WHERE 1 {condition}",

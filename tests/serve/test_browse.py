@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from tests.search.shelf import DATE, Shelf
-from vop_jax.search import listing
 from vop_jax.search.index import Index
 
 NEWEST = ["sub/d.mp4", "c.mp4", "sub/b.mp4", "a.mp4"]
@@ -43,15 +42,13 @@ def test_folders_continue_what_is_typed(tmp_path):
     shelf.add(np.eye(8, dtype=np.float32).repeat(3, 0))
     index = Index(tmp_path / "index")
     # In the order of paths, in which "-" is before "/".
-    assert listing.list_folders(index, "", 99) == [
-        *("202", "2025", "2026-old", "2026", "z", "z0", "ü")
-    ]
-    assert listing.list_folders(index, "", 2) == ["202", "2025"]
-    assert listing.list_folders(index, "2026", 99) == ["2026-old", "2026"]
-    assert listing.list_folders(index, "2026/", 99) == ["2026/one", "2026/two"]
-    assert listing.list_folders(index, "2026/t", 99) == ["2026/two"]
+    assert index.list_folders("", 99) == [*("202", "2025", "2026-old", "2026", "z", "z0", "ü")]
+    assert index.list_folders("", 2) == ["202", "2025"]
+    assert index.list_folders("2026", 99) == ["2026-old", "2026"]
+    assert index.list_folders("2026/", 99) == ["2026/one", "2026/two"]
+    assert index.list_folders("2026/t", 99) == ["2026/two"]
     for prefix in ("none", "/", "../", "2026/two/deep/"):
-        assert listing.list_folders(index, prefix, 99) == []
+        assert index.list_folders(prefix, 99) == []
 
 
 def test_the_api_suggests_folders(client):
@@ -78,7 +75,7 @@ def test_similar_moments_are_those_of_other_files(client, searcher):
     own = file["file_id"]
     parameters = {"file_id": own, "start": 0.5, "end": 1.5, "k": 2}
     body = client.get("/api/similar", params=parameters).json()
-    vector = listing.moment_vector(searcher.index, own, 0.5, 1.5)
+    vector = searcher.index.moment_vector(own, 0.5, 1.5)
     expected = [hit for hit in searcher.nearest(vector, 4) if hit.file_id != own][:2]
     assert body["query"] == "sub/b.mp4"
     assert [(h["file_id"], h["start"]) for h in body["hits"]] == [

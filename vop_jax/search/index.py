@@ -10,6 +10,7 @@ from vop_jax.errors import UserError
 from vop_jax.search import calibration, catalog, query
 from vop_jax.search.calibration import Calibration
 from vop_jax.search.catalog import IndexedFile, IndexInfo
+from vop_jax.search.listing import Listing
 from vop_jax.search.query import Date, Hit, make_filter
 from vop_jax.search.rerank import CANDIDATES, rerank
 from vop_jax.search.stores.base import TABLES, Snapshot, VectorStore, checked_vectors
@@ -18,13 +19,14 @@ from vop_jax.search.stores.heap import open_store
 __all__ = ["Hit", "Index"]
 
 
-class Index:
+class Index(Listing):
     """An index that is open to search; threads may share it.
 
     Each search sees one state of the index, the last one that a writer committed.
 
     Attributes:
         directory: of the index.
+        name: the same, for messages.
         info: what it was made with.
     """
 
@@ -34,7 +36,7 @@ class Index:
         Raises:
             UserError: there is no index, it is damaged, or of another version.
         """
-        self.directory = pathlib.Path(directory)
+        self.directory, self.name = pathlib.Path(directory), os.fspath(directory)
         with catalog.reading(directory) as db:
             catalog.check(db, self.directory / catalog.FILE)
             self.info: IndexInfo = catalog.read_info(db)
@@ -97,7 +99,7 @@ class Index:
         vectors = checked_vectors(vectors, self.info.dim)
         minimum = query.checked_min_score(min_score)
         path = "captions.path" if to == "captions" else "files.path"
-        where = make_filter(folder, since, until, path)
+        where = make_filter(folder, since, until).sql(path)
         if by_frames:
             self._check_frames(to)
         store = self.store(to)
@@ -148,6 +150,19 @@ class Index:
                 store = open_store(self.directory, self.info, "frames", write=False)
                 self._stores["frames"] = store
             return self._stores["frames"]
+
+    def is_current(self) -> bool:
+        """Whether it still has the vectors of the model that it was opened with.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        with catalog.reading(self.directory) as db:
+            return catalog.read_info(db).model == self.info.model
+
+    def changed(self) -> float:
+        """Unix time of the last change; raises OSError where it is gone."""
+        return (self.directory / catalog.FILE).stat().st_mtime
 
     @property
     def folder(self) -> str:

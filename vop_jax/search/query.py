@@ -54,43 +54,70 @@ class Hit:
     frame: float | None = None
 
 
-def make_filter(
-    folder: str | None = None,
-    since: Date = None,
-    until: Date = None,
-    path: str = "files.path",
-) -> tuple[str, tuple]:
-    """SQL that restricts rows of `files`: ("" or AND …, the values of its question marks).
+@dataclasses.dataclass(frozen=True)
+class Filter:
+    """Which files a search looks at.
+
+    Attributes:
+        below: the folder that they are in, relative to the indexed one; None: any.
+        since, until: nanoseconds since 1970 between which they were last changed.
+    """
+
+    below: str | None = None
+    since: int | None = None
+    until: int | None = None
+
+    @property
+    def paths(self) -> tuple[str, str]:
+        """The first path that passes, and the first one after it that does not."""
+        return f"{self.below}/", f"{self.below}0"  # "0" is the character after "/"
+
+    def sql(self, path: str = "files.path") -> tuple[str, tuple]:
+        """("" or AND …, the values of its question marks), for rows of `files`.
+
+        Args:
+            path: the column that the folder applies to.
+        """
+        conditions: list[str] = []
+        values: list[Any] = []
+        if self.below is not None:
+            # A range uses the table's index.
+            conditions.append(f"AND {path} >= ? AND {path} < ?")
+            values += self.paths
+        if self.since is not None:
+            conditions.append("AND files.mtime >= ?")
+            values.append(self.since)
+        if self.until is not None:
+            conditions.append("AND files.mtime < ?")
+            values.append(self.until)
+        return " ".join(conditions), tuple(values)
+
+
+def make_filter(folder: str | None = None, since: Date = None, until: Date = None) -> Filter:
+    """A filter of what a user gave.
 
     Args:
         folder: relative to the indexed folder; keeps files in it and below.
         since, until: keep files that were last changed then: seconds since 1970, datetimes, or
             days as dates or "2026-11-25", in local time; the day of `until` is included.
-        path: the column that `folder` applies to.
 
     Raises:
         UserError: not a date, or a folder outside of the indexed one.
     """
-    conditions: list[str] = []
-    values: list[Any] = []
+    below = None
     if folder is not None:
-        inside = posixpath.normpath(folder)  # without ./ and trailing /
-        if inside.startswith(("/", "../")) or inside == "..":
+        below = posixpath.normpath(folder)  # without ./ and trailing /
+        if below.startswith(("/", "../")) or below == "..":
             raise UserError(f"folder={folder!r}: must be inside the indexed folder, relative to it")
         # SQLite stores no lone surrogate (half a character).
         if "\0" in folder or any("\ud800" <= c <= "\udfff" for c in folder):
             raise UserError(f"folder={folder!r}: not a name of a folder")
-    if folder is not None and inside != ".":
-        # A range uses the table's index; "0" is the character after "/".
-        conditions.append(f"AND {path} >= ? AND {path} < ?")
-        values += [inside + "/", inside + "0"]
-    if since is not None:
-        conditions.append("AND files.mtime >= ?")
-        values.append(_nanoseconds("since", since))
-    if until is not None:
-        conditions.append("AND files.mtime < ?")
-        values.append(_nanoseconds("until", until))
-    return " ".join(conditions), tuple(values)
+        below = None if below == "." else below
+    return Filter(
+        below,
+        None if since is None else _nanoseconds("since", since),
+        None if until is None else _nanoseconds("until", until),
+    )
 
 
 def checked_min_score(value: Any) -> float | str | None:

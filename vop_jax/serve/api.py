@@ -17,7 +17,7 @@ from fastapi import Depends, HTTPException, Query, Request, UploadFile
 from fastapi.responses import Response
 
 from vop_jax.errors import UserError, VideoError
-from vop_jax.search import listing, results
+from vop_jax.search import results
 from vop_jax.search.catalog import IndexedFile
 from vop_jax.search.query import Hit, checked_min_score
 from vop_jax.search.searcher import Searcher
@@ -186,7 +186,7 @@ async def similar(
 ) -> SearchResponse:
     """Moments of other videos that resemble a moment."""
     _, record = await indexed_file(searcher, file_id)
-    call = listing.moment_vector, searcher.index, file_id, start, end
+    call = searcher.index.moment_vector, file_id, start, end
     try:
         vector = await services.executor.run_search(*call)
     except UserError as error:
@@ -273,7 +273,7 @@ async def _hits(
     def find() -> list[list[SearchHit]]:
         found = searcher.index.search(vectors, k, **filters)
         ids = (hit.file_id for hits in found for hit in hits)
-        folder, times = listing.modified(searcher.index, ids)
+        folder, times = searcher.index.modified(ids)
         return [[search_hit(folder, h, times.get(h.file_id)) for h in hits] for hits in found]
 
     try:

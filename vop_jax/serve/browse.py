@@ -10,7 +10,6 @@ from fastapi import HTTPException, Query
 from pydantic import BaseModel, Field
 
 from vop_jax.errors import UserError
-from vop_jax.search import listing
 from vop_jax.serve import schema
 from vop_jax.serve.media import displayable
 
@@ -75,7 +74,7 @@ async def files(
 
     def read() -> LibraryPage:
         folder = searcher.index.folder
-        total, found = listing.list_files(searcher.index, order, offset, k, **filters)
+        total, found = searcher.index.list_files(order, offset, k, **filters)
         rows = [
             LibraryFile(
                 file_id=file.id,
@@ -101,7 +100,7 @@ async def folders(
     """Folders inside the indexed one whose path continues a prefix."""
     prefix = displayable(prefix)
     with _failing(503):
-        return await anyio.to_thread.run_sync(listing.list_folders, searcher.index, prefix, FOLDERS)
+        return await anyio.to_thread.run_sync(searcher.index.list_folders, prefix, FOLDERS)
 
 
 @router.get("/api/neighbours")
@@ -113,7 +112,7 @@ async def neighbours(
 ) -> NeighboursResponse:
     """The moments before and after a moment."""
     await schema.indexed_file(searcher, file_id)
-    call = functools.partial(listing.neighbours, searcher.index, file_id, start, end)
+    call = functools.partial(searcher.index.neighbours, file_id, start, end)
     with _failing(404):
         found = await anyio.to_thread.run_sync(call)
     previous, next_ = (

@@ -14,7 +14,6 @@ from pydantic import BaseModel
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vop_jax.errors import UserError
-from vop_jax.search import catalog
 from vop_jax.search.searcher import Searcher
 from vop_jax.serve import schema
 from vop_jax.serve.executor import Executor
@@ -157,8 +156,7 @@ def _ready(services: schema.ServicesOf) -> Health:
     """Whether all indexes can be searched: 503 if not."""
     for name, searcher in services.library.items():
         try:
-            with catalog.reading(searcher.index.directory) as db:
-                same = catalog.read_info(db).model == searcher.index.info.model
+            same = searcher.index.is_current()
         except UserError:  # its text has paths, and this request needs no token
             raise HTTPException(503, f"index {name}: cannot be read") from None
         if not same:
@@ -180,7 +178,6 @@ async def _metrics(request: Request, services: schema.ServicesOf) -> Response:
 
 def _state(searcher: Searcher) -> tuple[dict[str, int], float] | None:
     try:
-        changed = (searcher.index.directory / catalog.FILE).stat().st_mtime
-        return searcher.index.counts(), changed
+        return searcher.index.counts(), searcher.index.changed()
     except (UserError, OSError):
         return None
