@@ -5,14 +5,14 @@ import dataclasses
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from vop_jax.errors import UserError
 from vop_jax.inference import retriever as retrievers
 from vop_jax.inference.retriever import Retriever
 from vop_jax.search import catalog
 from vop_jax.search.catalog import IndexInfo
-from vop_jax.search.scan import find_videos
+from vop_jax.search.scan import Scan, find_videos
 from vop_jax.search.searcher import check_model
 from vop_jax.search.updater import (
     IndexOptions,
@@ -21,12 +21,12 @@ from vop_jax.search.updater import (
     read_captions,
     update_captions,
 )
-from vop_jax.search.writer import CatalogWriter
+from vop_jax.search.writer import Caption, CatalogWriter
 from vop_jax.storage import files, hub
 from vop_jax.video import shots
 
 OWN_FILES = (".lock", catalog.FILE)  # of an index whose first writer was killed early
-OTHER_INDEX = "give another --index for a new one"
+OTHER_INDEX = "give another --index, or --store, for a new one"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,44 +76,83 @@ def build_index(
     directory = pathlib.Path(directory)
     with locked(directory):  # also while the folder is listed, so that nobody adds files meanwhile
         stored = catalog.stored_info(directory)
-        request = _complete_request(directory, stored, request, retriever is not None)
-        if request.shots:
-            _check_shots(request)
         indexed: dict[str, int] = {}
         if stored:
             with catalog.reading(directory) as db:
                 indexed = dict(db.execute("SELECT path, size FROM files"))
-        folder = os.path.abspath(request.folder)
-        scan = find_videos(folder, indexed)
-        captions = read_captions(request.captions, folder) if request.captions else None
-        # First: what a name of the Hub means may change while the model loads.
-        request = dataclasses.replace(
-            request,
-            clip=hub.pin(request.clip, hub.CLIP_FILE),
-            prompts=hub.pin(request.prompts, hub.PROMPTS_FILE),
-        )
-        if retriever is None:
-            frames = stored.frames if stored else None
-            retriever = retrievers.load(
-                request.clip, request.prompts or None, frames=frames, dtype=request.dtype or "auto"
-            )
-        if stored:
-            check_model(directory, stored, retriever)
-            if folder != stored.folder:  # it follows a folder that moved
-                message = f"{directory}: indexes the folder {stored.folder}, not {folder}"
-                if os.path.isdir(stored.folder):
-                    raise UserError(f"{message}; {OTHER_INDEX}")
-                if not any(indexed.get(file.path) == file.size for file in scan.files):
-                    raise UserError(f"{message}, which has none of its files; {OTHER_INDEX}")
-        info = _info(request, retriever, folder)
-        report = IndexReport(unlisted=scan.unlisted)
-        with contextlib.closing(CatalogWriter(directory, info)) as writer:
-            if captions is not None:
-                update_captions(captions, writer, retriever, report)
-            Updater(writer, info, retriever, options or IndexOptions(), report).run(scan)
+        plan = plan_run(os.fspath(directory), stored, indexed, request, retriever)
+        with contextlib.closing(CatalogWriter(directory, plan.info)) as writer:
+            if plan.captions is not None:
+                update_captions(plan.captions, writer, plan.retriever, plan.report)
+            updater = Updater(writer, plan.info, plan.retriever, options or IndexOptions())
+            updater.run(plan.scan, plan.report)
             writer.compact()
-            writer.calibrate(retriever)
-        return report
+            writer.calibrate(plan.retriever)
+        return plan.report
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a run of `index` goes by.
+
+    Attributes:
+        info: what the index is made with from now on.
+        scan: the files of the folder.
+        captions: texts to search; None leaves those of the index.
+        report: that the run completes.
+    """
+
+    info: IndexInfo
+    retriever: Retriever
+    scan: Scan
+    captions: list[Caption] | None
+    report: IndexReport
+
+
+def plan_run(
+    name: str,
+    stored: IndexInfo | None,
+    indexed: Mapping[str, int],
+    request: IndexRequest,
+    retriever: Retriever | None,
+) -> Plan:
+    """Compares a request with the index, and loads what both need.
+
+    Args:
+        name: of the index, for messages.
+        stored: what the index was made with; None for a new one.
+        indexed: sizes of its files by path.
+
+    Raises:
+        UserError: there are no videos, or the index was made in another way (names both).
+    """
+    request = _complete_request(name, stored, request, retriever is not None)
+    if request.shots:
+        _check_shots(request)
+    folder = os.path.abspath(request.folder)
+    scan = find_videos(folder, indexed)
+    captions = read_captions(request.captions, folder) if request.captions else None
+    # First: what a name of the Hub means may change while the model loads.
+    request = dataclasses.replace(
+        request,
+        clip=hub.pin(request.clip, hub.CLIP_FILE),
+        prompts=hub.pin(request.prompts, hub.PROMPTS_FILE),
+    )
+    if retriever is None:
+        frames = stored.frames if stored else None
+        retriever = retrievers.load(
+            request.clip, request.prompts or None, frames=frames, dtype=request.dtype or "auto"
+        )
+    if stored:
+        check_model(name, stored, retriever)
+        if folder != stored.folder:  # it follows a folder that moved
+            message = f"{name}: indexes the folder {stored.folder}, not {folder}"
+            if os.path.isdir(stored.folder):
+                raise UserError(f"{message}; {OTHER_INDEX}")
+            if not any(indexed.get(file.path) == file.size for file in scan.files):
+                raise UserError(f"{message}, which has none of its files; {OTHER_INDEX}")
+    report = IndexReport(unlisted=scan.unlisted)
+    return Plan(_info(request, retriever, folder), retriever, scan, captions, report)
 
 
 def _info(request: IndexRequest, retriever: Retriever, folder: str) -> IndexInfo:
@@ -181,7 +220,7 @@ def _check_shots(request: IndexRequest) -> None:
 
 
 def _complete_request(
-    directory: pathlib.Path, stored: IndexInfo | None, request: IndexRequest, has_model: bool
+    name: str, stored: IndexInfo | None, request: IndexRequest, has_model: bool
 ) -> IndexRequest:
     """The request with the values of the index in its empty fields, or defaults for a new one.
 
@@ -191,9 +230,9 @@ def _complete_request(
     window, stride = request.window, request.stride
     if stored is None:
         if not request.folder:
-            raise UserError(f"{directory}: no index yet; name the folder of videos")
+            raise UserError(f"{name}: no index yet; name the folder of videos")
         if not request.clip and not has_model:
-            raise UserError(f"{directory}: no index yet; give the model, --clip and --prompts")
+            raise UserError(f"{name}: no index yet; give the model, --clip and --prompts")
         if stride is None:
             return dataclasses.replace(request, stride=(window or 0.0) / 2)
         if not window:
@@ -204,21 +243,21 @@ def _complete_request(
                 "or parts of a video are in no moment"
             )
         return request
-    for name, value, own in (("window", window, stored.window), ("stride", stride, stored.stride)):
+    for key, value, own in (("window", window, stored.window), ("stride", stride, stored.stride)):
         if value is not None and value != own:
-            made = f"with --{name}={own:g}" if own else f"without --{name}"
-            raise UserError(f"{directory}: was made {made}, not {value:g}; {OTHER_INDEX}")
-    for name, flag in (("shots", "--shots"), ("keep_frames", "--keep_frames")):
-        if getattr(request, name) and not getattr(stored, name):
-            raise UserError(f"{directory}: was made without {flag}; {OTHER_INDEX}")
+            made = f"with --{key}={own:g}" if own else f"without --{key}"
+            raise UserError(f"{name}: was made {made}, not {value:g}; {OTHER_INDEX}")
+    for key, flag in (("shots", "--shots"), ("keep_frames", "--keep_frames")):
+        if getattr(request, key) and not getattr(stored, key):
+            raise UserError(f"{name}: was made without {flag}; {OTHER_INDEX}")
     if request.store and absolute(request.store) != stored.store:
         message = f"keeps its vectors in {stored.store or 'its own folder'}, not in {request.store}"
-        raise UserError(f"{directory}: {message}; {OTHER_INDEX}")
+        raise UserError(f"{name}: {message}; {OTHER_INDEX}")
     if request.dtype not in ("", "auto", stored.dtype):
         message = f"was made with --dtype={stored.dtype}, not {request.dtype}"
-        raise UserError(f"{directory}: {message}; {OTHER_INDEX}")
+        raise UserError(f"{name}: {message}; {OTHER_INDEX}")
     request = dataclasses.replace(request, dtype=stored.dtype)
-    names = ("folder", "clip", "prompts", "window", "stride", "shots", "store", "keep_frames")
+    fields = ("folder", "clip", "prompts", "window", "stride", "shots", "store", "keep_frames")
     return dataclasses.replace(
-        request, **{name: getattr(request, name) or getattr(stored, name) for name in names}
+        request, **{key: getattr(request, key) or getattr(stored, key) for key in fields}
     )

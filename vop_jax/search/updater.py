@@ -6,8 +6,9 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
@@ -16,12 +17,15 @@ from vop_jax.data.datasets.folder import read_folder
 from vop_jax.errors import UserError, VideoError
 from vop_jax.inference.retriever import Retriever
 from vop_jax.search import decoder
-from vop_jax.search.catalog import IndexInfo
+from vop_jax.search.catalog import IndexedFile, IndexInfo
 from vop_jax.search.scan import Scan, VideoFile
 from vop_jax.search.writer import Caption, CatalogWriter, Frames
 from vop_jax.video.moments import DecodeTask, Segment
 from vop_jax.video.shots import ShotTask
 from vop_jax.video.workers import in_processes
+
+if TYPE_CHECKING:
+    from vop_jax.search.collection.writer import CollectionWriter
 
 AHEAD = 2  # batches that wait for the devices
 CAPTIONS = 256  # embedded and committed at once
@@ -96,43 +100,71 @@ class PendingFile:
     failed: bool = False
 
 
+def compare(
+    indexed: Mapping[str, IndexedFile], scan: Scan, retry: bool
+) -> tuple[list[VideoFile], set[str]]:
+    """(files of a scan that are new or have changed, paths of indexed files that are gone).
+
+    Args:
+        retry: unreadable files are new, too.
+    """
+    gone = indexed.keys() - {file.path for file in scan.files}
+    new = []
+    for file in scan.files:
+        row = indexed.get(file.path)
+        again = retry and row is not None and row.reason is not None
+        if again or row is None or (row.size, row.mtime) != (file.size, file.mtime):
+            new.append(file)
+    return new, {path for path in gone if scan.is_gone(path)}
+
+
 class Updater:
     """One run over the files of a folder."""
 
     def __init__(
         self,
-        catalog: CatalogWriter,
+        catalog: "CatalogWriter | CollectionWriter",
         info: IndexInfo,
         retriever: Retriever,
         options: IndexOptions,
-        report: IndexReport,
     ):
         self._catalog, self._info, self._retriever = catalog, info, retriever
-        self._options, self._report = options, report
-        self._indexed = catalog.files()
+        self._options, self._report = options, IndexReport()
+        self._indexed: Mapping[str, IndexedFile] = {}
         self._gone: set[str] = set()
         self._clips: list[tuple[PendingFile, int, np.ndarray]] = []
         self._batches: collections.deque[tuple[Future, list[tuple[PendingFile, int]]]]
         self._batches = collections.deque()
         self._finished: list[PendingFile] = []
 
-    def run(self, scan: Scan) -> None:
+    def run(self, scan: Scan, report: IndexReport) -> None:
         """Makes the index hold the files of a scan, and no others."""
-        gone = self._indexed.keys() - {file.path for file in scan.files}
-        self._gone = {path for path in gone if scan.is_gone(path)}
-        new = []
-        for file in scan.files:
-            row = self._indexed.get(file.path)
-            retry = self._options.retry and row is not None and row.reason is not None
-            if retry or row is None or (row.size, row.mtime) != (file.size, file.mtime):
-                new.append(file)
-        self._report.unchanged = len(scan.files) - len(new)
-        if new:
-            self._index(new)
-        if self._gone:
+        indexed = self._catalog.files()
+        new, gone = compare(indexed, scan, self._options.retry)
+        report.unchanged = len(scan.files) - len(new)
+        left = self.index(new, indexed, gone, report)
+        if left:
             with self._catalog.transaction():
-                self._catalog.remove(self._gone)
-        self._report.removed = len(self._gone)
+                self._catalog.remove(left)
+        report.removed = len(left)
+
+    def index(
+        self,
+        files: list[VideoFile],
+        indexed: Mapping[str, IndexedFile],
+        gone: set[str],
+        report: IndexReport,
+    ) -> set[str]:
+        """Adds files; returns those of `gone` that were not moved.
+
+        Args:
+            indexed: the files of the index by their paths.
+            gone: paths of files that do not exist any more.
+        """
+        self._indexed, self._gone, self._report = indexed, set(gone), report
+        if files:
+            self._index(files)
+        return self._gone
 
     def _index(self, files: list[VideoFile]) -> None:
         total = sum(file.size for file in files)
