@@ -1,10 +1,12 @@
 """Fixtures of the search's tests."""
 
+import shutil
+
 import pytest
 
 import vop_jax
 from tests import runs
-from tests.search import library
+from tests.search import library, milvus_server
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +30,12 @@ def shared(tmp_path_factory, retriever, clip):
 def copied(shared, tmp_path):
     """(folder, read only; a copy of its index)."""
     return shared[0], library.copy(shared[1], tmp_path / "index")
+
+
+@pytest.fixture(scope="session")
+def milvus(tmp_path_factory):
+    """The address of a Milvus server."""
+    folder = tmp_path_factory.mktemp("milvus")
+    with milvus_server.running(folder) as address:
+        yield address
+    shutil.rmtree(folder)  # 400 MB of programs

@@ -10,6 +10,7 @@ from tests.search.shelf import DATE
 from tests.video import videos
 from vop_jax.search import catalog, updater
 from vop_jax.search.build import IndexRequest, build_index
+from vop_jax.search.collection.build import build_collection
 from vop_jax.search.index import Index
 from vop_jax.search.stores.heap import open_store
 from vop_jax.search.updater import IndexOptions
@@ -36,6 +37,7 @@ def make(directory, folder, retriever, captions="", options=None, processes=Fals
     """Builds or updates an index of a folder; its report.
 
     Args:
+        directory: None for an index on the server that `store` names.
         processes: decodes in processes, as users do; threads start at once.
     """
     request = IndexRequest(str(folder), captions=str(captions), **fields)
@@ -47,6 +49,8 @@ def make(directory, folder, retriever, captions="", options=None, processes=Fals
         return in_threads(call, tasks, workers)
 
     with mock.patch.object(updater, "in_processes", decode):
+        if directory is None:
+            return build_collection(request, options, retriever)
         return build_index(directory, request, options, retriever)
 
 

@@ -148,7 +148,7 @@ def test_info(place, call):
     [
         ("", "the following arguments are required: COMMAND"),
         ("search x --index INDEX", "invalid choice: 'search'"),
-        ("query x", "the following arguments are required: --index"),
+        ("query x", "give --index=DIR, or --store=http://HOST:PORT#NAME"),
         ("query --index INDEX", "give one of: a text, --video=FILE, --image=FILE"),
         ("query x --image y --index INDEX", "give one of"),
         ("query '' --index INDEX", "the query is empty"),

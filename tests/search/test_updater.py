@@ -85,7 +85,7 @@ def test_an_index_follows_its_folder(tmp_path, retriever, monkeypatch):
         patch.setattr(type(retriever), "embed_frames", count)
         patch.setattr(os, "scandir", refuse)
         report = library.make(index, films, retriever)
-    text = format_report(str(index), report)
+    text = format_report(Index(index), report)
     assert (
         "folders that cannot be listed: 1, first locked (Permission denied); their indexed files"
         in text
@@ -145,7 +145,7 @@ def test_a_bad_file_costs_only_itself(films, tmp_path, retriever, monkeypatch):
         ("rotate.mp4", "growing.mp4", "vanishing.mp4"), "it changes while it is read"
     )
     assert library.content(tmp_path / "index").keys() == before.keys()
-    text = format_report(str(tmp_path / "index"), report)
+    text = format_report(Index(tmp_path / "index"), report)
     assert "not read: 3, first " in text and "their indexed moments stay" in text
 
 

@@ -4,10 +4,12 @@ vop search index FOLDER --clip clip.safetensors --prompts FILE --index DIR
 vop search query "a dog catches a frisbee" --index DIR -k 10
 vop search info --index DIR
 
+An index is a folder, --index DIR, or is on a Milvus server, --store http://HOST:PORT#NAME.
 You may kill `index` at any time: the same command continues.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -21,11 +23,13 @@ from absl import logging
 from vop_jax import cli
 from vop_jax.cli import Parser, number, printable, whole
 from vop_jax.errors import UserError
+from vop_jax.search.stores import client
 from vop_jax.storage.files import write_atomic
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from vop_jax.search.collection.index import CollectionIndex
     from vop_jax.search.index import Hit, Index
     from vop_jax.search.searcher import Searcher
     from vop_jax.search.updater import IndexReport
@@ -39,7 +43,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="vop search", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     shared = Parser(add_help=False)
-    shared.add_argument("--index", required=True, metavar="DIR", help="folder of the index")
+    shared.add_argument("--index", default="", metavar="DIR", help="folder of the index")
+    shared.add_argument(
+        "--store", default="", metavar="URI", help="Milvus; without --index, a server has all"
+    )
     model = Parser(add_help=False)
     model.add_argument(
         "--clip", default="", metavar="FILE", help="converted CLIP weights, or hf://OWNER/NAME"
@@ -57,7 +64,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--shots", action="store_true", help="also index the shots of the videos")
     add("--keep_frames", action="store_true", help="keep vectors of frames, for query --by_frames")
     add("--captions", default="", metavar="FILE", help="texts to search: csv, jsonl, txt")
-    add("--store", default="", metavar="URI", help="Milvus: FILE.db or http://HOST:PORT")
     add("--dtype", choices=DTYPES, default="", help="of matrix products; default: the faster one")
     add("--workers", type=whole(1), default=0, help="decoding processes; default: one a core")
     add("--batch", type=whole(1), default=16, help="clips embedded at once")
@@ -90,16 +96,24 @@ def _parser() -> argparse.ArgumentParser:
 
 def _index(args: argparse.Namespace) -> int:
     from vop_jax.search.build import IndexRequest, build_index
+    from vop_jax.search.searcher import open_index
     from vop_jax.search.updater import IndexOptions
     from vop_jax.training import malloc
 
+    _place(args)
     cli.set_up_logging()
     malloc.keep_freed_memory()
     names = [field.name for field in dataclasses.fields(IndexRequest)]
     request = IndexRequest(**{name: getattr(args, name) for name in names})
     options = IndexOptions(args.workers, args.batch, args.seconds, args.retry)
-    report = build_index(args.index, request, options)
-    print(format_report(args.index, report))
+    if args.index:
+        report = build_index(args.index, request, options)
+    else:
+        from vop_jax.search.collection.build import build_collection
+
+        report = build_collection(request, options)
+    with contextlib.closing(open_index(_place(args))) as index:
+        print(format_report(index, report))
     return 1 if report.skipped else 0
 
 
@@ -110,7 +124,7 @@ def _query(args: argparse.Namespace) -> None:
     form = _checked_format(args)
     texts = [args.text] if args.queries is None else _read_queries(args.queries)
     cli.set_up_logging(logging.ERROR)  # warnings are printed below
-    searcher = open_searcher(args.index, args.clip or None, args.prompts or None)
+    searcher = open_searcher(_place(args), args.clip or None, args.prompts or None)
     retriever = searcher.retriever
     if args.video is not None:
         texts, vectors = [args.video], retriever.embed_videos([args.video])
@@ -129,7 +143,9 @@ def _query(args: argparse.Namespace) -> None:
     filters["min_score"] = "none" if args.min_score == "auto" and not by_text else args.min_score
     hits = searcher.index.search(vectors, args.k, per_file=not args.all_moments, **filters)
     if not any(hits) and args.to == "captions" and not searcher.index.counts()["captions"]:
-        raise UserError(f"{args.index}: has no captions; add them with index --captions=FILE")
+        raise UserError(
+            f"{searcher.index.name}: has no captions; add them with index --captions=FILE"
+        )
     automatic = filters["min_score"] == "auto" and args.to == "videos"
     if automatic and not all(hits) and searcher.index.calibration():
         print("scores that may be chance are left out; see --min_score=none", file=sys.stderr)
@@ -201,9 +217,9 @@ def _explanation(searcher: "Searcher", hit: "Hit", vector: "np.ndarray") -> dict
 
 
 def _info(args: argparse.Namespace) -> None:
-    from vop_jax.search.index import Index
+    from vop_jax.search.searcher import open_index
 
-    index = Index(args.index)
+    index = open_index(_place(args))
     if not args.json:
         print(_format_info(index))
         return
@@ -214,16 +230,25 @@ def _info(args: argparse.Namespace) -> None:
     print(json.dumps(info, indent=2))
 
 
-def format_report(directory: str, report: "IndexReport") -> str:
-    """What a run of `index` did, as text."""
-    from vop_jax.search.index import Index
+def _place(args: argparse.Namespace) -> str:
+    """The folder of the index, or its address.
 
+    Raises:
+        UserError: neither is given, or a store that holds vectors only.
+    """
+    if not args.index and not client.is_server(args.store):
+        raise UserError("give --index=DIR, or --store=http://HOST:PORT#NAME for one on a server")
+    return args.index or args.store
+
+
+def format_report(index: "Index | CollectionIndex", report: "IndexReport") -> str:
+    """What a run of `index` did, as text."""
     numbers = dataclasses.asdict(report)
     truncated, skipped, unlisted = (
         numbers.pop(name) for name in ("truncated", "skipped", "unlisted")
     )
     counts = [f"{count} {name}" for name, count in numbers.items() if count]
-    lines = [f"{directory}: {', '.join(counts) or 'no change'}"]
+    lines = [f"{index.name}: {', '.join(counts) or 'no change'}"]
     if truncated:
         lines.append(f"{truncated} captions are longer than the model reads: it ignores their ends")
     if unlisted:
@@ -238,16 +263,16 @@ def format_report(directory: str, report: "IndexReport") -> str:
             f"not read: {len(skipped)}, first {path} ({reason}); their indexed moments stay; "
             "run it again when they can be read"
         )
-    if failures := Index(directory).failures():
+    if failures := index.failures():
         path, reason = failures[0]
         lines.append(
-            f"not readable: {len(failures)}, first {path} ({reason}); info --index {directory} "
-            "lists all, --retry tries them again"
+            f"not readable: {len(failures)}, first {path} ({reason}); info lists all, "
+            "--retry tries them again"
         )
     return "\n".join(map(printable, lines))
 
 
-def _format_info(index: "Index") -> str:
+def _format_info(index: "Index | CollectionIndex") -> str:
     from vop_jax.video.shots import LONGEST, SHORTEST
 
     info, counts, failures = index.info, index.counts(), index.failures()
@@ -272,7 +297,7 @@ def _format_info(index: "Index") -> str:
     return "\n".join(map(printable, lines))
 
 
-def _format_minimum(index: "Index") -> str:
+def _format_minimum(index: "Index | CollectionIndex") -> str:
     """What `--min_score=auto` does to the texts that it was made with."""
     if (known := index.calibration()) is None:
         return "none: fewer than 50 moments, or made by an older version"

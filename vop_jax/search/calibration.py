@@ -118,11 +118,12 @@ def calibrate(
 def read(db: sqlite3.Connection) -> Calibration | None:
     """The calibration of an index; None for one without."""
     row = db.execute("SELECT value FROM about WHERE key = ?", (KEY,)).fetchone()
-    return _parse(row[0]) if row else None
+    return parse(row[0]) if row else None
 
 
 @functools.lru_cache(maxsize=64)  # searches of one state read it again and again
-def _parse(text: str) -> Calibration:
+def parse(text: str) -> Calibration:
+    """Of the text that `Calibration.as_json` made."""
     values = json.loads(text)
     general = np.frombuffer(base64.b64decode(values.pop("general")), np.float32)
     return Calibration(general.reshape(-1, values.pop("dim")), **values)

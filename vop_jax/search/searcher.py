@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Union
 
 import numpy as np
 from etils import epath
@@ -10,7 +11,13 @@ from vop_jax.errors import UserError, VideoError
 from vop_jax.inference.retriever import Retriever, load
 from vop_jax.search.catalog import IndexInfo
 from vop_jax.search.index import Hit, Index
+from vop_jax.search.stores import client
 from vop_jax.storage import hub
+
+if TYPE_CHECKING:
+    from vop_jax.search.collection.index import CollectionIndex
+
+AnyIndex = Union[Index, "CollectionIndex"]
 
 
 class Searcher:
@@ -21,8 +28,8 @@ class Searcher:
     read.
     """
 
-    def __init__(self, index: Index, retriever: Retriever):
-        check_model(index.directory, index.info, retriever)
+    def __init__(self, index: AnyIndex, retriever: Retriever):
+        check_model(index.name, index.info, retriever)
         self.index, self.retriever = index, retriever
 
     def text(
@@ -88,24 +95,43 @@ class Searcher:
         return seconds, [float(score) for score in each @ vector]
 
 
+def open_index(place: str | os.PathLike, *, fresh: bool = True) -> AnyIndex:
+    """Opens an index: a folder, or http://HOST:PORT#NAME of a Milvus server.
+
+    Args:
+        fresh: sees all that was written before a search; without it, a server answers sooner.
+
+    Raises:
+        UserError: there is no such index, or it is damaged.
+    """
+    if not client.is_server(os.fspath(place)):
+        return Index(place)
+    from vop_jax.search.collection.index import CollectionIndex
+
+    return CollectionIndex(os.fspath(place), fresh=fresh)
+
+
 def open_searcher(
     directory: str | os.PathLike,
     clip: str | os.PathLike | None = None,
     prompts: str | os.PathLike | None = None,
     retriever: Retriever | None = None,
     others: Iterable[Retriever] = (),
+    fresh: bool = True,
 ) -> Searcher:
     """Opens an index and the model that made it.
 
     Args:
+        directory: of the index, or its address, see `open_index`.
         clip, prompts: the files, if they have moved.
         retriever: the model, if it is loaded already.
         others: loaded models; one with the same CLIP shares it.
+        fresh: see `open_index`.
 
     Raises:
         UserError: there is no such index; the files are missing, or of another model.
     """
-    index = Index(directory)
+    index = open_index(directory, fresh=fresh)
     index.open_vectors()
     if retriever is None:
         info = index.info

@@ -2,6 +2,7 @@
 
 vop serve --index DIR
 vop serve --index DIR --index DIR2 --host 0.0.0.0 --token SECRET
+vop serve --store http://HOST:19530#NAME
 """
 
 import argparse
@@ -18,6 +19,7 @@ from absl import logging
 from vop_jax import cli
 from vop_jax.cli import Parser, number, whole
 from vop_jax.errors import UserError
+from vop_jax.search.stores import client
 
 TOKEN = "VOP_JAX_TOKEN"  # environment variable; other users of a machine see arguments
 PACKAGES = ("fastapi", "uvicorn", "python_multipart")
@@ -27,7 +29,8 @@ LOGS = ("none", "requests", "queries")
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="vop serve", description=__doc__)
     add = parser.add_argument
-    add("--index", action="append", required=True, metavar="DIR", help="one or more times")
+    add("--index", action="append", default=[], metavar="DIR", help="one or more times")
+    add("--store", action="append", default=[], metavar="URI", help="an index on a Milvus server")
     add("--clip", metavar="FILE", help="the converted CLIP weights, if they have moved")
     add("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all addresses")
     add("--name", action="append", default=[], metavar="HOST", help="host name of a proxy in front")
@@ -82,6 +85,10 @@ def _serve(args: argparse.Namespace) -> None:
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f'no {", ".join(missing)}: pip install -e ".[serve]"')
+    if not args.index and not args.store:
+        raise UserError("give --index=DIR, or --store=http://HOST:PORT#NAME")
+    if local := [store for store in args.store if not client.is_server(store)]:
+        raise UserError(f"--store={local[0]}: must be http(s)://HOST:PORT#NAME")
     from vop_jax.serve.app import Settings, make_app, open_library
     from vop_jax.serve.server import Limits, available_connections, make_server
 
@@ -106,7 +113,7 @@ def _serve(args: argparse.Namespace) -> None:
         clip=args.clip,
     )
     with listen(args.host, args.port) as sock:
-        library = open_library(args.index, args.clip)
+        library = open_library([*args.index, *args.store], args.clip)
         for searcher in library.values():
             searcher.retriever.compile()
         host, port = sock.getsockname()[:2]

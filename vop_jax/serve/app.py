@@ -17,6 +17,7 @@ from starlette.staticfiles import StaticFiles
 import vop_jax
 from vop_jax.errors import UserError, VideoError
 from vop_jax.search.searcher import open_searcher
+from vop_jax.search.stores import client
 from vop_jax.serve import api, browse, monitoring, reindex, schema
 from vop_jax.serve.executor import Busy, Executor
 from vop_jax.serve.media import FileGone
@@ -26,27 +27,31 @@ STATIC = StaticFiles(directory=os.path.join(os.path.dirname(__file__), "static")
 pages = schema.Router()
 
 
-def open_library(directories: Sequence[str], clip: str | None = None) -> schema.Library:
+def open_library(places: Sequence[str], clip: str | None = None) -> schema.Library:
     """Opens indexes by name; those of one CLIP share it in memory.
 
-    An index has the name of its folder, as a URL may contain it; a second one gets NAME-2.
+    An index has the name of its folder or collection, as a URL may contain it; a second one gets
+    NAME-2.
 
     Args:
+        places: folders of indexes, or addresses, see `open_index`.
         clip: the CLIP file, if it has moved.
 
     Raises:
         UserError: an index does not exist, or its model is gone.
     """
     library: schema.Library = {}
-    for directory in directories:
-        folder = pathlib.Path(directory).resolve().name
+    for place in places:
+        folder = pathlib.Path(place).resolve().name
+        if client.is_server(place):
+            _, folder = client.split(place)
         stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", folder).strip("-.") or "index"
         name, number = stem, 1
         while name in library:
             number += 1
             name = f"{stem}-{number}"
         opened = (searcher.retriever for searcher in library.values())
-        library[name] = open_searcher(directory, clip=clip, others=opened)
+        library[name] = open_searcher(place, clip=clip, others=opened, fresh=False)
     return library
 
 

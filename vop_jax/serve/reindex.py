@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from fastapi import Depends, HTTPException, Request
 from pydantic import BaseModel, Field
 
+from vop_jax.search.index import Index
 from vop_jax.search.searcher import Searcher
 from vop_jax.serve import schema
 
@@ -118,7 +119,10 @@ def _wait(process: subprocess.Popen, run: Reindexing) -> None:
 
 def command(searcher: Searcher, clip: str | None, workers: int) -> list[str]:
     """The command line that brings an index up to date."""
-    options = [f"--index={searcher.index.directory.absolute()}", f"--workers={workers}"]
+    place = f"--store={searcher.index.name}"
+    if isinstance(searcher.index, Index):
+        place = f"--index={searcher.index.directory.absolute()}"
+    options = [place, f"--workers={workers}"]
     options += [f"--clip={clip}"] if clip else []
     return [sys.executable, "-m", "vop_jax.search", "index", *options]
 

@@ -1,1 +1,1 @@
-"""An index whose files, moments and vectors live in one Milvus database, and nothing on a disk."""
+"""An index of which all is on a Milvus server, so that many machines write and answer from it."""

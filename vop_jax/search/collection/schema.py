@@ -1,268 +1,260 @@
-"""The collections of an index, and a connection to them.
+"""The collections of an index on a Milvus server.
 
-    NAME         a row a moment, which has all that a hit says
-    NAME_files   a row a file; a file without one is not indexed
-    NAME_about   what the index was made with, and its minimum of scores
+    NAME          a row a moment; a hit needs no other row
+    NAME_files    a row a file; a file counts once its row is here
+    NAME_about    texts: what the index was made with, its minimum of scores, its writer
 
-A moment's key is made of the path, the content and the number of its segment, so writing it again
-changes nothing. Milvus has no transactions: a file's moments are written before its own row, which
-commits them, and are removed after it.
+All writes are upserts of whole rows under ids that follow from their content, so a run that is
+repeated writes the same rows again.
 """
 
-import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from vop_jax.errors import UserError
-from vop_jax.search import calibration
-from vop_jax.search.calibration import Calibration
-from vop_jax.search.catalog import IndexInfo
-from vop_jax.search.stores import milvus
+from vop_jax.search.catalog import IndexedFile, IndexInfo
+from vop_jax.search.query import Filter
+from vop_jax.search.stores import client
+from vop_jax.search.stores.client import ANSWER, CONNECT, LISTED, LOAD, MOST, ROWS, milvus_errors
 
-VERSION = 1
-MOMENTS, FILES, ABOUT = "", "_files", "_about"  # endings of the names of collections
-FIELDS: dict[str, dict[str, type]] = {  # of each, with its key first; VARCHAR or INT64
-    MOMENTS: {"id": str, "file": int, "path": str, "start": float, "end": float}
-    | {"size": int, "mtime": int},
-    FILES: {"path": str, "id": int, "size": int, "mtime": int, "digest": str, "end": float}
-    | {"moments": int, "reason": str},
-    ABOUT: {"key": str, "value": str},
+VERSION = 1  # of these collections
+MOMENTS, FILES, ABOUT = "", "_files", "_about"  # endings of their names
+PATH, ID, DIGEST, REASON = 4096, 64, 256, 1024  # longest texts, bytes
+PART = 60_000  # characters of a text in one row of NAME_about; Milvus allows 65,535 bytes
+NO_VECTOR = [0.0, 0.0]  # Milvus wants one in each row
+
+Row = dict[str, Any]
+FIELDS: dict[str, dict[str, int | None]] = {  # the longest text, or None for a number
+    MOMENTS: {"id": ID, "path": PATH, "file": None, "number": None, "mtime": None},
+    FILES: {
+        **{"path": PATH, "digest": DIGEST, "reason": REASON},
+        **{"id": None, "size": None, "mtime": None, "moments": None},
+    },
+    ABOUT: {"key": ID, "value": 65_535},
 }
-TINY = [0.0, 0.0]  # Milvus wants a vector in each row, also in that of a file
-LONGEST = 65_535  # bytes of a text: Milvus' own limit
-PAGE = 4096  # rows of one message
-LISTED = 1000  # keys in one expression
-PARTITION = "_default"  # of all rows
-GENERAL = "general/"  # keys of the vectors of the general captions, see `calibration`
+SECONDS = {MOMENTS: ("start", "end"), FILES: ("end",), ABOUT: ()}
+KEYS = {MOMENTS: "id", FILES: "id", ABOUT: "key"}
 
 
 def file_id(path: str) -> int:
-    """A positive 63-bit number for a path."""
-    return int.from_bytes(hashlib.sha256(path.encode()).digest()[:8]) >> 1 or 1
+    """The number of a file: 53 bits of a hash of its path, which JavaScript can hold."""
+    return int.from_bytes(hashlib.sha256(path.encode()).digest()[:8]) >> 11
 
 
-def moment_keys(path: str, digest: str, count: int) -> list[str]:
-    """The keys of the segments of a file with this content."""
-    return [f"{file_id(path):016x}-{digest[:8]}-{number}" for number in range(count)]
+def moment_id(path: str, digest: str, number: int) -> str:
+    """The key of a segment of a file with this content."""
+    return f"{file_id(path):014x}-{digest[:16]}-{number}"
 
 
-def literal(value: str | int | float) -> str:
-    """A value in an expression of Milvus, which reads the escapes of JSON."""
-    return json.dumps(value, ensure_ascii=False)
+def indexed_file(row: Row) -> IndexedFile:
+    """A row of NAME_files."""
+    texts = row["digest"] or None, row["reason"] or None
+    return IndexedFile(row["id"], row["path"], row["size"], row["mtime"], *texts)
 
 
-def among(field: str, values: Iterable[str | int]) -> Iterator[str]:
-    """Expressions that name some rows each."""
-    listed = list(values)
-    for start in range(0, len(listed), LISTED):
-        yield f"{field} in [{', '.join(map(literal, listed[start : start + LISTED]))}]"
+def quote(text: str) -> str:
+    """A text as an expression of Milvus has it."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def expression(filter: Filter) -> str:
+    """A filter of files as an expression of Milvus."""
+    conditions = []
+    if filter.below is not None:
+        first, last = map(quote, filter.paths)
+        conditions += [f"path >= {first}", f"path < {last}"]
+    conditions += [] if filter.since is None else [f"mtime >= {filter.since}"]
+    conditions += [] if filter.until is None else [f"mtime < {filter.until}"]
+    return " and ".join(conditions)
 
 
 class Collections:
-    """A connection to the collections of one index.
+    """The collections of one index; threads may share them.
 
-    Each method takes the ending of a collection: `MOMENTS`, `FILES` or `ABOUT`; all of them raise
-    UserError, in one line that names the store, where Milvus does not do what it is asked for.
-
-    Attributes:
-        uri: of the database and the collections, as `stores.milvus` has it.
+    Each method raises UserError where the server does not answer or refuses.
     """
 
-    def __init__(self, uri: str, *, write: bool = False):
+    def __init__(self, uri: str, *, fresh: bool = True):
+        """Connects to a server, without a request about the index.
+
+        Args:
+            fresh: waits a fifth of a second in each call to see all that was written before it;
+                without it, what is read may be some seconds old.
+        """
         self.uri = uri
-        self._name = uri.partition("#")[2] or milvus.COLLECTION
-        self._client = milvus.connect(uri, write=write)
+        self._level = "Strong" if fresh else "Bounded"
+        self._client = client.connect(uri, write=True)
+        _, self._name = client.split(uri)
 
-    def close(self) -> None:
-        """Closes the connection."""
-        self._client.close()
-
-    def info(self) -> IndexInfo | None:
-        """What the index was made with; None where there is none yet. Opens its collections.
+    def exist(self) -> bool:
+        """Whether there is an index of this name; loads it.
 
         Raises:
-            UserError: it is of another version, or these collections are of another program.
+            UserError: the name belongs to something else, or to an index of another version.
         """
-        with milvus.milvus_errors(self.uri):
-            exist = [
-                self._client.has_collection(self._name + part, timeout=milvus.CONNECT)
-                for part in FIELDS
-            ]
-            self._check_fields([part for part, there in zip(FIELDS, exist, strict=True) if there])
-            if not all(exist):
-                return None  # or its first writer was killed
-            for part in FIELDS:
-                self._client.load_collection(self._name + part, timeout=milvus.LOAD)
-        text = self.about("info")
-        if text is None:
-            return None
-        try:
-            values = json.loads(text)
-            if (version := values["version"]) == VERSION:
-                return IndexInfo(**values)
-        except (KeyError, TypeError, ValueError):
-            raise UserError(f"store {self.uri}: its description cannot be read") from None
-        raise UserError(
-            f"store {self.uri}: an index of version {version}, this program reads version "
-            f"{VERSION}; give another #NAME at its end"
-            + ", or use a newer program"
-            * (version > VERSION)
-        )
+        with milvus_errors(self.uri):
+            names = set(self._client.list_collections(timeout=CONNECT))
+        own = [self._name + ending for ending in FIELDS]
+        if own[0] in names and own[-1] not in names:
+            raise UserError(
+                f"store {self.uri}: the collection {own[0]} is not an index of this program; "
+                "give another #NAME"
+            )
+        if own[-1] not in names:
+            return False
+        self._load(own[-1])
+        version = self.read("version")  # the last that `create` writes
+        if version and version != str(VERSION):
+            raise UserError(
+                f"store {self.uri}: is of version {version}, and this program reads version "
+                f"{VERSION}; index it again under another #NAME"
+            )
+        if not version:
+            return False  # its first writer was killed early
+        for name in own[:-1]:
+            self._load(name)
+        return True
 
-    def _check_fields(self, parts: list[str]) -> None:
-        for part in parts:
-            name = self._name + part
-            fields = self._client.describe_collection(name, timeout=milvus.CONNECT)["fields"]
-            if {field["name"] for field in fields} != {*FIELDS[part], "vector"}:
-                raise UserError(
-                    f"store {self.uri}: collection {name} is not of an index like this; give "
-                    "another #NAME at its end, or the --index whose vectors it has"
-                )
+    def _load(self, name: str) -> None:
+        with milvus_errors(self.uri):
+            self._client.load_collection(name, timeout=LOAD)
 
-    def create(self, info: IndexInfo) -> None:
-        """Creates what is missing, and stores what the index is made with."""
+    def create(self, dim: int) -> None:
+        """Makes the collections, for vectors [E] of `dim` numbers; completes a killed call."""
+        for ending, texts in FIELDS.items():
+            with milvus_errors(self.uri):
+                if not self._client.has_collection(self._name + ending, timeout=CONNECT):
+                    self._create(ending, texts, dim if ending == MOMENTS else len(NO_VECTOR))
+            self._load(self._name + ending)
+        self.write("version", str(VERSION))
+
+    def _create(self, ending: str, fields: dict[str, int | None], dim: int) -> None:
         from pymilvus import DataType
 
-        types = {str: DataType.VARCHAR, int: DataType.INT64, float: DataType.DOUBLE}
-        client = self._client
-        for part, fields in FIELDS.items():
-            with milvus.milvus_errors(self.uri):
-                if client.has_collection(self._name + part, timeout=milvus.CONNECT):
-                    continue
-                schema = client.create_schema(auto_id=False, enable_dynamic_field=False)
-                for number, (name, kind) in enumerate(fields.items()):
-                    length = {"max_length": LONGEST} if kind is str else {}
-                    schema.add_field(name, types[kind], is_primary=number == 0, **length)
-                dim = len(TINY) if part == FILES else info.dim
-                schema.add_field("vector", DataType.FLOAT_VECTOR, dim=dim)
-                client.create_collection(
-                    self._name + part,
-                    schema=schema,
-                    index_params=milvus.vector_index(client),
-                    consistency_level="Strong",
-                    timeout=milvus.ANSWER,
-                )
-                client.load_collection(self._name + part, timeout=milvus.LOAD)
-        values = dataclasses.asdict(info) | {"version": VERSION}
-        self.set_about("info", json.dumps(values), info.dim)
-
-    def about(self, key: str, **options: Any) -> str | None:
-        """A text about the index."""
-        rows = self.query(ABOUT, f"key == {literal(key)}", ["value"], **options)
-        return rows[0]["value"] if rows else None
-
-    def set_about(self, key: str, value: str, dim: int) -> None:
-        """Replaces a text about the index."""
-        self.upsert(ABOUT, [{"key": key, "value": value, "vector": [0.0] * dim}])
-
-    def calibration(self, general: np.ndarray | None = None, **options: Any) -> Calibration | None:
-        """The minimum of scores; `general` saves reading the vectors of general captions again."""
-        text = self.about(calibration.KEY, **options)
-        if text is None:
-            return None
-        if general is None:
-            general = np.array([row["vector"] for row in self._general()], np.float32)
-        return Calibration(general, **json.loads(text))
-
-    def _general(self) -> Iterator[dict[str, Any]]:
-        within = f"key >= {literal(GENERAL)} and key < {literal(GENERAL[:-1] + '0')}"
-        return self.rows(ABOUT, ["vector"], within)
-
-    def set_calibration(self, known: Calibration | None) -> None:
-        """Replaces the minimum of scores."""
-        if known is None:
-            self.delete(ABOUT, [f"key == {literal(calibration.KEY)}"])
-            return
-        # The vectors first: they stay the same as long as the model does.
-        self.upsert(
-            ABOUT,
-            [
-                {"key": f"{GENERAL}{number:04d}", "value": "", "vector": vector}
-                for number, vector in enumerate(known.general)
-            ],
+        schema = self._client.create_schema(auto_id=False, enable_dynamic_field=False)
+        for name, longest in fields.items():
+            key = {"is_primary": True} if name == KEYS[ending] else {}
+            if longest is None:
+                schema.add_field(name, DataType.INT64, **key)
+            else:
+                schema.add_field(name, DataType.VARCHAR, max_length=longest, **key)
+        for name in SECONDS[ending]:
+            schema.add_field(name, DataType.DOUBLE)
+        schema.add_field("vector", DataType.FLOAT_VECTOR, dim=dim)
+        index = self._client.prepare_index_params()
+        index.add_index("vector", index_type="FLAT", metric_type="IP")
+        self._client.create_collection(
+            self._name + ending,
+            schema=schema,
+            index_params=index,
+            consistency_level="Strong",
+            timeout=ANSWER,
         )
-        values = {name: value for name, value in vars(known).items() if name != "general"}
-        self.set_about(calibration.KEY, json.dumps(values), known.general.shape[1])
 
-    def query(
-        self, part: str, expression: str, fields: Sequence[str], **options: Any
-    ) -> list[dict[str, Any]]:
-        """The rows of an expression; with a `limit`, the first of them by their keys."""
-        with milvus.milvus_errors(self.uri):
-            return self._client.query(
-                self._name + part,
-                filter=expression,
-                output_fields=list(fields),
-                partition_names=[PARTITION],
-                timeout=milvus.ANSWER,
-                **options,
-            )
+    def info(self) -> IndexInfo:
+        """What the index was made with."""
+        return IndexInfo(**json.loads(self.read("info")))
+
+    def read(self, key: str) -> str:
+        """A text of NAME_about; "" if there is none."""
+        rows = self.rows(ABOUT, f"key >= {quote(f'{key}/')} and key < {quote(f'{key}0')}")
+        parts = {int(row["key"].rpartition("/")[2]): row["value"] for row in rows}
+        if not parts:
+            return ""
+        count, _, first = parts[0].partition(":")
+        return first + "".join(parts[i] for i in range(1, int(count)))
+
+    def write(self, key: str, text: str) -> None:
+        """Keeps a text, in one message of as many rows as it needs."""
+        parts = [text[i : i + PART] for i in range(0, len(text), PART)] or [""]
+        parts[0] = f"{len(parts)}:{parts[0]}"
+        rows = [{"key": f"{key}/{i}", "value": part} for i, part in enumerate(parts)]
+        self.upsert(ABOUT, [row | {"vector": NO_VECTOR} for row in rows])
 
     def rows(
-        self, part: str, fields: Sequence[str], expression: str = ""
-    ) -> Iterator[dict[str, Any]]:
-        """All rows of an expression, in the order of their keys."""
-        key = next(iter(FIELDS[part]))
-        also = f" and ({expression})" if expression else ""
-        last = ""
-        while True:
-            page = self.query(part, f"{key} > {literal(last)}{also}", [*{key, *fields}], limit=PAGE)
-            yield from page
-            if len(page) < PAGE:
+        self, ending: str, filter: str = "", fields: Sequence[str] | None = None
+    ) -> Iterator[Row]:
+        """All rows that pass, in any order, with these fields or all but the vector."""
+        if fields is None:
+            fields = [*FIELDS[ending], *SECONDS[ending]]
+        options = {
+            **{"filter": filter, "output_fields": list(fields), "timeout": ANSWER},
+            "consistency_level": self._level,
+        }
+        name = self._name + ending
+        with milvus_errors(self.uri):
+            few = self._client.query(name, limit=MOST, **options)
+            if len(few) < MOST:
+                yield from few
                 return
-            last = page[-1][key]
+            pages = self._client.query_iterator(name, batch_size=ROWS, **options)
+            while page := pages.next():
+                yield from page
+            pages.close()
 
-    def count(self, part: str, expression: str = "", **options: Any) -> int:
-        """The number of rows."""
-        return self.query(part, expression, ["count(*)"], **options)[0]["count(*)"]
-
-    def upsert(self, part: str, rows: Sequence[dict[str, Any]]) -> None:
-        """Adds rows in place of those with the same keys; each message is atomic."""
-        for start in range(0, len(rows), PAGE):
-            with milvus.milvus_errors(self.uri):
-                self._client.upsert(
-                    self._name + part,
-                    list(rows[start : start + PAGE]),
-                    partition_name=PARTITION,
-                    timeout=milvus.ANSWER,
-                )
-
-    def delete(self, part: str, expressions: Iterable[str]) -> None:
-        """Removes the rows of each expression."""
-        for expression in expressions:
-            with milvus.milvus_errors(self.uri):
-                self._client.delete(
-                    self._name + part,
-                    filter=expression,
-                    partition_name=PARTITION,
-                    timeout=milvus.ANSWER,
-                )
-
-    def search(
-        self, vectors: np.ndarray, k: int, fields: Sequence[str], expression: str = ""
-    ) -> list[list[tuple[float, dict[str, Any]]]]:
-        """(score, fields) of the k moments nearest to each of [N, E]; k at most `milvus.MOST`."""
-        with milvus.milvus_errors(self.uri):
-            found = self._client.search(
-                self._name,
-                data=list(vectors),
-                limit=k,
-                filter=expression,
-                output_fields=list(fields),
-                search_params={"metric_type": "IP"},
-                partition_names=[PARTITION],
-                timeout=milvus.ANSWER,
+    def count(self, ending: str, filter: str = "") -> int:
+        with milvus_errors(self.uri):
+            (row,) = self._client.query(
+                self._name + ending,
+                filter=filter,
+                output_fields=["count(*)"],
+                consistency_level=self._level,
+                timeout=ANSWER,
             )
-        return [[(hit["distance"], hit["entity"]) for hit in hits] for hits in found]
+        return row["count(*)"]
 
-    def vectors(self, keys: Sequence[str]) -> dict[str, np.ndarray]:
-        """{key: float32 [E]} of moments; without those that are gone."""
-        found: dict[str, np.ndarray] = {}
-        for expression in among("id", dict.fromkeys(keys)):
-            for row in self.query(MOMENTS, expression, ["id", "vector"]):
-                found[row["id"]] = np.array(row["vector"], np.float32)
+    def nearest(
+        self, vectors: np.ndarray, k: int, filter: str, fields: Sequence[str]
+    ) -> list[list[Row]]:
+        """The k nearest moments of each vector [N, E], best first, with "id" and "score"."""
+        found: list[list[Row]] = []
+        for start in range(0, len(vectors), ROWS):
+            with milvus_errors(self.uri):
+                lists = self._client.search(
+                    self._name,
+                    data=list(vectors[start : start + ROWS]),
+                    limit=k,
+                    filter=filter,
+                    output_fields=list(fields),
+                    search_params={"metric_type": "IP"},
+                    consistency_level=self._level,
+                    timeout=ANSWER,
+                )
+            found += [
+                [{**hit["entity"], "id": hit["id"], "score": hit["distance"]} for hit in hits]
+                for hits in lists
+            ]
         return found
+
+    def vectors(self, ids: Sequence[str]) -> np.ndarray:
+        """float32 [M, E] of moments."""
+        found: dict[str, list[float]] = {}
+        for start in range(0, len(ids), ROWS):
+            part = f"id in {json.dumps(list(ids[start : start + ROWS]))}"
+            found |= {
+                row["id"]: row["vector"] for row in self.rows(MOMENTS, part, ["id", "vector"])
+            }
+        if missing := [number for number in ids if number not in found]:
+            raise UserError(f"store {self.uri}: has no moment {missing[0]}")
+        return np.array([found[number] for number in ids], np.float32)
+
+    def upsert(self, ending: str, rows: Sequence[Row]) -> None:
+        """Writes rows in place of those with the same keys."""
+        for start in range(0, len(rows), ROWS):
+            with milvus_errors(self.uri):
+                part = list(rows[start : start + ROWS])
+                self._client.upsert(self._name + ending, part, timeout=ANSWER)
+
+    def delete(self, ending: str, ids: Sequence[Any]) -> None:
+        """Removes rows by their keys."""
+        for start in range(0, len(ids), LISTED):
+            with milvus_errors(self.uri):
+                part = list(ids[start : start + LISTED])
+                self._client.delete(self._name + ending, ids=part, timeout=ANSWER)
+
+    def close(self) -> None:
+        self._client.close()
