@@ -1,6 +1,7 @@
 """What all programs share: exit statuses, signals, logging, options, and flags of a config."""
 
 import argparse
+import contextlib
 import difflib
 import errno
 import io
@@ -8,6 +9,7 @@ import math
 import os
 import re
 import select
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -335,3 +337,24 @@ def _wrong_value(error: Exception) -> str:
         if words in message:
             return f"{message.split(': ')[0]}: must be {kind}"
     return message
+
+
+def beam_options(options: str | None) -> Any:
+    """Apache Beam's pipeline options; None for None."""
+    if options is None:
+        return None
+    try:
+        import apache_beam
+        from apache_beam.options.pipeline_options import PipelineOptions
+    except ImportError:
+        raise UserError("Apache Beam is not installed: pip install -e '.[beam]'") from None
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):  # argparse prints its whole usage
+            parsed = PipelineOptions(shlex.split(options))
+            parsed.get_all_options()
+            apache_beam.Pipeline(options=parsed)
+    except (Exception, SystemExit) as error:
+        reason = (printed.getvalue().strip() or str(error)).splitlines()[-1]
+        raise UserError(f"--beam_options={options}: {reason}") from None
+    return parsed

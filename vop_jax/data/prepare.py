@@ -8,17 +8,13 @@ skipped and reported. `vop check` describes the result.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import difflib
 import functools
-import io
 import os
-import shlex
 import shutil
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from absl import logging
 from etils import epath
@@ -160,27 +156,6 @@ def _kind(kinds: list[str], text: str) -> str:
     raise argparse.ArgumentTypeError(f"no dataset {text!r}; {hint}")
 
 
-def _beam(options: str | None) -> Any:
-    """Apache Beam's pipeline options; None for None."""
-    if options is None:
-        return None
-    try:
-        import apache_beam
-        from apache_beam.options.pipeline_options import PipelineOptions
-    except ImportError:
-        raise UserError("Apache Beam is not installed: pip install -e '.[beam]'") from None
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(printed):  # argparse prints its whole usage
-            parsed = PipelineOptions(shlex.split(options))
-            parsed.get_all_options()
-            apache_beam.Pipeline(options=parsed)
-    except (Exception, SystemExit) as error:
-        reason = (printed.getvalue().strip() or str(error)).splitlines()[-1]
-        raise UserError(f"--beam_options={options}: {reason}") from None
-    return parsed
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     return cli.run(lambda: _run(argv), resumes=True)
@@ -194,7 +169,7 @@ def _run(argv: Sequence[str] | None) -> None:
         workers=args.workers,
         seconds=args.seconds,
         clips_per_shard=args.clips_per_shard,
-        beam=_beam(args.beam_options),
+        beam=cli.beam_options(args.beam_options),
     )
     records = prepare(
         args.dataset,

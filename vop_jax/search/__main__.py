@@ -69,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch", type=whole(1), default=16, help="clips embedded at once")
     add("--seconds", type=number(0.001), default=300.0, help="time limit to decode one file")
     add("--retry", action="store_true", help="read unreadable files again")
+    add("--beam_options", metavar="TEXT", help="on workers of Apache Beam: --runner=DirectRunner …")
 
     query = commands.add_parser("query", help="search", **parents)
     add = query.add_argument
@@ -106,12 +107,14 @@ def _index(args: argparse.Namespace) -> int:
     names = [field.name for field in dataclasses.fields(IndexRequest)]
     request = IndexRequest(**{name: getattr(args, name) for name in names})
     options = IndexOptions(args.workers, args.batch, args.seconds, args.retry)
+    if args.index and args.beam_options:
+        raise UserError("--beam_options: workers write on a server: --store without --index")
     if args.index:
         report = build_index(args.index, request, options)
     else:
         from vop_jax.search.collection.build import build_collection
 
-        report = build_collection(request, options)
+        report = build_collection(request, options, beam=cli.beam_options(args.beam_options))
     with contextlib.closing(open_index(_place(args))) as index:
         print(format_report(index, report))
     return 1 if report.skipped else 0

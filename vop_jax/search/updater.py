@@ -127,7 +127,10 @@ class Updater:
         info: IndexInfo,
         retriever: Retriever,
         options: IndexOptions,
+        *,
+        progress: bool = True,
     ):
+        self._progress = progress
         self._catalog, self._info, self._retriever = catalog, info, retriever
         self._options, self._report = options, IndexReport()
         self._indexed: Mapping[str, IndexedFile] = {}
@@ -169,7 +172,10 @@ class Updater:
     def _index(self, files: list[VideoFile]) -> None:
         total = sum(file.size for file in files)
         with (
-            tqdm(desc=f"{len(files)} files", total=total, unit="B", unit_scale=True) as self._bar,
+            tqdm(
+                **{"desc": f"{len(files)} files", "total": total, "unit": "B", "unit_scale": True},
+                disable=not self._progress,
+            ) as self._bar,
             ThreadPoolExecutor(1, "embed") as self._device,
             contextlib.closing(self._decode(files)) as clips,
         ):

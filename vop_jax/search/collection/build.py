@@ -1,11 +1,12 @@
 """Builds an index on a server, or brings it up to date."""
 
 import contextlib
+from typing import Any
 
 from vop_jax.errors import UserError
 from vop_jax.inference.retriever import Retriever
 from vop_jax.search.build import IndexRequest, plan_run
-from vop_jax.search.collection import lease
+from vop_jax.search.collection import distributed, lease
 from vop_jax.search.collection.schema import FILES, Collections, file_id, indexed_file
 from vop_jax.search.collection.writer import CollectionWriter
 from vop_jax.search.updater import IndexOptions, IndexReport, Updater
@@ -15,10 +16,14 @@ def build_collection(
     request: IndexRequest,
     options: IndexOptions | None = None,
     retriever: Retriever | None = None,
+    beam: Any = None,
 ) -> IndexReport:
     """Indexes videos into the collection `request.store`; safe to kill at any time.
 
-    Arguments and errors are those of `build.build_index`.
+    Other arguments and errors are those of `build.build_index`.
+
+    Args:
+        beam: Apache Beam's pipeline options; None: decodes and embeds on this machine.
 
     Raises:
         UserError: also if another run writes this index, or the server does not answer.
@@ -40,8 +45,12 @@ def build_collection(
             files = map(indexed_file, collections.rows(FILES))
             writer = CollectionWriter(collections, plan.info, files, held.check)
             killed = writer.begin()
-            updater = Updater(writer, plan.info, plan.retriever, options or IndexOptions())
-            updater.run(plan.scan, plan.report)
+            if beam is None:
+                updater = Updater(writer, plan.info, plan.retriever, options or IndexOptions())
+                updater.run(plan.scan, plan.report)
+            else:
+                job = distributed.Job(uri, held.owner, plan.info, options or IndexOptions(1))
+                distributed.run(job, writer, plan.scan, plan.report, beam)
             if killed:
                 writer.sweep()
             writer.calibrate(plan.retriever)

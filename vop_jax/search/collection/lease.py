@@ -20,13 +20,13 @@ PATIENCE = 5 * RENEWAL  # a run that has not renewed its lease for so long was k
 
 
 class Lease:
-    """The right of this run; a thread renews it.
+    """The right of a run; a thread renews it.
 
     Only changes of the lease count, never the clock of another machine.
     """
 
     def __init__(self, collections: Collections):
-        self._collections, self._owner = collections, secrets.token_hex(8)
+        self._collections, self.owner = collections, secrets.token_hex(8)
         self._count, self._ended, self._lost = 0, threading.Event(), ""
         self._thread = threading.Thread(target=self._renew, daemon=True)
 
@@ -51,7 +51,7 @@ class Lease:
             before = now
         self._write()
         time.sleep(RENEWAL / 3)  # two runs may have waited for the same one
-        if json.loads(now := self._collections.read(KEY))["owner"] != self._owner:
+        if json.loads(now := self._collections.read(KEY))["owner"] != self.owner:
             raise self._refusal(now)
         self._thread.start()
 
@@ -64,14 +64,14 @@ class Lease:
     def _write(self) -> None:
         self._count += 1
         where = f"process {os.getpid()} of {socket.gethostname()}"
-        text = json.dumps({"owner": self._owner, "count": self._count, "where": where})
+        text = json.dumps({"owner": self.owner, "count": self._count, "where": where})
         self._collections.write(KEY, text)
 
     def _renew(self) -> None:
         while not self._ended.wait(RENEWAL):
             try:
                 now = self._collections.read(KEY)
-                if not now or json.loads(now)["owner"] != self._owner:
+                if not now or json.loads(now)["owner"] != self.owner:
                     self._lost = now
                     return
                 self._write()
@@ -89,6 +89,13 @@ class Lease:
         with contextlib.suppress(UserError):
             if not self._lost:
                 self._collections.write(KEY, "")
+
+
+def check_owner(collections: Collections, owner: str) -> None:
+    """For a worker of a run: raises UserError if the run has lost its lease."""
+    now = collections.read(KEY)
+    if not now or json.loads(now)["owner"] != owner:
+        raise UserError(f"store {collections.uri}: the run of this worker has ended")
 
 
 @contextlib.contextmanager

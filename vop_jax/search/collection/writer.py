@@ -55,6 +55,7 @@ class CollectionWriter:
         """
         self._collections, self._info, self._check = server, info, check
         self._files = {file.path: file for file in files}
+        self._moved: list[str] = []
         self._twins = collections.defaultdict[str, list[IndexedFile]](list)
         for file in self._files.values():
             if file.digest:
@@ -68,7 +69,8 @@ class CollectionWriter:
         return killed
 
     def end(self) -> None:
-        """Notes that a run has left nothing behind."""
+        """Removes what has moved, and notes that a run has left nothing behind."""
+        self.remove(self._moved)
         self._collections.write(OPEN, "no")
 
     @contextlib.contextmanager
@@ -150,7 +152,7 @@ class CollectionWriter:
         segments, vectors = self.embedded(indexed)
         self.add_files([(file, indexed.digest or "", segments, vectors)])
         if file.path != indexed.path:
-            self.remove([indexed.path])
+            self._moved.append(indexed.path)  # another worker may move it elsewhere, too
 
     def remove(self, paths: Iterable[str]) -> None:
         """Removes files and their moments."""
