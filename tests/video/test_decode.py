@@ -313,7 +313,7 @@ def test_invalid_names_and_times(tmp_path, monkeypatch):
     videos.write_numbered(tmp_path / "a.mp4", [0, 100]).rename("12:30.mp4")
     assert read_frames("12:30.mp4", 2).count == read_frame_at("12:30.mp4", 1.0).ndim - 1 == 2
     for path, start, end, reason in (
-        ("https://youtu.be/x", None, None, r"^an address .https://., not a file"),
+        ("rtsp://host/x", None, None, r"^an address .rtsp://., not a file"),
         ("nul\0.mp4", None, None, "not the name of a file"),
         ("x" * 5000, None, None, "cannot be opened"),
         ("12:30.mp4", math.nan, None, "a segment from nan to inf s"),

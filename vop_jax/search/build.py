@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 from vop_jax.errors import UserError
 from vop_jax.inference import retriever as retrievers
 from vop_jax.inference.retriever import Retriever
-from vop_jax.search import catalog
+from vop_jax.search import catalog, sources
 from vop_jax.search.catalog import IndexInfo
-from vop_jax.search.scan import Scan, find_videos
+from vop_jax.search.scan import Scan
 from vop_jax.search.searcher import check_model
 from vop_jax.search.updater import (
     IndexOptions,
@@ -34,7 +34,7 @@ class IndexRequest:
     """What an index is made of; None or "": as it is, or the default of a new one.
 
     Attributes:
-        folder: of videos.
+        folder: of videos, on a disk or in a bucket; or a pattern, or a manifest; see `sources`.
         clip, prompts: files.
         window, stride: seconds of the moments; by default a new index has whole clips only, and
             the stride is half of the window.
@@ -129,9 +129,11 @@ def plan_run(
     request = _complete_request(name, stored, request, retriever is not None)
     if request.shots:
         _check_shots(request)
-    folder = os.path.abspath(request.folder)
-    scan = find_videos(folder, indexed)
-    captions = read_captions(request.captions, folder) if request.captions else None
+    folder = sources.absolute(request.folder)
+    scan = sources.find(folder, indexed)
+    captions = (
+        read_captions(request.captions, sources.root_of(folder)) if request.captions else None
+    )
     # First: what a name of the Hub means may change while the model loads.
     request = dataclasses.replace(
         request,
@@ -147,7 +149,7 @@ def plan_run(
         check_model(name, stored, retriever)
         if folder != stored.folder:  # it follows a folder that moved
             message = f"{name}: indexes the folder {stored.folder}, not {folder}"
-            if os.path.isdir(stored.folder):
+            if os.path.isdir(stored.folder) or not sources.is_plain(stored.folder):
                 raise UserError(f"{message}; {OTHER_INDEX}")
             if not any(indexed.get(file.path) == file.size for file in scan.files):
                 raise UserError(f"{message}, which has none of its files; {OTHER_INDEX}")

@@ -9,7 +9,9 @@ import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 
-from vop_jax.errors import VideoError
+from vop_jax.errors import UserError, VideoError
+from vop_jax.storage import remote
+from vop_jax.storage.files import is_remote
 from vop_jax.video.moments import (
     DecodedSegments,
     DecodeTask,
@@ -89,6 +91,12 @@ def _unchanged(path: str, state: State | None) -> Iterator[None]:
 
 def _state(path: str) -> State | None:
     """None for a missing file."""
+    if is_remote(path):
+        try:
+            known = remote.describe(path)
+        except (OSError, UserError):
+            return None
+        return known.size, known.mtime, int(known.digest[:15], 16)
     try:
         stat = os.stat(path)
     except OSError:

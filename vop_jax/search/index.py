@@ -7,7 +7,7 @@ import threading
 import numpy as np
 
 from vop_jax.errors import UserError
-from vop_jax.search import calibration, catalog, query
+from vop_jax.search import calibration, catalog, query, sources
 from vop_jax.search.calibration import Calibration
 from vop_jax.search.catalog import IndexedFile, IndexInfo
 from vop_jax.search.listing import Listing
@@ -15,6 +15,7 @@ from vop_jax.search.query import Date, Hit, make_filter
 from vop_jax.search.rerank import CANDIDATES, rerank
 from vop_jax.search.stores.base import TABLES, Snapshot, VectorStore, checked_vectors
 from vop_jax.search.stores.heap import open_store
+from vop_jax.storage.files import is_remote
 
 __all__ = ["Hit", "Index"]
 
@@ -170,13 +171,14 @@ class Index(Listing):
         with catalog.reading(self.directory) as db:
             return catalog.read_info(db).folder
 
-    def path_of(self, file_id: int) -> pathlib.Path:
-        """Where a file was when it was indexed.
+    def path_of(self, file_id: int) -> pathlib.Path | str:
+        """Where a file was when it was indexed; an address is text.
 
         Raises:
             UserError: no indexed file has this id.
         """
-        return pathlib.Path(self.folder, self.file_of(file_id).path)
+        path = sources.locate(self.folder, self.file_of(file_id).path)
+        return path if is_remote(path) else pathlib.Path(path)
 
     def file_of(self, file_id: int) -> IndexedFile:
         """The row of a file in the catalog.

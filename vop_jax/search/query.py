@@ -154,7 +154,7 @@ def _nanoseconds(name: str, date: Any) -> int:
                 time = time.timestamp()
             except (ValueError, OverflowError, OSError):  # local time near the years 1 and 9999
                 time = time.replace(tzinfo=datetime.UTC).timestamp()
-        return int(max(min(10**9 * time, 2**63 - 1), -(2**63)))
+        return int(max(min(10**9 * time, 2**63 - 1), 1 - 2**63))  # Milvus reads no -2**63
     except (ValueError, OverflowError, TypeError):
         raise UserError(f"{name}={date!r}: must be a date such as 2026-11-25") from None
 

@@ -5,13 +5,16 @@ import dataclasses
 import io
 import json
 import math
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 from vop_jax.cli import printable
 from vop_jax.errors import UserError
+from vop_jax.search import sources
 from vop_jax.search.query import Hit
+from vop_jax.storage.files import is_remote
 
 BAR = 40  # characters for the frame with the highest score
 COLUMNS = ("query", "path", "score", "start", "end", "caption", "missing")  # of CSV
@@ -40,8 +43,8 @@ def hit_row(folder: str, hit: Hit) -> dict[str, Any]:
     row: dict[str, Any] = {"path": hit.path, "score": round(hit.score, 4)}
     row |= {"start": round(hit.start, 3), "end": end}
     if hit.file_id:
-        path = pathlib.Path(folder, hit.path)
-        row |= {"path": str(path), "missing": not path.exists()}
+        path = sources.locate(folder, hit.path)
+        row |= {"path": path, "missing": not is_remote(path) and not os.path.exists(path)}
     if hit.frame is not None:
         row["frame"] = round(hit.frame, 3)
     return {"caption": hit.caption, **row} if hit.caption else row

@@ -16,10 +16,12 @@ from tqdm import tqdm
 from vop_jax.data.datasets.folder import read_folder
 from vop_jax.errors import UserError, VideoError
 from vop_jax.inference.retriever import Retriever
-from vop_jax.search import decoder
+from vop_jax.search import decoder, sources
 from vop_jax.search.catalog import IndexedFile, IndexInfo
 from vop_jax.search.scan import Scan, VideoFile
 from vop_jax.search.writer import Caption, CatalogWriter, Frames
+from vop_jax.storage import remote
+from vop_jax.storage.files import is_remote
 from vop_jax.video.moments import DecodeTask, Segment
 from vop_jax.video.shots import ShotTask
 from vop_jax.video.workers import in_processes
@@ -193,7 +195,7 @@ class Updater:
         """(file, number of the segment, uint8 [F, S, S, 3]) of all segments, in their order."""
         options, info = self._options, self._info
         queue: collections.deque[PendingFile] = collections.deque()  # of the tasks under way
-        paths = (f"{info.folder}/{file.path}" for file in files)
+        paths = (sources.locate(info.folder, file.path) for file in files)
         plan = functools.partial(
             decoder.plan_file,
             spec=self._retriever.frame_spec,
@@ -323,13 +325,17 @@ class Updater:
 
     def _fail(self, file: VideoFile, error: VideoError) -> None:
         """Records a file as unreadable; skips it if the file itself is not the cause."""
-        path = os.path.join(self._info.folder, file.path)
+        path = sources.locate(self._info.folder, file.path)
+        new = file.path not in self._indexed
         try:
-            with open(path, "rb") as content:
-                content.read(1)
+            if is_remote(path):
+                remote.describe(path)
+            else:
+                with open(path, "rb") as content:
+                    content.read(1)
             present = not isinstance(error, decoder.FileChanged)
-        except OSError:  # an indexed file was readable: its drive is the cause
-            present = file.path not in self._indexed and os.path.lexists(path)
+        except (OSError, UserError):  # an indexed file was readable: its drive is the cause
+            present = new and os.path.lexists(path)
         if present:
             with self._catalog.transaction():
                 self._catalog.add_unreadable(file, str(error))

@@ -17,7 +17,7 @@ from fastapi import Depends, HTTPException, Query, Request, UploadFile
 from fastapi.responses import Response
 
 from vop_jax.errors import UserError, VideoError
-from vop_jax.search import results
+from vop_jax.search import results, sources
 from vop_jax.search.catalog import IndexedFile
 from vop_jax.search.query import Hit, checked_min_score
 from vop_jax.search.searcher import Searcher
@@ -48,6 +48,7 @@ from vop_jax.serve.schema import (
     indexed_file,
     is_missing,
 )
+from vop_jax.storage.files import is_remote
 from vop_jax.video.stream import frame_rates
 
 FILES = {  # of results: the media type of each format
@@ -231,7 +232,7 @@ async def thumbnail(
     folder, record = await indexed_file(searcher, file_id)
     with _naming(record):
         # A cached picture is not sent when its file is gone.
-        await anyio.to_thread.run_sync(lambda: media.open_indexed(folder, record).close())
+        await anyio.to_thread.run_sync(media.check_unchanged, folder, record)
         call = media.thumbnail, folder, record, round(t, 2)
         picture = await services.executor.thumbnail(*call)
     headers = {
@@ -251,10 +252,14 @@ async def thumbnail(
         206: {"description": "the requested range"},
     },
 )
-async def video(searcher: IndexOfPath, file_id: FileId) -> Response:
+async def video(request: Request, searcher: IndexOfPath, file_id: FileId) -> Response:
     """A video, or ranges of it."""
     folder, record = await indexed_file(searcher, file_id)
+    where = sources.locate(folder, record.path)
     with _naming(record):
+        if is_remote(where):
+            await anyio.to_thread.run_sync(media.check_unchanged, folder, record)
+            return media.RemoteVideoResponse(where, record, request.headers.get("range", ""))
         file = await anyio.to_thread.run_sync(media.open_indexed, folder, record)
     return media.VideoResponse(file, record.path)
 
@@ -284,7 +289,7 @@ async def _hits(
 
 def _row(folder: str, hit: SearchHit) -> dict[str, Any]:
     """A hit as files of results have it."""
-    path = hit.name and os.path.join(folder, hit.name)
+    path = hit.name and sources.locate(folder, hit.name)
     return hit.model_dump() | {"path": path, "score": round(hit.score, 4)}
 
 

@@ -3,23 +3,29 @@
 Decoding processes import this file: it loads no jax.
 """
 
+import contextlib
 import io
 import mimetypes
 import os
 import pathlib
 import re
 import stat
+from collections.abc import Iterator
 from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
 from starlette.datastructures import Headers
-from starlette.responses import FileResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.staticfiles import NotModifiedResponse, StaticFiles
 from starlette.types import Receive, Scope, Send
 
-from vop_jax.errors import VideoError
+from vop_jax.errors import UserError, VideoError
+from vop_jax.search import sources
 from vop_jax.search.catalog import IndexedFile
+from vop_jax.storage import remote
+from vop_jax.storage.files import is_remote
 from vop_jax.video.crops import eval_crop
 from vop_jax.video.decode import SegmentReader
 from vop_jax.video.frames import read_frame_at
@@ -38,6 +44,8 @@ TYPES = {
     ".ts": "video/mp2t",
 }
 
+CHANGED = "it has changed since it was indexed; index again"
+
 
 class FileGone(VideoError):
     """An indexed file that is no longer there, or no longer the same; the message is one line."""
@@ -50,12 +58,43 @@ def open_indexed(folder: str, file: IndexedFile) -> BinaryIO:
         FileGone: see `open_inside`; or the file has changed since, perhaps into a link to another
             file of the folder that was never indexed.
     """
-    opened = open_inside(folder, file.path)
+    opened = open_inside(*sources.split(folder, file.path))
     state = os.fstat(opened.fileno())
     if (state.st_size, state.st_mtime_ns) != (file.size, file.mtime):
         opened.close()
-        raise FileGone("it has changed since it was indexed; index again")
+        raise FileGone(CHANGED)
     return opened
+
+
+@contextlib.contextmanager
+def opened_path(folder: str, file: IndexedFile) -> Iterator[str]:
+    """A path or an address of an indexed file, if it is still the file that was indexed.
+
+    Raises:
+        FileGone: as `open_indexed`.
+    """
+    where = sources.locate(os.fspath(folder), file.path)
+    if is_remote(where):
+        _check_remote(where, file)
+        yield where
+        return
+    with open_indexed(folder, file) as opened:
+        yield path_of(opened)
+
+
+def check_unchanged(folder: str, file: IndexedFile) -> None:
+    """Raises FileGone unless an indexed file is still the one that was indexed."""
+    with opened_path(folder, file):
+        pass
+
+
+def _check_remote(address: str, file: IndexedFile) -> None:
+    try:
+        known = remote.describe(address)
+    except (OSError, UserError) as error:
+        raise FileGone(f"it cannot be read ({error})") from None
+    if (known.size, known.mtime) != (file.size, file.mtime):
+        raise FileGone(CHANGED)
 
 
 def open_inside(folder: str, path: str) -> BinaryIO:
@@ -109,8 +148,8 @@ def thumbnail(folder: str, file: IndexedFile, seconds: float) -> bytes:
     Raises:
         VideoError: the file cannot be read, or is gone (`FileGone`).
     """
-    with open_indexed(folder, file) as opened:
-        picture = Image.fromarray(read_frame_at(path_of(opened), seconds))
+    with opened_path(folder, file) as path:
+        picture = Image.fromarray(read_frame_at(path, seconds))
     picture.thumbnail(THUMBNAIL)
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=QUALITY)
@@ -125,8 +164,8 @@ def moment_frames(
     Raises:
         VideoError: the file cannot be read, or is gone (`FileGone`).
     """
-    with open_indexed(folder, file) as opened:
-        return read_segment(path_of(opened), spec, start, end)
+    with opened_path(folder, file) as path:
+        return read_segment(path, spec, start, end)
 
 
 def uploaded_video(path: str, spec: FrameSpec, max_seconds: float) -> np.ndarray:
@@ -161,12 +200,10 @@ class VideoResponse(FileResponse):
     """An open file, whole or in the requested ranges; it is closed when it has been sent."""
 
     def __init__(self, file: BinaryIO, name: str):
-        suffix = os.path.splitext(name)[1].lower()
-        kind = TYPES.get(suffix) or mimetypes.guess_type(name)[0] or ""
-        safe = kind.startswith("video/")  # a browser must not run a file, whatever its name
+        kind, safe = _type_of(name)
         super().__init__(
             path_of(file),
-            media_type=kind if safe else "application/octet-stream",
+            media_type=kind,
             filename=displayable(os.path.basename(name)),
             stat_result=os.fstat(file.fileno()),
             content_disposition_type="inline" if safe else "attachment",
@@ -181,6 +218,58 @@ class VideoResponse(FileResponse):
                 await unchanged(scope, receive, send)
             else:
                 await super().__call__(scope, receive, send)
+
+
+class RemoteVideoResponse(StreamingResponse):
+    """A remote file, whole or in the requested range, which passes through this server."""
+
+    def __init__(self, address: str, file: IndexedFile, range_header: str):
+        part = _range(range_header, file.size)
+        start, end = part or (0, file.size)
+        kind, safe = _type_of(file.path)
+        headers = {
+            "Accept-Ranges": "bytes",
+            "Cache-Control": "private, no-cache",
+            "Content-Length": str(end - start),
+            "Content-Disposition": "inline" if safe else "attachment",
+            "ETag": f'"{file.size:x}-{file.mtime:x}"',
+        }
+        if part:
+            headers["Content-Range"] = f"bytes {start}-{end - 1}/{file.size}"
+        content = _read_range(address, start, end)
+        super().__init__(content, 206 if part else 200, headers, media_type=kind)
+
+
+def _range(header: str, size: int) -> tuple[int, int] | None:
+    """[start, end) of the header Range; None for the whole file, also in place of many parts.
+
+    Raises:
+        HTTPException: 416 for one outside of the file.
+    """
+    found = re.fullmatch(r"bytes=(\d*)-(\d*)", header.strip())
+    if not found:
+        return None
+    first, last = found.groups()
+    start = int(first) if first else max(size - int(last or 0), 0)
+    end = min(int(last) + 1, size) if first and last else size
+    if start >= end:
+        raise HTTPException(416, "the range lies outside of the file")
+    return start, end
+
+
+def _read_range(address: str, start: int, end: int) -> Iterator[bytes]:
+    with remote.open_file(address) as file:
+        file.seek(start)
+        while start < end and (data := file.read(min(remote.BLOCK, end - start))):
+            start += len(data)
+            yield data
+
+
+def _type_of(name: str) -> tuple[str, bool]:
+    """(media type, whether a browser may show it: it must not run a file, whatever its name)."""
+    suffix = os.path.splitext(name)[1].lower()
+    kind = TYPES.get(suffix) or mimetypes.guess_type(name)[0] or ""
+    return (kind, True) if kind.startswith("video/") else ("application/octet-stream", False)
 
 
 def not_modified(response: Response, scope: Scope) -> Response | None:

@@ -10,11 +10,13 @@ from fastapi import APIRouter, Depends, File, HTTPException, Path, Query, Reques
 from pydantic import BaseModel, BeforeValidator, Field
 
 from vop_jax.errors import UserError
+from vop_jax.search import sources
 from vop_jax.search.catalog import IndexedFile
 from vop_jax.search.query import make_filter
 from vop_jax.search.searcher import Searcher
 from vop_jax.serve.executor import Executor
 from vop_jax.serve.media import displayable
+from vop_jax.storage.files import is_remote
 
 MAX_HITS = 100
 MAX_QUERY = 2000  # characters
@@ -164,8 +166,9 @@ Format = Annotated[Literal["json", "csv", "otio"], Query(description="of the res
 
 
 def is_missing(folder: str, path: str) -> bool:
-    """Whether a file of the indexed folder is gone."""
-    return not os.path.isfile(os.path.join(folder, path))
+    """Whether a file of the indexed folder is gone; not known of a remote one."""
+    where = sources.locate(folder, path)
+    return not is_remote(where) and not os.path.isfile(where)
 
 
 async def indexed_file(searcher: Searcher, file_id: int) -> tuple[str, IndexedFile]:

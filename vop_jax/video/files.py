@@ -11,7 +11,9 @@ from typing import BinaryIO
 from etils import epath
 from etils.epath.stat_utils import StatResult
 
-from vop_jax.errors import VideoError
+from vop_jax.errors import UserError, VideoError
+from vop_jax.storage import remote
+from vop_jax.storage.files import is_remote
 
 # Extensions of video files, in lower case; a search indexes files that have one.
 VIDEOS = (
@@ -95,6 +97,8 @@ def stat(path: str | os.PathLike) -> StatResult:
         VideoError: it does not exist or cannot be a file, and why.
     """
     text = os.fspath(path)
+    if is_remote(text):
+        return _stat_remote(text)
     try:
         if not text:
             raise FileNotFoundError
@@ -103,20 +107,22 @@ def stat(path: str | os.PathLike) -> StatResult:
         if os.path.islink(text):
             raise VideoError("a link to what is not there") from None
         raise VideoError("no such file" + _hint(text)) from None
-    except (KeyError, NotImplementedError):  # etils does not know the scheme
-        scheme = text.partition("://")[0].rpartition("/")[2]
-        raise VideoError(f"an address ({scheme}://), not a file; download it") from None
-    except ImportError as error:  # names the package that a bucket needs
-        raise VideoError(str(error)) from None
     except ValueError:
         raise VideoError("not the name of a file") from None
     except OSError as error:
         raise VideoError(f"cannot be opened ({error.strerror or error})") from None
-    except Exception as error:  # the clients of buckets have errors of their own
-        if "://" not in text:
-            raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise VideoError(f"cannot be opened ({reason})") from None
+
+
+def _stat_remote(address: str) -> StatResult:
+    try:
+        known = remote.describe(address)
+    except FileNotFoundError:
+        raise VideoError("no such file") from None
+    except UserError as error:  # names the package that it needs
+        raise VideoError(str(error)) from None
+    except OSError as error:
+        raise VideoError(f"cannot be opened ({error})") from None
+    return StatResult(is_directory=known.is_folder, length=known.size, mtime=known.mtime // 10**9)
 
 
 def _hint(path: str) -> str:

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from vop_jax.errors import VideoError
+from vop_jax.storage import remote
+from vop_jax.storage.files import is_remote
 from vop_jax.video.crops import eval_crop
 from vop_jax.video.decode import SegmentReader
 from vop_jax.video.sampling import sample_indices, stored_indices
@@ -125,14 +127,22 @@ def inspect_video(path: str | os.PathLike, spec: FrameSpec) -> VideoInfo:
         VideoError: the file is missing or no video.
     """
     times = SegmentReader(path).packet_times()
-    with as_video_error(), open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = _digest(os.fspath(path))
     if not times:
         return VideoInfo(digest, 0.0, [], np.zeros(0))
     gap = float(np.median(np.diff(times))) if len(times) > 1 else 0.04
     duration = math.ceil(1e3 * (times[-1] + gap) - 1e-3) / 1e3  # rounded up: [start, end) is open
     clip_times = [times[i] for i in _sample(times, 0.0, spec)]
     return VideoInfo(digest, duration, clip_times, np.array(times))
+
+
+def _digest(path: str) -> str:
+    """SHA-256 of the content; of a remote file, which costs time to read, of the store's tag."""
+    with as_video_error():
+        if is_remote(path):
+            return remote.describe(path).digest
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def plan_tasks(

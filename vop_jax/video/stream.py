@@ -9,13 +9,15 @@ import contextlib
 import itertools
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
+from typing import Any, BinaryIO
 
 import av
 import av.logging
 from av.container import InputContainer
-from etils import epath
 
 from vop_jax.errors import VideoError
+from vop_jax.storage import remote
+from vop_jax.storage.files import is_remote
 from vop_jax.video.files import stat, stated_bytes
 
 # Formats that hold their frames themselves. Playlists and image sequences name other files and
@@ -40,7 +42,7 @@ REORDERED = 8  # most frames of an AVI that are stored before frames that are sh
 # picture may last for hours, or for seconds in formats that are spliced; time never runs back.
 LEAP, SPLICE, BACK = 30 * 3600.0, 10.0, 1.0
 
-# What PyAV, FFmpeg, epath, NumPy and Python raise over arbitrary files.
+# What PyAV, FFmpeg, NumPy and Python raise over arbitrary files.
 FOREIGN = (
     *(av.error.FFmpegError, OSError, ArithmeticError, LookupError, ValueError),
     *(ImportError, MemoryError, RuntimeError),
@@ -203,7 +205,7 @@ class VideoStream:
 
     def has_all_bytes(self, path: str) -> bool:
         """Whether the file is as long as it says; True if it does not say."""
-        with epath.Path(path).open("rb") as file:
+        with _open_binary(path) as file:
             return stated_bytes(file, self.container.format.name) <= stat(path).length
 
     def stated_seconds(self) -> float:
@@ -276,10 +278,16 @@ def frame_rates(paths: Iterable[str]) -> dict[str, float]:
 def _open_container(path: str) -> Iterator[InputContainer]:
     with contextlib.ExitStack() as stack:
         # `file:` because FFmpeg takes what is before a colon for a protocol.
-        file = stack.enter_context(epath.Path(path).open("rb")) if "://" in path else f"file:{path}"
+        file: Any = f"file:{path}"
+        if is_remote(path):
+            file = stack.enter_context(remote.open_file(path))
         yield stack.enter_context(
             av.open(file, container_options=OPTIONS, metadata_errors="replace")
         )
+
+
+def _open_binary(path: str) -> BinaryIO:
+    return remote.open_file(path) if is_remote(path) else open(path, "rb")
 
 
 def _main_streams(container: InputContainer) -> list[av.VideoStream]:

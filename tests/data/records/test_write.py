@@ -338,7 +338,7 @@ def test_rows_without_a_file_are_reported_by_their_line(films, tmp_path, caplog)
     (films / "drawer").mkdir(exist_ok=True)
     reasons = {
         "": "no such file",
-        "https://youtu.be/x": "an address (https://), not a file",
+        "rtsp://host/x": "an address (rtsp://), not a file",
         "s3://bucket/x.mp4": "Install s3fs",
         "drawer": "a folder without",
         "nul\0.mp4": "not the name of a file",

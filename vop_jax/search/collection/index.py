@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vop_jax.errors import UserError
-from vop_jax.search import calibration, query
+from vop_jax.search import calibration, query, sources
 from vop_jax.search.calibration import Calibration
 from vop_jax.search.catalog import IndexedFile, IndexInfo
 from vop_jax.search.collection.schema import (
@@ -25,6 +25,7 @@ from vop_jax.search.listing import ListedFile, Neighbours
 from vop_jax.search.query import Date, Hit, make_filter
 from vop_jax.search.stores.base import checked_vectors
 from vop_jax.search.stores.client import MOST
+from vop_jax.storage.files import is_remote
 
 if TYPE_CHECKING:
     from vop_jax.video.moments import Segment
@@ -146,9 +147,10 @@ class CollectionIndex:
         """The source of the videos; it may have moved since this index was opened."""
         return self._collections.info().folder
 
-    def path_of(self, file_id: int) -> pathlib.Path:
+    def path_of(self, file_id: int) -> pathlib.Path | str:
         """Where a file was when it was indexed; raises UserError as `file_of`."""
-        return pathlib.Path(self.folder, self.file_of(file_id).path)
+        path = sources.locate(self.folder, self.file_of(file_id).path)
+        return path if is_remote(path) else pathlib.Path(path)
 
     def file_of(self, file_id: int) -> IndexedFile:
         """The row of a file.

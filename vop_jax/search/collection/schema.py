@@ -58,7 +58,8 @@ def indexed_file(row: Row) -> IndexedFile:
 
 def quote(text: str) -> str:
     """A text as an expression of Milvus has it."""
-    return json.dumps(text, ensure_ascii=False)
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + escaped.replace("\n", "\\n").replace("\r", "\\r") + '"'
 
 
 def expression(filter: Filter) -> str:

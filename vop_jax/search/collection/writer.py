@@ -157,8 +157,9 @@ class CollectionWriter:
     def remove(self, paths: Iterable[str]) -> None:
         """Removes files and their moments."""
         paths = list(paths)
-        self._forget_old(paths, set())
+        # First the rows: a file that comes back must not be taken for an indexed one.
         self._collections.delete(FILES, [file_id(path) for path in paths])
+        self._forget_old(paths, set())
 
     def sweep(self) -> None:
         """Removes moments that no file names, which a killed run has left."""
