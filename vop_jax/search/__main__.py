@@ -3,6 +3,7 @@
 vop search index FOLDER --clip clip.safetensors --prompts FILE --index DIR
 vop search query "a dog catches a frisbee" --index DIR -k 10
 vop search info --index DIR
+vop search recall --store http://HOST:PORT#NAME
 
 An index is a folder, --index DIR, or is on a Milvus server, --store http://HOST:PORT#NAME.
 You may kill `index` at any time: the same command continues.
@@ -64,6 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--shots", action="store_true", help="also index the shots of the videos")
     add("--keep_frames", action="store_true", help="keep vectors of frames, for query --by_frames")
     add("--captions", default="", metavar="FILE", help="texts to search: csv, jsonl, txt")
+    add(
+        "--vector_index", default="", metavar="KIND:…", help="on a server: FLAT, HNSW:M=16,ef=64, …"
+    )
     add("--dtype", choices=DTYPES, default="", help="of matrix products; default: the faster one")
     add("--workers", type=whole(1), default=0, help="decoding processes; default: one a core")
     add("--batch", type=whole(1), default=16, help="clips embedded at once")
@@ -92,6 +96,11 @@ def _parser() -> argparse.ArgumentParser:
 
     info = commands.add_parser("info", help="describe an index", parents=[shared])
     info.add_argument("--json", action="store_true", help="print an object")
+
+    recall = commands.add_parser("recall", help="compare with exact search", parents=[shared])
+    recall.add_argument(
+        "-k", type=whole(1, 1000), default=10, help="number of results; default: 10"
+    )
     return parser
 
 
@@ -107,8 +116,9 @@ def _index(args: argparse.Namespace) -> int:
     names = [field.name for field in dataclasses.fields(IndexRequest)]
     request = IndexRequest(**{name: getattr(args, name) for name in names})
     options = IndexOptions(args.workers, args.batch, args.seconds, args.retry)
-    if args.index and args.beam_options:
-        raise UserError("--beam_options: workers write on a server: --store without --index")
+    for name in ("beam_options", "vector_index"):
+        if args.index and getattr(args, name):
+            raise UserError(f"--{name}: is for an index on a server, --store without --index")
     if args.index:
         report = build_index(args.index, request, options)
     else:
@@ -310,7 +320,17 @@ def _format_minimum(index: "Index | CollectionIndex") -> str:
     return f"{passed}, {100 * known.missed:.0f} % of {known.captions} captions are missed"
 
 
-COMMANDS: dict[str, Any] = {"index": _index, "query": _query, "info": _info}
+def _recall(args: argparse.Namespace) -> None:
+    from vop_jax.search.collection import recall
+
+    if args.index or not client.is_server(args.store):
+        raise UserError("recall: is for an index on a server, --store; one in a folder is exact")
+    found = recall.measure(args.store, args.k)
+    print(f"recall@{args.k}  {found.recall:.4f}, {found.queries} texts, {found.moments} moments")
+    print(f"a search   {found.median:.1f} ms, one in twenty {found.slow:.1f} ms or more")
+
+
+COMMANDS: dict[str, Any] = {"index": _index, "query": _query, "info": _info, "recall": _recall}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

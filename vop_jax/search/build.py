@@ -12,6 +12,7 @@ from vop_jax.inference import retriever as retrievers
 from vop_jax.inference.retriever import Retriever
 from vop_jax.search import catalog, sources
 from vop_jax.search.catalog import IndexInfo
+from vop_jax.search.collection import vector_index
 from vop_jax.search.scan import Scan
 from vop_jax.search.searcher import check_model
 from vop_jax.search.updater import (
@@ -43,6 +44,7 @@ class IndexRequest:
         store: URI of the vectors.
         dtype: of the model's matrix products, "auto" for the faster one on this device.
         keep_frames: also keeps the vectors of frames, to re-rank results by them.
+        vector_index: of an index on a server: exact, or approximate with parameters.
     """
 
     folder: str = ""
@@ -55,6 +57,7 @@ class IndexRequest:
     store: str = ""
     dtype: str = ""
     keep_frames: bool = False
+    vector_index: str = ""
 
 
 def build_index(
@@ -175,6 +178,7 @@ def _info(request: IndexRequest, retriever: Retriever, folder: str) -> IndexInfo
         dtype=retriever.dtype,
         shots=request.shots,
         keep_frames=request.keep_frames,
+        vector_index=request.vector_index or "FLAT",
     )
 
 
@@ -258,8 +262,23 @@ def _complete_request(
     if request.dtype not in ("", "auto", stored.dtype):
         message = f"was made with --dtype={stored.dtype}, not {request.dtype}"
         raise UserError(f"{name}: {message}; {OTHER_INDEX}")
+    if request.vector_index:
+        new, old = (vector_index.parse(x.vector_index) for x in (request, stored))
+        if (new.kind, new.build) != (old.kind, old.build):
+            message = f"was made with --vector_index={stored.vector_index}"
+            raise UserError(f"{name}: {message}, not {request.vector_index}; {OTHER_INDEX}")
     request = dataclasses.replace(request, dtype=stored.dtype)
-    fields = ("folder", "clip", "prompts", "window", "stride", "shots", "store", "keep_frames")
+    fields = (
+        "folder",
+        "clip",
+        "prompts",
+        "window",
+        "stride",
+        "shots",
+        "store",
+        "keep_frames",
+        "vector_index",
+    )
     return dataclasses.replace(
         request, **{key: getattr(request, key) or getattr(stored, key) for key in fields}
     )

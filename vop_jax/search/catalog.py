@@ -91,6 +91,7 @@ class IndexInfo:
         dtype: of the model's matrix products.
         shots: whether the moments are the shots of the files.
         keep_frames: whether the vectors of their frames are kept, too.
+        vector_index: of an index on a server, see `collection.vector_index`.
     """
 
     version: int
@@ -109,6 +110,7 @@ class IndexInfo:
     dtype: str = "float32"  # that of indexes which do not say it
     shots: bool = False
     keep_frames: bool = False
+    vector_index: str = "FLAT"
 
     @property
     def model(self) -> tuple:

@@ -6,7 +6,7 @@ from typing import Any
 from vop_jax.errors import UserError
 from vop_jax.inference.retriever import Retriever
 from vop_jax.search.build import IndexRequest, plan_run
-from vop_jax.search.collection import distributed, lease
+from vop_jax.search.collection import distributed, lease, vector_index
 from vop_jax.search.collection.schema import FILES, Collections, file_id, indexed_file
 from vop_jax.search.collection.writer import CollectionWriter
 from vop_jax.search.updater import IndexOptions, IndexReport, Updater
@@ -38,7 +38,7 @@ def build_collection(
         indexed = {row["path"]: row["size"] for row in rows}
         plan = plan_run(f"store {uri}", stored, indexed, request, retriever)
         _check_numbers([file.path for file in plan.scan.files])
-        collections.create(plan.info.dim)
+        collections.create(plan.info.dim, vector_index.parse(plan.info.vector_index))
         with lease.held(collections) as held:
             if collections.read("info") and collections.info().model != plan.info.model:
                 raise UserError(f"store {uri}: another run has just made it with another model")

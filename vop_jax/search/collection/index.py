@@ -12,6 +12,7 @@ from vop_jax.errors import UserError
 from vop_jax.search import calibration, query, sources
 from vop_jax.search.calibration import Calibration
 from vop_jax.search.catalog import IndexedFile, IndexInfo
+from vop_jax.search.collection import vector_index
 from vop_jax.search.collection.schema import (
     FILES,
     MOMENTS,
@@ -42,6 +43,7 @@ class CollectionIndex:
     Attributes:
         name: its address, for messages.
         info: what it was made with.
+        vector_index: the kind of its vector index.
     """
 
     def __init__(self, uri: str, *, fresh: bool = True):
@@ -59,6 +61,7 @@ class CollectionIndex:
                 f"store {uri}: no index there; make one with vop search index --store={uri}"
             )
         self.info: IndexInfo = self._collections.info()
+        self.vector_index = vector_index.parse(self.info.vector_index)
 
     def open_vectors(self) -> None:
         """Does nothing: the server has them open."""
@@ -103,7 +106,7 @@ class CollectionIndex:
         if not len(vectors):
             return []
         count = min(query.FIRST + query.EACH * k, MOST) if per_file else k
-        lists = self._collections.nearest(vectors, count, where, HIT_FIELDS)
+        lists = self._search(vectors, count, where)
         if not per_file:
             return lists
         found = []
@@ -116,9 +119,14 @@ class CollectionIndex:
                     break
                 rest = f"file not in {sorted(best)}"
                 both = f"{where} and {rest}" if where else rest
-                (rows,) = self._collections.nearest(vector[None], count, both, HIT_FIELDS)
+                (rows,) = self._collections.nearest(
+                    vector[None], count, both, HIT_FIELDS, self.vector_index
+                )
             found.append(sorted(best.values(), key=lambda row: -row["score"])[:k])
         return found
+
+    def _search(self, vectors: np.ndarray, k: int, where: str) -> list[list[Row]]:
+        return self._collections.nearest(vectors, k, where, HIT_FIELDS, self.vector_index)
 
     def _above_chance(self, known: Calibration, rows: list[Row]) -> list[Row]:
         """Those that have enough evidence for their text."""

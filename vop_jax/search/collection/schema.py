@@ -17,6 +17,7 @@ import numpy as np
 
 from vop_jax.errors import UserError
 from vop_jax.search.catalog import IndexedFile, IndexInfo
+from vop_jax.search.collection.vector_index import VectorIndex
 from vop_jax.search.query import Filter
 from vop_jax.search.stores import client
 from vop_jax.search.stores.client import ANSWER, CONNECT, LISTED, LOAD, MOST, ROWS, milvus_errors
@@ -25,6 +26,7 @@ VERSION = 1  # of these collections
 MOMENTS, FILES, ABOUT = "", "_files", "_about"  # endings of their names
 PATH, ID, DIGEST, REASON = 4096, 64, 256, 1024  # longest texts, bytes
 PART = 60_000  # characters of a text in one row of NAME_about; Milvus allows 65,535 bytes
+EXACT = VectorIndex("FLAT", {}, {})
 NO_VECTOR = [0.0, 0.0]  # Milvus wants one in each row
 
 Row = dict[str, Any]
@@ -124,16 +126,20 @@ class Collections:
         with milvus_errors(self.uri):
             self._client.load_collection(name, timeout=LOAD)
 
-    def create(self, dim: int) -> None:
+    def create(self, dim: int, vector_index: VectorIndex) -> None:
         """Makes the collections, for vectors [E] of `dim` numbers; completes a killed call."""
         for ending, texts in FIELDS.items():
             with milvus_errors(self.uri):
                 if not self._client.has_collection(self._name + ending, timeout=CONNECT):
-                    self._create(ending, texts, dim if ending == MOMENTS else len(NO_VECTOR))
+                    moments = ending == MOMENTS
+                    width, kind = (dim, vector_index) if moments else (len(NO_VECTOR), EXACT)
+                    self._create(ending, texts, width, kind)
             self._load(self._name + ending)
         self.write("version", str(VERSION))
 
-    def _create(self, ending: str, fields: dict[str, int | None], dim: int) -> None:
+    def _create(
+        self, ending: str, fields: dict[str, int | None], dim: int, vector_index: VectorIndex
+    ) -> None:
         from pymilvus import DataType
 
         schema = self._client.create_schema(auto_id=False, enable_dynamic_field=False)
@@ -147,7 +153,8 @@ class Collections:
             schema.add_field(name, DataType.DOUBLE)
         schema.add_field("vector", DataType.FLOAT_VECTOR, dim=dim)
         index = self._client.prepare_index_params()
-        index.add_index("vector", index_type="FLAT", metric_type="IP")
+        kind, params = vector_index.kind, vector_index.build
+        index.add_index("vector", index_type=kind, metric_type="IP", params=params)
         self._client.create_collection(
             self._name + ending,
             schema=schema,
@@ -209,7 +216,12 @@ class Collections:
         return row["count(*)"]
 
     def nearest(
-        self, vectors: np.ndarray, k: int, filter: str, fields: Sequence[str]
+        self,
+        vectors: np.ndarray,
+        k: int,
+        filter: str,
+        fields: Sequence[str],
+        vector_index: VectorIndex,
     ) -> list[list[Row]]:
         """The k nearest moments of each vector [N, E], best first, with "id" and "score"."""
         found: list[list[Row]] = []
@@ -221,7 +233,7 @@ class Collections:
                     limit=k,
                     filter=filter,
                     output_fields=list(fields),
-                    search_params={"metric_type": "IP"},
+                    search_params=vector_index.search_params(k),
                     consistency_level=self._level,
                     timeout=ANSWER,
                 )

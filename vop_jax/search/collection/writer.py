@@ -11,6 +11,7 @@ import numpy as np
 
 from vop_jax.search import calibration
 from vop_jax.search.catalog import IndexedFile, IndexInfo
+from vop_jax.search.collection import vector_index
 from vop_jax.search.collection.schema import (
     FILES,
     MOMENTS,
@@ -21,6 +22,7 @@ from vop_jax.search.collection.schema import (
     indexed_file,
     moment_id,
 )
+from vop_jax.search.collection.vector_index import VectorIndex
 from vop_jax.search.scan import VideoFile
 from vop_jax.search.stores.base import Snapshot, checked_vectors
 from vop_jax.search.stores.client import LISTED
@@ -178,20 +180,21 @@ class CollectionWriter:
         if self._collections.count(MOMENTS) >= calibration.MOMENTS:
             general = stored.general if stored else retriever.embed_text(calibration.GENERAL)
             none = np.empty((0, self._info.dim), np.float32)
-            new = calibration.calibrate(general, _Best(self._collections), None, none)
+            best = _Best(self._collections, vector_index.parse(self._info.vector_index))
+            new = calibration.calibrate(general, best, None, none)
         self._collections.write(calibration.KEY, new.as_json() if new else "")
 
 
 class _Best(Snapshot):
     """The best moment of each general caption, as `calibration.calibrate` searches a snapshot."""
 
-    def __init__(self, collections: Collections):
-        self._collections, self._ids = collections, list[str]()
+    def __init__(self, collections: Collections, kind: VectorIndex):
+        self._collections, self._kind, self._ids = collections, kind, list[str]()
 
     def search(
         self, queries: np.ndarray, k: int, allowed: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        best = [hits[0] for hits in self._collections.nearest(queries, k, "", [])]
+        best = [hits[0] for hits in self._collections.nearest(queries, k, "", [], self._kind)]
         self._ids = [hit["id"] for hit in best]
         scores = np.array([[hit["score"]] for hit in best], np.float32)
         return np.arange(len(best))[:, None], scores
