@@ -270,7 +270,6 @@ def test_approximate_indexes_find_nearly_all(uri, tmp_path, retriever, kind, cap
         ("HNSW:M", "'M' must be NAME=NUMBER"),
         ("hnsw", "must be KIND:NAME=NUMBER"),
         ("NOSUCH", "store .*: .*NOSUCH"),
-        ("HNSW:M=1,efConstruction=4", "store .*: .*M"),
     ],
 )
 def test_a_wrong_vector_index_is_one_line(uri, films, retriever, text, message):
