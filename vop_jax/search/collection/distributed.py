@@ -20,7 +20,8 @@ from vop_jax.search.scan import Scan, VideoFile
 from vop_jax.search.searcher import check_model
 from vop_jax.search.updater import IndexOptions, IndexReport, Updater, compare
 
-SHARD = 128  # files that a worker takes at once; it starts decoding processes for each shard
+SHARD = 128  # most files that a worker takes at once; it starts decoding processes for each shard
+SHARDS = 16  # at least so many, where there are as many files, so that all workers have some
 GONE = 10_000  # files that are gone, among which workers look for those that have moved
 LOOK = 5.0  # seconds between looks at the progress
 
@@ -94,8 +95,9 @@ def _shards(
     new: Sequence[VideoFile], before: Mapping[str, IndexedFile], gone: set[str]
 ) -> Iterator[Shard]:
     moved = set(sorted(gone)[:GONE])
-    for start in range(0, len(new), SHARD):
-        files = list(new[start : start + SHARD])
+    size = max(1, min(SHARD, len(new) // SHARDS))
+    for start in range(0, len(new), size):
+        files = list(new[start : start + size])
         own = moved | {file.path for file in files}
         yield Shard(files, [before[path] for path in sorted(own) if path in before], moved)
 
