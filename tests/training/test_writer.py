@@ -12,7 +12,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from vop_jax.errors import UserError
 from vop_jax.training import writer
-from vop_jax.training.writer import MetricWriter, read_metrics
+from vop_jax.training.writer import MetricWriter, TensorBoard, read_metrics
 
 
 class Bucket(MemoryFileSystem):
@@ -32,7 +32,6 @@ def workdir(request, tmp_path, monkeypatch):
         return str(tmp_path)
     for name in Bucket.protocol:
         fsspec.register_implementation(name, Bucket, clobber=True)
-    monkeypatch.setattr("tensorboardX.event_file_writer.EventsWriter", mock.Mock())
     epath.Path(f"gs://bucket/{tmp_path.name}").mkdir(parents=True)
     return f"gs://bucket/{tmp_path.name}"
 
@@ -68,31 +67,31 @@ def events(folder):
 
 def test_names_are_the_same_in_both_files(tmp_path):
     scalars = {"loss": 0.5, "t2v/R@1": 25.0, "val_v2t_per_caption/MnR": 2.0, "accuracy/a b": 50.0}
-    with MetricWriter(tmp_path, resume_step=2) as metrics:
+    with TensorBoard(tmp_path, 2) as board, MetricWriter(tmp_path, 2, [board]) as metrics:
         metrics.write_scalars(3, scalars)
         assert list(events(tmp_path)) == [(3, 1), (3, scalars)]  # at once
     assert read_metrics(tmp_path) == [{"step": 3, **scalars}]
 
 
 def test_a_full_disk_is_raised_where_events_are_written(tmp_path, monkeypatch):
-    metrics = MetricWriter(tmp_path)
+    events = TensorBoard(tmp_path)
     full = mock.Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     monkeypatch.setattr("tensorboardX.record_writer.RecordWriter.flush", full)
     for step in range(1, 13):  # more than the queue of tensorboardX holds
         with pytest.raises(OSError, match="No space left"):
-            metrics.write_scalars(step, {"loss": 1.0})
+            events.write_scalars(step, {"loss": 1.0})
     monkeypatch.undo()
-    metrics.close()
+    events.close()
 
 
 def test_a_bucket_without_the_package_for_its_events(monkeypatch, tmp_path):
     missing = mock.Mock(side_effect=ImportError("`google-cloud-storage` must be installed"))
     monkeypatch.setattr("tensorboardX.event_file_writer.EventsWriter", missing)
     with pytest.raises(UserError, match=r"workdir.*google-cloud-storage.*\.\[gcs\]"):
-        MetricWriter(tmp_path)
+        TensorBoard(tmp_path)
 
 
-def test_another_writer_takes_tensorboards_place_and_stays_open(tmp_path):
+def test_another_writer_gets_the_same_and_stays_open(tmp_path):
     second = mock.Mock(spec_set=["write_scalars", "flush"])  # closing it is its owner's task
     with MetricWriter(tmp_path, others=[second]) as metrics:
         metrics.write_scalars(1, {"loss": np.float32(0.5), "t2v/R@1": 3})

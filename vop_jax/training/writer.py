@@ -87,13 +87,13 @@ class MetricWriter(NoWriter):
         self,
         workdir: str | os.PathLike,
         resume_step: int = 0,
-        others: Sequence[Writer] | None = None,
-        measured_on: Collection[str] | None = None,
+        others: Sequence[Writer] = (),
+        measured_on: Collection[str] = (),
     ):
         """Opens the workdir's metrics and drops lines after `resume_step`, which come again.
 
         Args:
-            others: TensorBoard in the workdir if None. Writers that are given stay open.
+            others: their owner closes them.
             measured_on: fingerprints of this run's evaluations; evaluations with others are
                 dropped.
         """
@@ -102,18 +102,13 @@ class MetricWriter(NoWriter):
         if damaged:
             logging.warning("%s: %d damaged lines are left out", self._path, damaged)
         lines = [line for line in lines if line["step"] <= resume_step]
-        self.lines = [
-            line
-            for line in lines
-            if measured_on is None or line.get(MEASURED_ON, "") in ("", *measured_on)
-        ]
+        self.lines = [line for line in lines if line.get(MEASURED_ON, "") in ("", *measured_on)]
         if dropped := len(lines) - len(self.lines):
             message = "%s: %d evaluations of other clips, captions or CLIP are left out"
             logging.warning(message, self._path, dropped)
         # Objects in a bucket cannot grow; there the file, which is small, is rewritten.
         self._appends, self._file = "://" not in os.fspath(workdir), None
-        self._own = [TensorBoard(workdir, resume_step)] if others is None else []
-        self._others: Sequence[Writer] = self._own if others is None else others
+        self._others = others
         self._rewrite()
 
     def write_scalars(self, step: int, scalars: Mapping[str, float], measured_on: str = "") -> None:
@@ -139,8 +134,6 @@ class MetricWriter(NoWriter):
             self._file.close()
         for other in self._others:
             other.flush()
-        for own in self._own:
-            own.close()
 
     def _rewrite(self) -> None:
         if self._file is not None:
