@@ -1,6 +1,7 @@
 """Ranks of both directions and re-scored ranks, against their definitions written out."""
 
 import itertools
+from unittest import mock
 
 import jax
 import numpy as np
@@ -24,6 +25,11 @@ def pairs(draw):
     rng = np.random.default_rng(draw(st.integers(0, 2**16)))
     texts, candidates = (rng.integers(-4, 5, (n, 2)) / np.float32(8) for n in (count, videos))
     return texts.astype(np.float32), candidates.astype(np.float32), owner, elements
+
+
+def memory_of(elements):
+    """Inside, so many similarities are in memory at once."""
+    return mock.patch.object(ranks, "max_elements", lambda: elements)
 
 
 def unit(rows):
@@ -77,13 +83,15 @@ def assert_ranks(found, expected):
 @given(pairs(), st.integers(0, 100))
 def test_ranks_equal_the_definition_whatever_the_order_of_queries(drawn, seed):
     texts, videos, owner, elements = drawn
-    found = metrics.rank_pairs(texts, videos, owner, elements=elements)
+    with memory_of(elements):
+        found = metrics.rank_pairs(texts, videos, owner)
     similar = dense(texts, videos)
     assert_ranks(found, definition(similar, similar.T, owner))
     rng = np.random.default_rng(seed)
     of_texts, of_videos = rng.permutation(len(texts)), rng.permutation(len(videos))
     moved = np.argsort(of_videos)[owner[of_texts]]
-    shuffled = metrics.rank_pairs(texts[of_texts], videos[of_videos], moved, elements=elements)
+    with memory_of(elements):
+        shuffled = metrics.rank_pairs(texts[of_texts], videos[of_videos], moved)
     for name in ALL_PROTOCOLS:
         order = of_texts if name in ("t2v", "v2t_per_caption") else of_videos
         np.testing.assert_array_equal(getattr(shuffled, name), getattr(found, name)[order])
@@ -96,7 +104,8 @@ def test_equal_embeddings_rank_at_chance(elements):
     Equal rows must have equal similarities, to the bit.
     """
     same = np.repeat(random_pairs(1, 1, width=512)[0], 101, axis=0)
-    found = metrics.rank_pairs(same, same, np.arange(101), elements=elements)
+    with memory_of(elements):
+        found = metrics.rank_pairs(same, same, np.arange(101))
     assert set(found.t2v) == set(found.v2t) == {51}  # the mean rank, not 1
 
 
@@ -113,8 +122,8 @@ def test_non_finite_similarities_are_an_error(side):
             (metrics.query_bank, (texts, videos, videos)),
             (metrics.dual_softmax, (texts, videos, 100.0)),
         ):
-            with pytest.raises(FloatingPointError, match="not finite"):
-                call(*arguments, elements=24)
+            with memory_of(24), pytest.raises(FloatingPointError, match="not finite"):
+                call(*arguments)
         with pytest.raises(FloatingPointError, match="not finite"):
             metrics.contrast_accuracy(texts, texts[::-1], videos, owner)
 
@@ -143,11 +152,12 @@ def dense_query_bank(similar, of_bank, beta=20.0):
 
 
 def check_dual_softmax(texts, videos, owner, scale, elements):
-    scores = (
-        metrics.dual_softmax(texts, videos, scale, elements=elements),
-        metrics.dual_softmax(videos, texts, scale, elements=elements),
-    )
-    found = metrics.rank_pairs(texts, videos, owner, scores=scores, elements=elements)
+    with memory_of(elements):
+        scores = (
+            metrics.dual_softmax(texts, videos, scale),
+            metrics.dual_softmax(videos, texts, scale),
+        )
+        found = metrics.rank_pairs(texts, videos, owner, scores=scores)
     similar = dense(texts, videos)
     expected = dense_dual_softmax(similar, scale), dense_dual_softmax(similar.T, scale)
     assert_ranks(found, definition(*expected, owner, slack=1e-5))
@@ -159,11 +169,12 @@ def test_re_scored_ranks_equal_the_dense_ones(elements):
     for scale in (1.0, 20.0):
         check_dual_softmax(texts, videos, owner, scale, elements)
     bank_texts, bank_videos, _ = random_pairs(3, 3, seed=1)  # few: it activates some queries only
-    scores = (
-        metrics.query_bank(bank_texts, texts, videos, elements=elements),
-        metrics.query_bank(bank_videos, videos, texts, elements=elements),
-    )
-    found = metrics.rank_pairs(texts, videos, owner, scores=scores, elements=elements)
+    with memory_of(elements):
+        scores = (
+            metrics.query_bank(bank_texts, texts, videos),
+            metrics.query_bank(bank_videos, videos, texts),
+        )
+        found = metrics.rank_pairs(texts, videos, owner, scores=scores)
     similar = dense(texts, videos)
     expected = (
         dense_query_bank(similar, dense(bank_texts, videos)),
@@ -230,7 +241,8 @@ def test_best_candidates_are_the_nearest_best_first(elements):
     rng = np.random.default_rng(0)
     texts = rng.integers(-2, 3, (7, 3)).astype(np.float32)
     videos = rng.integers(-2, 3, (5, 3)).astype(np.float32)
-    rows, similarities = best_candidates(texts, videos, 3, elements=elements)
+    with memory_of(elements):
+        rows, similarities = best_candidates(texts, videos, 3)
     for text, row, similar in zip(texts, rows, similarities, strict=True):
         expected = sorted(range(5), key=lambda j: (-(text @ videos[j]), j))[:3]
         assert list(row) == expected
@@ -260,12 +272,13 @@ def test_every_similarity_is_computed_once_and_own_ones_once_more(monkeypatch):
         return found
 
     monkeypatch.setattr(ranks, "_tile", spied)
+    monkeypatch.setattr(ranks, "max_elements", lambda: 100)
     before = tile._cache_size(), ranks._count._cache_size()
     texts, videos, owner = random_pairs(50, 50, width=3)
-    pair_ranks(texts, videos, owner, elements=100)
+    pair_ranks(texts, videos, owner)
     assert shapes == [(10, 10)] * (5 * 5 + 5)
     # The last tiles are filled up: other sizes of data, but no others of tiles.
-    pair_ranks(texts[:47], videos[:41], owner[:47] % 41, elements=100)
+    pair_ranks(texts[:47], videos[:41], owner[:47] % 41)
     assert shapes == [(10, 10)] * 2 * (5 * 5 + 5)
     assert tile._cache_size() == before[0] + 1 and ranks._count._cache_size() <= before[1] + 2
 
@@ -273,7 +286,7 @@ def test_every_similarity_is_computed_once_and_own_ones_once_more(monkeypatch):
 def test_the_bound_suits_the_device(monkeypatch):
     for backend, count in {"cpu": 2**22, "gpu": 2**28, "tpu": 2**28}.items():
         monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
-        assert ranks.max_elements(None) == count and ranks.max_elements(7) == 7
+        assert ranks.max_elements() == count
 
 
 def largest(jaxpr):
@@ -298,9 +311,10 @@ def test_nothing_larger_than_the_bound_is_computed(monkeypatch, elements):
             return program(*args)
 
         monkeypatch.setattr(ranks, name, spied)
-    pair_ranks(texts, videos, owner, elements=elements)
+    with memory_of(elements):
+        pair_ranks(texts, videos, owner)
+        sums = ranks.log_sums(videos, texts, 100.0)
     logits = 100 * dense(videos, texts)
-    sums = ranks.log_sums(videos, texts, 100.0, elements=elements)
     np.testing.assert_allclose(sums, np.log(np.exp(logits).sum(axis=0)), rtol=1e-5)
     assert len(sizes) == 2
     for found in sizes.values():

@@ -47,7 +47,6 @@ def rank_pairs(
     video_of_text: np.ndarray,
     *,
     scores: tuple[Score, Score] | None = None,
-    elements: int | None = None,
 ) -> Ranks:
     """Ranks all texts against all videos and back.
 
@@ -56,7 +55,6 @@ def rank_pairs(
         videos: unit rows [M, E].
         video_of_text: int [N], the row of each text's video; every video has a text.
         scores: re-scorings to rank by, text to video and video to text; None: similarity.
-        elements: bound on the similarities in memory, see `ranks.max_elements`.
 
     Raises:
         FloatingPointError: a similarity is not finite; it would rank without a sign of it.
@@ -65,19 +63,17 @@ def rank_pairs(
     owner = np.asarray(video_of_text)
     if not np.array_equal(np.unique(owner), np.arange(len(videos))):
         raise ValueError("video_of_text must name every video at least once, and no other")
-    t2v, per_caption = pair_ranks(texts, videos, owner, scores=scores, elements=elements)
+    t2v, per_caption = pair_ranks(texts, videos, owner, scores=scores)
     v2t = np.full(len(videos), np.inf)
     np.minimum.at(v2t, owner, per_caption)
     grouped = v2t
     if len(texts) > len(videos):  # else each group is one caption
         score = None if scores is None else scores[1]
-        grouped = grouped_ranks(videos, texts, owner, score=score, elements=elements)
+        grouped = grouped_ranks(videos, texts, owner, score=score)
     return Ranks(t2v, v2t, per_caption, grouped)
 
 
-def dual_softmax(
-    queries: np.ndarray, candidates: np.ndarray, scale: float, *, elements: int | None = None
-) -> Score:
+def dual_softmax(queries: np.ndarray, candidates: np.ndarray, scale: float) -> Score:
     """CAMoE's dual softmax (arXiv 2109.04290) at test time: s times its softmax over queries.
 
     score[q, c] = s[q, c] * exp(scale * s[q, c]) / sum over all queries r of exp(scale * s[r, c])
@@ -86,9 +82,8 @@ def dual_softmax(
         queries: unit rows [Q, E], all that are ranked.
         candidates: unit rows [C, E].
         scale: the factor on similarities that the model was trained with.
-        elements: bound on the similarities in memory, see `ranks.max_elements`.
     """
-    sums = log_sums(queries, candidates, scale, elements=elements)
+    sums = log_sums(queries, candidates, scale)
     return Score(_dual_softmax, np.full(len(queries), scale, np.float32), np.asarray(sums))
 
 
@@ -98,9 +93,7 @@ def _dual_softmax(similar: jax.Array, scale: jax.Array, sums: jax.Array) -> jax.
     return jnp.sign(similar) * jnp.abs(similar) ** (1 / ROOT) * jnp.exp(log_share / ROOT)
 
 
-def query_bank(
-    bank: np.ndarray, queries: np.ndarray, candidates: np.ndarray, *, elements: int | None = None
-) -> Score:
+def query_bank(bank: np.ndarray, queries: np.ndarray, candidates: np.ndarray) -> Score:
     """QB-Norm (CVPR 2022, arXiv 2112.12777) with the dynamic inverted softmax.
 
     score[q, c] = exp(beta * s[q, c]) / sum over bank queries b of exp(beta * s[b, c])
@@ -111,11 +104,10 @@ def query_bank(
         bank: unit rows [B, E] of the queries' kind, from the training split.
         queries: unit rows [Q, E].
         candidates: unit rows [C, E].
-        elements: bound on the similarities in memory, see `ranks.max_elements`.
     """
-    sums = log_sums(bank, candidates, BETA, elements=elements)
+    sums = log_sums(bank, candidates, BETA)
     of_bank, of_queries = (
-        best_candidates(rows, candidates, 1, elements=elements)[0][:, 0] for rows in (bank, queries)
+        best_candidates(rows, candidates, 1)[0][:, 0] for rows in (bank, queries)
     )
     return Score(_query_bank, np.isin(of_queries, of_bank), np.asarray(sums))
 

@@ -37,10 +37,8 @@ class Score:
     of_candidate: np.ndarray
 
 
-def max_elements(elements: int | None) -> int:
-    """Similarities in memory at once: the given number, or what suits the default device."""
-    if elements is not None:
-        return elements
+def max_elements() -> int:
+    """Similarities in memory at once, as many as suit the default device."""
     return ON_CPU if jax.default_backend() == "cpu" else ON_ACCELERATOR
 
 
@@ -67,10 +65,9 @@ class _Tiles:
         videos: np.ndarray,
         owner: np.ndarray,
         scores: tuple[Score, Score] | None,
-        elements: int | None,
     ):
         self.texts, self.scores = texts, scores
-        self.high, self.wide = tile_sizes(len(texts), len(videos), max_elements(elements))
+        self.high, self.wide = tile_sizes(len(texts), len(videos), max_elements())
         count = np.bincount(owner, minlength=len(videos))
         by_count = np.argsort(-count, kind="stable")
         place = np.argsort(by_count).astype(np.int32)
@@ -109,7 +106,6 @@ def pair_ranks(
     owner: np.ndarray,
     *,
     scores: tuple[Score, Score] | None = None,
-    elements: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Each text's rank of its video, and its own for its video among texts of other videos.
 
@@ -120,7 +116,6 @@ def pair_ranks(
         videos: float32 [M, E].
         owner: int [N], the row of each text's video; every video has a text.
         scores: re-scorings to rank by, text to video and video to text; None: similarity.
-        elements: bound on the similarities in memory, see `max_elements`.
 
     Returns:
         (float64 [N], float64 [N]), in the order of `texts`.
@@ -128,7 +123,7 @@ def pair_ranks(
     Raises:
         FloatingPointError: a similarity is not finite; it would rank without a sign of it.
     """
-    tiles = _Tiles(texts, videos, owner, scores, elements)
+    tiles = _Tiles(texts, videos, owner, scores)
     starts, wide, end = range(0, len(texts), tiles.high), tiles.wide, len(tiles.columns.rows)
     row_targets, column_targets = [], []
     for start in starts:
@@ -263,7 +258,6 @@ def grouped_ranks(
     group_of_candidate: np.ndarray,
     *,
     score: Score | None = None,
-    elements: int | None = None,
 ) -> np.ndarray:
     """The rank of group i for query i, where a group scores as the best of its candidates.
 
@@ -271,7 +265,7 @@ def grouped_ranks(
         queries: float32 [Q, E].
         candidates: float32 [C, E].
         group_of_candidate: int [C], from 0 to Q - 1, each at least once.
-        score, elements: as in `rank_pairs`.
+        score: a re-scoring to rank by; None: similarity.
 
     Returns:
         float64 [Q].
@@ -282,7 +276,7 @@ def grouped_ranks(
     placed = jnp.asarray(candidates, jnp.float32)
     groups = jnp.asarray(group_of_candidate, jnp.int32)
     ranks = np.empty(len(queries))
-    for rows, block in _blocks(queries, len(candidates), elements):
+    for rows, block in _blocks(queries, len(candidates)):
         own = _padded(rows.astype(np.int32), len(block))
         numbers, function = None, None
         if score is not None:
@@ -295,7 +289,7 @@ def grouped_ranks(
 
 
 def best_candidates(
-    queries: np.ndarray, candidates: np.ndarray, count: int, *, elements: int | None = None
+    queries: np.ndarray, candidates: np.ndarray, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The best candidates of each query, best first: (rows int [Q, K], similarities [Q, K]).
 
@@ -303,7 +297,7 @@ def best_candidates(
     """
     placed = jnp.asarray(candidates, jnp.float32)
     best, similarities = [], []
-    for rows, block in _blocks(queries, len(candidates), elements):
+    for rows, block in _blocks(queries, len(candidates)):
         similar, at, finite = _top_block(block, placed, min(count, len(candidates)))
         _check_finite(finite)
         best.append(np.asarray(at)[: len(rows)])
@@ -311,23 +305,19 @@ def best_candidates(
     return np.concatenate(best), np.concatenate(similarities)
 
 
-def log_sums(
-    queries: np.ndarray, candidates: np.ndarray, scale: float, *, elements: int | None = None
-) -> jax.Array:
+def log_sums(queries: np.ndarray, candidates: np.ndarray, scale: float) -> jax.Array:
     """Of each candidate: log of the sum over all queries of exp(scale * similarity); [C]."""
     placed = jnp.asarray(candidates, jnp.float32)
     total = jnp.full(len(candidates), -jnp.inf, jnp.float32)
-    for rows, block in _blocks(queries, len(candidates), elements):
+    for rows, block in _blocks(queries, len(candidates)):
         total, finite = _log_sum_block(block, placed, len(rows), np.float32(scale), total)
         _check_finite(finite)
     return total
 
 
-def _blocks(
-    queries: np.ndarray, candidates: int, elements: int | None
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _blocks(queries: np.ndarray, candidates: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(indices [b], rows [B, E]): all blocks of one shape, the last filled up with zeros."""
-    size = min(max(max_elements(elements) // max(candidates, 1), 1), len(queries))
+    size = min(max(max_elements() // max(candidates, 1), 1), len(queries))
     for start in range(0, len(queries), size):
         rows = np.arange(start, min(start + size, len(queries)))
         yield rows, _padded(np.asarray(queries[rows], np.float32), size)
