@@ -11,8 +11,8 @@ import collections
 import json
 import pathlib
 
+from vop_jax.config.base import RANKINGS_FILE
 from vop_jax.data.datasets.clips import DATASET
-from vop_jax.experiment.results import RANKINGS_FILE
 from vop_jax.report.runs import format_mean, mean_std
 
 KINDS = ("own", "reversal", "other speed", "another")

@@ -28,15 +28,14 @@ from ml_collections import ConfigDict
 
 from benchmarks.step_cost import counted_flops
 from vop_jax import cli, report
-from vop_jax.config.base import RESUMABLE, first_difference
+from vop_jax.config.base import RESUMABLE, SUMMARY_FILE, first_difference
 from vop_jax.config.clip import preset
 from vop_jax.data import load
 from vop_jax.data.records.write import WriteOptions
 from vop_jax.errors import UserError
-from vop_jax.experiment import setup, train
-from vop_jax.experiment.results import SUMMARY_FILE
+from vop_jax.experiment import train
 from vop_jax.model import TextVideoModel
-from vop_jax.storage import files
+from vop_jax.storage import files, hub
 from vop_jax.tuning import methods
 from vop_jax.tuning.methods import METHODS
 
@@ -167,9 +166,9 @@ def _backbone(config: ConfigDict, workdir: str) -> dict[str, Any]:
     shared = os.path.join(workdir, "shared")
     videos = os.path.join(workdir, "videos")
     config.data.videos = videos
-    if not os.path.exists(os.path.join(shared, setup.CLIP_FILE)):
+    if not os.path.exists(os.path.join(shared, hub.CLIP_FILE)):
         train.train(config, shared)
-    return {"init.clip": os.path.join(shared, setup.CLIP_FILE), "data.videos": videos}
+    return {"init.clip": os.path.join(shared, hub.CLIP_FILE), "data.videos": videos}
 
 
 def _finished(run: str, config: ConfigDict) -> bool:

@@ -19,7 +19,7 @@ from etils import epath
 
 from vop_jax import cli
 from vop_jax.clip.convert import download
-from vop_jax.config.base import CONFIG_FILE
+from vop_jax.config.base import CONFIG_FILE, SUMMARY_FILE
 from vop_jax.errors import UserError
 from vop_jax.report.runs import FinishedRun, read_run
 from vop_jax.storage import hub
@@ -64,14 +64,14 @@ def push(args: argparse.Namespace) -> str:
     config = json.dumps(_without_folders(run.config), indent=2) + "\n"
     skipped = [{"id": video["id"]} for video in run.summary.get("skipped_videos", [])]
     summary = json.dumps(run.summary | {"skipped_videos": skipped}, indent=2) + "\n"
-    files = {CONFIG_FILE: config.encode(), "summary.json": summary.encode()}
+    files = {CONFIG_FILE: config.encode(), SUMMARY_FILE: summary.encode()}
     for file in (hub.PROMPTS_FILE, *([hub.CLIP_FILE] * _trained_clip(run))):
         files[file] = (root / file).read_bytes()
     api = package.HfApi()
     with hub.errors_of_hub(name):
         url = api.create_repo(args.repository, private=args.private or None, exist_ok=True)
-        card = _merge(_card(args, run, prompts), _existing_card(package, args.repository))
-        files["README.md"] = card.encode()
+        card = _card(package, args, run, prompts)
+        files["README.md"] = _merge(package, card, args.repository).encode()
         operations = [package.CommitOperationAdd(file, data) for file, data in files.items()]
         message = f"Prompts of {run.method}, {run.summary['steps']} steps"
         commit = api.create_commit(args.repository, operations, commit_message=message)
@@ -111,9 +111,9 @@ def _base_model(args: argparse.Namespace, origin: str) -> str | None:
     return hub.parse(origin)[0]
 
 
-def _card(args: argparse.Namespace, run: FinishedRun, prompts: PromptSet) -> Any:
+def _card(package: Any, args: argparse.Namespace, run: FinishedRun, prompts: PromptSet) -> Any:
     """The `huggingface_hub.ModelCard` of a run."""
-    package, summary = hub.import_hub("vop push"), run.summary
+    summary = run.summary
     protocol, origin = summary.get("protocol"), _origin(run, prompts)
     kind = args.dataset or run.config["data"]["kind"]
     data = package.ModelCardData(
@@ -198,17 +198,11 @@ def _table(summary: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def _existing_card(package: Any, repository: str) -> Any:
-    """The card that is on the Hub, if there is one."""
+def _merge(package: Any, card: Any, repository: str) -> str:
+    """The card with what its owner added on the Hub: metadata, and text around ours."""
     try:
-        return package.ModelCard.load(repository, ignore_metadata_errors=True)
+        existing = package.ModelCard.load(repository, ignore_metadata_errors=True)
     except package.errors.RemoteEntryNotFoundError:
-        return None
-
-
-def _merge(card: Any, existing: Any) -> str:
-    """The card with what its owner added to the existing one: metadata, and text around ours."""
-    if existing is None:
         return str(card)
     metadata = {**existing.data.to_dict(), **card.data.to_dict()}
     metadata["tags"] = list(dict.fromkeys([*card.data.tags, *(existing.data.tags or [])]))
@@ -216,7 +210,6 @@ def _merge(card: Any, existing: Any) -> str:
     before, begin, rest = existing.text.partition(BEGIN)
     if begin and END in rest:
         text = before + card.text.strip() + rest.partition(END)[2]
-    package = hub.import_hub("vop push")
     return str(package.ModelCard(f"---\n{package.CardData(**metadata).to_yaml()}\n---\n{text}"))
 
 

@@ -20,7 +20,9 @@ from ml_collections import ConfigDict
 from vop_jax.config.keys import EXTRAS, KEYS, TRACKERS, RunConfig
 from vop_jax.errors import UserError
 
-CONFIG_FILE = "config.json"  # in a workdir
+# In a workdir.
+CONFIG_FILE, SUMMARY_FILE = "config.json", "summary.json"
+RANKINGS_FILE = "rankings.jsonl"
 ON_CUDA = ("fused", "cudnn")  # values of compute.attention
 # Runs compare these by content: the CLIP's parameters, ids and captions of the training split.
 INPUTS = ("init.clip", "data.annotations", "data.videos", "data.records")

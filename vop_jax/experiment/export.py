@@ -13,7 +13,7 @@ from vop_jax.errors import UserError
 from vop_jax.experiment import setup
 from vop_jax.inference import stablehlo
 from vop_jax.model import TextVideoModel
-from vop_jax.storage import files
+from vop_jax.storage import files, hub
 from vop_jax.storage.tensors import flatten, unflatten
 from vop_jax.training import hosts, sharding
 from vop_jax.tuning.prompt_set import (
@@ -107,7 +107,7 @@ def save_result(run: setup.Run, trainable: Any, name: str) -> str:
 
 # ---- Formats
 
-PROMPTS_FILE, PROMPTS_FOLDER = "prompts.safetensors", "prompts.orbax"
+PROMPTS_FOLDER = "prompts.orbax"
 RELEASED_FILE, ENCODERS_FOLDER = "vop.pt", "encoders"
 
 
@@ -132,7 +132,7 @@ def log_limits(run: setup.Run) -> None:
 
 
 def _safetensors(run: setup.Run, trainable: Any) -> str:
-    return save_result(run, trainable, PROMPTS_FILE)
+    return save_result(run, trainable, hub.PROMPTS_FILE)
 
 
 def _orbax(run: setup.Run, trainable: Any) -> str:

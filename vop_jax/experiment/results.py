@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from vop_jax.config.base import RANKINGS_FILE, SUMMARY_FILE
 from vop_jax.data.datasets import registry
 from vop_jax.evaluation.evaluate import Evaluation
 from vop_jax.evaluation.metrics import recall_intervals
@@ -16,9 +17,6 @@ from vop_jax.experiment.counts import count
 from vop_jax.experiment.inputs import Data, by_chance
 from vop_jax.storage import files
 from vop_jax.training.writer import MEASURED_ON, read_metrics
-
-SUMMARY_FILE = "summary.json"
-RANKINGS_FILE = "rankings.jsonl"
 
 # {"t2v": {"R@1": …, "MdR": …}, "v2t": …}, see `evaluate.Evaluation.results`
 Results = dict[str, dict[str, float]]

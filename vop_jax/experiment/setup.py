@@ -44,7 +44,6 @@ from vop_jax.tuning.prompt_set import (
     load_prompts,
 )
 
-CLIP_FILE = "clip.safetensors"  # in a workdir whose run pre-trains its own CLIP
 STORES = "pip install -e '.[gcs]'"  # installs access to gs://
 
 
@@ -87,8 +86,8 @@ def open_run(
     """Opens the run of a workdir, for this process alone.
 
     Args:
-        pretrain: writes CLIP_FILE into the workdir; called if the config pre-trains a CLIP and
-            there is none yet. None: nothing is trained, and the workdir keeps its config.
+        pretrain: writes a CLIP into the workdir; called if the config pre-trains one and there is
+            none yet. None: nothing is trained, and the workdir keeps its config.
         extend: whether a run of fewer `train.steps` may continue to this config's.
 
     Raises:
@@ -107,7 +106,7 @@ def open_run(
         program_cache.set_up(config.compute.cache, root, mesh.devices.flat[0].platform)
 
         # ---- Load: in all processes.
-        if pretrains(config) and hosts.on_first(lambda: not (root / CLIP_FILE).exists()):
+        if pretrains(config) and hosts.on_first(lambda: not (root / hub.CLIP_FILE).exists()):
             assert pretrain is not None  # `check` refuses this
             pretrain(config, root)
         clip, prompts = hosts.on_all(lambda: _load_files(config, root, method, mesh))
@@ -146,8 +145,8 @@ def check(config: ConfigDict, root: epath.Path, *, training: bool) -> tuple[Meth
                 "other, of one it is always 0; use 2 or more"
             )
         return method, mesh
-    if pretrains(config) and not (root / CLIP_FILE).exists():
-        raise UserError(f"--workdir={root}: no {CLIP_FILE} yet; train first")
+    if pretrains(config) and not (root / hub.CLIP_FILE).exists():
+        raise UserError(f"--workdir={root}: no {hub.CLIP_FILE} yet; train first")
     if method.parts.trainable and not config.init.prompts and not _has_checkpoint(root):
         raise UserError(f"--workdir={root}: no checkpoint; train first, or set config.init.prompts")
     return method, mesh
@@ -306,7 +305,7 @@ def load_backbone(config: ConfigDict, root: epath.Path) -> ClipWeights:
         UserError: the file is wrong, or the weights are not those that the config expects.
     """
     if config.init.clip or pretrains(config):
-        clip = load_clip(config.init.clip or root / CLIP_FILE)
+        clip = load_clip(config.init.clip or root / hub.CLIP_FILE)
     else:
         clip = _random_clip(preset(config), config.seed)
     if config.clip.arch:

@@ -12,7 +12,8 @@ from vop_jax.config.base import profiled_steps
 from vop_jax.errors import UserError
 from vop_jax.evaluation.evaluate import EvalSet, Evaluation, evaluate_split
 from vop_jax.experiment import inputs, results, setup
-from vop_jax.experiment.export import PROMPTS_FILE, Selection, log_limits, save_result
+from vop_jax.experiment.export import Selection, log_limits, save_result
+from vop_jax.storage import hub
 from vop_jax.training import hosts, loop
 from vop_jax.training.compile import CompiledStep
 from vop_jax.training.profile import trace_steps
@@ -67,7 +68,7 @@ def train(
 
             # ---- After training
             after = evaluations.at(steps, selection.trainable())
-            save_result(run, selection.trainable(), PROMPTS_FILE)
+            save_result(run, selection.trainable(), hub.PROMPTS_FILE)
             return hosts.on_first(
                 lambda: results.write_summary(run, data, before, after, selection.best)
             )
@@ -211,10 +212,10 @@ def _pretrain(config: ConfigDict, root: epath.Path) -> None:
     workdir = root / "pretrain"
     logging.info("1 of 2: pre-training a CLIP (%s) on stills", config.clip.arch)
     train(pretrain_config(config), str(workdir))
-    trained = load_prompts(workdir / PROMPTS_FILE)  # all of CLIP: the method is `full`
+    trained = load_prompts(workdir / hub.PROMPTS_FILE)  # all of CLIP: the method is `full`
     save = partial(
         save_clip,
-        root / setup.CLIP_FILE,
+        root / hub.CLIP_FILE,
         trained.params["clip"],
         trained.clip_config,
         source=f"{config.pretrain.steps} steps on rendered stills",

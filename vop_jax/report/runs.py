@@ -12,7 +12,7 @@ from typing import Any
 
 from etils import epath
 
-from vop_jax.config.base import CONFIG_FILE, RESUMABLE, flatten_config, workdir_config
+from vop_jax.config import base as configs
 from vop_jax.errors import UserError
 from vop_jax.storage.files import walk
 from vop_jax.training.writer import read_metrics
@@ -36,7 +36,8 @@ COLUMNS = (
 )
 COSTS = (("gflop_per_clip", "GFLOP / clip", ".2f"), ("ms_per_clip", "ms / clip", ".2f"))
 
-UNLABELLED = ("seed", *RESUMABLE)  # paths and ways to compute do not make two runs different
+# Paths and ways to compute do not make two runs different.
+UNLABELLED = ("seed", *configs.RESUMABLE)
 TUNED_ALONG = ("train.learning_rate", "train.steps")  # may differ within an ablation
 
 Row = dict[str, Any]
@@ -92,7 +93,7 @@ class FinishedRun:
 
     def settings(self) -> dict[str, Any]:
         """The config keys that may change a result, and "clip"."""
-        flat = {k: v for k, v in flatten_config(self.config).items() if k not in UNLABELLED}
+        flat = {k: v for k, v in configs.flatten_config(self.config).items() if k not in UNLABELLED}
         clip = str(self.summary["clip"])  # ARCH from SOURCE (FINGERPRINT)
         return flat | {"clip": clip.rpartition(" (")[0] or clip}
 
@@ -102,7 +103,7 @@ class FinishedRun:
         Raises:
             UserError: the file does not exist, or is damaged.
         """
-        path = epath.Path(self.workdir) / "rankings.jsonl"
+        path = epath.Path(self.workdir) / configs.RANKINGS_FILE
         if not path.exists():
             raise UserError(f"{path}: no such file; {REWRITE}")
         return [_parse(line, RANKING, path) for line in path.read_bytes().split(b"\n") if line]
@@ -113,7 +114,7 @@ class FinishedRun:
         file = os.path.basename((data["annotations"] or data["records"]).rstrip("/"))
         name = f"{data['kind']} {file}" if data["kind"] == "folder" and file else data["kind"]
         digest = ""
-        if (epath.Path(self.workdir) / "rankings.jsonl").exists():
+        if (epath.Path(self.workdir) / configs.RANKINGS_FILE).exists():
             pairs = sorted((line["video"], line["caption"]) for line in self.rankings())
             digest = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:8]
         sizes = summary["num_texts"], summary["num_videos"]
@@ -126,10 +127,10 @@ def read_run(workdir: str | os.PathLike) -> FinishedRun:
     Raises:
         UserError: it holds no finished run, or a damaged one.
     """
-    path = epath.Path(workdir) / "summary.json"
-    config = workdir_config(workdir)
+    path = epath.Path(workdir) / configs.SUMMARY_FILE
+    config = configs.workdir_config(workdir)
     if config is None or not path.exists():
-        missing = path if config else path.parent / CONFIG_FILE
+        missing = path if config else path.parent / configs.CONFIG_FILE
         raise UserError(f"{missing}: no such file; give the workdir of a finished run")
     summary = _parse(path.read_bytes(), SUMMARY, path)
     return FinishedRun(os.fspath(workdir), config.to_dict(), summary, read_metrics(workdir))
@@ -167,7 +168,7 @@ def find_runs(folders: Sequence[str]) -> list[FinishedRun]:
     for folder in folders:
         workdirs = []
         for path, inside, files in walk(folder, links=False):
-            if "summary.json" in files or (not path and CONFIG_FILE in files):
+            if configs.SUMMARY_FILE in files or (not path and configs.CONFIG_FILE in files):
                 workdirs.append(os.path.join(folder, path) if path else folder)
                 inside.clear()
         if not workdirs:

@@ -17,7 +17,8 @@ from vop_jax.errors import UserError
 from vop_jax.storage.files import StrPath
 
 SCHEME = "hf://"
-CLIP_FILE, PROMPTS_FILE = "clip.safetensors", "prompts.safetensors"  # what names without FILE mean
+# In a workdir, and what names without FILE mean.
+CLIP_FILE, PROMPTS_FILE = "clip.safetensors", "prompts.safetensors"
 # A checkpoint to convert, in the order of preference: safetensors need no torch.
 CHECKPOINTS = (
     "open_clip_model.safetensors",
