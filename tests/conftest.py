@@ -60,6 +60,21 @@ def clip(tmp_path_factory):
     return runs.write_clip(tmp_path_factory.mktemp("clip") / "clip.safetensors")
 
 
+@pytest.fixture
+def call(folder, clip, tmp_path, capsys):
+    """Calls with overrides; returns (status, stdout, stderr)."""
+    from tests import runs
+
+    def call(*overrides, workdir=tmp_path / "run", **replaced):
+        places = {"folder": folder, "clip": clip, **replaced}
+        argv = runs.arguments(places["folder"], places["clip"], workdir, *overrides)
+        status = runs.call(*argv)
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err
+
+    return call
+
+
 @pytest.fixture(autouse=True, scope="session")
 def float32():
     """`auto` is float32 on every machine, or results would depend on it."""

@@ -14,15 +14,12 @@ import vop_jax
 from tests import runs
 from tests.runs import assert_refused
 from tests.video import videos
-from vop_jax import main
 from vop_jax.clip.weights import load_clip
 from vop_jax.config.base import workdir_config
 from vop_jax.evaluation.evaluate import make_encoders
-from vop_jax.experiment import inputs, setup, train
-from vop_jax.storage import files
+from vop_jax.experiment import inputs, setup
 from vop_jax.storage.tensors import read_metadata
 from vop_jax.training import checkpoint
-from vop_jax.training.loop import NonFiniteLoss
 from vop_jax.training.step import learning_rate
 from vop_jax.training.writer import read_metrics
 from vop_jax.tuning.partition import merge
@@ -45,20 +42,6 @@ def finished(folder, clip, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("finished")
     assert runs.call(*runs.arguments(folder, clip, workdir)) == 0
     return workdir
-
-
-@pytest.fixture
-def call(folder, clip, tmp_path, capsys):
-    """Calls with overrides; returns (status, stdout, stderr)."""
-
-    def call(*overrides, workdir=tmp_path / "run", **replaced):
-        places = {"folder": folder, "clip": clip, **replaced}
-        argv = runs.arguments(places["folder"], places["clip"], workdir, *overrides)
-        status = runs.call(*argv)
-        printed = capsys.readouterr()
-        return status, printed.out, printed.err
-
-    return call
 
 
 def summary_of(workdir):
@@ -249,19 +232,6 @@ def test_exported_prompts_give_the_features_of_training(finished, folder, clip):
     assert (retriever.embed_videos(paths) * ours).sum(axis=1).min() > 0.99
 
 
-def test_params_need_neither_weights_nor_workdir(tmp_path, capsys):
-    table = tmp_path / "params.json"
-    assert runs.call("--config=folder", "--mode=params", f"--json={table}") == 0
-    assert "122,880" in capsys.readouterr().out
-    counts = json.loads(table.read_text())
-    assert counts["vop"] == {
-        "trainable": 122880,
-        "paper": 122880,
-        "percent": pytest.approx(0.1025, abs=1e-3),
-    }
-    assert counts["full"] == {"trainable": 151277313, "paper": 119826432, "percent": 100.0}
-
-
 def test_prompts_of_a_run_that_saves_memory_start_another(call, clip, tmp_path):
     """They are float32 beside frozen parameters of bfloat16.
 
@@ -304,83 +274,6 @@ def test_prompts_of_a_run_that_saves_memory_start_another(call, clip, tmp_path):
         assert_refused(refused, "prompts.safetensors", message)
 
 
-@pytest.mark.parametrize(
-    ("override", "messages"),
-    [
-        ("--config.trian.steps=3", ("config.trian.steps: no such key; did you mean config.train",)),
-        ("--config.train.steps=many", ("--config.train.steps=many: must be a whole number",)),
-        ("--config.data.flip=perhaps", ("--config.data.flip=perhaps: must be True or False",)),
-        ("--config.train.batch_size=0", ("config.train.batch_size=0: must be 1 or more",)),
-        ("--config.compute.remat=all", ("allowed are none, dots, full",)),
-        ("--config.log.to=comet", ("config.log.to='comet': allowed are tensorboard, wandb",)),
-        ("--config.log.profile=3,9", ("config.log.profile=(3, 9): must be (", "train.steps=4")),
-        ("--config.log.profile=2", ("config.log.profile=", "must be (first, last)")),
-        ("--config.method.name=vopp", ("method.name='vopp'", "vop")),
-        ("--config.method.first_layer=9", ("first_layer=9", "layers 1 to 2")),
-        ("--config.method.text_prefix=40", ("text_prefix",)),
-        ("--config.data.kind=foldr", ("config.data.kind='foldr'", "did you mean 'folder'?")),
-        ("--config.data.eval_split=val", ("config.data.eval_split='val'", "train (16), test (8)")),
-        ("--config.data.annotations=no.csv", ("no.csv: no such annotation file",)),
-        ("--config.data.annotations=", ("config.data.annotations is not set",)),
-        ("--config.data.videos=nowhere", ("nowhere: no such folder of videos",)),
-        ("--config.data.records=FILE", ("captions.csv: not a folder to write records in",)),
-        ("--config.init.clip=no.safetensors", ("no.safetensors: no such file",)),
-        ("--config.init.clip=", ("config.init.clip is not set", "convert")),
-        ("--config.init.clip=PROMPTS", ("not a converted CLIP",)),
-        ("--config.init.clip=FILE", ("captions.csv: not a readable safetensors file",)),
-        ("--config.init.prompts=no.safetensors", ("no.safetensors: no such file",)),
-        ("--config.clip.arch=ViT-B/32", ("config.clip.arch=ViT-B/32", "seed 0")),
-        ("--config.clip.activation=gelu", ("config.clip.activation=gelu", "quick_gelu")),
-        ("--config.train.microbatches=2", ("does not divide the 1 of train.batch_size=8",)),
-        ("--config.mesh.data=99", ("config.mesh.data=99", "devices")),
-        ("--config.train.batch_size=9", ("config.train.batch_size=9", "8 devices")),
-        ("--config.train.batch_size=1 --config.mesh.data=1", ("of one it is always 0",)),
-        ("--mode=deploy", ("deploy", "train")),
-        ("--mdoe=train", ("--mdoe: no such flag; did you mean --mode?",)),
-        ("train", ("train: not a flag",)),
-        ("--mode=eval", ("no checkpoint; train first, or set config.init.prompts",)),
-        (
-            "--mode=eval --config.init.clip= --config.pretrain.steps=1",
-            ("no clip.safetensors yet; train first",),
-        ),
-        ("--mode=export", ("no checkpoint; train first",)),
-        ("--mode=export --format=onnx", ("onnx", *main.FORMATS)),
-        ("--format=orbax", ("--format goes with --mode=export, not with --mode=train",)),
-        ("--config=demo", ("--config: give one file",)),
-        ("--workdir=FILE", ("captions.csv: not a folder to write in",)),
-        ("--workdir=", ("--workdir=DIR is missing",)),
-    ],
-)
-def test_wrong_calls_get_one_line(call, folder, finished, tmp_path, override, messages):
-    """They leave no new workdir."""
-    override = override.replace("=FILE", f"={folder / 'captions.csv'}")
-    override = override.replace("=PROMPTS", f"={finished / PROMPTS}")
-    assert_refused(call(*override.split()), *messages)
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("config", "messages"),
-    [
-        (None, ("--config=FILE is missing, and --workdir=x holds no run; shipped", "demo")),
-        ("no.py", ("--config=no.py: no such file; shipped configs are", "demo, didemo")),
-        ("def get_config():\n    raise RuntimeError('boom')\n", ("c.py:2: RuntimeError: boom",)),
-        ("def get_config(:\n", ("c.py:1: SyntaxError",)),
-        ("def get_config():\n    return {'seed': 1}\n", ("must return base_config()",)),
-        ("x = 1\n", ("the file defines no get_config()",)),
-        ("open('lost.txt')\n", ("c.py:1: FileNotFoundError", "lost.txt")),
-    ],
-)
-def test_a_config_file_that_is_missing_or_wrong(tmp_path, capsys, config, messages):
-    argv = ["--workdir=x"]
-    if config is not None and "\n" in config:
-        (tmp_path / "c.py").write_text(config)
-        argv += ["--config", str(tmp_path / "c.py")]
-    elif config is not None:
-        argv += [f"--config={config}"]
-    assert_refused((runs.call(*argv), "", capsys.readouterr().err), *messages)
-
-
 def test_a_zero_shot_run_learns_nothing(call, folder, other_clip, tmp_path):
     """It starts over with another CLIP, and its records need their videos no more."""
     run, moved = tmp_path / "run", tmp_path / "folder"
@@ -404,24 +297,6 @@ def test_a_zero_shot_run_learns_nothing(call, folder, other_clip, tmp_path):
     # The annotations are compared with the records.
     (moved / "captions.csv").write_text(text.replace("clip number 20,", "another clip,"))
     assert_refused(call(ZERO_SHOT, folder=moved), "were made of other clips or captions")
-
-
-def test_a_busy_workdir(call, tmp_path):
-    with files.folder_lock(tmp_path / "run", "busy"):
-        assert_refused(call(), "another run is using it")
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        (["0.mp4,a clip,train"], "'train': has one clip"),
-        (["0.mp4,a clip,train", "1.mp4,a clip,train"], "'train': has the same caption for all"),
-    ],
-)
-def test_data_of_which_nothing_can_be_learned(call, tmp_path, rows, message):
-    few = tmp_path / "few.csv"
-    few.write_text("\n".join(["video,caption,split", *rows, "2.mp4,x,test\n"]))
-    assert_refused(call(f"--config.data.annotations={few}"), message)
 
 
 def test_damaged_videos_and_odd_captions_are_reported(call, folder, tmp_path, caplog):
@@ -456,13 +331,3 @@ def test_damaged_videos_and_odd_captions_are_reported(call, folder, tmp_path, ca
     summary = summary_of(tmp_path / "drop")
     assert summary["num_videos"] == runs.TEST - 1 and summary["cut_captions"] == 1
     assert "say left" not in caplog.text
-
-
-def test_divergence_stops_with_where(call, monkeypatch):
-    def diverge(*args):
-        raise NonFiniteLoss("loss is inf at step 5")
-
-    monkeypatch.setattr(train, "train", diverge)
-    status, _, err = call()
-    assert status == 1
-    assert "loss is inf at step 5" in err and "checkpoints keeps the last good state" in err
