@@ -137,6 +137,7 @@ def test_a_wrong_manifest_is_refused(tmp_path, name, text, message):
         ("nowhere.csv", "no such folder or file"),
         ("memory://nowhere", "no such folder or file|no videos there"),
         ("memory://nowhere/*.mp4", "no videos there"),
+        ("https://host/folder", "a web server lists no folders"),
         ("rtsp://host/a", "an address .rtsp://., not a file"),
     ],
 )

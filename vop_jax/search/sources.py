@@ -10,6 +10,8 @@ from collections.abc import Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from absl import logging
+
 from vop_jax.errors import UserError
 from vop_jax.search.scan import Scan, VideoFile, find_videos
 from vop_jax.storage import remote
@@ -75,6 +77,12 @@ def find(source: str, indexed: Container[str] = ()) -> Scan:
         return _of_manifest(source)
     if is_plain(source):
         return find_videos(source, indexed)
+    if source.startswith(("http://", "https://")):
+        raise UserError(
+            f"{source}: a web server lists no folders; name its videos in a manifest, a file "
+            f"that ends with {' '.join(MANIFESTS)}"
+        )
+    logging.info("lists %s", source)
     with _store_errors(source):
         system, inside = remote.file_system(source)
         _, root = remote.file_system(root_of(source))
