@@ -12,6 +12,7 @@ from typing import Any
 
 from absl import logging
 
+from vop_jax.data.datasets.parsing import read_parquet
 from vop_jax.errors import UserError
 from vop_jax.search.scan import Scan, VideoFile, find_videos
 from vop_jax.storage import remote
@@ -163,14 +164,7 @@ def _rows(source: str) -> Iterator[dict[str, Any]]:
             with open(source, "rb") as local:
                 data = local.read()
     if source.lower().endswith(".parquet"):
-        try:
-            from pyarrow import ArrowException, parquet
-        except ImportError as error:
-            raise UserError(f"{source}: {error}; pip install pyarrow") from None
-        try:
-            yield from parquet.read_table(io.BytesIO(data)).to_pylist()
-        except ArrowException as error:
-            raise UserError(f"{source}: not readable as Parquet ({error})") from None
+        yield from read_parquet(source, data)
         return
     try:
         text = data.decode("utf-8-sig")

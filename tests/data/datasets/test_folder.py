@@ -50,6 +50,21 @@ def test_json_lines_take_lists(read):
     assert dataset["test"][0].end == 2.0
 
 
+def test_parquet_is_read_as_json_lines(read, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = [
+        {"video": "a.mp4", "caption": ["one", "two"], "split": "train", "end": None},
+        {"video": "b.mp4", "caption": ["three"], "split": "test", "end": 2.0},
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows")
+    dataset = read((tmp_path / "rows").read_bytes(), "captions.parquet")
+    assert dataset["train"][0].captions == ("one", "two")
+    assert (dataset["test"][0].start, dataset["test"][0].end) == (None, 2.0)
+    with pytest.raises(UserError, match="not readable as Parquet"):
+        read("video,caption\n", "captions.parquet")
+
+
 def test_tabs_a_byte_order_mark_and_repeated_columns_that_are_ignored(read):
     header = "\ufeffvideo\tcaption\tsplit\tnote\tnote\n"
     dataset = read(header + "a.mp4\tx, y\ttrain\t1\t2\n", "captions.tsv")

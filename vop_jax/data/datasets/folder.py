@@ -12,7 +12,15 @@ from absl import logging
 from etils import epath
 
 from vop_jax.data.clips import Dataset, VideoClip
-from vop_jax.data.datasets.parsing import caption, expect, parse_json, read_table, read_text, short
+from vop_jax.data.datasets.parsing import (
+    caption,
+    expect,
+    parse_json,
+    read_parquet,
+    read_table,
+    read_text,
+    short,
+)
 from vop_jax.data.datasets.source import Source
 from vop_jax.errors import UserError, VideoError
 from vop_jax.video.files import stat
@@ -20,6 +28,7 @@ from vop_jax.video.files import stat
 COLUMNS = ("video", "caption", "start", "end", "split")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 JSON_LINES = (".jsonl", ".ndjson", ".json")
+PARQUET = ".parquet"
 SPLIT = re.compile(r"\w+(-\w+)*")  # the names that tfds accepts for a split
 SEGMENT = re.compile(r"@[\d.e+-]+-(end|[\d.e+-]+)$")  # the end of a segment's id
 
@@ -74,12 +83,12 @@ def _exists(path: str) -> bool:
 def read_folder(annotations: str | os.PathLike, videos: str | os.PathLike) -> Dataset:
     """Reads the captions of a folder of videos.
 
-    The file is CSV (`.csv`, `.tsv`) with a header, or JSON Lines (`.jsonl`), with `video`
-    (relative to `videos`), `caption` (one; in JSON Lines also a list) and optionally `start` and
-    `end` (seconds) and `split`. Rows of the same video, start, end and split are one clip with
-    several captions. A `video` that no file can have as its name is reported when it is decoded,
-    with its line. Without any `split`, the clips of a tenth of the videos, chosen by a hash of
-    their names, are the split "test" and the others are "train".
+    The file is CSV (`.csv`, `.tsv`) with a header, JSON Lines (`.jsonl`) or Parquet, with `video`
+    (relative to `videos`), `caption` (one; in JSON Lines and Parquet also a list) and
+    optionally `start` and `end` (seconds) and `split`. Rows of the same video, start, end and
+    split are one clip with several captions. A `video` that no file can have as its name is
+    reported when it is decoded, with its line. Without any `split`, the clips of a tenth of the
+    videos, chosen by a hash of their names, are the split "test" and the others are "train".
 
     Raises:
         UserError: a file or folder does not exist, a column is missing or misspelt, or a row is
@@ -146,18 +155,21 @@ def _seconds_text(seconds: float) -> str:
 
 def _rows(path: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """("FILE:LINE", row) of each row, keys in lower case."""
-    text = read_text(path)
     suffix = path.suffix.lower()
-    if suffix in DELIMITERS:
-        rows = read_table(path, text, DELIMITERS[suffix])
+    if suffix == PARQUET:
+        for number, row in enumerate(read_parquet(str(path), path.read_bytes()), 1):
+            _check_columns(f"{path}:{number}", [key.lower() for key in row])
+            yield f"{path}:{number}", {key.lower(): value for key, value in row.items()}
+    elif suffix in DELIMITERS:
+        rows = read_table(path, read_text(path), DELIMITERS[suffix])
         header = [name.lower() for name in next(rows)[1]]
         _check_columns(f"{path}:1", header)
         for line, cells in rows:
             yield f"{path}:{line}", dict(zip(header, cells, strict=True))
     elif suffix in JSON_LINES:
-        yield from _json_rows(path, text)
+        yield from _json_rows(path, read_text(path))
     else:
-        allowed = ", ".join([*DELIMITERS, *JSON_LINES])
+        allowed = ", ".join([*DELIMITERS, *JSON_LINES, PARQUET])
         raise UserError(f"{path}: annotations are files of type {allowed}")
 
 

@@ -190,6 +190,23 @@ def read_table(
         raise UserError(f"{path}:{reader.line_num}: not CSV ({error})") from None
 
 
+def read_parquet(name: str, data: bytes) -> list[dict[str, Any]]:
+    """The rows of a Parquet file.
+
+    Raises:
+        UserError: it is damaged, or pyarrow is missing.
+    """
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise UserError(f"{name}: {error}; pip install pyarrow") from None
+    try:
+        rows: list[dict[str, Any]] = parquet.read_table(io.BytesIO(data)).to_pylist()
+    except (ArrowException, OSError) as error:
+        raise UserError(f"{name}: not readable as Parquet ({error})") from None
+    return rows
+
+
 def parse_json(path: epath.Path, text: str, line: int = 1) -> tuple[Any, list[str]]:
     """(JSON value, keys that an object in it has twice); the text begins at `line` of a file."""
     repeated: list[str] = []
