@@ -38,8 +38,11 @@ def test_params_need_neither_weights_nor_workdir(tmp_path, capsys):
         ("--config.train.batch_size=0", ("config.train.batch_size=0: must be 1 or more",)),
         ("--config.compute.remat=all", ("allowed are none, dots, full",)),
         ("--config.log.to=comet", ("config.log.to='comet': allowed are tensorboard, wandb",)),
-        ("--config.log.profile=3,9", ("config.log.profile=(3, 9): must be (", "train.steps=4")),
-        ("--config.log.profile=2", ("config.log.profile=", "must be (first, last)")),
+        (
+            "--config.log.profile=3,9",
+            ("config.log.profile=(3, 9): must be first,last", "train.steps=4"),
+        ),
+        ("--config.log.profile=2", ("config.log.profile=", "must be first,last")),
         ("--config.method.name=vopp", ("method.name='vopp'", "vop")),
         ("--config.method.first_layer=9", ("first_layer=9", "layers 1 to 2")),
         ("--config.method.text_prefix=40", ("text_prefix",)),

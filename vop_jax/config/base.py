@@ -182,8 +182,8 @@ def profiled_steps(config: Mapping[str, Any]) -> tuple[int, int] | None:
         return None
     if [type(step) for step in pair] != [int, int] or not 1 <= pair[0] <= pair[1] <= steps:
         raise UserError(
-            f"config.log.profile={value!r}: must be (first, last) with 1 <= first <= last <= "
-            f"train.steps={steps}, or () for no trace"
+            f"config.log.profile={value!r}: must be first,last, as 100,105, or () for no trace, "
+            f"with 1 <= first <= last <= train.steps={steps}"
         )
     return pair
 

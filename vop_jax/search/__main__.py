@@ -174,7 +174,8 @@ def _query(args: argparse.Namespace) -> None:
         print(text)
     else:
         write_atomic(args.out, f"{text}\n".encode(errors="surrogateescape"))
-        print(printable(f"{args.out}: {sum(map(len, hits))} results"))
+        count = sum(map(len, hits))
+        print(printable(f"{args.out}: {count} {'result' if count == 1 else 'results'}"))
 
 
 def _checked_format(args: argparse.Namespace) -> str:

@@ -161,4 +161,6 @@ def errors_of_hub(name: StrPath, file: str = "") -> Iterator[None]:
 def _hint(name: StrPath, file: str) -> str:
     if file == CLIP_FILE:
         return f"; convert its checkpoint: vop convert --source={name} --output={CLIP_FILE}"
-    return f"; a name with another file is {SCHEME}OWNER/NAME/FILE"
+    if file == PROMPTS_FILE:
+        return f"; a name with another file is {SCHEME}OWNER/NAME/FILE"
+    return ""

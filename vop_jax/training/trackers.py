@@ -194,7 +194,7 @@ def check(config: ConfigDict) -> None:
     """Raises UserError for a tracker without its package."""
     for name in trackers(config):
         if name in SERVICES and importlib.util.find_spec(name) is None:
-            raise UserError(f"config.log.to={name!r}: pip install -e '.[{name}]'")
+            raise UserError(f"config.log.to={name!r}: not installed; pip install -e '.[{name}]'")
 
 
 @contextlib.contextmanager
