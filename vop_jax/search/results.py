@@ -134,12 +134,14 @@ def as_timeline(results: Sequence[Result], rates: dict[str, float]) -> str:
     for result in results:
         track = otio.schema.Track(_text(result.query))
         for hit in result.hits:
-            rate, path = rates[hit["path"]], pathlib.Path(hit["path"])
+            rate, address = rates[hit["path"]], hit["path"]
+            if not is_remote(address):
+                address = pathlib.Path(address).as_uri()
             start = round(hit["start"] * rate)  # whole frames of the file
             frames = max(1, round(hit["end"] * rate) - start)
             clip = otio.schema.Clip(
-                _text(path.name),
-                otio.schema.ExternalReference(path.as_uri()),
+                _text(os.path.basename(hit["path"])),
+                otio.schema.ExternalReference(address),
                 otio.opentime.TimeRange(start, frames, rate),
                 {"vop_jax": {"query": _text(result.query), "score": hit["score"]}},
             )

@@ -82,7 +82,7 @@ class Metrics:
             self._up.labels(name).set(state is not None)
             for kind, count in state[0].items() if state else ():
                 self._entries.labels(name, kind).set(count)
-            if state:
+            if state and state[1] is not None:
                 self._changed.labels(name).set(state[1])
         encode, kind = choose_encoder(accept)
         return Response(encode(self.registry), headers={"Content-Type": kind})
@@ -176,7 +176,7 @@ async def _metrics(request: Request, services: schema.ServicesOf) -> Response:
     return metrics.text(request.headers.get("accept", ""), services.executor, indexes)
 
 
-def _state(searcher: Searcher) -> tuple[dict[str, int], float] | None:
+def _state(searcher: Searcher) -> tuple[dict[str, int], float | None] | None:
     try:
         return searcher.index.counts(), searcher.index.changed()
     except (UserError, OSError):

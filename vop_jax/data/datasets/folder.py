@@ -160,14 +160,16 @@ def _rows(path: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
         for number, row in enumerate(read_parquet(str(path), path.read_bytes()), 1):
             _check_columns(f"{path}:{number}", [key.lower() for key in row])
             yield f"{path}:{number}", {key.lower(): value for key, value in row.items()}
-    elif suffix in DELIMITERS:
-        rows = read_table(path, read_text(path), DELIMITERS[suffix])
+        return
+    text = read_text(path)
+    if suffix in DELIMITERS:
+        rows = read_table(path, text, DELIMITERS[suffix])
         header = [name.lower() for name in next(rows)[1]]
         _check_columns(f"{path}:1", header)
         for line, cells in rows:
             yield f"{path}:{line}", dict(zip(header, cells, strict=True))
     elif suffix in JSON_LINES:
-        yield from _json_rows(path, read_text(path))
+        yield from _json_rows(path, text)
     else:
         allowed = ", ".join([*DELIMITERS, *JSON_LINES, PARQUET])
         raise UserError(f"{path}: annotations are files of type {allowed}")

@@ -2,7 +2,6 @@
 
 import itertools
 import pathlib
-import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -146,9 +145,9 @@ class CollectionIndex:
         """Whether it still has the vectors of the model that it was opened with."""
         return self._collections.info().model == self.info.model
 
-    def changed(self) -> float:
-        """Unix time now: the server does not tell when the last change was."""
-        return time.time()
+    def changed(self) -> float | None:
+        """None: the server does not tell when the last change was."""
+        return None
 
     @property
     def folder(self) -> str:
