@@ -12,7 +12,7 @@ from tests.search.shelf import Shelf
 from tests.search.stores.test_stores import assert_finds, drawn
 from vop_jax.errors import UserError
 from vop_jax.search.index import Index
-from vop_jax.search.stores import milvus
+from vop_jax.search.stores import client, milvus
 from vop_jax.search.stores.milvus import MilvusStore
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -57,7 +57,7 @@ def test_without_the_extra(tmp_path, monkeypatch, missing):
     ["http://127.0.0.1:1", "http://192.0.2.1:19530", "http://", "http://host:port"],
 )
 def test_a_server_that_does_not_answer(installed, tmp_path, monkeypatch, address):
-    monkeypatch.setattr(milvus, "CONNECT", 0.5)
+    monkeypatch.setattr(client, "CONNECT", 0.5)
     with pytest.raises(UserError, match=rf"^store {address}: .+$"):
         Shelf(tmp_path, E, address)
     assert not list(tmp_path.iterdir())  # no catalog is bound to it
@@ -84,11 +84,11 @@ def test_a_server_that_stops(shelf, uri, monkeypatch):
 def test_the_token_comes_from_the_environment(installed, monkeypatch):
     options = {}
 
-    def client(**given):
+    def make_client(**given):
         options.update(given)
         raise UserError("far enough")
 
-    monkeypatch.setattr(milvus, "_import_client", lambda: client)
+    monkeypatch.setattr(client, "_import_client", lambda: make_client)
     monkeypatch.setenv("MILVUS_TOKEN", "secret")
     with pytest.raises(UserError, match="far enough"):
         opened("https://host:19530#clips", write=False)
