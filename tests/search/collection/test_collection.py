@@ -124,6 +124,19 @@ def test_it_follows_its_folder(uri, films, tmp_path, retriever):
     assert (again.unchanged, again.added, again.failed) == (8, 0, 0)
 
 
+def test_files_that_change_places_are_embedded_again(uri, films, retriever):
+    library.make(None, films, retriever, store=uri, window=1.0)
+    (films / "a.mp4").rename(films / "x")
+    (films / "c.mp4").rename(films / "a.mp4")
+    (films / "x").rename(films / "c.mp4")
+    # Under another address of the same machine.
+    report = library.make(None, films, retriever, store=uri.replace("127.0.0.1", "localhost"))
+    assert (report.changed, report.unchanged) == (2, 5)
+    other = f"{uri}other"
+    library.make(None, films, retriever, store=other, window=1.0)
+    assert rows(uri) == rows(other)
+
+
 class Killed(BaseException):
     """As a process ends that is killed: nothing after it runs, not even the end of the lease."""
 

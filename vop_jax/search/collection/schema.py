@@ -164,8 +164,8 @@ class Collections:
         )
 
     def info(self) -> IndexInfo:
-        """What the index was made with."""
-        return IndexInfo(**json.loads(self.read("info")))
+        """What the index was made with; machines may know the server by other addresses."""
+        return IndexInfo(**json.loads(self.read("info")) | {"store": self.uri})
 
     def read(self, key: str) -> str:
         """A text of NAME_about; "" if there is none."""
@@ -205,6 +205,7 @@ class Collections:
             pages.close()
 
     def count(self, ending: str, filter: str = "") -> int:
+        """The number of rows that pass."""
         with milvus_errors(self.uri):
             (row,) = self._client.query(
                 self._name + ending,

@@ -58,10 +58,9 @@ class CollectionWriter:
         self._collections, self._info, self._check = server, info, check
         self._files = {file.path: file for file in files}
         self._moved: list[str] = []
+        self._now: dict[str, IndexedFile] = {}  # with the changes of this writer
         self._twins = collections.defaultdict[str, list[IndexedFile]](list)
-        for file in self._files.values():
-            if file.digest:
-                self._twins[file.digest].append(file)
+        self._note(self._files.values())
 
     def begin(self) -> bool:
         """Notes that a run has begun and what it goes by; whether an earlier one was killed."""
@@ -86,8 +85,14 @@ class CollectionWriter:
         return self._files
 
     def twins(self, digest: str) -> list[IndexedFile]:
-        """The readable files of this content that this writer knows."""
-        return self._twins[digest]
+        """The readable files that have this content now, as far as this writer knows."""
+        return [file for file in self._twins[digest] if self._now.get(file.path) is file]
+
+    def _note(self, files: Iterable[IndexedFile]) -> None:
+        for file in files:
+            self._now[file.path] = file
+            if file.digest:
+                self._twins[file.digest].append(file)
 
     def embedded(self, file: IndexedFile) -> tuple[list[Segment], np.ndarray]:
         """The segments of a file and their vectors, float32 [M, E]."""
@@ -131,14 +136,15 @@ class CollectionWriter:
         self._collections.upsert(MOMENTS, moments)
         self._collections.upsert(FILES, rows)
         self._forget_old([row["path"] for row in rows], {row["id"] for row in moments})
-        for row in rows:
-            self._twins[row["digest"]].append(indexed_file(row))
+        self._note(map(indexed_file, rows))
 
     def add_unreadable(self, file: VideoFile, reason: str) -> None:
         """Adds a file that is not read again before it changes."""
         # Milvus counts bytes.
         short = reason.encode()[:REASON].decode(errors="ignore")
-        self._collections.upsert(FILES, [_file_row(file, "", short, 0.0, 0)])
+        row = _file_row(file, "", short, 0.0, 0)
+        self._collections.upsert(FILES, [row])
+        self._note([indexed_file(row)])
         self._forget_old([file.path], set())
 
     def _forget_old(self, paths: Iterable[str], keep: set[str]) -> None:
