@@ -44,6 +44,10 @@ def test_a_remote_video_is_shown(remote, site):
         assert (answer.status_code, answer.content) == (206, part)
         assert answer.headers["content-range"].endswith(f"/{len(data)}")
     assert remote.get(address, headers={"Range": "bytes=0-1,4-5"}).content == data
+    known = {"If-None-Match": whole.headers["etag"]}
+    assert remote.get(address, headers=known).status_code == 304
+    head = remote.head(address)
+    assert (head.content, head.headers["content-length"]) == (b"", str(len(data)))
     assert remote.get(address, headers={"Range": f"bytes={len(data)}-"}).status_code == 416
     picture = remote.get(f"/api/thumbnail/remote/{hit['file_id']}?t=0.5")
     assert picture.headers["content-type"] == "image/jpeg"

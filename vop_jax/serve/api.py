@@ -259,7 +259,8 @@ async def video(request: Request, searcher: IndexOfPath, file_id: FileId) -> Res
     with _naming(record):
         if is_remote(where):
             await anyio.to_thread.run_sync(media.check_unchanged, folder, record)
-            return media.RemoteVideoResponse(where, record, request.headers.get("range", ""))
+            response = media.RemoteVideoResponse(where, record, request.headers.get("range", ""))
+            return media.not_modified(response, request.scope) or response
         file = await anyio.to_thread.run_sync(media.open_indexed, folder, record)
     return media.VideoResponse(file, record.path)
 

@@ -4,6 +4,7 @@ Decoding processes import this file: it loads no jax.
 """
 
 import contextlib
+import email.utils
 import io
 import mimetypes
 import os
@@ -233,6 +234,7 @@ class RemoteVideoResponse(StreamingResponse):
             "Content-Length": str(end - start),
             "Content-Disposition": "inline" if safe else "attachment",
             "ETag": f'"{file.size:x}-{file.mtime:x}"',
+            "Last-Modified": email.utils.formatdate(file.mtime / 1e9, usegmt=True),
         }
         if part:
             headers["Content-Range"] = f"bytes {start}-{end - 1}/{file.size}"
