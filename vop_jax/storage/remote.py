@@ -9,7 +9,7 @@ import datetime
 import email.utils
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO, TypeVar, cast
 
 from vop_jax.errors import UserError
@@ -103,29 +103,32 @@ def _nanoseconds(date: Any) -> int:
     return int(10**9 * date) if date else 0
 
 
-def tried(call: Callable[[], Result]) -> Result:
+def tried(call: Callable[[], Result], waits: Sequence[float] | None = None) -> Result:
     """The result of a request, which is repeated after a failure that may pass.
+
+    Args:
+        waits: seconds before each other try; by default `WAITS`.
 
     Raises:
         OSError: it failed each time; all that clients raise becomes one.
     """
-    for wait in (*WAITS, None):
-        try:
-            return call()
-        except Exception as error:  # each client has errors of its own
-            cause = error.__cause__
-            # fsspec calls every failure of a web server a missing file.
-            is_of_web = type(cause).__module__.startswith("aiohttp")
-            if isinstance(error, FINAL) and (
-                not is_of_web or getattr(cause, "status", 0) in MISSING
-            ):
-                raise
-            if wait is None:
-                error = cause if is_of_web and isinstance(cause, Exception) else error
-                reason = " ".join(f"{type(error).__name__}: {error}".split())
-                raise OSError(f"the store fails: {reason[:300]}") from None
-            time.sleep(wait)
-    raise AssertionError("unreachable")
+    waits = WAITS if waits is None else waits
+    try:
+        return call()
+    except Exception as error:  # each client has errors of its own
+        cause = error.__cause__
+        # fsspec calls every failure of a web server a missing file.
+        is_of_web = type(cause).__module__.startswith("aiohttp")
+        if isinstance(error, FINAL) and not (
+            is_of_web and getattr(cause, "status", 0) not in MISSING
+        ):
+            raise
+        if not waits:
+            failure = cause if is_of_web else error
+            reason = " ".join(f"{type(failure).__name__}: {failure}".split())
+            raise OSError(f"the store fails: {reason[:300]}") from None
+    time.sleep(waits[0])
+    return tried(call, waits[1:])
 
 
 def open_file(address: str) -> BinaryIO:
