@@ -149,6 +149,7 @@ def test_info(place, call):
         ("", "the following arguments are required: COMMAND"),
         ("search x --index INDEX", "invalid choice: 'search'"),
         ("query x", "give --index=DIR, or --store=http://HOST:PORT#NAME"),
+        ("query x --index INDEX --store http://h:1", "not with --index, which names its store"),
         ("query --index INDEX", "give one of: a text, --video=FILE, --image=FILE"),
         ("query x --image y --index INDEX", "give one of"),
         ("query '' --index INDEX", "the query is empty"),

@@ -248,8 +248,11 @@ def _place(args: argparse.Namespace) -> str:
     """The folder of the index, or its address.
 
     Raises:
-        UserError: neither is given, or a store that holds vectors only.
+        UserError: neither is given, or both for an index that exists, or a store that holds
+            vectors only.
     """
+    if args.index and args.store and args.command != "index":
+        raise UserError(f"--store={args.store}: not with --index, which names its store itself")
     if not args.index and not client.is_server(args.store):
         raise UserError("give --index=DIR, or --store=http://HOST:PORT#NAME for one on a server")
     return args.index or args.store
