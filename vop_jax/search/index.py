@@ -15,7 +15,6 @@ from vop_jax.search.query import Date, Hit, make_filter
 from vop_jax.search.rerank import CANDIDATES, rerank
 from vop_jax.search.stores.base import TABLES, Snapshot, VectorStore, checked_vectors
 from vop_jax.search.stores.heap import open_store
-from vop_jax.storage.files import is_remote
 
 __all__ = ["Hit", "Index"]
 
@@ -177,8 +176,7 @@ class Index(Listing):
         Raises:
             UserError: no indexed file has this id.
         """
-        path = sources.locate(self.folder, self.file_of(file_id).path)
-        return path if is_remote(path) else pathlib.Path(path)
+        return sources.as_path(sources.locate(self.folder, self.file_of(file_id).path))
 
     def file_of(self, file_id: int) -> IndexedFile:
         """The row of a file in the catalog.

@@ -127,12 +127,7 @@ class Listing:
         """
         with catalog.reading(self.directory) as db:
             _, *rows = _moments(db, file_id, start, end)
-        parts: list[Segment] = sorted(row[1:] for row in rows)
-        number = parts.index((start, end)) + 1 if (start, end) in parts else 0
-        before = parts[number - 2] if number > 1 else None
-        return Neighbours(
-            number, len(parts), before, parts[number] if number < len(parts) else None
-        )
+        return neighbours_among([row[1:] for row in rows], (start, end))
 
     def moment_vector(self, file_id: int, start: float, end: float) -> np.ndarray:
         """float32 [E] of a moment.
@@ -145,6 +140,14 @@ class Listing:
             rows = _moments(db, file_id, start, end)
             number = next(row[0] for row in rows if row[1:] == (start, end))
             return store.snapshot(db).get(np.array([number], np.int64))[0]
+
+
+def neighbours_among(moments: Iterable["Segment"], own: "Segment") -> Neighbours:
+    """Of a moment, or of the whole clip, among the moments of a file."""
+    parts = sorted(moments)
+    number = parts.index(own) + 1 if own in parts else 0
+    before = parts[number - 2] if number > 1 else None
+    return Neighbours(number, len(parts), before, parts[number] if number < len(parts) else None)
 
 
 def _moments(

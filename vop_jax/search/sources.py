@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import os
+import pathlib
 import posixpath
 from collections.abc import Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -58,6 +59,11 @@ def locate(source: str, path: str) -> str:
     if is_remote(path) or os.path.isabs(path):
         return path
     return f"{root_of(source)}/{path}"
+
+
+def as_path(where: str) -> pathlib.Path | str:
+    """A place that `locate` gave: a path, or the text of an address."""
+    return where if is_remote(where) else pathlib.Path(where)
 
 
 def split(source: str, path: str) -> tuple[str, str]:

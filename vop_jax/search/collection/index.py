@@ -3,7 +3,6 @@
 import itertools
 import pathlib
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,14 +20,10 @@ from vop_jax.search.collection.schema import (
     indexed_file,
     quote,
 )
-from vop_jax.search.listing import ListedFile, Neighbours
+from vop_jax.search.listing import ListedFile, Neighbours, neighbours_among
 from vop_jax.search.query import Date, Hit, make_filter
 from vop_jax.search.stores.base import checked_vectors
 from vop_jax.search.stores.client import MOST
-from vop_jax.storage.files import is_remote
-
-if TYPE_CHECKING:
-    from vop_jax.video.moments import Segment
 
 HIT_FIELDS = ("path", "file", "start", "end")
 READABLE = 'reason == ""'
@@ -118,9 +113,7 @@ class CollectionIndex:
                     break
                 rest = f"file not in {sorted(best)}"
                 both = f"{where} and {rest}" if where else rest
-                (rows,) = self._collections.nearest(
-                    vector[None], count, both, HIT_FIELDS, self.vector_index
-                )
+                (rows,) = self._search(vector[None], count, both)
             found.append(sorted(best.values(), key=lambda row: -row["score"])[:k])
         return found
 
@@ -156,8 +149,7 @@ class CollectionIndex:
 
     def path_of(self, file_id: int) -> pathlib.Path | str:
         """Where a file was when it was indexed; raises UserError as `file_of`."""
-        path = sources.locate(self.folder, self.file_of(file_id).path)
-        return path if is_remote(path) else pathlib.Path(path)
+        return sources.as_path(sources.locate(self.folder, self.file_of(file_id).path))
 
     def file_of(self, file_id: int) -> IndexedFile:
         """The row of a file.
@@ -233,11 +225,7 @@ class CollectionIndex:
     def neighbours(self, file_id: int, start: float, end: float) -> Neighbours:
         """The moments before and after one of them; raises UserError as `Listing.neighbours`."""
         _, *rows = self._moments(file_id, start, end)
-        parts: list[Segment] = sorted((row["start"], row["end"]) for row in rows)
-        number = parts.index((start, end)) + 1 if (start, end) in parts else 0
-        before = parts[number - 2] if number > 1 else None
-        after = parts[number] if number < len(parts) else None
-        return Neighbours(number, len(parts), before, after)
+        return neighbours_among([(row["start"], row["end"]) for row in rows], (start, end))
 
     def moment_vector(self, file_id: int, start: float, end: float) -> np.ndarray:
         """float32 [E] of a moment; raises UserError as `Listing.moment_vector`."""
