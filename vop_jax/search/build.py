@@ -87,8 +87,8 @@ def build_index(
         with contextlib.closing(CatalogWriter(directory, plan.info)) as writer:
             if plan.captions is not None:
                 update_captions(plan.captions, writer, plan.retriever, plan.report)
-            updater = Updater(writer, plan.info, plan.retriever, options or IndexOptions())
-            updater.run(plan.scan, plan.report)
+            options = options or IndexOptions()
+            Updater(writer, plan.info, plan.retriever, options, plan.report).run(plan.scan)
             writer.compact()
             writer.calibrate(plan.retriever)
         return plan.report

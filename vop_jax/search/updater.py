@@ -129,44 +129,35 @@ class Updater:
         info: IndexInfo,
         retriever: Retriever,
         options: IndexOptions,
+        report: IndexReport,
         *,
         progress: bool = True,
     ):
-        self._progress = progress
         self._catalog, self._info, self._retriever = catalog, info, retriever
-        self._options, self._report = options, IndexReport()
-        self._indexed: Mapping[str, IndexedFile] = {}
+        self._options, self._report, self._progress = options, report, progress
+        self._indexed = catalog.files()
         self._gone: set[str] = set()
         self._clips: list[tuple[PendingFile, int, np.ndarray]] = []
         self._batches: collections.deque[tuple[Future, list[tuple[PendingFile, int]]]]
         self._batches = collections.deque()
         self._finished: list[PendingFile] = []
 
-    def run(self, scan: Scan, report: IndexReport) -> None:
+    def run(self, scan: Scan) -> None:
         """Makes the index hold the files of a scan, and no others."""
-        indexed = self._catalog.files()
-        new, gone = compare(indexed, scan, self._options.retry)
-        report.unchanged = len(scan.files) - len(new)
-        left = self.index(new, indexed, gone, report)
+        new, gone = compare(self._indexed, scan, self._options.retry)
+        self._report.unchanged = len(scan.files) - len(new)
+        left = self.index(new, gone)
         if left:
             with self._catalog.transaction():
                 self._catalog.remove(left)
-        report.removed = len(left)
+        self._report.removed = len(left)
 
-    def index(
-        self,
-        files: list[VideoFile],
-        indexed: Mapping[str, IndexedFile],
-        gone: set[str],
-        report: IndexReport,
-    ) -> set[str]:
-        """Adds files; returns those of `gone` that were not moved.
+    def index(self, files: list[VideoFile], gone: Iterable[str]) -> set[str]:
+        """Adds files; returns those of `gone`, paths that do not exist any more, that stay so.
 
-        Args:
-            indexed: the files of the index by their paths.
-            gone: paths of files that do not exist any more.
+        The others have moved to one of the files.
         """
-        self._indexed, self._gone, self._report = indexed, set(gone), report
+        self._gone = set(gone)
         if files:
             self._index(files)
         return self._gone
@@ -175,7 +166,10 @@ class Updater:
         total = sum(file.size for file in files)
         with (
             tqdm(
-                **{"desc": f"{len(files)} files", "total": total, "unit": "B", "unit_scale": True},
+                desc=f"{len(files)} files",
+                total=total,
+                unit="B",
+                unit_scale=True,
                 disable=not self._progress,
             ) as self._bar,
             ThreadPoolExecutor(1, "embed") as self._device,

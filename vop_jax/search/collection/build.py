@@ -46,8 +46,8 @@ def build_collection(
             writer = CollectionWriter(collections, plan.info, files, held.check)
             killed = writer.begin()
             if beam is None:
-                updater = Updater(writer, plan.info, plan.retriever, options or IndexOptions())
-                updater.run(plan.scan, plan.report)
+                options = options or IndexOptions()
+                Updater(writer, plan.info, plan.retriever, options, plan.report).run(plan.scan)
             else:
                 job = distributed.Job(uri, held.owner, plan.info, options or IndexOptions(1))
                 distributed.run(job, writer, plan.scan, plan.report, beam)

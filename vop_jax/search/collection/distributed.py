@@ -34,12 +34,14 @@ class Job:
         uri: of the collections.
         owner: of the lease.
         info: what the index is made with; workers read its CLIP and prompts from the same paths.
+        gone: rows of files that do not exist any more, and may have moved.
     """
 
     uri: str
     owner: str
     info: IndexInfo
     options: IndexOptions
+    gone: Sequence[IndexedFile] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,13 +49,11 @@ class Shard:
     """Files that a worker indexes.
 
     Attributes:
-        known: their rows in the index, and those of files that are gone and may have moved.
-        gone: paths of the latter.
+        known: their rows in the index.
     """
 
     files: list[VideoFile]
     known: list[IndexedFile]
-    gone: set[str]
 
 
 def run(
@@ -66,11 +66,12 @@ def run(
     new, gone = compare(before, scan, job.options.retry)
     report.unchanged = len(scan.files) - len(new)
     if new:
+        job = dataclasses.replace(job, gone=[before[path] for path in sorted(gone)[:GONE]])
         progress = _progress(job.uri, len(new))
         with progress, _beam_errors(), beam.Pipeline(options=beam_options) as pipeline:
             _ = (
                 pipeline
-                | beam.Create(list(_shards(new, before, gone)))
+                | beam.Create(list(_shards(new, before)))
                 | beam.Reshuffle()
                 | beam.Map(index_shard, job)
             )
@@ -91,25 +92,21 @@ def _beam_errors() -> Iterator[None]:
         raise UserError(f"--beam_options: a worker failed: {reason}") from error
 
 
-def _shards(
-    new: Sequence[VideoFile], before: Mapping[str, IndexedFile], gone: set[str]
-) -> Iterator[Shard]:
-    moved = set(sorted(gone)[:GONE])
+def _shards(new: Sequence[VideoFile], before: Mapping[str, IndexedFile]) -> Iterator[Shard]:
     size = max(1, min(SHARD, len(new) // SHARDS))
     for start in range(0, len(new), size):
         files = list(new[start : start + size])
-        own = moved | {file.path for file in files}
-        yield Shard(files, [before[path] for path in sorted(own) if path in before], moved)
+        yield Shard(files, [before[file.path] for file in files if file.path in before])
 
 
 def index_shard(shard: Shard, job: Job) -> None:
     """What a worker does; a repetition writes the same rows again."""
     collections = _collections(job.uri)
     lease.check_owner(collections, job.owner)
-    writer = CollectionWriter(collections, job.info, shard.known)
-    retriever = _retriever(job.info)
-    updater = Updater(writer, job.info, retriever, job.options, progress=False)
-    updater.index(shard.files, writer.files(), shard.gone, IndexReport())
+    writer = CollectionWriter(collections, job.info, [*shard.known, *job.gone])
+    report = IndexReport()  # the driver counts rows instead
+    updater = Updater(writer, job.info, _retriever(job.info), job.options, report, progress=False)
+    updater.index(shard.files, [file.path for file in job.gone])
 
 
 @functools.cache
@@ -153,25 +150,25 @@ def _complete(
     report.removed = len(gone) - report.moved
 
 
-class _progress:
-    """A bar of the files that workers have written, counted on the server."""
+@contextlib.contextmanager
+def _progress(uri: str, total: int) -> Iterator[None]:
+    """A bar of the files that workers have added, counted on the server."""
+    ended = threading.Event()
+    with (
+        contextlib.closing(Collections(uri, fresh=False)) as collections,
+        tqdm(desc=f"{total} files", total=total, unit="file") as bar,
+    ):
+        first = collections.count(FILES)
 
-    def __init__(self, uri: str, total: int):
-        self._collections = Collections(uri, fresh=False)
-        self._bar = tqdm(desc=f"{total} files", total=total, unit="file")
-        self._first = self._collections.count(FILES)
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
+        def look() -> None:
+            while not ended.wait(LOOK):
+                with contextlib.suppress(UserError):  # workers report a server that is down
+                    bar.update(collections.count(FILES) - first - bar.n)
 
-    def _look(self) -> None:
-        while not self._ended.wait(LOOK):
-            self._bar.update(self._collections.count(FILES) - self._first - self._bar.n)
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
-        self._bar.close()
-        self._collections.close()
+        thread = threading.Thread(target=look, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
